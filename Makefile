@@ -1,0 +1,68 @@
+# `make demo` and `make test` need Python 3.11 or later and nothing else; what is done is not done again.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed.stamp
+
+# An interpreter to build the environment with; otherwise the first of these that is new enough.
+PYTHON ?= python3.11
+PYTHONS := $(PYTHON) python3 python3.12 python3.13
+
+# Tests run one after another: onnxruntime's threads spin, and two test processes on two cores slow each other down more than
+# they gain. With cores to spare: make test PYTEST_ARGS='-n 4'
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+.PHONY: help demo test test-all check bench wheel model clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+demo: model  ## export the default model, decode it plainly and self-speculatively, compare
+	$(PY) -m shortstack.samples.demo $(DEMO_ARGS)
+
+test: model  ## every test but the full parity sweeps
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: model  ## every test
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED) .typing/shortstack  ## lint, format, types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: model  ## the numbers in the README
+	$(PY) -m shortstack.samples.bench $(BENCH_ARGS)
+
+# setuptools leaves build/lib behind and packs what it finds there, deleted modules included.
+wheel: $(INSTALLED)  ## dist/shortstack-*.whl
+	rm -rf build dist
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf build
+
+model: $(INSTALLED)
+	@$(PY) -m shortstack.samples.fetch_model >/dev/null
+
+# torch goes first and alone, spelled exactly so: it is the one package whose build and size depend on how it is asked for.
+$(INSTALLED): pyproject.toml
+	@python=; for candidate in $(PYTHONS); do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: shortstack needs Python 3.11 or later; tried: $(PYTHONS). Run: make PYTHON=/path/to/python3.11" >&2; exit 2; \
+	fi; \
+	echo "creating $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV)
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet -e '.[cpu,export,dev]'
+	@touch $@
+
+# The repository root is the package, which type checkers find through a folder of the package's name.
+.typing/shortstack:
+	@mkdir -p .typing && ln -sfn .. $@
+
+clean:  ## all that was made here, the environment included; the cache of models stays
+	rm -rf $(VENV) .typing .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

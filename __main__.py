@@ -1,0 +1,150 @@
+"""The command line: a table of commands, each imported only when it is asked for.
+
+``shortstack --help`` reads the table and nothing else, so it answers at once and works where neither onnxruntime nor
+torch is installed. What a command does, and which options it takes, stands in the module that the table names.
+
+Exit codes::
+
+    0    done
+    1    a finding: the command ran and its answer is "no" (parity)
+    2    a misuse, or an input that cannot be used: one line on stderr says what to do
+    130  interrupted
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+import click
+
+from shortstack import __version__
+from shortstack.graphs.errors import DependencyError, ShortstackError
+
+# command -> (module:attribute, summary). The attribute is a click.Command.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "export": ("shortstack.export.cli:export", "Turn a checkpoint into a bundle of ONNX graphs cut at its exits."),
+    "parity": ("shortstack.export.parity_cli:parity", "Compare a bundle with the PyTorch model it was made from."),
+    "inspect": ("shortstack.runtime.inspect_cli:inspect", "Print what a bundle holds: segments, KV owners, sizes."),
+    "generate": ("shortstack.runtime.generate_cli:generate", "Decode a prompt, plainly or self-speculatively."),
+}
+
+# top-level module -> the extras that bring it, of which any one is enough.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "gguf": ("export",),
+    "huggingface_hub": ("export",),
+    "onnx": ("export",),
+    "onnx_ir": ("export",),
+    "onnxruntime": ("cpu", "gpu"),
+    "optimum": ("export",),
+    "safetensors": ("export",),
+    "torch": ("export",),
+    "transformers": ("export",),
+}
+
+INTERRUPTED = 130  # 128 + SIGINT, what shells report
+
+
+def missing_dependency(command: str, error: ModuleNotFoundError) -> DependencyError | None:
+    """Names the extra that brings the module which was not found, or None if no extra does."""
+    module = (error.name or "").partition(".")[0]
+    extras = EXTRAS.get(module)
+    if extras is None:
+        return None
+    # No full stop at the end: it would be copied into the shell with the command.
+    installs = " or ".join(f"pip install 'shortstack[{extra}]'" for extra in extras)
+    return DependencyError(f"`shortstack {command}` needs '{module}', which is not installed. Run: {installs}")
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands are the rows of ``COMMANDS``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of the table, which is the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the one command that was asked for.
+
+        Raises:
+            DependencyError: its module needs a package that is not installed.
+        """
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        try:
+            command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            explained = missing_dependency(cmd_name, error)
+            if explained is None:
+                raise
+            raise explained from error
+        assert isinstance(command, click.Command), f"{COMMANDS[cmd_name][0]} is no click command"
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the summaries of the table, where click would import every command to ask for its own."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command; a package that it imports late and misses is reported like one that it imports first."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            explained = missing_dependency(ctx.invoked_subcommand or "", error)
+            if explained is None:
+                raise
+            raise explained from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message=f"shortstack %(version)s (Python {platform.python_version()})")
+@click.option("--debug", is_flag=True, envvar="SHORTSTACK_DEBUG", help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Cut causal language models at their exits into ONNX graphs, and decode with them."""
+    if isinstance(ctx.obj, dict):
+        ctx.obj["debug"] = debug
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; a command may return the code as an int.
+
+    Args:
+        arguments: What follows ``shortstack``; by default that of this process.
+    """
+    flags = {"debug": False}  # filled by `cli`, which alone parses options
+    try:
+        result = cli.main(arguments, prog_name="shortstack", standalone_mode=False, obj=flags)
+        sys.stdout.flush()  # here, where a closed pipe can be caught, and not at exit
+    except ShortstackError as error:
+        if flags["debug"]:
+            raise
+        message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        # click drops the colour unless stderr is a terminal; NO_COLOR (no-color.org) drops it there too.
+        colour = False if os.environ.get("NO_COLOR") else None
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=colour)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, into a pipe that nobody reads: send that nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """The console script ``shortstack``, and ``python -m shortstack``."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()
