@@ -1,0 +1,1 @@
+"""What a bundle is: spec, cuts, names, contract, manifest, files, errors. Standard library only, outside ``ir/``."""

@@ -1,0 +1,137 @@
+"""A bundle on disk: open one with its checks, or write one so that a killed export leaves nothing half-done.
+
+Knows nothing about ONNX or tensors; sizes, hashes and names only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shortstack.graphs import names
+from shortstack.graphs.errors import BundleError
+from shortstack.graphs.manifest import FileEntry, Manifest, read_manifest
+from shortstack.graphs.plan import Segment
+
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: its folder and its checked manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def graph_path(self, segment: Segment) -> Path:
+        """Return the ONNX file of one segment."""
+        return self.folder / names.segment_file(segment.start, segment.end)
+
+
+def open_bundle(folder: str | Path, *, verify_hashes: bool = False) -> Bundle:
+    """Open a bundle and check its files against bundle.json.
+
+    Args:
+        folder: The bundle.
+        verify_hashes: Also hash every file; takes about a second per gigabyte.
+
+    Raises:
+        BundleError: Naming every file that is missing, of another size, a link, or (on request) of another hash.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BundleError(
+            f"{folder} is not a folder", remedy="make a bundle with `shortstack export CHECKPOINT OUT --exit-layer E`"
+        )
+    manifest = read_manifest(folder / names.MANIFEST_FILE)
+    problems: list[str] = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if path.is_symlink():
+            problems.append(f"{name} is a symbolic link")
+        elif not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes, bundle.json says {entry.bytes}")
+        elif verify_hashes and sha256_file(path) != entry.sha256:
+            problems.append(f"{name} has another sha256 than bundle.json says")
+    if problems:
+        raise BundleError(
+            f"{folder}: {'; '.join(problems)}", remedy="copy the bundle again as a whole, or re-export it"
+        )
+    return Bundle(folder, manifest)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """Return size and hash of every file in a folder except bundle.json."""
+    return {
+        path.name: FileEntry(path.stat().st_size, sha256_file(path))
+        for path in sorted(folder.iterdir())
+        if path.name != names.MANIFEST_FILE
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write bundle.json."""
+    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
+    (folder / names.MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty sibling of ``out``; rename it to ``out`` when the block ends, remove it when it raises.
+
+    Args:
+        out: Where the bundle will be. May exist as an empty folder.
+        overwrite: Replace an existing bundle there. Anything that is not a bundle is never replaced.
+
+    Raises:
+        BundleError: ``out`` is in the way, or its parent cannot be written.
+    """
+    _check_free(out, overwrite)
+    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    except OSError as error:
+        raise BundleError(f"{out.parent} cannot be written: {error}", remedy="choose another folder") from None
+    try:
+        yield staging
+        if out.exists():
+            old = out.parent / f".{out.name}.old-{os.getpid()}"
+            out.rename(old)
+            staging.rename(out)
+            shutil.rmtree(old)
+        else:
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise BundleError(f"{out} exists and is not a folder", remedy="choose another name")
+    if not any(out.iterdir()):
+        return
+    if not (out / names.MANIFEST_FILE).is_file():
+        raise BundleError(f"{out} is a folder with other files in it", remedy="choose another name")
+    if not overwrite:
+        raise BundleError(f"{out} already holds a bundle", remedy="pass --overwrite to replace it")

@@ -1,0 +1,158 @@
+"""The graph contract: which tensors cross each graph's border, and what they look like.
+
+The exporter builds graphs from it, the bundle stores it, the runtime checks its sessions against it. Dimension names
+are the legend of :mod:`shortstack.graphs.spec`; tensor names are those of :mod:`shortstack.graphs.names`, {j} being the
+layer's number in the full model.
+
+======================  ===========  ================================  =========================================
+tensor                  graph        dtype, shape                      meaning
+======================  ===========  ================================  =========================================
+input_ids               first        int64 [batch, seq]
+hidden_states           all but      float [batch, seq, hidden]        residual stream at the lower boundary
+                        first
+seqlens_k               all          int32 [batch]                     past + seq - 1; rolling back is passing a
+                                                                       smaller value
+total_sequence_length   all          int32 []                          past + seq
+num_rows                all          int64 []                          the head sees the last rows only; 0 skips
+                                                                       it
+past {j} key/value      producers    float [batch, kv_heads,           bound as past *and* present
+                        inside       capacity, head_dim]
+present {j} key/value   producers    same                              the same buffer, updated in place
+                        inside
+shared {j} key/value    consumers    same                              read only: a producer below the cut
+hidden_states_out       all but      float [batch, seq, hidden]        residual stream at the upper boundary,
+                        last                                           before any norm
+token                   all          int64 [batch, rows]               arg max; ties go to the lower row
+top_prob                all          float [batch, rows]               probability of ``token``
+margin                  all          float [batch, rows]               top-1 minus top-2 probability
+entropy                 all          float [batch, rows]               in nats
+logits                  all          float [batch, rows, vocab]        fetched only when sampling asks
+======================  ===========  ================================  =========================================
+
+A trimmed head's ``logits`` are [batch, rows, draft_vocab]; its ``token`` is already a full-vocabulary id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shortstack.graphs import names
+from shortstack.graphs.errors import ContractError
+from shortstack.graphs.kv_map import borrowed, producers
+from shortstack.graphs.plan import ExitSpec, Segment
+from shortstack.graphs.spec import DType, ModelSpec
+
+PortType = Literal["int64", "int32", "float32", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One tensor on a graph's border.
+
+    Attributes:
+        name: Its name, from :mod:`shortstack.graphs.names`.
+        dtype: Element type.
+        shape: An int is fixed, a str is a dimension of the legend.
+    """
+
+    name: str
+    dtype: PortType
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphContract:
+    """All inputs and outputs of one segment's graph, in order."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+def segment_contract(spec: ModelSpec, segment: Segment, exit_spec: ExitSpec | None, dtype: DType) -> GraphContract:
+    """Return the contract of one segment.
+
+    Args:
+        spec: The model.
+        segment: The layers and their place in the stack.
+        exit_spec: The exit node at the segment's upper boundary; None for the last segment.
+        dtype: Type of activations and cache.
+    """
+    hidden = ("batch", "seq", spec.hidden_size)
+    cache = ("batch", spec.num_key_value_heads, "capacity", spec.cache_head_dim)
+    vocab = spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab
+    owned = producers(spec.kv_map, segment.start, segment.end)
+    first = (
+        Port(names.INPUT_IDS, "int64", ("batch", "seq"))
+        if segment.is_first
+        else Port(names.HIDDEN_STATES, dtype, hidden)
+    )
+    inputs = [
+        first,
+        Port(names.SEQLENS_K, "int32", ("batch",)),
+        Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
+        Port(names.NUM_ROWS, "int64", ()),
+        *(Port(names.past(j, part), dtype, cache) for j in owned for part in names.KV_PARTS),
+        *(
+            Port(names.shared(j, part), dtype, cache)
+            for j in borrowed(spec.kv_map, segment.start, segment.end)
+            for part in names.KV_PARTS
+        ),
+    ]
+    outputs = [] if segment.is_last else [Port(names.HIDDEN_STATES_OUT, dtype, hidden)]
+    outputs += [
+        Port(names.TOKEN, "int64", ("batch", "rows")),
+        Port(names.TOP_PROB, dtype, ("batch", "rows")),
+        Port(names.MARGIN, dtype, ("batch", "rows")),
+        Port(names.ENTROPY, dtype, ("batch", "rows")),
+        Port(names.LOGITS, dtype, ("batch", "rows", vocab)),
+        *(Port(names.present(j, part), dtype, cache) for j in owned for part in names.KV_PARTS),
+    ]
+    return GraphContract(tuple(inputs), tuple(outputs))
+
+
+def check_ports(where: str, found: GraphContract, expected: GraphContract) -> None:
+    """Compare a graph's border with its contract.
+
+    Args:
+        where: The graph, for the message.
+        found: What the graph has.
+        expected: What the contract says.
+
+    Raises:
+        ContractError: Listing every missing, extra and differing port.
+    """
+    differences: list[str] = []
+    for side, ours, theirs in (
+        ("input", expected.inputs, found.inputs),
+        ("output", expected.outputs, found.outputs),
+    ):
+        want = {port.name: port for port in ours}
+        have = {port.name: port for port in theirs}
+        differences += [f"missing {side} {want[name]}" for name in want.keys() - have.keys()]
+        differences += [f"extra {side} {have[name]}" for name in have.keys() - want.keys()]
+        differences += [
+            f"{side} {have[name]} should be {want[name]}"
+            for name in want.keys() & have.keys()
+            if not _same_port(have[name], want[name])
+        ]
+    if differences:
+        raise ContractError(
+            f"{where} does not match its contract: {'; '.join(sorted(differences))}",
+            remedy="re-export the bundle, or check that all its files come from one export",
+        )
+
+
+def _same_port(have: Port, want: Port) -> bool:
+    """Compare types, ranks and fixed dimensions; symbolic ones may carry any name."""
+    return (
+        have.dtype == want.dtype
+        and len(have.shape) == len(want.shape)
+        and all(
+            not (isinstance(h, int) and isinstance(w, int)) or h == w
+            for h, w in zip(have.shape, want.shape, strict=True)
+        )
+    )

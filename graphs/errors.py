@@ -1,0 +1,71 @@
+"""The errors a user can meet, in one small tree; the CLI prints each and exits with its code.
+
+::
+
+    ShortstackError            every error shortstack raises on purpose (exit code 2)
+    ├── CheckpointError        the input model: a missing, extra or misshapen tensor, a bad config field
+    │   └── UnsupportedError   a valid model, or option of one, that this version cannot export
+    ├── BundleError            the folder on disk: bundle.json, sizes, hashes, file names
+    ├── ContractError          a graph whose inputs or outputs differ from the contract
+    ├── RequestError           what the caller asked for: prompt, lengths, sampling options, providers
+    ├── DependencyError        an optional dependency that is not installed
+    └── ParityError            two implementations of one model disagree (exit code 1: a finding, not a misuse)
+
+A message has up to four parts: what is wrong and where, what was found, what was expected, and what to do next. Build
+it with the keyword arguments, so that no part is forgotten, and collect all differences before raising.
+"""
+
+from __future__ import annotations
+
+
+class ShortstackError(Exception):
+    """Base of every error that shortstack raises on purpose.
+
+    Args:
+        what: One clause: what is wrong, and where (file, field, tensor, option).
+        found: What is there, if that helps.
+        expected: What should be there.
+        remedy: What the user can do next, as an imperative sentence without a full stop.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, found: object = None, expected: object = None, remedy: str | None = None) -> None:
+        message = what
+        if found is not None:
+            message += f": found {found}"
+        if expected is not None:
+            message += f", expected {expected}" if found is not None else f": expected {expected}"
+        if remedy is not None:
+            message += f". {remedy[0].upper()}{remedy[1:]}."
+        super().__init__(message)
+
+
+class CheckpointError(ShortstackError):
+    """The input model cannot be read: a missing, extra or misshapen tensor, or a bad config field."""
+
+
+class UnsupportedError(CheckpointError):
+    """A valid model, or an option of one, that this version cannot export."""
+
+
+class BundleError(ShortstackError):
+    """A bundle folder is not what its bundle.json says, or bundle.json itself is unusable."""
+
+
+class ContractError(ShortstackError):
+    """A graph's inputs or outputs differ from the contract in :mod:`shortstack.graphs.contract`."""
+
+
+class RequestError(ShortstackError):
+    """The caller asked for something that cannot be done: prompt, lengths, sampling options, providers."""
+
+
+class DependencyError(ShortstackError):
+    """An optional dependency is not installed."""
+
+
+class ParityError(ShortstackError):
+    """Two implementations of one model disagree beyond the tolerance."""
+
+    exit_code = 1

@@ -1,0 +1,105 @@
+"""One decoder layer on the residual stream: norm, attention, norm, gated MLP.
+
+The sum of stream and branch and the norm after it are one fused node, so a layer takes and returns the stream as two
+parts, ``stream + branch (+ bias)``, not yet added; :func:`settle` adds them where the plain sum is needed (at a
+boundary).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from shortstack.graphs import names
+from shortstack.graphs.ir.attention import attention
+from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
+from shortstack.graphs.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """The residual stream [batch, seq, hidden] as a sum that is still to be made.
+
+    Attributes:
+        stream: What earlier layers left.
+        branch: The newest branch's output; None when there is none.
+        bias: The bias [hidden] of the projection that made ``branch``; None when it has none.
+    """
+
+    stream: ir.Value
+    branch: ir.Value | None = None
+    bias: ir.Value | None = None
+
+
+def norm(g: GraphBuilder, spec: ModelSpec, x: Residual, weight: str, name: str) -> tuple[ir.Value, ir.Value]:
+    """Append an RMS norm of the residual stream.
+
+    Returns:
+        The normalised stream and the settled stream, both [batch, seq, hidden].
+    """
+    scale = g.weight(weight)
+    if x.branch is None:
+        node = f"{name}/SimplifiedLayerNormalization"
+        out = g.op(
+            "SimplifiedLayerNormalization", [x.stream, scale], node, axis=-1, epsilon=spec.rms_norm_eps, stash_type=1
+        )
+        return out, x.stream
+    out, _, _, total = g.ops(
+        "SkipSimplifiedLayerNormalization",
+        [x.stream, x.branch, scale] + ([x.bias] if x.bias is not None else []),
+        f"{name}/SkipSimplifiedLayerNormalization",
+        ("", None, None, "/sum"),
+        domain=MICROSOFT,
+        epsilon=spec.rms_norm_eps,
+    )
+    return out, total
+
+
+def settle(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
+    """Append the additions that turn a residual into one tensor [batch, seq, hidden]."""
+    total = x.stream
+    if x.branch is not None:
+        total = g.op("Add", [total, x.branch], f"{name}/Add")
+    if x.bias is not None:
+        total = g.op("Add", [total, x.bias], f"{name}/Add_bias")
+    return total
+
+
+def decoder_layer(
+    g: GraphBuilder, spec: ModelSpec, layer: int, x: Residual, lengths: tuple[ir.Value, ir.Value]
+) -> tuple[Residual, dict[str, ir.Value]]:
+    """Append one decoder layer.
+
+    Returns:
+        The residual after the layer, and the layer's present values by port name.
+    """
+    node = f"/model/layers.{layer}"
+    normed, stream = norm(g, spec, x, names.layer_weight(layer, "input_norm.weight"), f"{node}/input_norm")
+    out, presents = attention(g, spec, layer, normed, lengths)
+    bias = g.weight(names.layer_weight(layer, "attn.o_proj.bias")) if spec.attention_out_bias else None
+    normed, stream = norm(
+        g,
+        spec,
+        Residual(stream, out, bias),
+        names.layer_weight(layer, "post_attention_norm.weight"),
+        f"{node}/post_attention_norm",
+    )
+    return Residual(stream, *_gated_mlp(g, spec, layer, normed)), presents
+
+
+def _gated_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, normed: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """Append ``down(silu(gate(x)) * up(x))``; the down projection's bias is returned, not added."""
+    node = f"/model/layers.{layer}/mlp"
+
+    def project(part: str, x: ir.Value) -> ir.Value:
+        return g.op("MatMul", [x, g.weight(names.layer_weight(layer, f"mlp.{part}.weight"))], f"{node}/{part}/MatMul")
+
+    gate, up = project("gate_proj", normed), project("up_proj", normed)
+    if spec.mlp_bias:
+        gate = g.op("Add", [gate, g.weight(names.layer_weight(layer, "mlp.gate_proj.bias"))], f"{node}/gate_proj/Add")
+        up = g.op("Add", [up, g.weight(names.layer_weight(layer, "mlp.up_proj.bias"))], f"{node}/up_proj/Add")
+    # QuickGelu with alpha 1 is x * sigmoid(x): SiLU in one node.
+    active = g.op("QuickGelu", [gate], f"{node}/act_fn/QuickGelu", domain=MICROSOFT, alpha=1.0)
+    out = project("down_proj", g.op("Mul", [active, up], f"{node}/Mul"))
+    return out, g.weight(names.layer_weight(layer, "mlp.down_proj.bias")) if spec.mlp_bias else None

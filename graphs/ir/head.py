@@ -1,0 +1,98 @@
+"""An exit node or the final head: from normalised hidden states to token, confidence and logits.
+
+::
+
+    normed [batch, seq, hidden]
+      └─ the last num_rows positions                 [batch, rows, hidden]; none at all for num_rows = 0
+           └─ Gemm with the LM head, transposed      [batch * rows, vocab]
+                ├─ TopK 2                            token, through the id map of a trimmed head
+                └─ Softmax                           top_prob, margin, entropy
+
+The head multiplies by the tensor as the checkpoint stores it, [vocab, hidden], so a tied embedding is stored once.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from shortstack.graphs import names
+from shortstack.graphs.ir.builder import GraphBuilder
+
+_TO_THE_END = 2**62
+
+
+def head(
+    g: GraphBuilder,
+    normed: ir.Value,
+    num_rows: ir.Value,
+    hidden_size: int,
+    node: str,
+    *,
+    weight: str,
+    id_map: str | None,
+) -> dict[str, ir.Value]:
+    """Append a head.
+
+    Args:
+        g: The graph.
+        normed: Normalised hidden states [batch, seq, hidden].
+        num_rows: How many trailing positions to evaluate, int64 [].
+        hidden_size: Width of ``normed``.
+        node: Prefix of the node names.
+        weight: Name of the LM head's weight [vocab, hidden].
+        id_map: Name of the row-to-token-id map int64 [vocab] of a trimmed head; None when rows are token ids.
+
+    Returns:
+        The outputs by port name.
+    """
+    seq = g.op("Shape", [normed], f"{node}/seq", start=1, end=2)
+    first = g.op("Sub", [seq, num_rows], f"{node}/first_row")  # seq - num_rows, so that 0 rows means none, not all
+    tail = g.op(
+        "Slice",
+        [normed, first, g.constant([_TO_THE_END]), g.constant([1])],
+        f"{node}/last_rows",
+    )  # [batch, rows, hidden]
+    batch_rows = g.op("Shape", [tail], f"{node}/batch_rows", start=0, end=2)
+    flat = g.op("Reshape", [tail, g.constant([-1, hidden_size])], f"{node}/flatten")  # [batch * rows, hidden]
+    logits = g.op("Gemm", [flat, g.weight(weight)], f"{node}/Gemm", transB=1)  # [batch * rows, vocab]
+
+    best, best_row = g.ops("TopK", [logits, g.constant([2])], f"{node}/TopK", ("/values", "/indices"), axis=-1)
+    zero = g.constant([0])
+    token = g.op("Gather", [best_row, g.constant(0)], f"{node}/top_row", axis=1)  # [batch * rows]
+    if id_map is not None:
+        token = g.op("Gather", [g.weight(id_map), token], f"{node}/id_map")
+
+    probs = g.op("Softmax", [logits], f"{node}/Softmax", axis=-1)
+    best_probs = g.op("GatherElements", [probs, best_row], f"{node}/best_probs", axis=1)  # [batch * rows, 2]
+    top_prob, second_prob = g.ops("Split", [best_probs], f"{node}/Split", ("/top", "/second"), axis=1, num_outputs=2)
+    margin = g.op("Sub", [top_prob, second_prob], f"{node}/Sub_margin")
+    entropy = _entropy(g, node, logits, probs, g.op("Gather", [best, zero], f"{node}/top_logit", axis=1), top_prob)
+
+    def per_row(value: ir.Value, name: str) -> ir.Value:
+        return g.op("Reshape", [value, batch_rows], f"{node}/{name}", allowzero=1)  # 0 rows are 0, not "as before"
+
+    vocab = g.op("Shape", [logits], f"{node}/vocab", start=1, end=2)
+    logits_shape = g.op("Concat", [batch_rows, vocab], f"{node}/logits_shape", axis=0)
+    return {
+        names.TOKEN: per_row(token, "token"),
+        names.TOP_PROB: per_row(top_prob, "top_prob"),
+        names.MARGIN: per_row(margin, "margin"),
+        names.ENTROPY: per_row(entropy, "entropy"),
+        names.LOGITS: g.op("Reshape", [logits, logits_shape], f"{node}/logits", allowzero=1),
+    }
+
+
+def _entropy(
+    g: GraphBuilder, node: str, logits: ir.Value, probs: ir.Value, top_logit: ir.Value, top_prob: ir.Value
+) -> ir.Value:
+    """Append H = logsumexp(z) - sum_i p_i z_i in nats, [batch * rows, 1].
+
+    logsumexp is taken as top logit - log(top probability), and the sum as a dot product: neither walks the vocabulary
+    in a node of its own.
+    """
+    one, two = g.constant([1]), g.constant([2])
+    row = g.op("Unsqueeze", [probs, one], f"{node}/probs_row")  # [batch * rows, 1, vocab]
+    column = g.op("Unsqueeze", [logits, two], f"{node}/logits_column")  # [batch * rows, vocab, 1]
+    dot = g.op("Squeeze", [g.op("MatMul", [row, column], f"{node}/expected_logit"), two], f"{node}/expected")
+    lse = g.op("Sub", [top_logit, g.op("Log", [top_prob], f"{node}/Log")], f"{node}/logsumexp")
+    return g.op("Relu", [g.op("Sub", [lse, dot], f"{node}/Sub_entropy")], f"{node}/Relu")  # rounding may go below 0

@@ -1,0 +1,72 @@
+"""One segment's graph: embedding or hidden states in, layers, exit node or final head out.
+
+::
+
+    input_ids ─ Gather ┐
+                       ├─ layers [start, end) ─┬─ sum ──────────── hidden_states_out   (all but the last)
+    hidden_states ─────┘                       └─ norm ─ head ──── token, confidence, logits
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from shortstack import __version__
+from shortstack.graphs import names
+from shortstack.graphs.contract import segment_contract
+from shortstack.graphs.errors import UnsupportedError
+from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle
+from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.head import head
+from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.kv_map import producers
+from shortstack.graphs.plan import Segment, SplitPlan
+from shortstack.graphs.spec import DType, ModelSpec
+
+
+def segment_model(spec: ModelSpec, plan: SplitPlan, segment: Segment, dtype: DType, store: WeightStore) -> ir.Model:
+    """Build one segment's graph.
+
+    Args:
+        spec: The model.
+        plan: Its cuts.
+        segment: Which segment.
+        dtype: Type of activations and cache; the stored weights have it already.
+        store: The weights, under the names of :mod:`shortstack.graphs.names`.
+
+    Raises:
+        UnsupportedError: A layer attends to another layer's cache.
+    """
+    layers = range(segment.start, segment.end)
+    if producers(spec.kv_map, segment.start, segment.end) != tuple(layers):
+        raise UnsupportedError(
+            "the model shares K,V between layers", found=list(spec.kv_map), remedy="export a model without kv_map"
+        )
+    exit_spec = plan.exit_of(segment)
+    contract = segment_contract(spec, segment, exit_spec, dtype)
+    g = GraphBuilder(f"layers [{segment.start}, {segment.end})", store)
+    inputs = {port.name: g.input(port) for port in contract.inputs}
+
+    if segment.is_first:
+        embedding = g.weight(names.EMBED_TOKENS)
+        x = Residual(g.op("Gather", [embedding, inputs[names.INPUT_IDS]], "/model/embed_tokens/Gather"))
+    else:
+        x = Residual(inputs[names.HIDDEN_STATES])
+    lengths = (inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
+    outputs: dict[str, ir.Value] = {}
+    for layer in layers:
+        x, presents = decoder_layer(g, spec, layer, x, lengths)
+        outputs |= presents
+
+    full_head = names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
+    node, weight, id_map = "/lm_head", full_head, None
+    if exit_spec is not None:
+        node = f"/exits.{exit_spec.exit_layer}"
+        outputs[names.HIDDEN_STATES_OUT] = boundary = settle(g, x, f"{node}/hidden_states_out")
+        x = Residual(boundary)
+        if exit_spec.draft_vocab is not None:
+            weight = names.exit_weight(exit_spec.exit_layer, "head.weight")
+            id_map = names.exit_weight(exit_spec.exit_layer, "head.ids")
+    normed, _ = norm(g, spec, x, names.FINAL_NORM, f"{node}/norm")
+    outputs |= head(g, normed, inputs[names.NUM_ROWS], spec.hidden_size, node, weight=weight, id_map=id_map)
+    return g.finish(contract, outputs, f"shortstack {__version__}")

@@ -1,0 +1,166 @@
+"""bundle.json: what a bundle holds, which files it has, where it came from.
+
+Layout of the JSON object::
+
+    format_version   1
+    digest           sha256 of the rest, so that an edited file is noticed
+    model            ModelSpec
+    exits            [{exit_layer, draft_vocab}], ascending
+    dtype            float32 | float16: activations and cache
+    max_length       positions that the rotary tables cover: the longest context
+    segments         [{file, start, end, inputs, outputs}]: the contract, for readers without this package
+    files            {name: {bytes, sha256}}: every file but bundle.json
+    source           {name, sha256}: the checkpoint
+    tools            {package: version}: what wrote it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shortstack.graphs import names
+from shortstack.graphs.contract import GraphContract, Port, segment_contract
+from shortstack.graphs.errors import BundleError, ShortstackError
+from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
+from shortstack.graphs.spec import DType, ModelSpec
+
+FORMAT_VERSION = 1
+_REEXPORT = "restore the file or re-export the bundle"
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size in bytes and sha256 (hex) of one file of a bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of bundle.json; see the module's docstring for the fields."""
+
+    spec: ModelSpec
+    plan: SplitPlan
+    dtype: DType
+    max_length: int
+    files: dict[str, FileEntry]
+    source_name: str
+    source_sha256: str
+    tools: dict[str, str]
+
+    def contract(self, segment: Segment) -> GraphContract:
+        """Return the contract of one of the plan's segments."""
+        return segment_contract(self.spec, segment, self.plan.exit_of(segment), self.dtype)
+
+    @property
+    def weights_sha256(self) -> str:
+        """The identity of the weights, which calibration and tuning results name."""
+        return self.files[names.WEIGHTS_FILE].sha256
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object, its digest included."""
+        body: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "model": self.spec.to_json(),
+            "exits": [asdict(e) for e in self.plan.exits],
+            "dtype": self.dtype,
+            "max_length": self.max_length,
+            "segments": [self._segment_json(s) for s in self.plan.segments],
+            "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
+            "source": {"name": self.source_name, "sha256": self.source_sha256},
+            "tools": dict(sorted(self.tools.items())),
+        }
+        return {"format_version": FORMAT_VERSION, "digest": _digest(body), **body}
+
+    def _segment_json(self, segment: Segment) -> dict[str, Any]:
+        contract = self.contract(segment)
+        return {
+            "file": names.segment_file(segment.start, segment.end),
+            "start": segment.start,
+            "end": segment.end,
+            "inputs": [_port_json(p) for p in contract.inputs],
+            "outputs": [_port_json(p) for p in contract.outputs],
+        }
+
+
+def _port_json(port: Port) -> dict[str, Any]:
+    return {"name": port.name, "dtype": port.dtype, "shape": list(port.shape)}
+
+
+def _digest(body: dict[str, Any]) -> str:
+    content = {key: value for key, value in body.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a bundle.json.
+
+    Raises:
+        BundleError: The file is absent, no JSON, of another format version, edited, or inconsistent; names the field.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path.parent} is not a bundle: it has no {names.MANIFEST_FILE}",
+            remedy="make one with `shortstack export CHECKPOINT OUT --exit-layer E`",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", remedy=_REEXPORT) from None
+    if not isinstance(data, dict) or "format_version" not in data:
+        raise BundleError(f"{path} has no field format_version", expected=FORMAT_VERSION, remedy=_REEXPORT)
+    if data["format_version"] != FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: field format_version",
+            found=repr(data["format_version"]),
+            expected=FORMAT_VERSION,
+            remedy="re-export the bundle, or install the shortstack version that wrote it",
+        )
+    if data.get("digest") != _digest(data):
+        raise BundleError(f"{path}: field digest does not match the content, so the file was edited", remedy=_REEXPORT)
+    try:
+        manifest = _parse(path, data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BundleError(f"{path} lacks or misspells a field ({error!r})", remedy=_REEXPORT) from None
+    except ShortstackError as error:
+        raise BundleError(f"{path}: {error}") from None
+    return manifest
+
+
+def _parse(path: Path, data: dict[str, Any]) -> Manifest:
+    spec = ModelSpec.from_json(data["model"], f"{path}: model")
+    exits = tuple(ExitSpec(int(e["exit_layer"]), e["draft_vocab"]) for e in data["exits"])
+    if data["dtype"] not in ("float32", "float16"):
+        raise BundleError(
+            f"{path}: field dtype", found=repr(data["dtype"]), expected="float32 or float16", remedy=_REEXPORT
+        )
+    files = {name: FileEntry(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()}
+    for name in files:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise BundleError(f"{path}: files names {name!r}, which is not a plain file name", remedy=_REEXPORT)
+    manifest = Manifest(
+        spec=spec,
+        plan=SplitPlan(spec.num_hidden_layers, exits),
+        dtype=data["dtype"],
+        max_length=int(data["max_length"]),
+        files=files,
+        source_name=str(data["source"]["name"]),
+        source_sha256=str(data["source"]["sha256"]),
+        tools={str(k): str(v) for k, v in data["tools"].items()},
+    )
+    missing = sorted(required_files(manifest.plan) - files.keys())
+    if missing:
+        raise BundleError(f"{path}: field files does not list {', '.join(missing)}", remedy=_REEXPORT)
+    return manifest
+
+
+def required_files(plan: SplitPlan) -> set[str]:
+    """Return the files without which a bundle of this plan cannot run."""
+    graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
+    maps = {names.draft_vocab_file(e.exit_layer) for e in plan.exits if e.draft_vocab is not None}
+    return graphs | maps | {names.WEIGHTS_FILE, names.TOKENIZER_FILE}

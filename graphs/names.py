@@ -1,0 +1,76 @@
+"""Every name that crosses a border: graph inputs and outputs, weights, files. A published name is never renamed.
+
+Layer numbers are those of the full model in every graph, so a cache shared between graphs needs no table. A change here
+bumps :data:`FORMAT_VERSION` of :mod:`shortstack.graphs.manifest`.
+"""
+
+from __future__ import annotations
+
+# Graph inputs
+INPUT_IDS = "input_ids"
+HIDDEN_STATES = "hidden_states"
+SEQLENS_K = "seqlens_k"
+TOTAL_SEQUENCE_LENGTH = "total_sequence_length"
+NUM_ROWS = "num_rows"
+
+# Graph outputs
+HIDDEN_STATES_OUT = "hidden_states_out"
+TOKEN = "token"
+TOP_PROB = "top_prob"
+MARGIN = "margin"
+ENTROPY = "entropy"
+LOGITS = "logits"
+
+# Files of a bundle
+MANIFEST_FILE = "bundle.json"
+WEIGHTS_FILE = "weights.data"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
+TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE)
+
+KV_PARTS = ("key", "value")
+
+
+def past(layer: int, part: str) -> str:
+    """Return the input that carries a producer's cache before the run; ``part`` is ``key`` or ``value``."""
+    return f"past_key_values.{layer}.{part}"
+
+
+def present(layer: int, part: str) -> str:
+    """Return the output that carries a producer's cache after the run: the same buffer as :func:`past`."""
+    return f"present.{layer}.{part}"
+
+
+def shared(layer: int, part: str) -> str:
+    """Return the read-only input that carries the cache of a producer below the cut."""
+    return f"shared.{layer}.{part}"
+
+
+def segment_file(start: int, end: int) -> str:
+    """Return the file of the segment that holds layers ``[start, end)``."""
+    return f"layers-{start:02d}-{end:02d}.onnx"
+
+
+def draft_vocab_file(exit_layer: int) -> str:
+    """Return the file that maps the rows of a trimmed exit head to token ids: int64 [draft_vocab], ascending."""
+    return f"draft-vocab-{exit_layer:02d}.npy"
+
+
+# Weights, as they are called in the graphs and in the manifest
+EMBED_TOKENS = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+ROPE_COS = "rope.cos"
+ROPE_SIN = "rope.sin"
+
+
+def layer_weight(layer: int, part: str) -> str:
+    """Return a weight of one layer; ``part`` is such as ``attn.qkv_proj.weight``."""
+    return f"model.layers.{layer}.{part}"
+
+
+def exit_weight(exit_layer: int, part: str) -> str:
+    """Return a weight of one exit node; ``part`` is such as ``head.weight``."""
+    return f"exits.{exit_layer}.{part}"
