@@ -1,0 +1,357 @@
+"""The tokenizer of a bundle: text and chats to token ids and back, and which ids end a text.
+
+For the decode loop and the commands. Wraps Hugging Face's ``tokenizers``, and renders chat templates with jinja2 as
+transformers does; needs neither transformers nor a network. Reads from a bundle folder:
+
+======================  ========  ==========================================================================
+file                    required  what is read
+======================  ========  ==========================================================================
+tokenizer.json          yes       everything; truncation and padding set in it are switched off
+tokenizer_config.json   no        bos_token, eos_token, ... for templates; chat_template if there is no file
+chat_template.jinja     no        the chat template
+generation_config.json  no        eos_token_id, bos_token_id
+======================  ========  ==========================================================================
+
+A chat template is foreign code: it runs in jinja2's immutable sandbox and sees plain JSON data only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+
+from shortstack.graphs.errors import BundleError, RequestError
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+_REMEDY = "export the checkpoint again, or copy the file from the checkpoint into the bundle"
+_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", *_TEMPLATE_TOKENS})
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Tokenizer:
+    """Encodes and decodes text for one model. Made by :meth:`load`.
+
+    Attributes:
+        special_ids: Ids of the special tokens, which :meth:`decode` leaves out.
+        eos_token_ids: Ids that end a text: those of generation_config.json, then the tokenizer's ``eos_token``.
+        bos_token_id: Id that begins a text, or None.
+        vocab_size: Number of tokens, added ones included. A model's embedding may have more rows (padding).
+        has_text_tokens: False for byte-level BPE, where every token is bytes (see :meth:`token_bytes`).
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any],
+        chat_template: str | None,
+    ) -> None:
+        self._backend = backend
+        self._chat_template = chat_template
+        decoder_types = frozenset(_decoder_types(json.loads(backend.to_str())["decoder"]))
+        self._byte_level = "ByteLevel" in decoder_types and decoder_types <= {"ByteLevel", "Fuse", "Sequence"}
+        self._byte_fallback = "ByteFallback" in decoder_types
+        self._special_tokens = {
+            name: content for name in _TEMPLATE_TOKENS if (content := _token_content(config, name)) is not None
+        }
+        self.has_text_tokens = not self._byte_level
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids: frozenset[int] = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        eos = [*_token_ids(generation_config, "eos_token_id"), *self._special_token_id("eos_token")]
+        bos = [*self._special_token_id("bos_token"), *_token_ids(generation_config, "bos_token_id")]
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(eos))
+        self.bos_token_id: int | None = bos[0] if bos else None
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Reads the tokenizer files of a bundle (or of a Hugging Face checkpoint folder).
+
+        Raises:
+            BundleError: tokenizer.json is missing, or one of the files is malformed.
+        """
+        path = folder / TOKENIZER_FILE
+        if not path.is_file():
+            raise BundleError(f"{path} is missing", remedy=_REMEDY)
+        try:
+            backend = tokenizers.Tokenizer.from_str(_read_text(path))
+        except BundleError:
+            raise
+        except Exception as error:  # the Rust library raises bare Exception
+            raise BundleError(
+                f"{path} is malformed", found=error, expected="the JSON of the `tokenizers` library", remedy=_REMEDY
+            ) from error
+        # Both are settings of somebody's training run; a prompt must arrive whole.
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_json_object(folder / TOKENIZER_CONFIG_FILE)
+        template_path = folder / CHAT_TEMPLATE_FILE
+        return cls(
+            backend,
+            config=config,
+            generation_config=_read_json_object(folder / GENERATION_CONFIG_FILE),
+            chat_template=_read_text(template_path) if template_path.is_file() else _template_from_config(config),
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of ``text``, with the special tokens (often BOS) that the tokenizer adds to one."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids without a token are left out."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Returns the bytes a token stands for on its own, or None if it is text whose form depends on its neighbours.
+
+        Bytes: every token of a byte-level BPE, and the ``<0x..>`` tokens of a byte-fallback tokenizer. An id without a
+        token is ``b""``, since :meth:`decode` leaves it out.
+        """
+        token: str | None = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            try:
+                return bytes([_BYTE_OF_CHAR[char] for char in token])
+            except KeyError:  # an added token, written in plain text
+                return token.encode("utf-8")
+        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        return None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`render_chat` can work."""
+        return self._chat_template is not None
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Renders a conversation with the model's chat template.
+
+        Args:
+            messages: JSON-like messages such as ``{"role": "user", "content": "Hi"}``, oldest first.
+            add_generation_prompt: End with the opening of the assistant's turn.
+            tools: JSON schemas of tools, for templates that know them.
+            variables: Further template variables, e.g. ``{"enable_thinking": False}``.
+
+        Raises:
+            RequestError: There is no template, the input is not plain JSON data, or the template refuses it.
+        """
+        template = self._compiled_template
+        data = _plain_data({"messages": messages, "tools": tools, "variables": variables or {}})
+        if reserved := sorted(_RESERVED_VARIABLES & data["variables"].keys()):
+            raise RequestError(
+                "chat template variables", found=", ".join(reserved), expected="names not in use already"
+            )
+        try:
+            return template.render(
+                **data["variables"],
+                **self._special_tokens,
+                messages=data["messages"],
+                tools=data["tools"],
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # foreign code: jinja2's errors, and whatever its expressions raise
+            raise RequestError(
+                f"the chat template refused the messages: {error}",
+                remedy="check roles, their order and that every `content` is a string",
+            ) from error
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Renders a conversation (see :meth:`render_chat`) and encodes it; the template itself writes BOS."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables)
+        return self.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _compiled_template(self) -> jinja2.Template:
+        if self._chat_template is None:
+            raise RequestError(
+                "this model has no chat template",
+                remedy=f"give a plain prompt, or put a {CHAT_TEMPLATE_FILE} into the bundle",
+            )
+        try:
+            return _template_environment().from_string(self._chat_template)
+        except jinja2.TemplateError as error:
+            raise RequestError(
+                f"{CHAT_TEMPLATE_FILE} is not a valid jinja2 template: {error}", remedy=_REMEDY
+            ) from error
+
+    def _special_token_id(self, name: str) -> list[int]:
+        token_id = self._backend.token_to_id(self._special_tokens[name]) if name in self._special_tokens else None
+        return [] if token_id is None else [token_id]
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """Lets ``{% generation %}...{% endgeneration %}`` through: it marks training targets and renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - overrides jinja2's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _template_environment() -> jinja2.Environment:
+    """Returns the environment chat templates are written for (transformers.utils.chat_template_utils)."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.now().strftime(pattern)
+
+    def tojson(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # jinja2's own filter escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def _plain_data(data: dict[str, Any]) -> dict[str, Any]:
+    """Rebuilds ``data`` from plain JSON types, so that a template never meets an object with methods."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(data, default=_plain_container))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"chat messages are not plain JSON data: {error}") from error
+    messages = plain["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise RequestError(
+            "chat messages", found=repr(messages)[:80], expected="a list of objects with `role` and `content`"
+        )
+    if not messages:
+        raise RequestError("chat messages", found="none", expected="at least one")
+    return plain
+
+
+def _plain_container(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is neither text, number, list nor mapping")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} cannot be read", found=error, remedy=_REMEDY) from error
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as error:
+        raise BundleError(f"{path} is malformed", found=error, expected="JSON", remedy=_REMEDY) from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} is malformed", found=type(value).__name__, expected="a JSON object", remedy=_REMEDY)
+    return value
+
+
+def _template_from_config(config: Mapping[str, Any]) -> str | None:
+    """Reads ``chat_template`` of tokenizer_config.json: one template, or a list of named ones with a ``default``."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is None or isinstance(template, str):
+        return template
+    raise BundleError(
+        f"{TOKENIZER_CONFIG_FILE}, field chat_template",
+        found=type(template).__name__,
+        expected="a string",
+        remedy=_REMEDY,
+    )
+
+
+def _token_content(config: Mapping[str, Any], name: str) -> str | None:
+    """Reads a special token of tokenizer_config.json: a string, or an object with its text in ``content``."""
+    token = config.get(name)
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None or isinstance(token, str):
+        return token
+    raise BundleError(f"{TOKENIZER_CONFIG_FILE}, field {name}", found=repr(token), expected="a string", remedy=_REMEDY)
+
+
+def _token_ids(config: Mapping[str, Any], name: str) -> list[int]:
+    """Reads a token id field of generation_config.json: absent, null, one id or a list of ids."""
+    value = config.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise BundleError(
+            f"{GENERATION_CONFIG_FILE}, field {name}",
+            found=repr(value),
+            expected="a token id or a list of them",
+            remedy=_REMEDY,
+        )
+    return ids
+
+
+def _decoder_types(decoder: Mapping[str, Any] | None) -> Iterable[str]:
+    """Yields the types of a tokenizer.json decoder and, for a Sequence, of its parts."""
+    if decoder is None:
+        return
+    yield decoder["type"]
+    for part in decoder.get("decoders", ()):
+        yield from _decoder_types(part)
+
+
+def _byte_of_char() -> dict[str, int]:
+    """Returns the alphabet of byte-level BPE (GPT-2): printable bytes as themselves, the others from U+0100 onwards."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
