@@ -1,0 +1,89 @@
+"""The KV buffers of all layers, and the one number that says how much of them counts.
+
+Each producer layer has one full-capacity buffer for keys and one for values, [1, kv_heads, capacity, head_dim], bound
+as
+past and as present: a run writes its rows in place. Rolling back is lowering :attr:`KVCache.length`; rows beyond it are
+never read and are overwritten later. Capacity grows in chunks, so memory follows the text and not the longest context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from shortstack.graphs import names
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.spec import DType
+from shortstack.runtime.session import Device
+
+CHUNK_POSITIONS = 256
+
+
+class KVCache:
+    """KV buffers of one sequence.
+
+    Args:
+        layers: The producer layers.
+        kv_heads: Key/value heads.
+        head_dim: Width of one head in the buffers.
+        dtype: Element type.
+        max_length: The longest context, in positions.
+        device: Where the buffers are.
+
+    Attributes:
+        capacity: Positions that the buffers hold now.
+        generation: Goes up when the buffers are replaced, so that bindings to them can be renewed.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], kv_heads: int, head_dim: int, dtype: DType, max_length: int, device: Device
+    ) -> None:
+        self._layers = tuple(layers)
+        self._kv_heads = kv_heads
+        self._head_dim = head_dim
+        self._dtype = np.dtype(dtype)
+        self._device = device
+        self._buffers: dict[tuple[int, str], ort.OrtValue] = {}
+        self.max_length = max_length
+        self.capacity = 0
+        self.generation = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all buffers."""
+        per_position = self._kv_heads * self._head_dim * self._dtype.itemsize
+        return len(self._layers) * len(names.KV_PARTS) * self.capacity * per_position
+
+    def buffer(self, layer: int, part: str) -> ort.OrtValue:
+        """Return the buffer of a layer's ``key`` or ``value``."""
+        return self._buffers[layer, part]
+
+    def reserve(self, positions: int, keep: int) -> None:
+        """Make room for ``positions`` positions, and keep the first ``keep`` rows of what is there.
+
+        Raises:
+            RequestError: More than ``max_length``.
+        """
+        if positions <= self.capacity:
+            return
+        if positions > self.max_length:
+            raise RequestError(
+                "the text is longer than the bundle's context",
+                found=f"{positions} positions",
+                expected=f"at most {self.max_length}",
+                remedy="shorten the prompt, or export with a larger --max-length",
+            )
+        capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length)
+        shape = (1, self._kv_heads, capacity, self._head_dim)
+        for layer in self._layers:
+            for part in names.KV_PARTS:
+                new = np.zeros(shape, self._dtype)
+                if keep:
+                    new[:, :, :keep] = self._buffers[layer, part].numpy()[:, :, :keep]
+                self._buffers[layer, part] = ort.OrtValue.ortvalue_from_numpy(
+                    new, self._device.kind, self._device.index
+                )
+        self.capacity = capacity
+        self.generation += 1

@@ -1,0 +1,121 @@
+"""How a token is chosen from what a head said, and how a draft is judged: greedily or by exact rejection sampling.
+
+Greedy choice reads the token that the graph has already taken; logits never reach Python. Sampling, and greedy choice
+with a repetition penalty, read logits and work on distributions; a draft token x is kept with probability min(1, p(x)
+/ q(x)), and the first rejected one is replaced by a draw from max(0, p - q), normalised (Leviathan et al., arXiv
+2211.17192, theorem 1), which leaves exactly p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from shortstack.runtime.sampling import Distribution, SamplingParams, accept, distribution, residual
+from shortstack.runtime.stack import Head
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verification decided.
+
+    Attributes:
+        tokens: The tokens to emit, at most one per verified row.
+        accepted: How many of them, from the first on, were drafted.
+    """
+
+    tokens: tuple[int, ...]
+    accepted: int
+
+
+class Choice(Protocol):
+    """A rule that picks tokens."""
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether heads must hand over logits."""
+        ...
+
+    def pick(self, head: Head, row: int, context: Sequence[int]) -> int:
+        """Choose the token that follows ``context`` from what the whole model said in ``row``."""
+        ...
+
+    def propose(self, head: Head, row: int, context: Sequence[int]) -> int:
+        """Choose a draft token that follows ``context`` from what the exit said in ``row``."""
+        ...
+
+    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
+        """Judge drafts that follow ``context``, from what the whole model said in rows 0..rows-1."""
+        ...
+
+
+class GreedyChoice:
+    """The most likely token, as the graph took it."""
+
+    needs_logits = False
+
+    def pick(self, head: Head, row: int, context: Sequence[int]) -> int:
+        """See :class:`Choice`."""
+        return int(head.token[row])
+
+    propose = pick
+
+    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
+        """See :class:`Choice`."""
+        wanted = head.token[:rows].tolist()
+        accepted = 0
+        while accepted < min(len(drafts), rows) and drafts[accepted] == wanted[accepted]:
+            accepted += 1
+        return Verdict(tuple(wanted[: accepted + 1]), accepted)
+
+
+class SampledChoice:
+    """A draw from the distribution that the sampling parameters describe.
+
+    Args:
+        params: Temperature, truncation, penalty, seed.
+    """
+
+    needs_logits = True
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._rng = np.random.default_rng(params.seed)
+        self._proposed: list[Distribution] = []
+
+    def pick(self, head: Head, row: int, context: Sequence[int]) -> int:
+        """See :class:`Choice`."""
+        return self._distribution(head, row, context).sample(self._rng)
+
+    def propose(self, head: Head, row: int, context: Sequence[int]) -> int:
+        """See :class:`Choice`; remembers the distribution until it is judged. Row 0 begins a new draft."""
+        if row == 0:
+            self._proposed.clear()
+        self._proposed.append(self._distribution(head, row, context))
+        return self._proposed[-1].sample(self._rng)
+
+    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
+        """See :class:`Choice`."""
+        emitted: list[int] = []
+        context = list(context)
+        for row in range(rows):
+            wanted = self._distribution(head, row, context)
+            if row == len(drafts):
+                return Verdict((*emitted, wanted.sample(self._rng)), len(emitted))
+            token, offered = drafts[row], self._proposed[row]
+            if not accept(wanted, offered, token, self._rng):
+                return Verdict((*emitted, residual(wanted, offered).sample(self._rng)), len(emitted))
+            emitted.append(token)
+            context.append(token)
+        return Verdict(tuple(emitted), len(emitted))
+
+    def _distribution(self, head: Head, row: int, context: Sequence[int]) -> Distribution:
+        return distribution(head.logits[row], self._params, context, ids=head.ids)
+
+
+def make_choice(params: SamplingParams) -> Choice:
+    """Return the cheapest rule that does what the parameters say."""
+    return SampledChoice(params) if params.needs_logits else GreedyChoice()

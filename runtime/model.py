@@ -1,0 +1,257 @@
+"""A loaded bundle: text in, text out.
+
+::
+
+    model = load("smollm2/")
+    for token in model.stream("Why is the sky blue?"):
+        print(token.text, end="")
+    result = model.generate("Why is the sky blue?", max_new_tokens=64, strategy="self-speculative")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shortstack.graphs.bundle import Bundle, open_bundle
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.kv_map import producers
+from shortstack.runtime.cache import KVCache
+from shortstack.runtime.choice import make_choice
+from shortstack.runtime.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.plain import plain
+from shortstack.runtime.sampling import SamplingParams
+from shortstack.runtime.sequence import TokenSequence
+from shortstack.runtime.session import open_sessions
+from shortstack.runtime.speculative import speculative
+from shortstack.runtime.stack import Stack
+from shortstack.runtime.step import Stats
+from shortstack.runtime.stream import FinishReason, Stream
+from shortstack.runtime.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Strategy = Literal["plain", "self-speculative"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One finished generation.
+
+    Attributes:
+        text: What was generated, without the prompt, special tokens and stop string.
+        tokens: The generated token ids, the stopping one included.
+        finish_reason: Why it ended.
+        stats: What it took.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+def load(
+    path: str | Path,
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    verify_hashes: bool = False,
+) -> Model:
+    """Load a bundle.
+
+    Args:
+        path: The bundle's folder.
+        providers: Execution providers in order of preference: ``cpu``, ``cuda``, or onnxruntime's names. None: CPU.
+        threads: Threads of the process's one pool. None: all usable cores.
+        verify_hashes: Check every file's sha256 first.
+
+    Raises:
+        BundleError: The folder is not a sound bundle.
+        ContractError: A graph is not what bundle.json says.
+        RequestError: An unknown provider.
+    """
+    bundle = open_bundle(path, verify_hashes=verify_hashes)
+    return Model(bundle, providers=providers, threads=threads)
+
+
+class Model:
+    """A bundle with its sessions, its cache and its tokenizer. One generation at a time.
+
+    Args:
+        bundle: The bundle.
+        providers: See :func:`load`.
+        threads: See :func:`load`.
+
+    Attributes:
+        bundle: The bundle.
+        tokenizer: Its tokenizer.
+        cache: Its KV buffers.
+    """
+
+    def __init__(self, bundle: Bundle, *, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.tokenizer = Tokenizer.load(bundle.folder)
+        self._sessions, self._device = open_sessions(bundle, providers, threads)
+        spec = bundle.manifest.spec
+        self.cache = KVCache(
+            producers(spec.kv_map, 0, spec.num_hidden_layers),
+            spec.num_key_value_heads,
+            spec.cache_head_dim,
+            bundle.manifest.dtype,
+            bundle.manifest.max_length,
+            self._device,
+        )
+        self._stacks: dict[int | None, Stack] = {}
+        self._sequence = TokenSequence()
+        self._stream: Stream | None = None
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The depths that can draft."""
+        return self.bundle.manifest.plan.boundaries
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        strategy: Strategy = "plain",
+        exit_layer: int | None = None,
+        draft: DraftPolicy | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        reuse_cache: bool = False,
+    ) -> Stream:
+        """Start generating.
+
+        Args:
+            prompt: Chat messages (``[{"role": "user", "content": ...}]``) go through the bundle's chat template, a
+                string goes in as it is, token ids go in untouched.
+            max_new_tokens: Tokens to generate at most.
+            strategy: ``plain``, or ``self-speculative``: the same output, drafted by an exit.
+            exit_layer: Which exit drafts; None takes the lowest.
+            draft: How many tokens to draft; None drafts adaptively, four at most.
+            sampling: Temperature and the rest; None is greedy.
+            stop: Strings that end the text; they are not part of it.
+            ignore_eos: Go on after an end-of-sequence token.
+            reuse_cache: Keep the cache of the longest common beginning with the generation before (multi-turn chat).
+
+        Returns:
+            An iterator over :class:`~shortstack.runtime.stream.Token`; closing it early leaves the model usable.
+
+        Raises:
+            RequestError: An empty or too long prompt, an unknown strategy or exit.
+        """
+        ids = self.encode(prompt)
+        stack = self._stack(strategy, exit_layer)
+        if max_new_tokens < 1:
+            raise RequestError("max_new_tokens", found=max_new_tokens, expected="1 or more")
+        sampling = sampling or SamplingParams()
+        if self._stream is not None:
+            self._stream.supersede()
+        if not reuse_cache:
+            self._sequence.rewind(0)
+        stats = Stats(prompt=len(ids), reused=self._sequence.restart(ids))
+        limit = min(max_new_tokens, self.cache.max_length - len(ids))
+        choice = make_choice(sampling)
+        if strategy == "plain":
+            steps = plain(stack, self._sequence, choice, stats, limit)
+        else:
+            length = DraftLength(draft or DraftPolicy(is_adaptive=True))
+            steps = speculative(stack, self._sequence, choice, stats, limit, length)
+        self._stream = Stream(
+            steps,
+            stats,
+            self.tokenizer,
+            eos_ids=() if ignore_eos else self.tokenizer.eos_token_ids,
+            stop=stop,
+            limit=limit,
+            limit_reason="length" if limit == max_new_tokens else "context",
+        )
+        return self._stream
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        strategy: Strategy = "plain",
+        exit_layer: int | None = None,
+        draft: DraftPolicy | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        reuse_cache: bool = False,
+    ) -> Result:
+        """Generate to the end; see :meth:`stream` for the arguments and errors."""
+        stream = self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            strategy=strategy,
+            exit_layer=exit_layer,
+            draft=draft,
+            sampling=sampling,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            reuse_cache=reuse_cache,
+        )
+        tokens = list(stream)
+        assert stream.finish_reason is not None
+        return Result("".join(t.text for t in tokens), tuple(stream.token_ids), stream.finish_reason, stream.stats)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's token ids, checked against vocabulary and context.
+
+        Raises:
+            RequestError: The prompt is empty, too long, or holds an id outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = []
+            messages: list[Mapping[str, str]] = []
+            for item in prompt:
+                messages.append(item) if isinstance(item, Mapping) else ids.append(int(item))
+            if messages:
+                ids = self.tokenizer.encode_chat(messages)
+        if not ids:
+            raise RequestError("the prompt is empty", remedy="give at least one token")
+        vocab_size = self.bundle.manifest.spec.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise RequestError(
+                "the prompt holds a token id outside the vocabulary",
+                found=max(ids) if max(ids) >= vocab_size else min(ids),
+                expected=f"0..{vocab_size - 1}",
+            )
+        if len(ids) >= self.cache.max_length:
+            raise RequestError(
+                "the prompt is too long for this bundle",
+                found=f"{len(ids)} tokens",
+                expected=f"fewer than {self.cache.max_length}, so that one more fits",
+                remedy="shorten the prompt, or export with a larger --max-length",
+            )
+        return ids
+
+    def _stack(self, strategy: Strategy, exit_layer: int | None) -> Stack:
+        exits = self.exit_layers
+        if strategy not in ("plain", "self-speculative"):
+            raise RequestError("strategy", found=repr(strategy), expected="'plain' or 'self-speculative'")
+        if exit_layer is not None and exit_layer not in exits:
+            raise RequestError(
+                "exit_layer is not an exit of this bundle",
+                found=exit_layer,
+                expected=f"one of {list(exits)}" if exits else "an exit, and this bundle has none",
+                remedy=f"re-export with --exit-layer {exit_layer}",
+            )
+        if strategy == "self-speculative" and not exits:
+            raise RequestError(
+                "self-speculation needs an exit, and this bundle has none",
+                remedy="re-export with --exit-layer E, or use the plain strategy",
+            )
+        drafting = None if strategy == "plain" else exit_layer or exits[0]
+        if drafting not in self._stacks:
+            self._stacks[drafting] = Stack(self.bundle, self._sessions, self.cache, self._device, drafting)
+        return self._stacks[drafting]

@@ -1,0 +1,63 @@
+"""Plain decoding: every token through every layer. The reference for every other loop through the same bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from shortstack.runtime.choice import Choice
+from shortstack.runtime.sequence import TokenSequence
+from shortstack.runtime.stack import Decoder
+from shortstack.runtime.step import Stats, Step
+
+
+def prefill(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> int:
+    """Run all layers over what is not cached yet and return the next token, not yet appended."""
+    started = time.perf_counter()
+    new = sequence.tokens[sequence.cached :]
+    stack.prefill(new, sequence.cached, choice.needs_logits)
+    sequence.commit(len(new))
+    token = choice.pick(stack.final, 0, sequence.tokens)
+    stats.prefill_s += time.perf_counter() - started
+    stats.prefilled += 1
+    return token
+
+
+def full_step(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> int:
+    """Run all layers over the newest token and return the next one, not yet appended."""
+    started = time.perf_counter()
+    stack.put(0, sequence.tokens[-1])
+    stack.draft(0, sequence.cached, with_head=False, with_logits=False)
+    drafted = time.perf_counter()
+    stack.verify(1, sequence.cached, choice.needs_logits)
+    stats.draft_s += drafted - started
+    stats.verify_s += time.perf_counter() - drafted
+    stats.draft_runs += 1
+    stats.verify_runs += 1
+    sequence.commit(1)
+    token = choice.pick(stack.final, 0, sequence.tokens)
+    stats.plain += 1
+    return token
+
+
+def plain(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats, max_new_tokens: int) -> Iterator[Step]:
+    """Decode token by token.
+
+    Args:
+        stack: The model.
+        sequence: The prompt, at least one token not cached; grows by what is emitted. Between two steps all its tokens
+            but the newest are cached.
+        choice: How tokens are chosen.
+        stats: Counts what is done.
+        max_new_tokens: How many to emit at most.
+
+    Yields:
+        One step per token.
+    """
+    for index in range(max_new_tokens):
+        if index and len(sequence) >= stack.max_length:
+            return
+        token = (full_step if index else prefill)(stack, sequence, choice, stats)
+        sequence.append(token)
+        stats.emitted += 1
+        yield Step(token, from_draft=False)

@@ -1,0 +1,56 @@
+"""A prebuilt IOBinding: one run of one graph with every tensor already in its place.
+
+Building a binding costs about 150 us, running a built one about 11 us. On the host, numpy arrays are the storage
+itself, so a caller writes inputs and reads outputs through them. On another device host inputs are copied when they
+are bound, so they are bound anew before each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+
+from shortstack.runtime.session import Device
+
+Tensor: TypeAlias = np.ndarray | ort.OrtValue
+
+
+class Plan:
+    """One bound run.
+
+    Args:
+        session: The graph.
+        inputs: By name. A numpy array must be C-contiguous and is read at each run.
+        outputs: By name. A numpy array is written at each run; outputs left out are not fetched.
+        device: Where the session computes.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], device: Device
+    ) -> None:
+        self._run = session.run_with_iobinding
+        self._binding = session.io_binding()
+        # OrtValues over numpy memory do not own it: the arrays must live as long as the binding.
+        self._keep = (inputs, outputs)
+        values = {name: _value(tensor) for name, tensor in inputs.items()}
+        for name, value in values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, tensor in outputs.items():
+            self._binding.bind_ortvalue_output(name, _value(tensor))
+        self._renew = [] if device.is_host else [(n, values[n]) for n, t in inputs.items() if isinstance(t, np.ndarray)]
+
+    def run(self) -> None:
+        """Run the graph."""
+        for name, value in self._renew:
+            self._binding.bind_ortvalue_input(name, value)
+        self._run(self._binding)
+
+
+def _value(tensor: Tensor) -> ort.OrtValue:
+    if not isinstance(tensor, np.ndarray):
+        return tensor
+    assert tensor.flags.c_contiguous, "a copy would be bound instead of the array itself"
+    return ort.OrtValue.ortvalue_from_numpy(tensor)

@@ -1,0 +1,131 @@
+"""Opens a bundle's graphs as onnxruntime sessions: providers, one thread pool for all, the contract checked.
+
+All sessions of a process share one global thread pool, since pools of their own spin and fight for cores. onnxruntime
+makes the pool once, so the first :func:`open_sessions` of a process decides its size.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime as ort
+
+from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
+from shortstack.graphs.errors import BundleError, RequestError
+
+CPU = "CPUExecutionProvider"
+_SHORT_NAMES = {"cpu": CPU, "cuda": "CUDAExecutionProvider", "tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
+_PORT_TYPES: dict[str, PortType] = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+_pool_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a session's cache lives.
+
+    Attributes:
+        kind: onnxruntime's device name: ``cpu`` or ``cuda``.
+        index: Which one.
+    """
+
+    kind: str = "cpu"
+    index: int = 0
+
+    @property
+    def is_host(self) -> bool:
+        """Whether numpy arrays are the storage itself."""
+        return self.kind == "cpu"
+
+
+def resolve_providers(providers: Sequence[str] | None) -> list[str]:
+    """Return onnxruntime's names for the providers asked for, in order, CPU last.
+
+    Raises:
+        RequestError: A provider is unknown or not in the installed onnxruntime.
+    """
+    available: list[str] = ort.get_available_providers()
+    resolved = [_SHORT_NAMES.get(name.lower(), name) for name in providers or [CPU]]
+    for asked, name in zip(providers or [CPU], resolved, strict=True):
+        if name not in available:
+            raise RequestError(
+                f"provider {asked!r} is not in the installed onnxruntime {ort.__version__}",
+                expected=f"one of {', '.join(available)}",
+                remedy="choose one of these, or install the onnxruntime package that has it",
+            )
+    return resolved if CPU in resolved else [*resolved, CPU]
+
+
+def open_sessions(
+    bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None
+) -> tuple[list[ort.InferenceSession], Device]:
+    """Open one session per segment.
+
+    Args:
+        bundle: The bundle.
+        providers: Execution providers, by onnxruntime's name or ``cpu``, ``cuda``; None takes the CPU.
+        threads: Threads of the pool; None takes the number of usable cores. Counts at the first call of a process.
+
+    Returns:
+        The sessions, bottom to top, and the device of their cache.
+
+    Raises:
+        RequestError: An unknown provider, or another thread count than the process already has.
+        BundleError: onnxruntime cannot load a graph.
+        ContractError: A graph does not match the contract.
+    """
+    names = resolve_providers(providers)
+    _make_thread_pool(threads)
+    sessions = []
+    for segment in bundle.manifest.plan.segments:
+        path = bundle.graph_path(segment)
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 3
+        try:
+            session = ort.InferenceSession(str(path), options, providers=names)
+        except Exception as error:
+            first_line = re.sub(r"\s+", " ", str(error)).strip()[:300]
+            raise BundleError(
+                f"{path} cannot be loaded by onnxruntime {ort.__version__}: {first_line}",
+                remedy="copy the bundle again as a whole, or re-export it",
+            ) from None
+        found = GraphContract(_ports(session.get_inputs()), _ports(session.get_outputs()))
+        check_ports(str(path), found, bundle.manifest.contract(segment))
+        sessions.append(session)
+    return sessions, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _ports(arguments: Sequence[Any]) -> tuple[Port, ...]:
+    return tuple(Port(a.name, _PORT_TYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments)
+
+
+def _make_thread_pool(threads: int | None) -> None:
+    global _pool_threads
+    if threads is not None and threads < 1:
+        raise RequestError("threads", found=threads, expected="1 or more")
+    if _pool_threads is None:
+        _pool_threads = threads or usable_cores()
+        ort.set_global_thread_pool_sizes(_pool_threads, 1)
+    elif threads is not None and threads != _pool_threads:
+        raise RequestError(
+            "threads: onnxruntime's pool is made once per process",
+            found=threads,
+            expected=_pool_threads,
+            remedy="start another process for another thread count",
+        )

@@ -1,0 +1,130 @@
+"""How a generation looks in a terminal: streamed text with accepted drafts coloured, and one table of figures."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shortstack.runtime.step import Stats
+from shortstack.runtime.stream import FinishReason, Stream
+
+ACCEPTED_STYLE = "green"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One finished generation and what to say about it.
+
+    Attributes:
+        strategy: How it was decoded.
+        text: The text.
+        token_ids: Its token ids.
+        finish_reason: Why it ended.
+        stats: Counts and times.
+        peak_rss_bytes: Largest resident memory of the process so far.
+    """
+
+    strategy: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return {
+            "strategy": self.strategy,
+            "text": self.text,
+            "tokens": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "stats": self.stats.to_json(),
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def peak_rss_bytes() -> int:
+    """Return the process's largest resident memory so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def show_stream(strategy: str, stream: Stream, *, is_quiet: bool, has_title: bool) -> Shown:
+    """Run a generation to its end, printing text as it becomes certain; Ctrl-C ends it and keeps what there is."""
+    console = Console(soft_wrap=True, highlight=False)
+    if has_title and not is_quiet:
+        legend = Text(" (drafted and accepted)", ACCEPTED_STYLE) if strategy != "plain" else Text()
+        console.print(Text(strategy, "bold"), legend, sep="")
+    text = ""
+    try:
+        for token in stream:
+            text += token.text
+            if token.text and not is_quiet:
+                console.print(Text(token.text, ACCEPTED_STYLE if token.from_draft else ""), end="")
+                console.file.flush()
+    except KeyboardInterrupt:
+        stream.close()
+    if not is_quiet:
+        console.print("\n" if has_title else "")
+    assert stream.finish_reason is not None
+    return Shown(strategy, text, tuple(stream.token_ids), stream.finish_reason, stream.stats, peak_rss_bytes())
+
+
+def print_summary(shown: Shown) -> None:
+    """Print one line of figures on stderr."""
+    stats = shown.stats
+    parts = [
+        f"{stats.emitted} tokens ({shown.finish_reason})",
+        f"{stats.tokens_per_s:.1f} tokens/s",
+        f"first token {stats.first_token_s * 1e3:.0f} ms",
+    ]
+    if stats.drafted:
+        parts.append(f"acceptance {stats.acceptance:.0%} of {stats.drafted} drafted")
+        parts.append(f"{stats.tokens_per_round:.2f} tokens/round")
+    parts.append(f"peak RSS {shown.peak_rss_bytes / 1e6:.0f} MB")
+    Console(stderr=True, highlight=False).print(Text(" · ".join(parts), "dim"), soft_wrap=True)
+
+
+def print_comparison(shown: Sequence[Shown], *, is_greedy: bool) -> None:
+    """Print the table that sets the strategies side by side, and whether they said the same."""
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for one in shown:
+        table.add_column(one.strategy, justify="right")
+    for label, cells in _rows(shown):
+        table.add_row(label, *cells)
+    if is_greedy:
+        is_same = len({one.token_ids for one in shown}) == 1
+        verdict = Text("yes", "bold green") if is_same else Text("NO", "bold red")
+        table.add_row("identical output", *[""] * (len(shown) - 1), verdict)
+    Console(highlight=False).print(table)
+
+
+def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
+    def row(label: str, value: Any) -> tuple[str, list[str]]:
+        return label, [value(one.stats) for one in shown]
+
+    def ms(seconds: float, runs: int) -> str:
+        return f"{seconds / runs * 1e3:.1f}" if runs else "-"
+
+    def if_drafted(format_value: Any) -> Any:
+        return lambda stats: format_value(stats) if stats.drafted else "-"
+
+    return [
+        row("tokens", lambda s: str(s.emitted)),
+        row("tokens/s", lambda s: f"{s.tokens_per_s:.1f}"),
+        row("time to first token, ms", lambda s: f"{s.first_token_s * 1e3:.0f}"),
+        row("acceptance (accepted/drafted)", if_drafted(lambda s: f"{s.acceptance:.0%} ({s.accepted}/{s.drafted})")),
+        row("tokens per round", lambda s: f"{s.tokens_per_round:.2f}"),
+        row("plain steps : drafted rounds", lambda s: f"{s.plain} : {s.rounds}"),
+        row("ms per draft row", lambda s: ms(s.draft_s, s.draft_runs) if s.draft_s > 1e-3 else "-"),
+        row("ms per verify", lambda s: ms(s.verify_s, s.verify_runs)),
+        ("peak RSS, MB", [f"{one.peak_rss_bytes / 1e6:.0f}" for one in shown]),
+    ]

@@ -1,0 +1,235 @@
+"""The segments of one model over one cache: prefill, draft one position, verify several. Batch 1.
+
+A *round* lays its positions out in rows of small buffers that all graphs share::
+
+    row              0    1    2   ...  window - 1
+    ids   [1, w+1]   x0   d1   d2  ...              token ids; row r's draft writes its token to row r + 1
+    hidden[1, w, h]  ·    ·    ·                    per boundary: what the segment below left for the one above
+    final [1, w]     p1   p2   p3                   what the final head says after row r
+
+Row r sits at position ``past + r`` of the sequence. Drafting runs the lower segments on one row; verifying runs the
+upper segments once on all rows. Nothing is copied between the graphs: each writes where the next one reads. Knows
+nothing about acceptance, sampling or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.kv_map import borrowed, producers
+from shortstack.runtime.cache import KVCache
+from shortstack.runtime.plan import Plan, Tensor
+from shortstack.runtime.session import Device
+
+WINDOW_ROWS = 16
+PREFILL_ROWS = 256
+
+
+class Head:
+    """What one head said, row by row.
+
+    Attributes:
+        token: Most likely token, int64 [rows].
+        top_prob: Its probability [rows].
+        margin: Its probability minus the next one's [rows].
+        entropy: Entropy in nats [rows].
+        logits: [rows, vocab]; empty until sampling asks for it.
+        ids: Token id of each logit column of a trimmed head, ascending int64; None when columns are token ids.
+    """
+
+    def __init__(self, rows: int, vocab: int, dtype: np.dtype[np.floating], ids: npt.NDArray[np.int64] | None) -> None:
+        self.token = np.zeros(rows, np.int64)
+        self.top_prob = np.zeros(rows, dtype)
+        self.margin = np.zeros(rows, dtype)
+        self.entropy = np.zeros(rows, dtype)
+        self.logits = np.zeros((0, vocab), dtype)
+        self.ids = ids
+
+    def outputs(self, start: int, end: int, with_logits: bool) -> dict[str, Tensor]:
+        """Return views on rows ``[start, end)``, by output name, shaped as the contract says."""
+        if with_logits and not len(self.logits):
+            self.logits = np.zeros((len(self.token), self.logits.shape[1]), self.logits.dtype)
+        views: dict[str, Tensor] = {
+            names.TOKEN: self.token[None, start:end],
+            names.TOP_PROB: self.top_prob[None, start:end],
+            names.MARGIN: self.margin[None, start:end],
+            names.ENTROPY: self.entropy[None, start:end],
+        }
+        if with_logits:
+            views[names.LOGITS] = self.logits[None, start:end]
+        return views
+
+
+class Decoder(Protocol):
+    """What the decoding loops need of a stack; tests script it."""
+
+    @property
+    def window(self) -> int:
+        """Rows of one round at most."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Positions of the longest context."""
+        ...
+
+    @property
+    def final(self) -> Head:
+        """What the final head said in the last :meth:`prefill` (row 0) or :meth:`verify`."""
+        ...
+
+    @property
+    def exit(self) -> Head:
+        """What the drafting exit said, by row."""
+        ...
+
+    def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
+        """Run all layers over ``tokens`` at positions ``past``...; the final head sees the last one."""
+        ...
+
+    def put(self, row: int, token: int) -> None:
+        """Set the token of a row."""
+        ...
+
+    def draft(self, row: int, past: int, with_head: bool, with_logits: bool) -> None:
+        """Run the lower segments on one row; with the head, its token becomes the next row's."""
+        ...
+
+    def verify(self, rows: int, past: int, with_logits: bool) -> None:
+        """Run the upper segments on rows 0..rows-1, the final head on each."""
+        ...
+
+
+class Stack:
+    """The :class:`Decoder` over a bundle's sessions.
+
+    Args:
+        bundle: The bundle.
+        sessions: Its sessions, bottom to top.
+        cache: The KV buffers.
+        device: Where the sessions compute.
+        exit_layer: Which exit drafts: the number of layers run before it. None for an uncut stack, where a "draft" runs
+            nothing and verifying runs every segment.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        sessions: Sequence[ort.InferenceSession],
+        cache: KVCache,
+        device: Device,
+        exit_layer: int | None,
+    ) -> None:
+        manifest = bundle.manifest
+        self._segments = manifest.plan.segments
+        self._sessions = sessions
+        self._cache = cache
+        self._device = device
+        self._kv_map = manifest.spec.kv_map
+        self._lower = 0 if exit_layer is None else manifest.plan.boundaries.index(exit_layer) + 1
+        dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
+        ids, vocab = None, manifest.spec.vocab_size
+        if self._lower and (exit_spec := manifest.plan.exits[self._lower - 1]).draft_vocab is not None:
+            ids = np.load(bundle.folder / names.draft_vocab_file(exit_spec.exit_layer), allow_pickle=False)
+            vocab = exit_spec.draft_vocab
+        self.window = WINDOW_ROWS
+        self.max_length = manifest.max_length
+        self.final = Head(WINDOW_ROWS, manifest.spec.vocab_size, dtype, None)
+        self.exit = Head(WINDOW_ROWS, vocab, dtype, ids)
+        self._ids = np.zeros((1, WINDOW_ROWS + 1), np.int64)
+        self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input: no copy
+        self._hidden_size = manifest.spec.hidden_size
+        self._dtype = dtype
+        self._hidden = [np.zeros((1, WINDOW_ROWS, self._hidden_size), dtype) for _ in self._segments[1:]]
+        self._seqlens_k = np.zeros(1, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._num_rows = [np.array(rows, np.int64) for rows in range(WINDOW_ROWS + 1)]
+        self._plans: dict[tuple[int, int, int, int, bool], Plan] = {}
+        self._generation = -1
+        self.runs = 0
+
+    def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
+        """See :meth:`Decoder.prefill`; long prompts run in chunks."""
+        self._reserve(past + len(tokens), past)
+        for start in range(0, len(tokens), PREFILL_ROWS):
+            chunk = np.asarray([tokens[start : start + PREFILL_ROWS]], dtype=np.int64)  # [1, rows]
+            rows = chunk.shape[1]
+            is_end = start + rows == len(tokens)
+            self._set_lengths(past + start, rows)
+            below: np.ndarray = chunk
+            for segment in self._segments:
+                above = np.empty((1, rows, self._hidden_size), self._dtype)
+                head = self.final.outputs(0, 1, with_logits) if segment.is_last and is_end else {}
+                self._plan(segment.index, below, above, head, num_rows=1 if head else 0).run()
+                self.runs += 1
+                below = above
+
+    def put(self, row: int, token: int) -> None:
+        """See :meth:`Decoder.put`."""
+        self._ids[0, row] = token
+
+    def draft(self, row: int, past: int, with_head: bool, with_logits: bool) -> None:
+        """See :meth:`Decoder.draft`."""
+        self._reserve(past + row + 1, past + row)
+        self._set_lengths(past + row, 1)
+        for index in range(self._lower):
+            is_exit = with_head and index == self._lower - 1
+            self._run(index, row, row + 1, 1 if is_exit else 0, with_logits and is_exit)
+
+    def verify(self, rows: int, past: int, with_logits: bool) -> None:
+        """See :meth:`Decoder.verify`."""
+        self._reserve(past + rows, past + (rows if self._lower else 0))
+        self._set_lengths(past, rows)
+        for index in range(self._lower, len(self._segments)):
+            is_last = index == len(self._segments) - 1
+            self._run(index, 0, rows, rows if is_last else 0, with_logits and is_last)
+
+    def _run(self, index: int, start: int, end: int, num_rows: int, with_logits: bool) -> None:
+        """Run a segment on rows ``[start, end)`` of the round, through a plan that is built at its first use."""
+        key = (index, start, end, num_rows, with_logits)
+        plan = self._plans.get(key)
+        if plan is None:
+            below = self._ids if index == 0 else self._hidden[index - 1]
+            above = None if index == len(self._segments) - 1 else self._hidden[index][:, start:end]
+            head = (self.final if above is None else self.exit).outputs(start, end, with_logits) if num_rows else {}
+            plan = self._plan(index, below[:, start:end], above, head, num_rows)
+            self._plans[key] = plan
+        plan.run()
+        self.runs += 1
+
+    def _plan(
+        self, index: int, below: np.ndarray, above: np.ndarray | None, head: dict[str, Tensor], num_rows: int
+    ) -> Plan:
+        segment = self._segments[index]
+        inputs: dict[str, Tensor] = {
+            names.INPUT_IDS if segment.is_first else names.HIDDEN_STATES: below,
+            names.SEQLENS_K: self._seqlens_k,
+            names.TOTAL_SEQUENCE_LENGTH: self._total,
+            names.NUM_ROWS: self._num_rows[num_rows],
+        }
+        outputs: dict[str, Tensor] = dict(head)
+        if not segment.is_last and above is not None:
+            outputs[names.HIDDEN_STATES_OUT] = above
+        for part in names.KV_PARTS:
+            for layer in producers(self._kv_map, segment.start, segment.end):
+                inputs[names.past(layer, part)] = outputs[names.present(layer, part)] = self._cache.buffer(layer, part)
+            for layer in borrowed(self._kv_map, segment.start, segment.end):
+                inputs[names.shared(layer, part)] = self._cache.buffer(layer, part)
+        return Plan(self._sessions[index], inputs, outputs, self._device)
+
+    def _set_lengths(self, past: int, rows: int) -> None:
+        self._seqlens_k[0] = past + rows - 1
+        self._total[...] = past + rows
+
+    def _reserve(self, positions: int, keep: int) -> None:
+        self._cache.reserve(positions, keep)
+        if self._generation != self._cache.generation:
+            self._plans.clear()
+            self._generation = self._cache.generation

@@ -1,0 +1,135 @@
+"""One running generation: token by token, with the text that became certain; stops, cancellation, the account."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shortstack.graphs.errors import RequestError
+from shortstack.runtime.step import Stats, Step
+from shortstack.runtime.stop import StopStrings
+from shortstack.runtime.stream_decoder import StreamDecoder
+from shortstack.runtime.tokenizer import Tokenizer
+
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        id: Its id.
+        text: Text that became certain with it; empty while characters or a possible stop string are incomplete.
+        from_draft: The exit proposed it and the whole model accepted it.
+    """
+
+    id: int
+    text: str
+    from_draft: bool
+
+
+class Stream(Iterator[Token]):
+    """Iterate over it for tokens; afterwards :attr:`finish_reason` and :attr:`stats` are final.
+
+    Args:
+        steps: The decoding loop.
+        stats: The loop's counts.
+        tokenizer: Turns ids into text.
+        eos_ids: Token ids that end the text.
+        stop: Strings that end the text.
+        limit: The token count at which the loop ends by itself.
+        limit_reason: What set that limit: the request ("length") or the context ("context").
+
+    Attributes:
+        stats: Counts and times.
+        token_ids: The ids so far.
+        finish_reason: Why it ended: an end-of-sequence token, a stop string, max_new_tokens, the context's end, or
+            :meth:`cancel`; None while it runs.
+    """
+
+    def __init__(
+        self,
+        steps: Iterator[Step],
+        stats: Stats,
+        tokenizer: Tokenizer,
+        *,
+        eos_ids: Sequence[int],
+        stop: Sequence[str],
+        limit: int,
+        limit_reason: FinishReason,
+    ) -> None:
+        self._steps = steps
+        self._eos_ids = frozenset(eos_ids)
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop = StopStrings(stop)
+        self._limit = limit
+        self._limit_reason: FinishReason = limit_reason
+        self._started_s = time.perf_counter()
+        self._is_cancelled = False
+        self._is_superseded = False
+        self.stats = stats
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+
+    def __next__(self) -> Token:
+        if self.finish_reason is not None:
+            raise StopIteration
+        if self._is_superseded:
+            raise RequestError(
+                "this generation was ended by a newer one on the same model",
+                remedy="finish one stream before starting the next, or load the bundle twice",
+            )
+        if self._is_cancelled:
+            self._finish("cancelled")
+            raise StopIteration
+        step = next(self._steps)
+        self.token_ids.append(step.token)
+        now = time.perf_counter() - self._started_s
+        if len(self.token_ids) == 1:
+            self.stats.first_token_s = now
+        self.stats.elapsed_s = now
+        if step.token in self._eos_ids:
+            self._finish("eos")
+            return Token(step.token, self._last_text(""), step.from_draft)
+        text, is_stopped = self._stop.push(self._decoder.push(step.token))
+        if is_stopped:
+            self._finish("stop")
+        elif len(self.token_ids) == self._limit:
+            self._finish(self._limit_reason)
+            text = self._last_text(text)
+        return Token(step.token, text, step.from_draft)
+
+    def _last_text(self, text: str) -> str:
+        """Return ``text`` and everything held back; a stop string may still complete in it."""
+        rest, is_stopped = self._stop.push(self._decoder.flush())
+        if is_stopped:
+            self.finish_reason = "stop"
+            return text + rest
+        return text + rest + self._stop.flush()
+
+    def cancel(self) -> None:
+        """End the generation before the next token; may be called from another thread."""
+        self._is_cancelled = True
+
+    def close(self) -> None:
+        """End the generation now; the model stays usable."""
+        if self.finish_reason is None:
+            self._finish("cancelled")
+
+    def supersede(self) -> None:
+        """End a generation that is still running because a newer one takes the cache."""
+        if self.finish_reason is None:
+            self._is_superseded = True
+            self._close_steps()
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self._close_steps()
+
+    def _close_steps(self) -> None:
+        close = getattr(self._steps, "close", None)
+        if close is not None:
+            close()
