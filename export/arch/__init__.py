@@ -1,0 +1,33 @@
+"""The model families shortstack can export, one file each, listed here by ``model_type``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from shortstack.export.arch import llama
+from shortstack.export.arch.architecture import Architecture, expected_tensors, layer_shapes
+from shortstack.export.arch.check import check_tensors
+from shortstack.export.checkpoint.checkpoint import Checkpoint
+from shortstack.export.checkpoint.config import not_one_of
+from shortstack.graphs.spec import ModelSpec
+
+__all__ = ["ARCHITECTURES", "Architecture", "check_tensors", "expected_tensors", "layer_shapes", "resolve"]
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({"llama": llama.ARCH})
+
+
+def resolve(checkpoint: Checkpoint) -> tuple[Architecture, ModelSpec]:
+    """Find a checkpoint's family, read its spec, and check that its tensors are what the spec says.
+
+    Raises:
+        CheckpointError: The config or the tensors are not what they should be.
+        UnsupportedError: The family, or an option of it, is not one this version exports.
+    """
+    model_type = checkpoint.config.read(str, "model_type")
+    if model_type not in ARCHITECTURES:
+        raise not_one_of(checkpoint.config.where("model_type"), model_type, ARCHITECTURES)
+    arch = ARCHITECTURES[model_type]
+    spec = arch.read_spec(checkpoint.config)
+    check_tensors(checkpoint, arch, spec)
+    return arch, spec

@@ -1,0 +1,68 @@
+"""Compares the tensors a checkpoint holds with those its config promises, and reports all differences at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture, expected_tensors
+from shortstack.export.checkpoint.checkpoint import Checkpoint
+from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.spec import ModelSpec
+
+_MAX_LISTED = 10
+_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|weight)|" + re.escape(ROPE_FACTORS))
+"""Rotary frequencies that old checkpoints store; they follow from the config."""
+
+
+def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> None:
+    """Check names and shapes of all tensors; a tied model may hold its LM head twice if both are the same.
+
+    Raises:
+        CheckpointError: A tensor is missing, extra or of another shape; the message lists all of them.
+    """
+    expected = expected_tensors(arch, spec)
+    names = checkpoint.names()
+    head = arch.tensor_name("lm_head.weight")
+    missing = [name for name in expected if name not in names]
+    extra = sorted(name for name in names - expected.keys() if not _HARMLESS.fullmatch(name))
+    misshapen = [
+        f"{name} is {list(checkpoint.shape(name))}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in names and checkpoint.shape(name) != shape
+    ]
+    stored_head_of_tied = spec.tie_word_embeddings and head in extra
+    if stored_head_of_tied:
+        extra.remove(head)
+    problems = [
+        f"{len(found)} {what} ({_listed(found)})"
+        for what, found in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+        if found
+    ]
+    if head in missing:
+        problems.append(f"{head} may be absent only if tie_word_embeddings is true, and it is false")
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.folder_or_file} does not hold the tensors that its config describes: {'; '.join(problems)}",
+            remedy="check that weights and config belong to the same model",
+        )
+    if stored_head_of_tied:
+        _check_same(checkpoint, arch.tensor_name("embed_tokens.weight"), head)
+
+
+def _check_same(checkpoint: Checkpoint, embedding: str, head: str) -> None:
+    same = checkpoint.shape(embedding) == checkpoint.shape(head) and np.array_equal(
+        checkpoint.tensor(embedding).view(np.uint32), checkpoint.tensor(head).view(np.uint32)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{checkpoint.config.where('tie_word_embeddings')} is true, but {head} differs from {embedding}",
+            remedy="set tie_word_embeddings to false if the model has a head of its own, else remove that tensor",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MAX_LISTED])
+    return shown if len(names) <= _MAX_LISTED else f"{shown} and {len(names) - _MAX_LISTED} more"

@@ -1,0 +1,112 @@
+"""The export itself: a checkpoint in, a bundle out, nothing half-written in between."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from shortstack import __version__
+from shortstack.export.arch import resolve
+from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.draft_vocab import choose_draft_vocab
+from shortstack.export.progress import progress_stages
+from shortstack.export.spec import ExportSpec
+from shortstack.export.weights import store_weights
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle, describe_files, open_bundle, staged_folder, write_manifest
+from shortstack.graphs.errors import CheckpointError, RequestError
+from shortstack.graphs.ir.segment import segment_model
+from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.plan import ExitSpec, SplitPlan
+from shortstack.graphs.spec import ModelSpec
+
+
+def export_bundle(request: ExportSpec) -> Bundle:
+    """Cut a checkpoint into a bundle.
+
+    Args:
+        request: What to export, and how.
+
+    Returns:
+        The finished bundle.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        UnsupportedError: It can be read, but not exported.
+        RequestError: An option does not fit the model.
+        BundleError: The output folder is in the way.
+    """
+    with progress_stages() as stage:
+        checkpoint = open_checkpoint(request.checkpoint, revision=request.revision)
+        arch, spec = resolve(checkpoint)
+        plan = SplitPlan(spec.num_hidden_layers, tuple(ExitSpec(e, request.draft_vocab) for e in request.exit_layers))
+        max_length = _max_length(request, spec)
+        files = checkpoint.files()
+        if names.TOKENIZER_FILE not in files:
+            raise CheckpointError(
+                f"{checkpoint.source} has no {names.TOKENIZER_FILE}",
+                remedy="save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            )
+        ids = None
+        if request.draft_vocab is not None:
+            ids = choose_draft_vocab(
+                files[names.TOKENIZER_FILE], request.draft_text, request.draft_vocab, spec.vocab_size
+            )
+        with staged_folder(request.out, overwrite=request.overwrite) as folder:
+            with WeightStore(folder) as store:
+                advance = stage("Writing weights", spec.num_hidden_layers)
+                store_weights(checkpoint, arch, spec, request.dtype, max_length, store, advance)
+                if ids is not None:
+                    _store_draft_heads(plan, spec, ids, store, folder)
+            advance = stage("Building graphs", len(plan.segments))
+            for segment in plan.segments:
+                model = segment_model(spec, plan, segment, request.dtype, store)
+                ir.save(model, folder / names.segment_file(segment.start, segment.end))
+                advance(1)
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+            advance = stage("Hashing", 2)
+            source_sha256 = checkpoint.digest()
+            advance(1)
+            manifest = Manifest(
+                spec=spec,
+                plan=plan,
+                dtype=request.dtype,
+                max_length=max_length,
+                files=describe_files(folder),
+                source_name=Path(checkpoint.source).name if Path(checkpoint.source).exists() else checkpoint.source,
+                source_sha256=source_sha256,
+                tools={"shortstack": __version__, **{p: version(p) for p in ("numpy", "onnx", "onnx-ir")}},
+            )
+            advance(1)
+            write_manifest(folder, manifest)
+    return open_bundle(request.out)
+
+
+def _max_length(request: ExportSpec, spec: ModelSpec) -> int:
+    if request.max_length is None:
+        return spec.max_position_embeddings
+    if request.max_length > spec.max_position_embeddings:
+        raise RequestError(
+            "--max-length is beyond what the model was made for",
+            found=request.max_length,
+            expected=f"at most max_position_embeddings = {spec.max_position_embeddings}",
+        )
+    return request.max_length
+
+
+def _store_draft_heads(plan: SplitPlan, spec: ModelSpec, ids: np.ndarray, store: WeightStore, folder: Path) -> None:
+    """Store the trimmed head's rows once, and give every exit its names for them."""
+    full = store[names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD].numpy()
+    first, *others = (e.exit_layer for e in plan.exits)
+    store.add(names.exit_weight(first, "head.weight"), full[ids])
+    store.add(names.exit_weight(first, "head.ids"), ids)
+    for exit_layer in others:
+        for part in ("head.weight", "head.ids"):
+            store.alias(names.exit_weight(exit_layer, part), names.exit_weight(first, part))
+    for exit_layer in (first, *others):
+        np.save(folder / names.draft_vocab_file(exit_layer), ids, allow_pickle=False)

@@ -1,0 +1,77 @@
+"""Checkpoints as they come: a Hugging Face folder, a hub id or a GGUF file, behind one interface."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress
+from shortstack.export.checkpoint.config import Config
+from shortstack.graphs.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, or a
+            hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``, which is downloaded into the hub's cache. What
+            exists on disk is never looked up on the hub.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it cannot be fetched, or it is damaged.
+        UnsupportedError: It is there in a form this version does not read.
+    """
+    try:
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        raise CheckpointError(f"{source!r} cannot be read ({error})", remedy="check the path") from None
+    if is_file:
+        return _open_file(path, source)
+    if is_folder:
+        return _open_folder(path, source)
+    if not _HUB_ID.fullmatch(source) or source.endswith((".gguf", ".safetensors")):
+        raise CheckpointError(
+            f"{source!r} does not exist and is not a hub id",
+            expected="a folder, a .gguf file or organisation/name",
+            remedy="check the path",
+        )
+    from shortstack.export.checkpoint.hub import download
+
+    return _hugging_face(download(source, revision), source)
+
+
+def _open_file(path: Path, source: str) -> Checkpoint:
+    if path.suffix.lower() != ".gguf":
+        raise CheckpointError(
+            f"{path} is a file", expected="a .gguf file or a folder", remedy="name the folder that holds config.json"
+        )
+    return _gguf(path, source)
+
+
+def _open_folder(path: Path, source: str) -> Checkpoint:
+    gguf_files = sorted(path.glob("*.gguf"))
+    if not gguf_files or any(path.glob("*.safetensors")):
+        return _hugging_face(path, source)
+    if len(gguf_files) > 1:
+        listed = ", ".join(file.name for file in gguf_files[:5])
+        raise CheckpointError(f"{path} holds {len(gguf_files)} .gguf files ({listed})", remedy="name one of them")
+    return _gguf(gguf_files[0], source)
+
+
+def _gguf(file: Path, source: str) -> Checkpoint:
+    from shortstack.export.checkpoint.gguf import GgufCheckpoint
+
+    return GgufCheckpoint(file, source)
+
+
+def _hugging_face(folder: Path, source: str) -> Checkpoint:
+    from shortstack.export.checkpoint.hf import HuggingFaceCheckpoint
+
+    return HuggingFaceCheckpoint(folder, source)

@@ -1,0 +1,107 @@
+"""The one interface of every checkpoint reader: lazy tensors by Hugging Face name, a config, the tokenizer's files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.export.checkpoint.config import Config
+from shortstack.graphs.errors import CheckpointError
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in total."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+"""The files that :meth:`Checkpoint.files` may return and that a bundle carries along."""
+
+
+class Checkpoint(Protocol):
+    """A trained model on disk.
+
+    Tensors have Hugging Face names and layouts whatever the file format: a linear weight is [out, in], and q and k
+    rows are in the rotate-half order of transformers.
+    """
+
+    @property
+    def source(self) -> str:
+        """What the user named: a folder, a file or a hub id."""
+
+    @property
+    def folder_or_file(self) -> Path:
+        """Where it lies on disk."""
+
+    @property
+    def config(self) -> Config:
+        """The model's config under Hugging Face names."""
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """Read one tensor as C-contiguous float32.
+
+        Raises:
+            CheckpointError: There is no such tensor, or its data cannot be read.
+            UnsupportedError: Its stored type is not one this version reads.
+        """
+
+    def files(self) -> dict[str, bytes]:
+        """Return the content of those :data:`TOKENIZER_FILES` that exist; ``generation_config.json`` always does.
+
+        Raises:
+            CheckpointError: One of them is damaged.
+        """
+
+    def digest(self, progress: Progress | None = None) -> str:
+        """Return the SHA-256 (hex) over the weights and the config, read as a stream."""
+
+
+def unknown_tensor(name: str, where: Path) -> CheckpointError:
+    """Return the error for a tensor that is asked for and not there."""
+    return CheckpointError(f"{where} has no tensor {name}")
+
+
+def hash_files(files: Iterable[Path], *, label: bool, progress: Progress | None = None) -> str:
+    """Hash files in the given order as one stream.
+
+    Args:
+        files: What to hash.
+        label: Mix in each file's name and size, so that moving bytes between files changes the hash. Without it the
+            hash of one file is what ``sha256sum`` prints.
+        progress: Called after every chunk.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    chosen = tuple(files)
+    hasher = hashlib.sha256()
+    try:
+        sizes = [file.stat().st_size for file in chosen]
+        done_bytes, total_bytes = 0, sum(sizes)
+        for file, size in zip(chosen, sizes, strict=True):
+            if label:
+                hasher.update(f"{file.name}\0{size}\0".encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    hasher.update(chunk)
+                    done_bytes += len(chunk)
+                    if progress is not None:
+                        progress(done_bytes, total_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read ({error.strerror})") from None
+    return hasher.hexdigest()
+
+
+_CHUNK_BYTES = 1 << 22

@@ -1,0 +1,159 @@
+"""A foreign config, read typed and loud: every field is asked for by type, and a wrong one is named with its file.
+
+For the model families in ``export/arch/`` and for the GGUF reader, which reads GGUF metadata through the same class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
+
+T = TypeVar("T", bound=bool | int | float | str)
+D = TypeVar("D", bound=bool | int | float | str | None)
+
+
+class _Default(Enum):
+    REQUIRED = "required"
+
+
+class Config:
+    """Parsed key-value data and the file it came from.
+
+    A field whose value is ``null`` counts as absent: Hugging Face configs write ``null`` for "not set".
+
+    Args:
+        data: The parsed JSON object, or the metadata of a GGUF file.
+        file: The file to name in messages.
+        prefix: Where ``data`` lies inside that file, such as ``rope_scaling.``; empty at the top.
+    """
+
+    def __init__(self, data: Mapping[str, object], file: str, prefix: str = "") -> None:
+        self.data = data
+        self.file = file
+        self.prefix = prefix
+
+    def __contains__(self, key: str) -> bool:
+        return self.data.get(key) is not None
+
+    def where(self, key: str) -> str:
+        """Return the file and the full field name, for messages."""
+        return f"{self.file}: {self.prefix}{key}"
+
+    def read(self, kind: type[T], key: str, default: T | D | _Default = _Default.REQUIRED) -> T | D:
+        """Read one field.
+
+        Args:
+            kind: ``bool``, ``int``, ``float`` or ``str``. A bool is never taken for a number; an int is taken for a
+                float.
+            key: The field's name at this level.
+            default: Returned when the field is absent or null. Without it the field is required.
+
+        Returns:
+            The value, of type ``kind``, or the default.
+
+        Raises:
+            CheckpointError: The field is required and absent, or has another type, or is a float that is not finite.
+        """
+        value = self.data.get(key)
+        if value is None:
+            if isinstance(default, _Default):
+                raise CheckpointError(
+                    f"{self.where(key)} is missing",
+                    expected=_KIND_NAMES[kind],
+                    remedy="add the field, or take the file from the model's original repository",
+                )
+            return default
+        accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise self.wrong(key, _KIND_NAMES[kind])
+        return cast("T", self._finite(key, value) if kind is float else value)
+
+    def _finite(self, key: str, value: Any) -> float:
+        try:
+            number = float(value)
+        except OverflowError:  # an integer that no float can hold
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.wrong(key, "a finite number")
+        return number
+
+    def read_token_ids(self, key: str) -> tuple[int, ...]:
+        """Read a field that holds one token id or a list of them; an absent field is an empty tuple.
+
+        Raises:
+            CheckpointError: The field holds anything else.
+        """
+        value = self.data.get(key)
+        if value is None:
+            return ()
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+            raise self.wrong(key, "a token id or a list of token ids")
+        return tuple(ids)
+
+    def section(self, key: str) -> Config | None:
+        """Return the object under ``key`` as a config of its own, or None when it is absent or null.
+
+        Raises:
+            CheckpointError: The field holds something that is not an object.
+        """
+        value = self.data.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.wrong(key, "an object")
+        return Config(value, self.file, f"{self.prefix}{key}.")
+
+    def wrong(self, key: str, expected: str) -> CheckpointError:
+        """Return the error that says what ``key`` holds and what it should hold."""
+        return CheckpointError(self.where(key), found=_shorten(repr(self.data.get(key))), expected=expected)
+
+
+def parse_json_object(text: bytes | str, file: Path | str) -> dict[str, object]:
+    """Parse a JSON file that must hold an object.
+
+    Args:
+        text: The file's content.
+        file: Its name, for messages.
+
+    Raises:
+        CheckpointError: The text is not JSON, or not an object.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error})", remedy="download the file again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}", found=f"a JSON {type(data).__name__}", expected="a JSON object")
+    return data
+
+
+def not_one_of(where: str, found: str, supported: Iterable[str], remedy: str | None = None) -> UnsupportedError:
+    """Return the error for a named choice this version does not know, with the nearest name it does.
+
+    Args:
+        where: File and field.
+        found: The value there.
+        supported: The values that would have been fine.
+        remedy: What to do, if there is more to say than the nearest name.
+    """
+    names = sorted(supported)
+    near = difflib.get_close_matches(found, names, n=1)
+    expected = f"{'one of ' if len(names) > 1 else ''}{', '.join(names)}"
+    if near and len(names) > 1:
+        expected += f" (the nearest is {near[0]})"
+    return UnsupportedError(where, found=repr(found), expected=expected, remedy=remedy)
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+_KIND_NAMES: Mapping[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}

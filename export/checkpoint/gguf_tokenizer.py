@@ -1,0 +1,218 @@
+"""Builds ``tokenizer.json`` and ``tokenizer_config.json`` from the metadata of a GGUF file.
+
+transformers has such a conversion, too, but as of 5.23 it splits the digits of SmolLM2 like GPT-2 does, ignores Llama
+3's ``ignore_merges`` and is private; so the few lines it takes are here, on the ``tokenizers`` library alone. Two
+kinds of vocabulary are known: ``gpt2`` (byte-level BPE) and ``llama`` (SentencePiece BPE with byte fallback).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from shortstack.export.checkpoint.config import Config, not_one_of
+from shortstack.export.checkpoint.gguf_pretokenizers import SPLITS, Split
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
+
+T = TypeVar("T", str, int, float)
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
+_SPACE = "\u2581"  # how SentencePiece spells a space
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The lists of ``tokenizer.ggml.*``, checked.
+
+    Attributes:
+        tokens: Token texts by id.
+        types: Token types by id.
+        scores: SentencePiece scores by id; empty if the file has none.
+        merges: Pairs of token texts, best first; empty if the file has none.
+    """
+
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    merges: list[tuple[str, str]]
+
+    def ids(self) -> dict[str, int]:
+        """Return token ids by text."""
+        return {token: index for index, token in enumerate(self.tokens)}
+
+
+def tokenizer_files(metadata: Config) -> dict[str, bytes]:
+    """Return ``tokenizer.json`` and ``tokenizer_config.json``; nothing if the file carries no tokenizer.
+
+    Raises:
+        CheckpointError: A field is missing, of another type, or at odds with another one.
+        UnsupportedError: The kind of vocabulary, or its way of splitting text, is not known.
+    """
+    kind = metadata.read(str, "tokenizer.ggml.model", None)
+    if kind in (None, "none", "no_vocab"):
+        return {}
+    vocabulary = read_vocabulary(metadata)
+    if kind == "gpt2":
+        split = _read_split(metadata)
+        tokenizer = byte_level_tokenizer(vocabulary, split)
+        add_bos_default, special = split.add_bos, {_CONTROL}
+    elif kind == "llama":
+        add_space_prefix = metadata.read(bool, "tokenizer.ggml.add_space_prefix", True)
+        unknown = _token(metadata, vocabulary, "unknown", 0)
+        tokenizer = sentencepiece_tokenizer(vocabulary, unknown, add_space_prefix=add_space_prefix)
+        add_bos_default, special = True, {_UNKNOWN, _CONTROL}
+    else:
+        raise not_one_of(metadata.where("tokenizer.ggml.model"), str(kind), ("gpt2", "llama"))
+
+    typed = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in typed if k in special])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _USER_DEFINED])
+
+    config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for key, field in _SPECIAL_TOKENS.items():
+        config[key] = _token(metadata, vocabulary, field, None)
+    config["add_bos_token"] = metadata.read(bool, "tokenizer.ggml.add_bos_token", add_bos_default)
+    config["add_eos_token"] = metadata.read(bool, "tokenizer.ggml.add_eos_token", False)
+    _add_template(tokenizer, metadata, config)
+    template = metadata.read(str, "tokenizer.chat_template", None)
+    if template is not None:
+        config["chat_template"] = template
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+    }
+
+
+def read_vocabulary(metadata: Config) -> Vocabulary:
+    """Read and check the lists of ``tokenizer.ggml.*``.
+
+    Raises:
+        CheckpointError: A list is missing, has another length or type, repeats a token, or merges what is no token.
+    """
+    tokens = _read_list(metadata, "tokenizer.ggml.tokens", str)
+    if not tokens:
+        raise CheckpointError(f"{metadata.where('tokenizer.ggml.tokens')} is missing or empty")
+    ids = {token: index for index, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
+        raise CheckpointError(f"{metadata.where('tokenizer.ggml.tokens')} lists {twice!r} twice")
+    types = _read_list(metadata, "tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens)
+    scores = _read_list(metadata, "tokenizer.ggml.scores", float)
+    for key, length in (("token_type", len(types)), ("scores", len(scores) or len(tokens))):
+        if length != len(tokens):
+            raise CheckpointError(
+                metadata.where(f"tokenizer.ggml.{key}"),
+                found=f"{length} entries",
+                expected=f"one per token, {len(tokens)}",
+            )
+    merges: list[tuple[str, str]] = []
+    for merge in _read_list(metadata, "tokenizer.ggml.merges", str):
+        left, _, right = merge.partition(" ")
+        if left not in ids or right not in ids or left + right not in ids:
+            raise CheckpointError(
+                metadata.where("tokenizer.ggml.merges"), found=repr(merge), expected="two tokens whose join is a token"
+            )
+        merges.append((left, right))
+    return Vocabulary(tokens, types, scores, merges)
+
+
+def byte_level_tokenizer(vocabulary: Vocabulary, split: Split) -> Tokenizer:
+    """Build a byte-level BPE tokenizer, as GPT-2, SmolLM2 and Llama 3 use."""
+    model = models.BPE(vocab=vocabulary.ids(), merges=vocabulary.merges, ignore_merges=split.ignore_merges)
+    tokenizer = Tokenizer(model)
+    if split.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = split.pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece_tokenizer(vocabulary: Vocabulary, unknown: str | None, *, add_space_prefix: bool) -> Tokenizer:
+    """Build a SentencePiece BPE tokenizer, as Llama 2 uses, in the form of Llama 2's own ``tokenizer.json``."""
+    merges = vocabulary.merges or merges_from_scores(vocabulary)
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary.ids(), merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    to_pieces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
+    to_text: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if add_space_prefix:
+        to_pieces.insert(0, normalizers.Prepend(_SPACE))
+        to_text.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(to_pieces)
+    tokenizer.decoder = decoders.Sequence(to_text)
+    return tokenizer
+
+
+def merges_from_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Recover the merges of a SentencePiece vocabulary: all pairs that join into a token, best score first."""
+    ids = vocabulary.ids()
+    scores: Sequence[float] = vocabulary.scores or [-float(index) for index in range(len(ids))]
+    ranked: list[tuple[float, int, int, str, str]] = []
+    for token, kind, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True):
+        if kind not in (_NORMAL, _USER_DEFINED):
+            continue  # control and byte tokens never come from merging text
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                ranked.append((-score, ids[left], ids[right], left, right))
+    ranked.sort(key=lambda entry: entry[:3])
+    return [(left, right) for *_, left, right in ranked]
+
+
+def _read_split(metadata: Config) -> Split:
+    name = metadata.read(str, "tokenizer.ggml.pre", None)
+    where = metadata.where("tokenizer.ggml.pre")
+    if name is None:
+        raise UnsupportedError(
+            f"{where} is missing, so how text is split before merging is unknown",
+            remedy="convert the model again with a current llama.cpp",
+        )
+    if name not in SPLITS:
+        raise not_one_of(where, name, SPLITS, remedy="export from the model's safetensors instead")
+    return SPLITS[name]
+
+
+def _read_list(metadata: Config, key: str, kind: type[T]) -> list[T]:
+    """Read a list of ``kind``; an absent one is empty."""
+    value = metadata.data.get(key, [])
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise CheckpointError(metadata.where(key), found="something else", expected=f"a list of {kind.__name__} values")
+    return value
+
+
+def _token(metadata: Config, vocabulary: Vocabulary, field: str, default: int | None) -> str | None:
+    key = f"tokenizer.ggml.{field}_token_id"
+    index = metadata.read(int, key, default)
+    if index is None:
+        return None
+    if not 0 <= index < len(vocabulary.tokens):
+        raise metadata.wrong(key, f"a token id below {len(vocabulary.tokens)}")
+    return vocabulary.tokens[index]
+
+
+def _add_template(tokenizer: Tokenizer, metadata: Config, config: dict[str, object]) -> None:
+    """Let the tokenizer add the beginning and end tokens that ``config`` asks for."""
+    before: list[str] = []
+    after: list[str] = []
+    for tokens, side in ((before, "bos"), (after, "eos")):
+        if config[f"add_{side}_token"] is True:
+            token = config[f"{side}_token"]
+            if not isinstance(token, str):
+                raise CheckpointError(
+                    f"{metadata.where(f'tokenizer.ggml.{side}_token_id')} is missing, but that token is to be added"
+                )
+            tokens.append(token)
+    if not before and not after:
+        return
+    ids = {token: tokenizer.token_to_id(token) for token in (*before, *after)}
+    second = [f"{token}:1" for token in before], [f"{token}:1" for token in after]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *second[0], "$B:1", *second[1]],
+        special_tokens=list(ids.items()),
+    )

@@ -1,0 +1,220 @@
+"""Reads Hugging Face folders: config, one safetensors file or an index with shards, the tokenizer's files.
+
+Tensors are memory-mapped and converted one at a time. The folder is treated as untrusted: shard names must be plain
+file names, links must not lead out of it (except into the ``blobs`` folder of the hub's own cache), and pickles are
+never opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from shortstack.export.checkpoint.checkpoint import TOKENIZER_FILES, Progress, hash_files, unknown_tensor
+from shortstack.export.checkpoint.config import Config, parse_json_object
+from shortstack.export.checkpoint.tokenizer_files import complete_files
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+_DTYPES: dict[str, npt.DTypeLike] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,  # importing ml_dtypes is also what lets safetensors' numpy API return bfloat16
+}
+
+
+class HuggingFaceCheckpoint:
+    """A folder of safetensors with a ``config.json``; the methods are those of ``Checkpoint``.
+
+    Args:
+        folder: The folder.
+        source: What the user named, if not the folder itself: a hub id.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or outside the folder.
+        UnsupportedError: The weights are there only as pickles.
+    """
+
+    def __init__(self, folder: Path, source: str | None = None) -> None:
+        self.source = str(folder) if source is None else source
+        self.folder_or_file = folder
+        config_file = member(folder, "config.json")
+        if config_file is None:
+            raise CheckpointError(
+                f"{folder} has no config.json",
+                remedy="name a folder that transformers' save_pretrained wrote, or a .gguf",
+            )
+        self.config = Config(parse_json_object(_read(config_file), config_file), str(config_file))
+        promised = find_weight_files(folder)
+        self._shards = {file: _open(file) for file in promised}
+        self._file_of: dict[str, Path] = {}
+        for file, shard in self._shards.items():
+            stored = frozenset(shard.keys())
+            if absent := sorted(promised[file] - stored):
+                raise CheckpointError(
+                    f"{file} lacks {len(absent)} tensors that {INDEX_FILE} places there ({', '.join(absent[:10])})",
+                    remedy="download the checkpoint again: its index and shards are of different versions",
+                )
+            if twice := sorted(stored & self._file_of.keys()):
+                raise CheckpointError(
+                    f"{folder} holds {len(twice)} tensors twice, such as {twice[0]} in {self._file_of[twice[0]].name} "
+                    f"and {file.name}",
+                    remedy="remove the file that does not belong to this model",
+                )
+            self._file_of |= dict.fromkeys(stored, file)
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all tensors."""
+        return frozenset(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data."""
+        return tuple(self._shard(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """Read one tensor as C-contiguous float32."""
+        shard = self._shard(name)
+        file = self._file_of[name]
+        stored = str(shard.get_slice(name).get_dtype())
+        if stored not in _DTYPES:
+            raise UnsupportedError(
+                f"{file}: tensor {name}",
+                found=f"type {stored}",
+                expected=f"one of {', '.join(_DTYPES)}",
+                remedy="name the checkpoint before it was quantized",
+            )
+        try:
+            value: npt.NDArray[Any] = shard.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: tensor {name} cannot be read ({error})") from None
+        return np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the content of the tokenizer's files that exist, and a generation config always."""
+        paths = {name: member(self.folder_or_file, name) for name in TOKENIZER_FILES}
+        found = {name: _read(path) for name, path in paths.items() if path is not None}
+        return complete_files(found, self.config, str(self.folder_or_file))
+
+    def digest(self, progress: Progress | None = None) -> str:
+        """Return the SHA-256 over ``config.json`` and the weight files, each preceded by its name and size."""
+        return hash_files((self.folder_or_file / "config.json", *self._shards), label=True, progress=progress)
+
+    def _shard(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise unknown_tensor(name, self.folder_or_file)
+        return self._shards[self._file_of[name]]
+
+
+def find_weight_files(folder: Path) -> dict[Path, frozenset[str]]:
+    """Return the safetensors files of a checkpoint folder, sorted by name, each with what an index places there.
+
+    ``model.safetensors`` wins over an index, as in transformers. A lone ``*.safetensors`` of another name is taken.
+
+    Raises:
+        CheckpointError: The index is damaged, names a file that is missing or outside the folder, or there are no
+            weights.
+        UnsupportedError: There are only pickles.
+    """
+    if (weights_file := member(folder, WEIGHTS_FILE)) is not None:
+        return {weights_file: frozenset()}
+    if (index_file := member(folder, INDEX_FILE)) is not None:
+        return _files_of_index(folder, index_file)
+    candidates = sorted(file.name for file in folder.glob("*.safetensors"))
+    if len(candidates) == 1 and (weights_file := member(folder, candidates[0])) is not None:
+        return {weights_file: frozenset()}
+    if candidates:
+        raise CheckpointError(
+            f"{folder} holds {len(candidates)} safetensors files and no {INDEX_FILE} that says which belong together",
+            remedy=f"add {INDEX_FILE}, or keep one file",
+        )
+    pickles = sorted(file.name for pattern in _PICKLE_PATTERNS for file in folder.glob(pattern))
+    if pickles:
+        raise UnsupportedError(
+            f"{folder} holds its weights only as pickles ({', '.join(pickles[:3])}), which may run code",
+            expected=f"{WEIGHTS_FILE}, or shards with {INDEX_FILE}",
+            remedy="convert a checkpoint you trust with `AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(NEW_FOLDER, safe_serialization=True)` from transformers",
+        )
+    raise CheckpointError(
+        f"{folder} has no weights",
+        expected=f"{WEIGHTS_FILE}, or shards with {INDEX_FILE}",
+        remedy="finish the download, or name the folder that holds the weights",
+    )
+
+
+def _files_of_index(folder: Path, index_file: Path) -> dict[Path, frozenset[str]]:
+    index = Config(parse_json_object(_read(index_file), index_file), str(index_file))
+    weight_map = index.section("weight_map")
+    if weight_map is None or not weight_map.data:
+        raise CheckpointError(f"{index_file}: weight_map is missing or empty", remedy="download the file again")
+    shards = sorted({weight_map.read(str, tensor) for tensor in weight_map.data})
+    for shard in shards:
+        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+            raise CheckpointError(
+                f"{index_file}: weight_map",
+                found=f"the shard name {shard!r}",
+                expected="a plain file name in the same folder",
+            )
+    files = {shard: member(folder, shard) for shard in shards}
+    missing = [shard for shard, file in files.items() if file is None]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(shards)} files that {INDEX_FILE} names ({', '.join(missing[:10])})",
+            remedy="finish the download",
+        )
+    return {
+        file: frozenset(tensor for tensor, holder in weight_map.data.items() if holder == shard)
+        for shard, file in files.items()
+        if file is not None
+    }
+
+
+def member(folder: Path, name: str) -> Path | None:
+    """Return the path of a file in a checkpoint folder, or None; no link may lead it out of there.
+
+    A snapshot in the hub's cache, ``models--org--name/snapshots/<commit>/``, consists of links into
+    ``models--org--name/blobs/``; those are allowed.
+
+    Raises:
+        CheckpointError: The file is a link to somewhere else, or cannot be looked at.
+    """
+    path = folder / name
+    try:
+        home, target = folder.resolve(), path.resolve()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle, before Python 3.13
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{path} is a link that leads out of the folder, to {target}", remedy="copy the file into the folder"
+        )
+    return path if is_file else None
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is not a complete safetensors file ({error})",
+            remedy="download it again, and compare its size with the one at the source",
+        ) from None

@@ -1,0 +1,63 @@
+"""Fetches a model from the Hugging Face hub: its config, its tokenizer's files and its safetensors, nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from shortstack.export.checkpoint.checkpoint import TOKENIZER_FILES
+from shortstack.graphs.errors import CheckpointError
+
+# `*` also matches `/`: the prefix keeps copies in subfolders, such as original/model.safetensors, from being fetched.
+_PATTERNS = ("config.json", *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+
+
+def download(repo_id: str, revision: str | None = None) -> Path:
+    """Return the folder of a snapshot in the hub's cache, fetching what is not there yet.
+
+    Args:
+        repo_id: ``organisation/name``.
+        revision: Branch, tag or commit; the default branch without it.
+
+    Raises:
+        CheckpointError: There is no such model or revision, it is gated, or the hub cannot be reached.
+    """
+    what = f"{repo_id} at {revision}" if revision else repo_id
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_PATTERNS)))
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{what} is gated on the hub",
+            remedy=f"accept its licence at https://huggingface.co/{repo_id}, then run `hf auth login`",
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{what} is neither a local folder nor a model on the hub",
+            remedy="check the spelling, or run `hf auth login` if the model is private",
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{repo_id} has no revision {revision!r} on the hub") from None
+    except HFValidationError as error:
+        raise CheckpointError(f"{what} is not a valid hub id ({_first_line(error)})") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{what} is not a local folder, is not in the hub's cache, and the hub cannot be reached",
+            remedy="connect to the internet, or name a folder or .gguf file on disk",
+        ) from None
+    except (OSError, ValueError, RuntimeError) as error:  # network, disk full, a proxy's answer
+        raise CheckpointError(
+            f"{what} cannot be fetched from the hub ({_first_line(error)})",
+            remedy="check the connection and the disk, then run the command again",
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,76 @@
+"""Completes the small text files around a model: the chat template as its own file, a generation config always."""
+
+from __future__ import annotations
+
+import json
+
+from shortstack.export.checkpoint.config import Config, parse_json_object
+from shortstack.graphs.errors import CheckpointError
+
+
+def complete_files(found: dict[str, bytes], config: Config, where: str) -> dict[str, bytes]:
+    """Return the files a bundle carries, given those a checkpoint has.
+
+    Args:
+        found: Content by file name, from the checkpoint.
+        config: The model's config, for ``bos_token_id`` and ``eos_token_id``.
+        where: The checkpoint's place, for messages.
+
+    Raises:
+        CheckpointError: A JSON file among them is damaged, or the chat template is of an unknown form.
+    """
+    files = dict(found)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if name in files:
+            parse_json_object(files[name], f"{where}/{name}")
+    if "chat_template.jinja" not in files and "tokenizer_config.json" in files:
+        name = f"{where}/tokenizer_config.json"
+        template = chat_template(Config(parse_json_object(files["tokenizer_config.json"], name), name))
+        if template is not None:
+            files["chat_template.jinja"] = template.encode()
+    if "generation_config.json" not in files:
+        files["generation_config.json"] = generation_config(config)
+    return files
+
+
+def chat_template(tokenizer_config: Config) -> str | None:
+    """Return the chat template inside a ``tokenizer_config.json``: a string, or the one named "default" of a list.
+
+    Raises:
+        CheckpointError: The field has another form.
+    """
+    value = tokenizer_config.data.get("chat_template")
+    if value is None or isinstance(value, str):
+        return value
+    expected = "a string, or a list of {name, template} objects"
+    if not isinstance(value, list):
+        raise tokenizer_config.wrong("chat_template", expected)
+    by_name: dict[str, str] = {}
+    for entry in value:
+        match entry:
+            case {"name": str(name), "template": str(template)}:
+                by_name[name] = template
+            case _:
+                raise tokenizer_config.wrong("chat_template", expected)
+    if by_name and "default" not in by_name:
+        raise CheckpointError(
+            tokenizer_config.where("chat_template"),
+            found=f"templates named {', '.join(sorted(by_name))}",
+            expected='one named "default"',
+            remedy="put the template to use into chat_template.jinja beside the file",
+        )
+    return by_name.get("default")
+
+
+def generation_config(config: Config) -> bytes:
+    """Return a ``generation_config.json`` with the special token ids of ``config``.
+
+    Raises:
+        CheckpointError: A token id in ``config`` is neither an id nor a list of ids.
+    """
+    data: dict[str, int | list[int]] = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = config.read_token_ids(key)
+        if ids:
+            data[key] = ids[0] if len(ids) == 1 else list(ids)
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -1,0 +1,80 @@
+"""`shortstack export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from shortstack.graphs.errors import RequestError
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--exit-layer",
+    "-e",
+    "exit_layers",
+    type=int,
+    multiple=True,
+    metavar="E",
+    help="Cut after E layers and put an exit there; may be given more than once. Without it the model stays whole.",
+)
+@click.option(
+    "--draft-vocab",
+    type=int,
+    metavar="N",
+    help="Trim the exit heads to the N most useful token ids. Output stays the same after verification.",
+)
+@click.option(
+    "--draft-text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Choose those ids by frequency in this text instead of the shipped one.",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--max-length", type=int, metavar="C", help="Longest context in tokens.  [default: the model's own]")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def export(
+    checkpoint: str,
+    out: Path,
+    exit_layers: tuple[int, ...],
+    draft_vocab: int | None,
+    draft_text: Path | None,
+    dtype: str,
+    max_length: int | None,
+    revision: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Cut CHECKPOINT (a folder, a GGUF file or a hub id) at its exits into the ONNX bundle OUT."""
+    from shortstack.export.assemble import export_bundle
+    from shortstack.export.spec import DTYPES, ExportSpec
+
+    if draft_text is not None and draft_vocab is None:
+        raise RequestError("--draft-text chooses the ids for --draft-vocab", remedy="add --draft-vocab N")
+    bundle = export_bundle(
+        ExportSpec(
+            checkpoint=checkpoint,
+            out=out,
+            exit_layers=exit_layers,
+            draft_vocab=draft_vocab,
+            draft_text=draft_text,
+            dtype=DTYPES[dtype],
+            max_length=max_length,
+            revision=revision,
+            overwrite=overwrite,
+        )
+    )
+    manifest = bundle.manifest
+    total_bytes = sum(entry.bytes for entry in manifest.files.values())
+    segments = [[s.start, s.end] for s in manifest.plan.segments]
+    if as_json:
+        click.echo(json.dumps({"bundle": str(out), "segments": segments, "bytes": total_bytes}))
+    else:
+        cuts = " | ".join(f"layers {start}-{end - 1}" for start, end in segments)
+        click.echo(f"{out}: {cuts}; {total_bytes / 1e6:.1f} MB")

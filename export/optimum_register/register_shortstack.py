@@ -1,0 +1,9 @@
+"""Installed as ``optimum/commands/register/register_shortstack.py``: what ``optimum-cli`` finds at its start."""
+
+from __future__ import annotations
+
+from optimum.commands.export.base import ExportCommand
+
+from shortstack.export.optimum_command import ExportShortstackCommand
+
+REGISTER_COMMANDS = [(ExportShortstackCommand, ExportCommand)]

@@ -1,0 +1,285 @@
+"""Whether a bundle computes what transformers' PyTorch model of its checkpoint computes, and where it does not.
+
+Three comparisons, each on real text:
+
+1. teacher-forced: logits of every exit and of the final head, at every position;
+2. layer by layer: the keys and values that each layer left in the cache, and the hidden states at each cut, which name
+   the first layer that went wrong;
+3. greedy: continuations token by token, plain and self-speculative. A fork counts as one unless the reference's own
+   best two tokens are closer than a near tie there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shortstack.export.parity_reference import Array, Reference, Teacher
+from shortstack.graphs import names
+from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.runtime.cache import KVCache
+from shortstack.runtime.model import Model
+from shortstack.runtime.plan import Plan, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far logits may be from the reference.
+
+    Attributes:
+        max_abs: Largest difference of one logit.
+        mean_abs: Mean difference over all logits of a head.
+        tie: Gap between the reference's best two logits below which a greedy fork is a near tie.
+    """
+
+    max_abs: float
+    mean_abs: float
+    tie: float
+
+
+# float32: required of a first bundle. float16: 11 bits of mantissa through every layer, measured on SmolLM2-135M.
+TOLERANCES: dict[DType, Tolerance] = {
+    "float32": Tolerance(1e-3, 5e-5, 1e-4),
+    "float16": Tolerance(0.5, 0.03, 0.1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadError:
+    """How far one head's logits are from the reference, over all texts and positions.
+
+    Attributes:
+        depth: Layers run before the head; L is the final head.
+        max_abs: Largest absolute difference.
+        mean_abs: Mean absolute difference.
+        worst: Where the largest is: text, position, token id.
+        agreement: Share of positions with the same most likely token.
+    """
+
+    depth: int
+    max_abs: float
+    mean_abs: float
+    worst: tuple[int, int, int]
+    agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerError:
+    """How far one tensor is from the reference: largest difference relative to the largest value.
+
+    Attributes:
+        what: ``layer 7 key``, ``layer 7 value`` or ``hidden after 8 layers``.
+        relative: The difference.
+        worst: Where: text and position.
+    """
+
+    what: str
+    relative: float
+    worst: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Where a greedy continuation leaves the reference's, and the gap between the reference's best two logits there."""
+
+    text: int
+    strategy: str
+    position: int
+    ours: int
+    theirs: int
+    gap: float
+
+
+@dataclass(slots=True)
+class ParityReport:
+    """All that was compared.
+
+    Attributes:
+        tolerance: What was allowed.
+        heads: One entry per exit, the final head last.
+        layers: Cache and boundary errors, bottom to top.
+        forks: Greedy forks, near ties included.
+        texts: How many texts.
+        positions: How many positions in all.
+        greedy_tokens: How many tokens of greedy continuation in all.
+    """
+
+    tolerance: Tolerance
+    heads: list[HeadError] = field(default_factory=list)
+    layers: list[LayerError] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
+    texts: int = 0
+    positions: int = 0
+    greedy_tokens: int = 0
+
+    def problems(self) -> list[str]:
+        """Return one sentence per finding out of tolerance, the worst layer and position named."""
+        found = []
+        for head in self.heads:
+            if head.max_abs > self.tolerance.max_abs or head.mean_abs > self.tolerance.mean_abs:
+                text, position, token = head.worst
+                found.append(
+                    f"head after {head.depth} layers: max {head.max_abs:.2e} (allowed {self.tolerance.max_abs:.0e}), "
+                    f"mean {head.mean_abs:.2e} (allowed {self.tolerance.mean_abs:.0e}), "
+                    f"worst at text {text}, position {position}, token {token}"
+                )
+        if found:
+            worst = max(self.layers, key=lambda layer: layer.relative)
+            first = next((x for x in self.layers if x.relative > 1e-3), worst)
+            found.append(
+                f"the first tensor off by more than 1e-3 is {first.what} (relative {first.relative:.1e}, text "
+                f"{first.worst[0]}, position {first.worst[1]}), the worst is {worst.what} ({worst.relative:.1e})"
+            )
+        found += [
+            f"text {fork.text}, {fork.strategy}: greedy fork at new token {fork.position}: {fork.ours} instead of "
+            f"{fork.theirs}, whose lead is {fork.gap:.1e} (a near tie is below {self.tolerance.tie:.0e})"
+            for fork in self.forks
+            if fork.gap >= self.tolerance.tie
+        ]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return asdict(self) | {"problems": self.problems()}
+
+
+def compare(
+    model: Model,
+    reference: Reference,
+    texts: Sequence[Sequence[int]],
+    *,
+    greedy_tokens: int,
+    advance: Callable[[float], None] = lambda _: None,
+) -> ParityReport:
+    """Compare a loaded bundle with the reference.
+
+    Args:
+        model: The bundle.
+        reference: transformers' model.
+        texts: Token ids of each text; greedy continuations start from them.
+        greedy_tokens: Tokens of each continuation; 0 compares logits only.
+        advance: Called with 1 after each text.
+    """
+    manifest = model.bundle.manifest
+    depths = (*manifest.plan.boundaries, manifest.spec.num_hidden_layers)
+    report = ParityReport(TOLERANCES[manifest.dtype], texts=len(texts))
+    heads: dict[int, list[tuple[Array, Array]]] = {depth: [] for depth in depths}
+    layers: dict[str, LayerError] = {}
+    for index, text in enumerate(texts):
+        theirs = reference.teach(text, depths)
+        ours = teach_bundle(model, text)
+        report.positions += len(text)
+        for depth in depths:
+            heads[depth].append((ours.heads[depth], _columns(model, depth, theirs.heads[depth])))
+        for error in _layer_errors(ours, theirs, index):
+            if error.what not in layers or error.relative > layers[error.what].relative:
+                layers[error.what] = error
+        if greedy_tokens:
+            _compare_greedy(model, reference, text, index, greedy_tokens, report)
+        advance(1)
+    report.heads = [_head_error(depth, pairs) for depth, pairs in heads.items()]
+    report.layers = list(layers.values())
+    return report
+
+
+def teach_bundle(model: Model, tokens: Sequence[int]) -> Teacher:
+    """Run one text through every segment at once, every head on every position."""
+    manifest, rows = model.bundle.manifest, len(tokens)
+    spec, dtype = manifest.spec, np.dtype(manifest.dtype)
+    cache = KVCache(
+        range(spec.num_hidden_layers), spec.num_key_value_heads, spec.cache_head_dim, manifest.dtype, rows, model.device
+    )
+    cache.reserve(rows, 0)
+    heads, hidden = {}, {}
+    below: Tensor = np.asarray([tokens], dtype=np.int64)
+    lengths = np.array([rows - 1], np.int32), np.array(rows, np.int32)
+    for segment, session in zip(manifest.plan.segments, model.sessions, strict=True):
+        contract = manifest.contract(segment)
+        vocab = next(port.shape[-1] for port in contract.outputs if port.name == names.LOGITS)
+        assert isinstance(vocab, int)
+        inputs: dict[str, Tensor] = {
+            contract.inputs[0].name: below,
+            names.SEQLENS_K: lengths[0],
+            names.TOTAL_SEQUENCE_LENGTH: lengths[1],
+            names.NUM_ROWS: np.array(rows, np.int64),
+        }
+        outputs: dict[str, Tensor] = {names.LOGITS: (logits := np.empty((1, rows, vocab), dtype))}
+        for layer in range(segment.start, segment.end):
+            for part in names.KV_PARTS:
+                inputs[names.past(layer, part)] = outputs[names.present(layer, part)] = cache.buffer(layer, part)
+        if not segment.is_last:
+            outputs[names.HIDDEN_STATES_OUT] = below = np.empty((1, rows, spec.hidden_size), dtype)
+        Plan(session, inputs, outputs, model.device).run()
+        heads[segment.end] = logits[0].astype(np.float32)
+        if not segment.is_last:
+            hidden[segment.end] = below[0].astype(np.float32)
+    kv = {
+        part: [
+            _unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec) for layer in range(spec.num_hidden_layers)
+        ]
+        for part in names.KV_PARTS
+    }
+    return Teacher(heads, hidden, kv["key"], kv["value"])
+
+
+def _unpadded(array: Array, spec: ModelSpec) -> Array:
+    """Drop the zero columns that pad each half of a head, [kv_heads, seq, cache_head_dim]."""
+    halves = array.astype(np.float32).reshape(*array.shape[:-1], 2, spec.cache_head_dim // 2)
+    return halves[..., : spec.head_dim // 2].reshape(*array.shape[:-1], spec.head_dim)
+
+
+def _columns(model: Model, depth: int, logits: Array) -> Array:
+    """Return the reference's logits for the rows of a trimmed head."""
+    exits = {e.exit_layer: e for e in model.bundle.manifest.plan.exits}
+    if depth not in exits or exits[depth].draft_vocab is None:
+        return logits
+    ids = np.load(model.bundle.folder / names.draft_vocab_file(depth), allow_pickle=False)
+    return logits[:, ids]
+
+
+def _head_error(depth: int, pairs: list[tuple[Array, Array]]) -> HeadError:
+    worst, max_abs, total, count, same, positions = (0, 0, 0), -1.0, 0.0, 0, 0, 0
+    for text, (ours, theirs) in enumerate(pairs):
+        difference = np.abs(ours - theirs)
+        # A NaN is the worst of all, and must not lose every comparison.
+        difference = np.where(np.isnan(difference), np.inf, difference)
+        at = np.unravel_index(int(difference.argmax()), difference.shape)
+        if difference[at] > max_abs:
+            max_abs, worst = float(difference[at]), (text, int(at[0]), int(at[1]))
+        total, count = total + float(difference.sum(dtype=np.float64)), count + difference.size
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        positions += len(ours)
+    return HeadError(depth, max_abs, total / count, worst, same / positions)
+
+
+def _layer_errors(ours: Teacher, theirs: Teacher, text: int) -> list[LayerError]:
+    """Compare keys and values [kv_heads, seq, head_dim] of each layer and hidden states [seq, hidden] at each cut."""
+
+    def error(what: str, a: Array, b: Array, axes: tuple[int, ...]) -> LayerError:
+        difference = np.abs(a - b).max(axis=axes)  # [seq]
+        difference = np.where(np.isnan(difference), np.inf, difference)
+        return LayerError(what, float(difference.max() / np.abs(b).max()), (text, int(difference.argmax())))
+
+    errors = []
+    for layer, (key, value) in enumerate(zip(ours.keys, ours.values, strict=True)):
+        if layer in ours.hidden:
+            errors.append(error(f"hidden after {layer} layers", ours.hidden[layer], theirs.hidden[layer], (1,)))
+        errors.append(error(f"layer {layer} key", key, theirs.keys[layer], (0, 2)))
+        errors.append(error(f"layer {layer} value", value, theirs.values[layer], (0, 2)))
+    return errors
+
+
+def _compare_greedy(
+    model: Model, reference: Reference, text: Sequence[int], index: int, count: int, report: ParityReport
+) -> None:
+    count = min(count, model.cache.max_length - len(text))
+    theirs, gaps = reference.greedy(text, count)
+    report.greedy_tokens += count
+    for strategy in ("plain", "self-speculative") if model.exit_layers else ("plain",):
+        ours = model.generate(text, max_new_tokens=count, strategy=strategy, ignore_eos=True).tokens
+        fork = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+        if fork is not None:
+            report.forks.append(Fork(index, strategy, fork, ours[fork], theirs[fork], gaps[fork]))

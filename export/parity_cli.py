@@ -1,0 +1,90 @@
+"""`shortstack parity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from shortstack.graphs.errors import ParityError, RequestError
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompts", "count", type=int, default=5, show_default=True, help="How many of the shipped prompts.")
+@click.option("--text", "text_file", type=click.Path(path_type=Path), help="One prompt per line instead of these.")
+@click.option(
+    "--greedy-tokens", type=int, default=32, show_default=True, help="Length of greedy continuations; 0: none."
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def parity(
+    checkpoint: str,
+    bundle: Path,
+    count: int,
+    text_file: Path | None,
+    greedy_tokens: int,
+    revision: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Compare BUNDLE with transformers' PyTorch model of CHECKPOINT; exits with 1 when they differ."""
+    from shortstack.export.parity import compare
+    from shortstack.export.parity_reference import Reference
+    from shortstack.export.progress import progress_stages
+    from shortstack.runtime.model import load
+
+    lines = _read_prompts(text_file, count)
+    if greedy_tokens < 0:
+        raise RequestError("--greedy-tokens", found=greedy_tokens, expected="0 or more")
+    model = load(bundle, threads=threads)
+    texts = [
+        model.encode([{"role": "user", "content": line}] if model.tokenizer.has_chat_template else line)
+        for line in lines
+    ]
+    with progress_stages() as stage:
+        advance = stage("Loading the reference", 1)
+        reference = Reference(checkpoint, revision)
+        advance(1)
+        report = compare(model, reference, texts, greedy_tokens=greedy_tokens, advance=stage("Comparing", len(texts)))
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        click.echo(f"{report.texts} texts, {report.positions} positions, {report.greedy_tokens} greedy tokens")
+        for head in report.heads:
+            name = "final head" if head is report.heads[-1] else f"exit after {head.depth}"
+            click.echo(
+                f"{name:<14} logits: max {head.max_abs:.1e}, mean {head.mean_abs:.1e}, "
+                f"same top token {head.agreement:.2%}"
+            )
+        worst = max(report.layers, key=lambda layer: layer.relative)
+        click.echo(f"worst of cache and hidden states: {worst.what}, relative {worst.relative:.1e}")
+        for fork in report.forks:
+            click.echo(
+                f"greedy fork: text {fork.text}, {fork.strategy}, new token {fork.position}: "
+                f"{fork.ours} / {fork.theirs}, top-2 gap {fork.gap:.1e}"
+            )
+        if greedy_tokens and not report.forks:
+            click.echo("greedy continuations: identical")
+    if problems := report.problems():
+        raise ParityError(f"{bundle} differs from {checkpoint}: {'; '.join(problems)}")
+
+
+def _read_prompts(text_file: Path | None, count: int) -> list[str]:
+    if text_file is None:
+        from shortstack.samples.prompts import prompts
+
+        available = prompts()
+        if not 1 <= count <= len(available):
+            raise RequestError("--prompts", found=count, expected=f"1..{len(available)}")
+        return available[:count]
+    try:
+        lines = [line for line in text_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--text {text_file} cannot be read: {error}", remedy="give a UTF-8 text file") from None
+    if not lines:
+        raise RequestError(f"--text {text_file} holds no prompt", remedy="write one prompt per line")
+    return lines

@@ -1,0 +1,111 @@
+"""The other side of a parity check: transformers' own PyTorch model, run teacher-forced and greedily."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shortstack.graphs.errors import CheckpointError
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """What the reference computes for one text.
+
+    Attributes:
+        heads: Logits [seq, vocab] by depth: the final norm and LM head on what is left after that many layers.
+        hidden: The residual stream [seq, hidden] by depth, before any norm.
+        keys: Rotated keys [kv_heads, seq, head_dim] by layer.
+        values: Values [kv_heads, seq, head_dim] by layer.
+    """
+
+    heads: dict[int, Array]
+    hidden: dict[int, Array]
+    keys: list[Array]
+    values: list[Array]
+
+
+class Reference:
+    """transformers' model of a checkpoint, in float32 on the CPU.
+
+    Args:
+        source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+
+    def __init__(self, source: str, revision: str | None = None) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        path = Path(source).expanduser()
+        arguments: dict[str, Any] = {"dtype": torch.float32}
+        name = source
+        if path.is_dir() and not any(path.glob("*.safetensors")) and (found := sorted(path.glob("*.gguf"))):
+            path = found[0]
+        if path.is_file():
+            name, arguments["gguf_file"] = str(path.parent), path.name
+        elif path.is_dir():
+            arguments["use_safetensors"] = True
+        elif revision is not None:
+            arguments["revision"] = revision
+        try:
+            # `weights_only` holds in every loader of transformers 5; safetensors and GGUF hold no pickles anyway.
+            self._model: Any = AutoModelForCausalLM.from_pretrained(name, **arguments)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"transformers cannot load {source}: {error}") from None
+        self._model.eval()
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+
+    @torch.no_grad()
+    def teach(self, tokens: Sequence[int], depths: Sequence[int]) -> Teacher:
+        """Run one text through the model and read it at several depths.
+
+        Args:
+            tokens: The text.
+            depths: Numbers of layers run; the model's own depth L is the final head.
+        """
+        out = self._model(torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=True, return_dict=True)
+        last = len(out.hidden_states) - 1
+        heads, hidden = {}, {}
+        for depth in depths:
+            if depth == last:  # transformers' last hidden state is behind the norm already
+                heads[depth] = out.logits[0].numpy()
+            else:
+                stream = out.hidden_states[depth]
+                hidden[depth] = stream[0].numpy()
+                heads[depth] = self._model.lm_head(self._model.model.norm(stream))[0].numpy()
+        cache = out.past_key_values
+        layers = cache.layers
+        return Teacher(heads, hidden, [x.keys[0].numpy() for x in layers], [x.values[0].numpy() for x in layers])
+
+    @torch.no_grad()
+    def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """Continue a text greedily, end-of-sequence tokens included.
+
+        Returns:
+            The new token ids, and at each the gap between the best and the second-best logit.
+        """
+        new: list[int] = []
+        gaps: list[float] = []
+        cache, step = None, torch.tensor([list(tokens)])
+        for _ in range(count):
+            out = self._model(step, past_key_values=cache, use_cache=True, return_dict=True)
+            cache = out.past_key_values
+            best = out.logits[0, -1].topk(2)
+            new.append(int(best.indices[0]))
+            gaps.append(float(best.values[0] - best.values[1]))
+            step = best.indices[:1][None]
+        return new, gaps

@@ -1,0 +1,47 @@
+"""What one export is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.spec import DType
+
+DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSpec:
+    """One export.
+
+    Attributes:
+        checkpoint: A folder, a GGUF file or a hub id.
+        out: The bundle to write.
+        exit_layers: Depths at which to cut, each the number of layers run before the exit; may be empty.
+        draft_vocab: Rows of every exit head, trimmed to the most frequent token ids; None keeps the whole LM head.
+        draft_text: The text whose token frequencies choose the rows; None takes the one that ships with shortstack.
+        dtype: Type of weights, activations and cache.
+        max_length: Longest context in tokens; None takes the model's own.
+        revision: Branch, tag or commit of a hub id.
+        overwrite: Replace an existing bundle.
+    """
+
+    checkpoint: str
+    out: Path
+    exit_layers: tuple[int, ...] = ()
+    draft_vocab: int | None = None
+    draft_text: Path | None = None
+    dtype: DType = "float32"
+    max_length: int | None = None
+    revision: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.draft_vocab is not None and not self.exit_layers:
+            raise RequestError(
+                "--draft-vocab trims the head of an exit, and there is no exit",
+                remedy="add --exit-layer E",
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise RequestError("--max-length", found=self.max_length, expected="2 or more tokens")

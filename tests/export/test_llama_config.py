@@ -1,0 +1,224 @@
+"""Llama configs of every age, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shortstack.export.arch import ARCHITECTURES, expected_tensors, resolve
+from shortstack.export.arch.llama import ARCH, read_spec
+from shortstack.export.checkpoint.config import Config
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.spec import RopeScaling
+
+BASE: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "factor": 32.0,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def config(**changes: Any) -> Config:
+    return Config({**BASE, **changes}, "config.json")
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    from transformers import LlamaConfig
+
+    theirs = LlamaConfig(**BASE)
+    spec = read_spec(config())
+    assert spec.num_key_value_heads == theirs.num_key_value_heads == 4
+    assert spec.head_dim == theirs.head_dim == 16
+    assert spec.rope_theta == theirs.rope_parameters["rope_theta"] == 10000.0
+    assert spec.tie_word_embeddings is theirs.tie_word_embeddings is False
+    assert spec.rope_scaling == RopeScaling()
+    assert read_spec(Config({k: v for k, v in BASE.items() if k != "rms_norm_eps"}, "f")).rms_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}])
+@pytest.mark.parametrize(
+    "model", [{"attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 1, "head_dim": 8}]
+)
+def test_what_transformers_writes_today_reads_like_the_old_style(rope: dict[str, Any], model: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+
+    old = {**BASE, **rope, **model, "rope_theta": 500000.0}
+    written = json.loads(LlamaConfig(**old).to_json_string())
+    assert "rope_parameters" in written
+    assert read_spec(Config(written, "config.json")) == read_spec(Config(old, "config.json"))
+
+
+def test_null_counts_as_absent() -> None:
+    assert read_spec(config(head_dim=None, num_key_value_heads=None, rope_scaling=None)) == read_spec(config())
+
+
+def test_pretraining_tp_is_ignored() -> None:
+    assert read_spec(config(pretraining_tp=8)) == read_spec(config())
+
+
+def test_biases_come_from_three_switches() -> None:
+    spec = read_spec(config(attention_bias=True))
+    assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, True, False)
+    spec = read_spec(config(attention_bias=True, attention_out_bias=False, mlp_bias=True))
+    assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, False, True)
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_scaling_is_read_under_both_names(key: str) -> None:
+    assert read_spec(config(rope_scaling={key: "default"})).rope_scaling == RopeScaling()
+    assert read_spec(config(rope_scaling={key: "linear", "factor": 2})).rope_scaling == RopeScaling("linear", 2.0)
+    scaling = read_spec(config(rope_scaling={key: "llama3", **LLAMA3})).rope_scaling
+    assert scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+
+
+def test_rope_parameters_win_over_the_old_place() -> None:
+    spec = read_spec(
+        config(
+            rope_theta=1.0, rope_parameters={"rope_theta": 7e4, "rope_type": "default"}, rope_scaling={"type": "yarn"}
+        )
+    )
+    assert (spec.rope_theta, spec.rope_scaling) == (7e4, RopeScaling())
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "lama3"])
+def test_other_kinds_of_scaling_name_the_field_and_the_choices(place: str, kind: str) -> None:
+    with pytest.raises(
+        UnsupportedError, match=rf"config\.json: {place}\.rope_type: found '{kind}', expected one of"
+    ) as caught:
+        read_spec(config(**{place: {"rope_type": kind, "factor": 2.0}}))
+    assert "default, linear, llama3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+    ],
+)
+def test_partial_rotary_embedding_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match="partial_rotary_factor: partial rotary embedding"):
+        read_spec(config(**changes))
+
+
+def test_another_activation_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"config\.json: hidden_act: found 'gelu', expected silu"):
+        read_spec(config(hidden_act="gelu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing: expected an integer"),
+        ({"hidden_size": "64"}, "hidden_size: found '64', expected an integer"),
+        ({"hidden_size": 64.0}, r"hidden_size: found 64\.0, expected an integer"),
+        ({"hidden_size": True}, "hidden_size: found True, expected an integer"),
+        ({"hidden_size": 0}, "hidden_size: found 0, expected a positive integer"),
+        ({"hidden_size": 65}, "hidden_size does not divide into 4 heads, and head_dim is not given"),
+        ({"vocab_size": -1}, "vocab_size: found -1, expected a positive integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000, expected at most 4096"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor of num_attention_heads, 4"),
+        ({"head_dim": 15}, "head_dim: found 15, expected an even number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps: found 0, expected a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: found nan, expected a finite number"),
+        ({"rope_theta": 10**400}, r"rope_theta: found 1000.*\.\.\., expected a finite number"),
+        ({"rope_theta": -1.0}, "rope_theta: found -1.0, expected a positive number"),
+        ({"attention_bias": 1}, "attention_bias: found 1, expected true or false"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: found 'yes', expected true or false"),
+        ({"hidden_act": 3}, "hidden_act: found 3, expected a string"),
+        ({"rope_scaling": []}, r"rope_scaling: found \[\], expected an object"),
+        ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling\.rope_type is missing"),
+        ({"rope_scaling": {"type": "linear"}}, r"rope_scaling\.factor is missing: expected a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, r"rope_scaling\.factor: found 0, expected a positive"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, r"rope_scaling\.low_freq_factor is missing"),
+        (
+            {"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 1}},
+            r"rope_scaling\.high_freq_factor: found 1\.0, expected more than low_freq_factor, 1\.0",
+        ),
+    ],
+)
+def test_a_bad_field_is_named_with_what_is_there_and_what_should_be(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json: {says}"):
+        read_spec(config(**changes))
+
+
+@pytest.mark.parametrize("value", [True, -1, "1", 1.5, [1, "2"], [True], {}])
+def test_token_ids_are_ids_or_lists_of_them(value: object) -> None:
+    assert config(eos_token_id=2).read_token_ids("eos_token_id") == (2,)
+    assert config(eos_token_id=[2, 3]).read_token_ids("eos_token_id") == (2, 3)
+    assert config().read_token_ids("eos_token_id") == ()
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        config(eos_token_id=value).read_token_ids("eos_token_id")
+
+
+def test_an_unknown_family_gets_the_list_and_the_nearest() -> None:
+    class Stub:
+        config = Config({"model_type": "lama"}, "config.json")
+
+    with pytest.raises(UnsupportedError, match=r"config\.json: model_type: found 'lama', expected .*llama"):
+        resolve(Stub())  # type: ignore[arg-type]
+
+
+def test_every_family_is_listed_under_its_own_name() -> None:
+    assert all(arch.model_type == name for name, arch in ARCHITECTURES.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_expected_tensors_are_those_transformers_makes(tied: bool, bias: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = {**BASE, "num_key_value_heads": 2, "tie_word_embeddings": tied, "attention_bias": bias, "mlp_bias": bias}
+    state = LlamaForCausalLM(LlamaConfig(**fields)).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items() if not (tied and name == "lm_head.weight")}
+    assert expected_tensors(ARCH, read_spec(Config(fields, "config.json"))) == shapes
+
+
+def test_a_consumer_of_another_layers_kv_has_no_k_and_v_projection() -> None:
+    spec = replace(read_spec(config()), kv_map=(0, 0))
+    assert "model.layers.1.self_attn.k_proj.weight" not in expected_tensors(ARCH, spec)
+    assert "model.layers.0.self_attn.k_proj.weight" in expected_tensors(ARCH, spec)
+
+
+def test_roles_are_asked_for_with_a_layer_or_without() -> None:
+    assert ARCH.tensor_name("q_proj.weight", 3) == "model.layers.3.self_attn.q_proj.weight"
+    assert ARCH.tensor_name("lm_head.weight") == "lm_head.weight"
+    with pytest.raises(ValueError, match="one per layer"):
+        ARCH.tensor_name("q_proj.weight")
+    with pytest.raises(ValueError, match="not one per layer"):
+        ARCH.tensor_name("lm_head.weight", 0)
+    with pytest.raises(KeyError):
+        ARCH.tensor_name("nope.weight")
+
+
+def test_optimum_cli_hands_its_arguments_on(tmp_path: Path, monkeypatch: Any) -> None:
+    import argparse
+
+    from shortstack.export.optimum_command import ExportShortstackCommand
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr("shortstack.__main__.run", lambda arguments: asked.append(arguments) or 2)
+    parser = argparse.ArgumentParser()
+    ExportShortstackCommand(parser.add_subparsers())
+    arguments = ["--exit-layer", "8", "model", "out", "--help", "--", "-x"]
+    parsed = parser.parse_args(["shortstack", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        parsed.func(parsed).run()
+    assert caught.value.code == 2
+    assert asked == [["export", *arguments]]

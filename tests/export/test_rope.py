@@ -1,0 +1,92 @@
+"""Rotary tables against transformers' own rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shortstack.export.arch.llama import read_spec
+from shortstack.export.checkpoint.config import Config
+from shortstack.export.rope import inverse_frequencies, rope_tables
+from shortstack.graphs.errors import CheckpointError
+
+LENGTH = 9000
+COS_SIN_TOLERANCE = 1e-7  # one unit in the last place: torch's vector and scalar code may round a cosine differently
+BASE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 100,
+    "max_position_embeddings": LENGTH,
+}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "smollm2": {"rope_theta": 100000.0},
+    "odd_head": {"head_dim": 22},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    "llama3.2": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+    "llama3.1": {"rope_theta": 500000.0, "head_dim": 128, "rope_scaling": {**LLAMA3, "factor": 8.0}},
+    "llama3_other": {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0, "original_max_position_embeddings": 300}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tables_are_those_of_transformers(case: str) -> None:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    fields = {**BASE, **CASES[case]}
+    spec = read_spec(Config(fields, "config.json"))
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**fields))
+    np.testing.assert_array_equal(inverse_frequencies(spec), theirs.inv_freq.numpy())
+    cos, sin = rope_tables(spec, LENGTH)
+    their_cos, their_sin = theirs(torch.zeros(1), torch.arange(LENGTH)[None])
+    half = spec.head_dim // 2
+    for ours, other in ((cos, their_cos), (sin, their_sin)):
+        assert ours.dtype == np.float32
+        assert ours.shape == (LENGTH, half)
+        np.testing.assert_allclose(ours, other[0, :, :half].numpy(), rtol=0, atol=COS_SIN_TOLERANCE)
+
+
+def test_a_shorter_table_is_the_beginning_of_a_longer_one() -> None:
+    spec = read_spec(Config(BASE, "config.json"))
+    np.testing.assert_allclose(rope_tables(spec, 10)[0], rope_tables(spec, 100)[0][:10], rtol=0, atol=COS_SIN_TOLERANCE)
+
+
+def factors_spec() -> Any:
+    return read_spec(Config({**BASE, "rope_scaling": {"rope_type": "factors"}}, "m.gguf"))
+
+
+def test_factors_that_say_what_llama3_says_give_the_same_frequencies() -> None:
+    plain = read_spec(Config(BASE, "config.json"))
+    llama3 = read_spec(Config({**BASE, "rope_scaling": LLAMA3}, "config.json"))
+    factors = inverse_frequencies(plain) / inverse_frequencies(llama3)
+    assert factors.min() == 1.0
+    assert factors.max() == pytest.approx(32.0)
+    np.testing.assert_allclose(
+        inverse_frequencies(factors_spec(), factors), inverse_frequencies(llama3), rtol=2 * np.finfo(np.float32).eps
+    )
+
+
+@pytest.mark.parametrize(
+    "factors", [None, np.ones(31, np.float32), np.zeros(32, np.float32), np.full(32, np.nan, np.float32)]
+)
+def test_bad_factors_are_refused(factors: Any) -> None:
+    with pytest.raises(CheckpointError, match="factors"):
+        rope_tables(factors_spec(), 4, factors)
+
+
+def test_factors_are_refused_where_nothing_would_use_them() -> None:
+    with pytest.raises(ValueError, match="takes no factors"):
+        rope_tables(read_spec(Config(BASE, "config.json")), 4, np.ones(32, np.float32))
