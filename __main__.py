@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 EXTRAS: dict[str, tuple[str, ...]] = {
     "gguf": ("export",),
     "huggingface_hub": ("export",),
+    "ml_dtypes": ("export",),
     "onnx": ("export",),
     "onnx_ir": ("export",),
     "onnxruntime": ("cpu", "gpu"),

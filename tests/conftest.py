@@ -43,8 +43,11 @@ def pyproject(repository: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def package_folders(repository: Path, pyproject: dict[str, Any]) -> dict[str, Path]:
     """Package name -> folder, for every package that pyproject.toml lists."""
-    names: list[str] = pyproject["tool"]["setuptools"]["packages"]
-    return {name: repository.joinpath(*name.split(".")[1:]) for name in names}
+    setuptools = pyproject["tool"]["setuptools"]
+    return {
+        name: repository / setuptools["package-dir"].get(name, "/".join(name.split(".")[1:]))
+        for name in setuptools["packages"]
+    }
 
 
 @pytest.fixture(scope="session")
