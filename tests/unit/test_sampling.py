@@ -338,10 +338,10 @@ def test_a_certain_draft_is_accepted_with_the_full_models_probability_and_never_
     assert residual(p, lookup).ids.tolist() == [4]
 
 
-# Chi-square over 8 tokens, 7 degrees of freedom. CRITICAL is its 0.999 quantile: one seed in a thousand fails by chance,
-# and the seed is fixed. EFFECT is Cohen's w = sqrt(sum((found - p)^2 / p)) of the smallest deviation the test is to see:
-# 0.03, e.g. a token of probability 0.125 that comes out at 0.135 while the others lose evenly. DRAWS gives it a power
-# above 0.9.
+# Chi-square over 8 tokens, 7 degrees of freedom. CRITICAL is its 0.999 quantile: one seed in a thousand fails by
+# chance, and the seed is fixed. EFFECT is Cohen's w = sqrt(sum((found - p)^2 / p)) of the smallest deviation it is
+# to see: 0.03, e.g. a token of probability 0.125 that comes out at 0.135 while others lose in proportion. DRAWS
+# gives it a power above 0.9.
 TOKENS, CRITICAL, EFFECT, DRAWS = 8, 24.322, 0.03, 40_000
 P = np.array([0.30, 0.22, 0.15, 0.12, 0.09, 0.06, 0.04, 0.02])
 Q = np.array([0.10, 0.30, 0.05, 0.20, 0.02, 0.13, 0.15, 0.05])
