@@ -1,0 +1,269 @@
+"""The stack as a picture: where each bar, line and label of `shortstack inspect --html` stands. Knows no SVG.
+
+::
+
+            token, logits
+            ┌───────────┐
+            │ LM head   │                    column   height of a block follows its bytes; a layer's width too
+            ├───────────┤
+     ┌────> │ layer 3   │ ┐
+     │┌───> │ layer 2   │ ┘ segment 1
+     │      ├ ─ hidden ─┼──────> exit 2      right    exits; width of a head follows its rows
+     │└── ▪ │ layer 1   │ ┐
+     └─── ▪ │ layer 0   │ ┘ segment 0
+            │ embedding │
+            └───────────┘
+    left: who uses whose K,V
+
+Units are those of the view box, y grows downwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shortstack.runtime.inspect_parameters import BYTES_PER_VALUE
+from shortstack.runtime.inspect_report import HeadReport, LayerReport, Report, SegmentReport
+from shortstack.runtime.inspect_words import layers, quantity, ranges, size
+
+SEGMENT_COLOURS = 6
+
+_WIDTH = 480.0
+_COLUMN_X, _COLUMN_WIDTH = 70.0, 160.0
+_COLUMN_RIGHT = _COLUMN_X + _COLUMN_WIDTH
+_MIDDLE = _COLUMN_X + _COLUMN_WIDTH / 2
+_BRACKET_X = _COLUMN_RIGHT + 22
+_RIGHT_X, _RIGHT_WIDTH = 272.0, 200.0
+_CACHE_X, _CACHE_SIZE = _COLUMN_X - 14, 9.0
+_LANE_RIGHT, _LANE_SPACE, _LANE_PITCH = 48.0, 42.0, 8.0
+
+_STACK_HEIGHT = 440.0  # what the layers share, before limits
+_TALLEST_STACK = 680.0  # up to this, layers grow to make room for labels; beyond, the cuts do
+_LAYER_HEIGHTS = (8.0, 24.0)
+_TABLE_HEIGHTS = (34.0, 130.0)  # embedding and LM head
+_CUT_HEIGHT = 30.0
+_NODE_HEIGHT, _LABEL_HEIGHT = 60.0, 38.0  # text in the right lane that must not overlap
+_END_HEIGHT = 44.0  # arrow and words above and below the column
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """A block; ``title`` is shown on hover."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    css: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A path that is stroked, not filled."""
+
+    d: str
+    css: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A line of text; ``y`` is its baseline."""
+
+    x: float
+    y: float
+    text: str
+    css: str = ""
+
+
+@dataclass(slots=True)
+class Picture:
+    """What to draw, in this order: lines, rects, marks on them, labels."""
+
+    width: float
+    height: float = 0.0
+    lines: list[Line] = field(default_factory=list)
+    rects: list[Rect] = field(default_factory=list)
+    marks: list[Line] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+
+
+def draw_stack(report: Report) -> Picture:
+    """Lay out a report's stack, top to bottom."""
+    picture = Picture(_WIDTH)
+    pitch = _layer_pitch(report)
+    bytes_per_unit = max(layer.weight_bytes for layer in report.layers) / pitch  # of height, at full column width
+    middles: dict[int, float] = {}  # layer -> y of its middle
+
+    picture.labels.append(Label(_MIDDLE, 14, "token, confidence, logits", "middle muted"))
+    y = _arrow_up(picture, 20, _END_HEIGHT)
+    y = _final_head(picture, report, y, bytes_per_unit)
+    for segment in reversed(report.segments):
+        top = y
+        for layer in reversed(report.layers[segment.start : segment.end]):
+            middles[layer.layer] = _layer(picture, layer, y, pitch, report)
+            y += pitch
+        _bracket(picture, segment, top, y)
+        if segment.index:
+            below = report.segments[segment.index - 1]
+            height = _cut_height(segment, below, pitch)
+            _exit(picture, report, below.head, y + height / 2)
+            _arrow_up(picture, y, y + height)
+            y += height
+    y = _embedding(picture, report, y + 4, bytes_per_unit)
+    y = _arrow_up(picture, y, y + _END_HEIGHT - 20)
+    picture.labels.append(Label(_MIDDLE, y + 14, "input_ids", "middle muted"))
+    picture.height = y + 24
+    _shared_kv(picture, report, middles)
+    return picture
+
+
+def segment_css(index: int) -> str:
+    """Return the colour class of a segment."""
+    return f"seg{index % SEGMENT_COLOURS}"
+
+
+def _layer_pitch(report: Report) -> float:
+    """Return a height for layers that fills the page and leaves each segment room for its label."""
+    low, high = _LAYER_HEIGHTS
+    fewest = min(segment.end - segment.start for segment in report.segments)
+    room = _NODE_HEIGHT + _LABEL_HEIGHT - _CUT_HEIGHT if report.exits else _LABEL_HEIGHT
+    count = len(report.layers)
+    return min(high, max(low, _STACK_HEIGHT / count, min(room / fewest, _TALLEST_STACK / count)))
+
+
+def _cut_height(above: SegmentReport, below: SegmentReport, pitch: float) -> float:
+    fewest = min(above.end - above.start, below.end - below.start)
+    return max(_CUT_HEIGHT, _NODE_HEIGHT + _LABEL_HEIGHT - fewest * pitch)
+
+
+def _arrow_up(picture: Picture, top: float, bottom: float) -> float:
+    d = f"M{_MIDDLE:g},{bottom - 1:g} V{top + 3:g} m-4,5 l4,-5 l4,5"
+    picture.lines.append(Line(d, "flow", "the residual stream"))
+    return bottom
+
+
+def _table(picture: Picture, y: float, table_bytes: int, bytes_per_unit: float, css: str, title: str) -> float:
+    """Draw a block of vocab rows and return its height; one too high to be drawn to scale gets a break mark."""
+    natural = table_bytes / bytes_per_unit
+    low, high = _TABLE_HEIGHTS
+    height = min(high, max(low, natural))
+    note = "" if low <= natural <= high else f"\nnot drawn to scale: {natural / height:.2g} times this height"
+    picture.rects.append(Rect(_COLUMN_X, y, _COLUMN_WIDTH, height, css, title + note))
+    if natural > high:
+        zigzag = " ".join(f"l8,{-5 if i % 2 else 5}" for i in range(int(_COLUMN_WIDTH / 8)))
+        picture.marks.append(Line(f"M{_COLUMN_X:g},{y + height * 0.78:g} {zigzag}", "break"))
+    return height
+
+
+def _final_head(picture: Picture, report: Report, y: float, bytes_per_unit: float) -> float:
+    spec, head = report.spec, report.segments[-1].head
+    tied = spec.tie_word_embeddings
+    stored = "the embedding again: stored once" if tied else size(report.weights.lm_head)
+    reads = f"{head.rows:,} rows of {spec.hidden_size}, reads {size(head.weight_bytes)}"
+    title = f"final norm and LM head\n{reads}\n{stored}"
+    css = "table tied" if tied else "table"
+    height = _table(picture, y, head.weight_bytes, bytes_per_unit, css, title)
+    words = "tied, stored once" if tied else size(head.weight_bytes)
+    _two_lines(picture, y + height / 2, f"LM head · {head.rows:,} rows", words)
+    return y + height + 4
+
+
+def _embedding(picture: Picture, report: Report, y: float, bytes_per_unit: float) -> float:
+    spec, stored = report.spec, report.weights.embedding
+    title = f"token embedding\n{spec.vocab_size:,} rows of {spec.hidden_size}, {size(stored)}"
+    height = _table(picture, y, stored, bytes_per_unit, "table", title)
+    _two_lines(picture, y + height / 2, f"embedding · {spec.vocab_size:,} rows", size(stored))
+    return y + height
+
+
+def _two_lines(picture: Picture, y: float, first: str, second: str) -> None:
+    picture.labels.append(Label(_MIDDLE, y - 3, first, "middle on-table"))
+    picture.labels.append(Label(_MIDDLE, y + 11, second, "middle on-table small"))
+
+
+def _layer(picture: Picture, layer: LayerReport, y: float, pitch: float, report: Report) -> float:
+    """Draw one layer, its parts as wide as their parameters are many, and return the y of its middle."""
+    gap = 1.0 if pitch < 10 else 2.0
+    height, middle = pitch - gap, y + pitch / 2
+    widest = max(other.weight_bytes for other in report.layers)
+    width = _COLUMN_WIDTH * layer.weight_bytes / widest
+    p = layer.parameters
+    kv = f"owns its K,V; used by layers {ranges(layer.consumers)}" if layer.consumers else "owns its K,V"
+    kv = kv if layer.owns_kv else f"uses the K,V of layer {layer.kv_layer}"
+    title = (
+        f"layer {layer.layer}: {quantity(p.total)} parameters, {size(layer.weight_bytes)}\n"
+        f"qkv {quantity(p.qkv)} · o {quantity(p.o)} · mlp {quantity(p.mlp)} · norms {quantity(p.norms)}"
+        f"{f' · biases {quantity(p.biases)}' if p.biases else ''}\n{kv}"
+    )
+    x, parts = _COLUMN_X, (("qkv", p.qkv), ("o", p.o), ("mlp", p.total - p.qkv - p.o))
+    for part, count in parts:
+        share = width * count / p.total
+        picture.rects.append(
+            Rect(x, y + gap / 2, share, height, f"{segment_css(layer.segment)} {part}", f"{title}\nhere: {part}")
+        )
+        x += share
+    if layer.owns_kv:
+        side = min(_CACHE_SIZE, height)
+        cache_bytes = report.cache_bytes_per_token // sum(other.owns_kv for other in report.layers)
+        cache_title = f"K,V cache of layer {layer.layer}: {size(cache_bytes)} per token\n{kv}"
+        picture.rects.append(Rect(_CACHE_X, middle - side / 2, _CACHE_SIZE, side, "kv", cache_title))
+    step = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * pitch >= 11)
+    if layer.layer % step == 0:
+        picture.labels.append(Label(_COLUMN_RIGHT + 5, middle + 3.5, str(layer.layer), "number"))
+    return middle
+
+
+def _bracket(picture: Picture, segment: SegmentReport, top: float, bottom: float) -> None:
+    css, middle = segment_css(segment.index), (top + bottom) / 2
+    title = f"{segment.file}: {layers(segment.start, segment.end)}, graph {size(segment.graph_bytes)}"
+    picture.lines.append(Line(f"M{_BRACKET_X - 3:g},{top + 1:g} h5 V{bottom - 1:g} h-5", f"bracket {css}", title))
+    count = segment.end - segment.start
+    words = f"{count} layer{'s' * (count != 1)} · {segment.parameter_share:.1%} of parameters"
+    picture.labels.append(Label(_RIGHT_X, middle - 2, segment.file, f"strong {css}"))
+    picture.labels.append(Label(_RIGHT_X, middle + 13, words, "muted small"))
+
+
+def _exit(picture: Picture, report: Report, head: HeadReport, y: float) -> None:
+    """Draw the cut and the exit that branches off there; a full head would fill the outline."""
+    spec = report.spec
+    per_token = size(spec.hidden_size * BYTES_PER_VALUE[report.dtype])
+    hidden = f"hidden states [batch, seq, {spec.hidden_size}] cross the cut: {per_token} per token"
+    picture.lines.append(Line(f"M2,{y:g} H{_MIDDLE:g}", "cut", hidden))
+    picture.lines.append(Line(f"M{_MIDDLE:g},{y:g} H{_RIGHT_X - 4:g} m-5,-4 l5,4 l-5,4", "flow", hidden))
+    picture.labels.append(Label(_MIDDLE - 10, y - 5, f"hidden · {per_token}", "end muted small"))
+    trimmed = head.rows < spec.vocab_size
+    rows = f"{head.rows:,} of {spec.vocab_size:,} rows" if trimmed else f"all {head.rows:,} rows"
+    stored = "" if trimmed else ", the final head's own weights"
+    complete = " · KV-complete" if head.kv_complete else ""
+    title = (
+        f"exit after {head.exit_layer} layers{complete}\nnorm and LM head, {rows}{stored}: {size(head.weight_bytes)}\n"
+        f"predicted draft cost {head.draft_cost:.3f} of a plain step"
+    )
+    width = max(3.0, _RIGHT_WIDTH * head.rows / spec.vocab_size)
+    picture.rects.append(Rect(_RIGHT_X, y - 7, _RIGHT_WIDTH, 14, "outline", title))
+    picture.rects.append(Rect(_RIGHT_X, y - 7, width, 14, "table exit", title))
+    picture.labels.append(Label(_RIGHT_X, y - 13, f"exit after {head.exit_layer}{complete}", "strong"))
+    picture.labels.append(Label(_RIGHT_X, y + 21, f"{rows} · f ≈ {head.draft_cost:.2f}", "muted small"))
+
+
+def _shared_kv(picture: Picture, report: Report, middles: dict[int, float]) -> None:
+    """Draw a line from each shared cache to its consumers, in lanes so that no two run on top of each other."""
+    owners = [layer for layer in report.layers if layer.consumers]
+    lanes: list[int] = []  # the highest layer that each lane is taken up to
+    lane_of: dict[int, int] = {}
+    for owner in sorted(owners, key=lambda layer: min(layer.layer, *layer.consumers)):
+        low, high = min(owner.layer, *owner.consumers), max(owner.layer, *owner.consumers)
+        lane = next((i for i, taken in enumerate(lanes) if taken < low), len(lanes))
+        lanes[lane : lane + 1] = [high]
+        lane_of[owner.layer] = lane
+    pitch = min(_LANE_PITCH, _LANE_SPACE / max(1, len(lanes) - 1))
+    for owner in owners:
+        x, start = _LANE_RIGHT - lane_of[owner.layer] * pitch, middles[owner.layer]
+        reached = [middles[i] for i in owner.consumers]
+        ends = [y for y in (min(reached), max(reached)) if (y < start) == (y == min(reached))] or [reached[0]]
+        d = " ".join(f"M{_CACHE_X:g},{start:g} H{x:g} V{y:g}" for y in ends)
+        d += "".join(f" M{x:g},{y:g} H{_COLUMN_X - 2:g} m-4,-2.5 l4,2.5 l-4,2.5" for y in reached)
+        title = f"layers {ranges(owner.consumers)} use the K,V of layer {owner.layer}"
+        picture.lines.append(Line(d, "share", title))

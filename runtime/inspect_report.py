@@ -1,0 +1,307 @@
+"""What `shortstack inspect` knows about a bundle, as plain frozen data that text, JSON and HTML share.
+
+Everything is computed from bundle.json and the sizes in it: no graph is opened and no runtime imported, so it answers
+at once.
+
+The draft cost of an exit is a prediction: decoding one token reads every weight it uses once, so with l_i the bytes of
+layer i, h_d those of the exit's head and h those of the final head,
+
+    f(E) = (l_0 + .. + l_(E-1) + h_d) / (l_0 + .. + l_(L-1) + h)
+
+which is (E * l + h_d) / (L * l + h) where all layers are alike (Leviathan et al., https://arxiv.org/abs/2211.17192,
+call it c). Only a measurement says what a draft costs on a machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.contract import Port
+from shortstack.graphs.kv_map import borrowed, is_kv_complete, producers
+from shortstack.graphs.manifest import FORMAT_VERSION, Manifest
+from shortstack.graphs.plan import ExitSpec, Segment
+from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.runtime.inspect_parameters import (
+    BYTES_PER_VALUE,
+    ID_BYTES,
+    LayerParameters,
+    ModelParameters,
+    cache_bytes_per_token,
+    head_bytes,
+    layer_bytes,
+    layer_parameters,
+    model_parameters,
+    rope_bytes,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReport:
+    """An exit node, or the final head.
+
+    Attributes:
+        exit_layer: Layers run before it; L for the final head.
+        is_final: It is the final head.
+        rows: Rows of its LM head: N of a trimmed one, V otherwise.
+        kv_complete: Nothing above it owns a cache. True of the final head.
+        weight_bytes: What it reads for one position, norm included.
+        draft_cost: Predicted cost of one draft step that ends here, in plain steps; 1 for the final head.
+    """
+
+    exit_layer: int
+    is_final: bool
+    rows: int
+    kv_complete: bool
+    weight_bytes: int
+    draft_cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One decoder layer.
+
+    Attributes:
+        layer: Its number.
+        segment: Index of the segment that holds it.
+        kv_layer: The layer whose K,V it uses; itself when it owns them.
+        consumers: Other layers that use its K,V.
+        parameters: Its parameters.
+        weight_bytes: What they take in weights.data.
+    """
+
+    layer: int
+    segment: int
+    kv_layer: int
+    consumers: tuple[int, ...]
+    parameters: LayerParameters
+    weight_bytes: int
+
+    @property
+    def owns_kv(self) -> bool:
+        """It has W_K, W_V and a cache of its own."""
+        return self.kv_layer == self.layer
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReport:
+    """One graph.
+
+    Attributes:
+        index: Position in the stack, 0 at the bottom.
+        file: Its ONNX file.
+        start: First layer.
+        end: One past the last layer.
+        head: The head that it ends in.
+        kv_owned: Layers inside that own a cache.
+        kv_borrowed: Layers outside whose cache layers inside use.
+        parameters: Of its layers, with the embedding in the first, and final norm and untied LM head in the last.
+        parameter_share: Of the model's parameters; the segments' shares add up to 1.
+        graph_bytes: Size of the ONNX file, without weights.
+        cache_bytes_per_token: What one position takes in the caches it owns.
+        inputs: Tensors into the graph.
+        outputs: Tensors out of it.
+    """
+
+    index: int
+    file: str
+    start: int
+    end: int
+    head: HeadReport
+    kv_owned: tuple[int, ...]
+    kv_borrowed: tuple[int, ...]
+    parameters: int
+    parameter_share: float
+    graph_bytes: int
+    cache_bytes_per_token: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightReport:
+    """What weights.data should hold by the spec, in bytes, and what it does hold.
+
+    Attributes:
+        embedding: The token embedding, also the LM head of a tied model.
+        layers: All decoder layers.
+        lm_head: An untied LM head.
+        draft_heads: Rows and id maps of trimmed heads; heads with the same ids share theirs.
+        other: Rotary tables and the final norm.
+        stored: Size of weights.data.
+    """
+
+    embedding: int
+    layers: int
+    lm_head: int
+    draft_heads: int
+    other: int
+    stored: int
+
+    @property
+    def predicted(self) -> int:
+        """The sum by the spec, every value in the bundle's dtype."""
+        return self.embedding + self.layers + self.lm_head + self.draft_heads + self.other
+
+    @property
+    def as_predicted(self) -> bool:
+        """The file has that size, give or take 1% for alignment; if not, its precision is another one."""
+        return abs(self.stored - self.predicted) <= 0.01 * self.predicted
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A bundle, described.
+
+    Attributes:
+        folder: Its path.
+        format_version: Of bundle.json.
+        verified: The sha256 of every file was checked.
+        source_name: The checkpoint it was made from.
+        source_sha256: The checkpoint's hash.
+        tools: What wrote it, package to version.
+        dtype: Of activations and cache.
+        max_length: Longest context, in tokens.
+        spec: The model.
+        parameters: Of the whole model.
+        weights: What weights.data holds.
+        layers: Bottom to top.
+        segments: Bottom to top.
+        cache_bytes_per_token: Of all segments.
+        files: Name to size in bytes, bundle.json not included.
+        total_bytes: Of those files.
+    """
+
+    folder: str
+    format_version: int
+    verified: bool
+    source_name: str
+    source_sha256: str
+    tools: dict[str, str]
+    dtype: DType
+    max_length: int
+    spec: ModelSpec
+    parameters: ModelParameters
+    weights: WeightReport
+    layers: tuple[LayerReport, ...]
+    segments: tuple[SegmentReport, ...]
+    cache_bytes_per_token: int
+    files: dict[str, int]
+    total_bytes: int
+
+    @property
+    def exits(self) -> tuple[HeadReport, ...]:
+        """The exit nodes, without the final head."""
+        return tuple(segment.head for segment in self.segments if not segment.head.is_final)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data, computed totals included."""
+        data = asdict(self)
+        data["parameters"]["total"] = self.parameters.total
+        data["weights"] |= {"predicted": self.weights.predicted, "as_predicted": self.weights.as_predicted}
+        for layer, report in zip(data["layers"], self.layers, strict=True):
+            layer["owns_kv"] = report.owns_kv
+            layer["parameters"]["total"] = report.parameters.total
+        return data
+
+
+def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
+    """Describe an opened bundle.
+
+    Args:
+        bundle: The bundle.
+        verified: It was opened with ``verify_hashes``.
+    """
+    manifest = bundle.manifest
+    spec, dtype = manifest.spec, manifest.dtype
+    segments = tuple(_segment(manifest, segment) for segment in manifest.plan.segments)
+    segment_of = {layer: s.index for s in segments for layer in range(s.start, s.end)}
+    return Report(
+        folder=str(bundle.folder),
+        format_version=FORMAT_VERSION,
+        verified=verified,
+        source_name=manifest.source_name,
+        source_sha256=manifest.source_sha256,
+        tools=dict(sorted(manifest.tools.items())),
+        dtype=dtype,
+        max_length=manifest.max_length,
+        spec=spec,
+        parameters=model_parameters(spec),
+        weights=_weights(manifest),
+        layers=tuple(
+            LayerReport(
+                layer=layer,
+                segment=segment_of[layer],
+                kv_layer=kv_layer,
+                consumers=tuple(i for i, k in enumerate(spec.kv_map) if k == layer and i != layer),
+                parameters=layer_parameters(spec, layer),
+                weight_bytes=layer_bytes(spec, layer, dtype),
+            )
+            for layer, kv_layer in enumerate(spec.kv_map)
+        ),
+        segments=segments,
+        cache_bytes_per_token=sum(segment.cache_bytes_per_token for segment in segments),
+        files={name: entry.bytes for name, entry in sorted(manifest.files.items())},
+        total_bytes=sum(entry.bytes for entry in manifest.files.values()),
+    )
+
+
+def _segment(manifest: Manifest, segment: Segment) -> SegmentReport:
+    spec, file = manifest.spec, names.segment_file(segment.start, segment.end)
+    contract, model = manifest.contract(segment), model_parameters(spec)
+    owned = producers(spec.kv_map, segment.start, segment.end)
+    parameters = sum(layer_parameters(spec, layer).total for layer in range(segment.start, segment.end))
+    parameters += model.embedding if segment.is_first else 0
+    parameters += model.final_norm + model.lm_head if segment.is_last else 0
+    return SegmentReport(
+        index=segment.index,
+        file=file,
+        start=segment.start,
+        end=segment.end,
+        head=_head(manifest, segment.end, manifest.plan.exit_of(segment)),
+        kv_owned=owned,
+        kv_borrowed=borrowed(spec.kv_map, segment.start, segment.end),
+        parameters=parameters,
+        parameter_share=round(parameters / model.total, 6),
+        graph_bytes=manifest.files[file].bytes,
+        cache_bytes_per_token=cache_bytes_per_token(spec, len(owned), manifest.dtype),
+        inputs=contract.inputs,
+        outputs=contract.outputs,
+    )
+
+
+def _head(manifest: Manifest, end: int, exit_spec: ExitSpec | None) -> HeadReport:
+    spec, dtype = manifest.spec, manifest.dtype
+    rows = spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab
+    read = head_bytes(spec, rows, dtype)
+    below = sum(layer_bytes(spec, layer, dtype) for layer in range(end))
+    whole = sum(layer_bytes(spec, layer, dtype) for layer in range(spec.num_hidden_layers))
+    return HeadReport(
+        exit_layer=end,
+        is_final=exit_spec is None,
+        rows=rows,
+        kv_complete=is_kv_complete(spec.kv_map, end),
+        weight_bytes=read,
+        draft_cost=round((below + read) / (whole + head_bytes(spec, spec.vocab_size, dtype)), 6),
+    )
+
+
+def _weights(manifest: Manifest) -> WeightReport:
+    spec, dtype = manifest.spec, manifest.dtype
+    model, value_bytes = model_parameters(spec), BYTES_PER_VALUE[dtype]
+    # Two trimmed heads are the same tensor exactly when their id maps are the same file.
+    maps = {
+        manifest.files[names.draft_vocab_file(e.exit_layer)].sha256: e.draft_vocab
+        for e in manifest.plan.exits
+        if e.draft_vocab is not None
+    }
+    return WeightReport(
+        embedding=model.embedding * value_bytes,
+        layers=sum(layer_bytes(spec, layer, dtype) for layer in range(spec.num_hidden_layers)),
+        lm_head=model.lm_head * value_bytes,
+        draft_heads=sum(rows * (spec.hidden_size * value_bytes + ID_BYTES) for rows in maps.values()),
+        other=model.final_norm * value_bytes + rope_bytes(spec, manifest.max_length, dtype),
+        stored=manifest.files[names.WEIGHTS_FILE].bytes,
+    )

@@ -1,0 +1,157 @@
+"""How numbers, names and ports are put into words, the same in the text and on the page of `shortstack inspect`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from shortstack.graphs import names
+from shortstack.graphs.contract import Port
+from shortstack.runtime.inspect_report import HeadReport, Report
+
+_CACHE_PORT = re.compile(rf"(\D+)(\d+)\.({'|'.join(names.KV_PARTS)})")
+_SHORT_HASH = 12
+
+
+def size(count: int) -> str:
+    """Return bytes in decimal units, as disks and networks count: ``513 B``, ``12.4 kB``, ``538 MB``, ``2.47 GB``."""
+    return f"{count} B" if count < 1000 else f"{_scaled(count, ('kB', 'MB', 'GB', 'TB'))}"
+
+
+def quantity(count: int) -> str:
+    """Return a count in short: ``513``, ``12.4 k``, ``135 M``, ``1.24 B``."""
+    return str(count) if count < 1000 else _scaled(count, ("k", "M", "B", "T"))
+
+
+def _scaled(count: int, units: Sequence[str]) -> str:
+    power = next((i for i in range(1, len(units)) if count < 999.5 * 1000**i), len(units))
+    value, unit = count / 1000**power, units[power - 1]
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return ascending numbers with runs of them joined: ``0..7, 9``; ``-`` for none."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}..{b}" if b > a else str(a) for a, b in runs) or "-"
+
+
+def layers(start: int, end: int) -> str:
+    """Return a run of layers: ``layers 0..7``, ``layer 8``."""
+    return f"layer{'s' * (end - start > 1)} {ranges(range(start, end))}"
+
+
+def printable(text: str) -> str:
+    """Return foreign text with control and direction characters written out, so that it cannot act on a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def short_hash(sha256: str) -> str:
+    """Return the first digits of a hash, enough to tell two apart."""
+    return printable(sha256)[:_SHORT_HASH]
+
+
+def head_words(head: HeadReport, vocab_size: int) -> str:
+    """Return what a head is: ``exit after 8 layers, 8,192 of 49,152 rows``."""
+    if head.is_final:
+        return f"final head, {head.rows:,} rows"
+    kind = "full head" if head.rows == vocab_size else f"trimmed head, {head.rows:,} of {vocab_size:,} rows"
+    return f"exit after {head.exit_layer} layer{'s' * (head.exit_layer != 1)}, {kind}"
+
+
+def model_words(report: Report) -> str:
+    """Return the model's shape in one line."""
+    spec = report.spec
+    heads = f"{spec.num_attention_heads} heads, {spec.num_key_value_heads} KV heads of {spec.head_dim}"
+    tied = "tied" if spec.tie_word_embeddings else "untied"
+    return (
+        f"{printable(spec.model_type)} · {spec.num_hidden_layers} layers · hidden {spec.hidden_size} · {heads} · "
+        f"MLP {spec.intermediate_size} · vocabulary {spec.vocab_size:,} ({tied}) · "
+        f"{quantity(report.parameters.total)} parameters"
+    )
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """Return the header: label and value of each fact about the bundle as a whole."""
+    tools = ", ".join(f"{printable(name)} {printable(version)}" for name, version in report.tools.items())
+    per_token = report.cache_bytes_per_token
+    hashes = "every file matches" if report.verified else "not checked (--verify does)"
+    return [
+        ("model", model_words(report)),
+        ("precision", f"{report.dtype} activations and cache"),
+        ("max length", f"{report.max_length:,} tokens"),
+        ("cache", f"{size(per_token)} per token, {size(per_token * report.max_length)} at max length"),
+        ("source", f"{printable(report.source_name)} (sha256 {short_hash(report.source_sha256)})"),
+        ("written by", f"{tools or 'unknown'}; format {report.format_version}"),
+        ("hashes", hashes),
+        ("on disk", f"{size(report.total_bytes)} in {len(report.files)} files"),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class KVLine:
+    """Owners of K,V in one segment that nobody else uses, or one owner with its consumers."""
+
+    owners: tuple[int, ...]
+    segment: int
+    consumers: tuple[int, ...]
+
+
+def kv_lines(report: Report) -> list[KVLine]:
+    """Return who owns K,V and who uses it, bottom to top, owners without consumers gathered."""
+    lines: list[KVLine] = []
+    for layer in report.layers:
+        if not layer.owns_kv:
+            continue
+        last = lines[-1] if lines else None
+        if last and not last.consumers and not layer.consumers and last.segment == layer.segment:
+            lines[-1] = KVLine((*last.owners, layer.layer), layer.segment, ())
+        else:
+            lines.append(KVLine((layer.layer,), layer.segment, layer.consumers))
+    return lines
+
+
+def precision_note(report: Report) -> str | None:
+    """Return a warning when weights.data is not what the dtype says, so that predictions by bytes are off."""
+    weights = report.weights
+    if weights.as_predicted:
+        return None
+    return (
+        f"{names.WEIGHTS_FILE} holds {size(weights.stored)} where {report.dtype} weights would take "
+        f"{size(weights.predicted)}: predicted draft costs assume one precision for layers and heads"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PortLine:
+    """One port, or a run of cache ports of the same kind and shape."""
+
+    name: str
+    dtype: str
+    shape: str
+
+
+def port_lines(ports: Sequence[Port]) -> list[PortLine]:
+    """Return the ports in order, cache ports of all layers in one line: ``present.{0..7}.key/value``."""
+    lines: dict[tuple[str, str, str], tuple[list[int], list[str]]] = {}
+    for port in ports:
+        shape = f"[{', '.join(str(d) for d in port.shape)}]"
+        match = _CACHE_PORT.fullmatch(port.name)
+        layers, parts = lines.setdefault((match[1] if match else port.name, port.dtype, shape), ([], []))
+        if match:
+            layers += [] if int(match[2]) in layers else [int(match[2])]
+            parts += [] if match[3] in parts else [match[3]]
+    return [
+        PortLine(f"{name}{_braced(layers)}.{'/'.join(parts)}" if layers else name, dtype, shape)
+        for (name, dtype, shape), (layers, parts) in lines.items()
+    ]
+
+
+def _braced(layers: list[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else "{" + ranges(layers).replace(" ", "") + "}"
