@@ -88,12 +88,14 @@ class Model:
         bundle: The bundle.
         tokenizer: Its tokenizer.
         cache: Its KV buffers.
+        sessions: Its graphs, bottom to top.
+        device: Where the cache lives.
     """
 
     def __init__(self, bundle: Bundle, *, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
         self.bundle = bundle
         self.tokenizer = Tokenizer.load(bundle.folder)
-        self._sessions, self._device = open_sessions(bundle, providers, threads)
+        self.sessions, self.device = open_sessions(bundle, providers, threads)
         spec = bundle.manifest.spec
         self.cache = KVCache(
             producers(spec.kv_map, 0, spec.num_hidden_layers),
@@ -101,7 +103,7 @@ class Model:
             spec.cache_head_dim,
             bundle.manifest.dtype,
             bundle.manifest.max_length,
-            self._device,
+            self.device,
         )
         self._stacks: dict[int | None, Stack] = {}
         self._sequence = TokenSequence()
@@ -253,5 +255,5 @@ class Model:
             )
         drafting = None if strategy == "plain" else exit_layer or exits[0]
         if drafting not in self._stacks:
-            self._stacks[drafting] = Stack(self.bundle, self._sessions, self.cache, self._device, drafting)
+            self._stacks[drafting] = Stack(self.bundle, self.sessions, self.cache, self.device, drafting)
         return self._stacks[drafting]
