@@ -67,7 +67,7 @@ class GreedyChoice:
         """See :class:`Choice`."""
         wanted = head.token[:rows].tolist()
         accepted = 0
-        while accepted < min(len(drafts), rows) and drafts[accepted] == wanted[accepted]:
+        while accepted < len(drafts) and drafts[accepted] == wanted[accepted]:
             accepted += 1
         return Verdict(tuple(wanted[: accepted + 1]), accepted)
 

@@ -4,7 +4,9 @@ With alpha the probability that one drafted token is accepted, d the seconds of 
 rows and t those of a plain step, a round of k drafts without bonus emits (1 - alpha^k) / (1 - alpha) tokens on
 average and takes k d + v(k) seconds; with bonus it emits (1 - alpha^(k+1)) / (1 - alpha) and takes (k + 1) d + v(k +
 1). The adaptive rule takes the k with the most tokens per second, and k = 0, a plain step, where no k wins (the
-formula of Leviathan et al., arXiv 2211.17192, section 3.3, with measured instead of assumed costs).
+formula of Leviathan et al., arXiv 2211.17192, section 3.3, with measured instead of assumed costs). Rounds of one row
+are not considered: they emit one token, as a plain step does. Whichever of drafting and plain steps loses is measured
+again after 8, 16, 32, ... steps, so that neither one slow run nor one hard passage decides a whole generation.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from dataclasses import dataclass
 from shortstack.graphs.errors import RequestError
 
 _ALPHA_WEIGHT = 0.1  # of one judged token in the running mean: a memory of about ten tokens
-_COST_WEIGHT = 0.2  # of one measurement in the running mean of a cost
-_FIRST_PROBE_STEPS = 8
-_LAST_PROBE_STEPS = 256
+_COST_WEIGHT = 0.2  # of one measurement in a running cost, if it is higher
+_FIRST_WAIT_STEPS = 8
+_LAST_WAIT_STEPS = 256
 _MUST_WIN_BY = 1.02  # below this a draft is not worth its variance
 
 
@@ -48,38 +50,47 @@ class DraftLength:
 
     Args:
         policy: What the caller asks for.
+
+    Attributes:
+        has_bonus: See :class:`DraftPolicy`.
+        alpha: Running probability that a judged token is accepted.
+        best_gain: Predicted speed of the best draft length over plain decoding; 0 until costs are known.
     """
 
     def __init__(self, policy: DraftPolicy) -> None:
         self._policy = policy
         self.has_bonus = policy.has_bonus
         self.alpha = 0.7
+        self.best_gain = 0.0
         self._draft_row_s: float | None = None
         self._plain_s: float | None = None
         self._verify_s: dict[int, float] = {}
-        self._plain_steps_left = 0
-        self._probe_steps = _FIRST_PROBE_STEPS
+        self._is_winning: bool | None = None
+        self._steps_left = 0  # until the losing way is measured again
+        self._wait_steps = _FIRST_WAIT_STEPS
 
     def choose(self, max_rows: int) -> int:
         """Return how many tokens to draft, 0 for a plain step, in a round of at most ``max_rows`` rows."""
         most = min(self._policy.max_draft_tokens, max_rows)
         if not self._policy.is_adaptive:
             return most
-        if self._plain_s is None:
+        lengths = range(2 - self.has_bonus, min(most, max_rows - self.has_bonus) + 1)  # two rows at least
+        if not lengths or self._plain_s is None:
             return 0
         if self._draft_row_s is None:
-            return min(2, most)
-        if self._plain_steps_left:
-            self._plain_steps_left -= 1
-            return 0
-        best, gain = max(((k, self.predicted_gain(k)) for k in range(1, most + 1)), key=lambda pair: pair[1])
-        if gain >= _MUST_WIN_BY:
-            self._probe_steps = _FIRST_PROBE_STEPS
-            return best
-        # Losing: go plain, but look again after a while, less and less often while it stays so.
-        self._plain_steps_left = self._probe_steps
-        self._probe_steps = min(2 * self._probe_steps, _LAST_PROBE_STEPS)
-        return min(1, most)
+            return lengths[0]
+        best = max(lengths, key=self.predicted_gain)
+        self.best_gain = self.predicted_gain(best)
+        is_winning = self.best_gain >= _MUST_WIN_BY
+        if is_winning != self._is_winning:
+            self._is_winning, self._steps_left, self._wait_steps = is_winning, _FIRST_WAIT_STEPS, 2 * _FIRST_WAIT_STEPS
+        if self._steps_left:
+            self._steps_left -= 1
+            return best if is_winning else 0
+        # Measure the other way again, less and less often while the verdict stays.
+        self._steps_left = self._wait_steps
+        self._wait_steps = min(2 * self._wait_steps, _LAST_WAIT_STEPS)
+        return 0 if is_winning else best
 
     def is_unsure(self, top_prob: float) -> bool:
         """Return whether a draft stops after a token of this probability."""
@@ -96,7 +107,7 @@ class DraftLength:
 
     def observe_plain(self, elapsed_s: float) -> None:
         """Learn what a plain step takes."""
-        self._plain_s = _mean(self._plain_s, elapsed_s, _COST_WEIGHT)
+        self._plain_s = _cost_s(self._plain_s, elapsed_s)
 
     def observe_round(self, drafted: int, accepted: int, rows: int, draft_s: float, verify_s: float) -> None:
         """Learn from one judged draft: tokens drafted and accepted, rows run, seconds below and above the exit."""
@@ -104,8 +115,8 @@ class DraftLength:
             self.alpha += _ALPHA_WEIGHT * (1.0 - self.alpha)
         if accepted < drafted:
             self.alpha -= _ALPHA_WEIGHT * self.alpha
-        self._draft_row_s = _mean(self._draft_row_s, draft_s / rows, _COST_WEIGHT)
-        self._verify_s[rows] = _mean(self._verify_s.get(rows), verify_s, _COST_WEIGHT)
+        self._draft_row_s = _cost_s(self._draft_row_s, draft_s / rows)
+        self._verify_s[rows] = _cost_s(self._verify_s.get(rows), verify_s)
 
     def _verify_cost_s(self, rows: int) -> float:
         """Return the seconds of judging ``rows`` rows: measured, or those of the nearest measured row count."""
@@ -113,5 +124,8 @@ class DraftLength:
         return self._verify_s[nearest]
 
 
-def _mean(mean: float | None, value: float, weight: float) -> float:
-    return value if mean is None else mean + weight * (value - mean)
+def _cost_s(known_s: float | None, measured_s: float) -> float:
+    """Return a running cost: a lower measurement counts at once, since disturbances only ever slow a run down."""
+    if known_s is None or measured_s < known_s:
+        return measured_s
+    return known_s + _COST_WEIGHT * (measured_s - known_s)

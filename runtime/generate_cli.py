@@ -36,7 +36,7 @@ _STRATEGIES: tuple[Strategy, ...] = ("plain", "self-speculative")
 @click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set with this probability.")
 @click.option("--min-p", type=float, default=0.0, help="Drop tokens less likely than this share of the likeliest.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--seed", type=int, help="Makes sampling repeatable; implies --fixed-draft.")
 @click.option("--provider", "providers", multiple=True, help="Execution provider: cpu, cuda, or onnxruntime's name.")
 @click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
 @click.option("--verify", is_flag=True, help="Check the sha256 of every file first.")
@@ -69,7 +69,9 @@ def generate(
     """Continue PROMPT (- reads it from standard input) with the model in BUNDLE."""
     if compare and strategy is not None:
         raise RequestError("--compare runs every strategy", remedy="drop --strategy")
-    draft = DraftPolicy(draft_tokens, confidence, is_adaptive=not fixed_draft, has_bonus=bonus)
+    # Adaptive lengths follow the clock, and what is drafted decides how random draws are used: a seed asks for neither.
+    is_adaptive = not fixed_draft and (seed is None or temperature == 0)
+    draft = DraftPolicy(draft_tokens, confidence, is_adaptive=is_adaptive, has_bonus=bonus)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     model = load(bundle, providers=providers or None, threads=threads, verify_hashes=verify)
     text = sys.stdin.read() if prompt == "-" else prompt

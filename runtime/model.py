@@ -28,6 +28,7 @@ from shortstack.runtime.session import open_sessions
 from shortstack.runtime.speculative import speculative
 from shortstack.runtime.stack import Stack
 from shortstack.runtime.step import Stats
+from shortstack.runtime.stop import StopStrings
 from shortstack.runtime.stream import FinishReason, Stream
 from shortstack.runtime.tokenizer import Tokenizer
 
@@ -135,7 +136,8 @@ class Model:
             max_new_tokens: Tokens to generate at most.
             strategy: ``plain``, or ``self-speculative``: the same output, drafted by an exit.
             exit_layer: Which exit drafts; None takes the lowest.
-            draft: How many tokens to draft; None drafts adaptively, four at most.
+            draft: How many tokens to draft; None drafts adaptively, four at most, but always four where ``sampling``
+                has a seed: what is drafted decides how draws are used, and adaptive lengths follow the clock.
             sampling: Temperature and the rest; None is greedy.
             stop: Strings that end the text; they are not part of it.
             ignore_eos: Go on after an end-of-sequence token.
@@ -152,6 +154,8 @@ class Model:
         if max_new_tokens < 1:
             raise RequestError("max_new_tokens", found=max_new_tokens, expected="1 or more")
         sampling = sampling or SamplingParams()
+        stop_strings = StopStrings(stop)
+        # Every check is behind us: from here on the generation before is over.
         if self._stream is not None:
             self._stream.supersede()
         if not reuse_cache:
@@ -162,14 +166,14 @@ class Model:
         if strategy == "plain":
             steps = plain(stack, self._sequence, choice, stats, limit)
         else:
-            length = DraftLength(draft or DraftPolicy(is_adaptive=True))
+            length = DraftLength(draft or DraftPolicy(is_adaptive=sampling.is_greedy or sampling.seed is None))
             steps = speculative(stack, self._sequence, choice, stats, limit, length)
         self._stream = Stream(
             steps,
             stats,
             self.tokenizer,
             eos_ids=() if ignore_eos else self.tokenizer.eos_token_ids,
-            stop=stop,
+            stop=stop_strings,
             limit=limit,
             limit_reason="length" if limit == max_new_tokens else "context",
         )
@@ -200,9 +204,10 @@ class Model:
             ignore_eos=ignore_eos,
             reuse_cache=reuse_cache,
         )
-        tokens = list(stream)
+        for _ in stream:
+            pass
         assert stream.finish_reason is not None
-        return Result("".join(t.text for t in tokens), tuple(stream.token_ids), stream.finish_reason, stream.stats)
+        return Result(stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids, checked against vocabulary and context.
@@ -213,10 +218,10 @@ class Model:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = []
-            messages: list[Mapping[str, str]] = []
-            for item in prompt:
-                messages.append(item) if isinstance(item, Mapping) else ids.append(int(item))
+            messages = [item for item in prompt if isinstance(item, Mapping)]
+            ids = [int(item) for item in prompt if not isinstance(item, Mapping)]
+            if messages and ids:
+                raise RequestError("the prompt mixes chat messages and token ids", remedy="give one or the other")
             if messages:
                 ids = self.tokenizer.encode_chat(messages)
         if not ids:

@@ -16,8 +16,8 @@ def prefill(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stat
     started = time.perf_counter()
     new = sequence.tokens[sequence.cached :]
     stack.prefill(new, sequence.cached, choice.needs_logits)
-    sequence.commit(len(new))
     token = choice.pick(stack.final, 0, sequence.tokens)
+    sequence.commit(len(new))  # last: what fails above leaves the sequence as it was
     stats.prefill_s += time.perf_counter() - started
     stats.prefilled += 1
     return token
@@ -30,12 +30,12 @@ def full_step(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: St
     stack.draft(0, sequence.cached, with_head=False, with_logits=False)
     drafted = time.perf_counter()
     stack.verify(1, sequence.cached, choice.needs_logits)
+    token = choice.pick(stack.final, 0, sequence.tokens)
+    sequence.commit(1)
     stats.draft_s += drafted - started
     stats.verify_s += time.perf_counter() - drafted
     stats.draft_runs += 1
     stats.verify_runs += 1
-    sequence.commit(1)
-    token = choice.pick(stack.final, 0, sequence.tokens)
     stats.plain += 1
     return token
 

@@ -160,9 +160,8 @@ def distribution(
     Args:
         logits: float[V], one row of a head's output.
         params: The sampling options. Greedy gives a one-point distribution; of equal logits the lowest id wins.
-        context: Tokens of the prompt and the output so far, for the repetition penalty; order and repeats do not
-        matter.
-            An int64 array (a view of a growing buffer) is fastest: Python sequences are converted on each call.
+        context: Tokens of the prompt and the output so far, for the repetition penalty; order and repeats do
+            not matter. An int64 array (a view of a growing buffer) is fastest: sequences are converted on each call.
         ids: int64[V], ascending: the vocabulary id of each row of a trimmed head; None if row and id are the same.
 
     Raises:

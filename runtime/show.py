@@ -62,10 +62,8 @@ def show_stream(strategy: str, stream: Stream, *, is_quiet: bool, has_title: boo
     if has_title and not is_quiet:
         legend = Text(" (drafted and accepted)", ACCEPTED_STYLE) if strategy != "plain" else Text()
         console.print(Text(strategy, "bold"), legend, sep="")
-    text = ""
     try:
         for token in stream:
-            text += token.text
             if token.text and not is_quiet:
                 console.print(Text(token.text, ACCEPTED_STYLE if token.from_draft else ""), end="")
                 console.file.flush()
@@ -74,7 +72,7 @@ def show_stream(strategy: str, stream: Stream, *, is_quiet: bool, has_title: boo
     if not is_quiet:
         console.print("\n" if has_title else "")
     assert stream.finish_reason is not None
-    return Shown(strategy, text, tuple(stream.token_ids), stream.finish_reason, stream.stats, peak_rss_bytes())
+    return Shown(strategy, stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats, peak_rss_bytes())
 
 
 def print_summary(shown: Shown) -> None:
@@ -104,7 +102,17 @@ def print_comparison(shown: Sequence[Shown], *, is_greedy: bool) -> None:
         is_same = len({one.token_ids for one in shown}) == 1
         verdict = Text("yes", "bold green") if is_same else Text("NO", "bold red")
         table.add_row("identical output", *[""] * (len(shown) - 1), verdict)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for one in shown:
+        stats = one.stats
+        if 0 < stats.predicted_gain < 1 and stats.plain > stats.rounds:
+            console.print(
+                f"drafting was mostly off: at an alpha of {stats.alpha:.2f} and the measured costs it is predicted "
+                f"to run at {stats.predicted_gain:.2f}x the speed of plain decoding",
+                style="dim",
+                soft_wrap=True,
+            )
 
 
 def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
@@ -124,7 +132,7 @@ def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
         row("acceptance (accepted/drafted)", if_drafted(lambda s: f"{s.acceptance:.0%} ({s.accepted}/{s.drafted})")),
         row("tokens per round", lambda s: f"{s.tokens_per_round:.2f}"),
         row("plain steps : drafted rounds", lambda s: f"{s.plain} : {s.rounds}"),
-        row("ms per draft row", lambda s: ms(s.draft_s, s.draft_runs) if s.draft_s > 1e-3 else "-"),
-        row("ms per verify", lambda s: ms(s.verify_s, s.verify_runs)),
-        ("peak RSS, MB", [f"{one.peak_rss_bytes / 1e6:.0f}" for one in shown]),
+        row("ms per draft row", if_drafted(lambda s: ms(s.draft_s, s.draft_runs))),
+        row("ms per verify (plain: per step)", lambda s: ms(s.verify_s, s.verify_runs)),
+        ("peak RSS so far, MB", [f"{one.peak_rss_bytes / 1e6:.0f}" for one in shown]),
     ]

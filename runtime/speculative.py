@@ -59,17 +59,14 @@ def speculative(
         # Each row emits at most one token, so rows are capped by what the request and the context still take.
         rows = min(left, stack.max_length - len(sequence), stack.window)
         verdict = _round(stack, sequence, choice, stats, length, rows)
-        yielded = 0
-        try:
-            for index, token in enumerate(verdict.tokens):
-                if index:
-                    sequence.commit(1)
-                sequence.append(token)
-                stats.emitted += 1
-                yielded += 1
-                yield Step(token, from_draft=index < verdict.accepted)
-        finally:
-            stats.discarded += len(verdict.tokens) - yielded
+        stats.discarded += len(verdict.tokens)  # until they are handed over
+        for index, token in enumerate(verdict.tokens):
+            if index:
+                sequence.commit(1)
+            sequence.append(token)
+            stats.discarded -= 1
+            stats.emitted += 1
+            yield Step(token, from_draft=index < verdict.accepted)
         left -= len(verdict.tokens)
 
 
@@ -78,6 +75,7 @@ def _round(
 ) -> Verdict:
     """Draft and judge; the newest token's position is committed, emitted ones are left to the caller."""
     drafts_wanted = length.choose(max_rows)
+    stats.predicted_gain = length.best_gain
     if drafts_wanted == 0:
         started = time.perf_counter()
         token = full_step(stack, sequence, choice, stats)

@@ -33,7 +33,7 @@ class Stats:
         prompt: Tokens of the prompt.
         reused: Prompt tokens whose cache was kept from the generation before.
         emitted: Handed to the caller.
-        discarded: Decided, but not handed over: the caller stopped inside a round.
+        discarded: Decided, but not handed over: the rest of a round inside which the caller stopped, or is still.
         prefilled: Decided by the prefill run (0 or 1).
         plain: Decided by full runs without a draft.
         drafted: Proposed by the exit.
@@ -51,6 +51,7 @@ class Stats:
         first_token_s: Seconds from the request to the first token.
         draft_runs: Rows run through the lower segments.
         verify_runs: Runs of the upper segments.
+        predicted_gain: Speed of drafting over plain decoding that the adaptive rule predicted last; 0 before it could.
     """
 
     prompt: int = 0
@@ -74,6 +75,7 @@ class Stats:
     first_token_s: float = 0.0
     draft_runs: int = 0
     verify_runs: int = 0
+    predicted_gain: float = 0.0
 
     def count_round(self, drafted: int, accepted: int) -> None:
         """Count one judged draft."""

@@ -46,6 +46,7 @@ class Stream(Iterator[Token]):
     Attributes:
         stats: Counts and times.
         token_ids: The ids so far.
+        text: What the tokens' texts make up so far; at the end also what a cancelled generation still held back.
         finish_reason: Why it ended: an end-of-sequence token, a stop string, max_new_tokens, the context's end, or
             :meth:`cancel`; None while it runs.
     """
@@ -57,14 +58,14 @@ class Stream(Iterator[Token]):
         tokenizer: Tokenizer,
         *,
         eos_ids: Sequence[int],
-        stop: Sequence[str],
+        stop: StopStrings,
         limit: int,
         limit_reason: FinishReason,
     ) -> None:
         self._steps = steps
         self._eos_ids = frozenset(eos_ids)
         self._decoder = StreamDecoder(tokenizer)
-        self._stop = StopStrings(stop)
+        self._stop = stop
         self._limit = limit
         self._limit_reason: FinishReason = limit_reason
         self._started_s = time.perf_counter()
@@ -72,19 +73,20 @@ class Stream(Iterator[Token]):
         self._is_superseded = False
         self.stats = stats
         self.token_ids: list[int] = []
+        self.text = ""
         self.finish_reason: FinishReason | None = None
 
     def __next__(self) -> Token:
         if self.finish_reason is not None:
+            raise StopIteration
+        if self._is_cancelled:
+            self.close()
             raise StopIteration
         if self._is_superseded:
             raise RequestError(
                 "this generation was ended by a newer one on the same model",
                 remedy="finish one stream before starting the next, or load the bundle twice",
             )
-        if self._is_cancelled:
-            self._finish("cancelled")
-            raise StopIteration
         step = next(self._steps)
         self.token_ids.append(step.token)
         now = time.perf_counter() - self._started_s
@@ -92,23 +94,15 @@ class Stream(Iterator[Token]):
             self.stats.first_token_s = now
         self.stats.elapsed_s = now
         if step.token in self._eos_ids:
-            self._finish("eos")
-            return Token(step.token, self._last_text(""), step.from_draft)
-        text, is_stopped = self._stop.push(self._decoder.push(step.token))
-        if is_stopped:
-            self._finish("stop")
-        elif len(self.token_ids) == self._limit:
-            self._finish(self._limit_reason)
-            text = self._last_text(text)
+            text = self._end("eos")
+        else:
+            text, is_stopped = self._stop.push(self._decoder.push(step.token))
+            if is_stopped:
+                text += self._end("stop")
+            elif len(self.token_ids) == self._limit:
+                text += self._end(self._limit_reason)
+        self.text += text
         return Token(step.token, text, step.from_draft)
-
-    def _last_text(self, text: str) -> str:
-        """Return ``text`` and everything held back; a stop string may still complete in it."""
-        rest, is_stopped = self._stop.push(self._decoder.flush())
-        if is_stopped:
-            self.finish_reason = "stop"
-            return text + rest
-        return text + rest + self._stop.flush()
 
     def cancel(self) -> None:
         """End the generation before the next token; may be called from another thread."""
@@ -117,7 +111,7 @@ class Stream(Iterator[Token]):
     def close(self) -> None:
         """End the generation now; the model stays usable."""
         if self.finish_reason is None:
-            self._finish("cancelled")
+            self.text += self._end("cancelled")
 
     def supersede(self) -> None:
         """End a generation that is still running because a newer one takes the cache."""
@@ -125,9 +119,12 @@ class Stream(Iterator[Token]):
             self._is_superseded = True
             self._close_steps()
 
-    def _finish(self, reason: FinishReason) -> None:
-        self.finish_reason = reason
+    def _end(self, reason: FinishReason) -> str:
+        """End the loop and return all text held back, up to a stop string that still completes in it."""
         self._close_steps()
+        rest, is_stopped = self._stop.push(self._decoder.flush())
+        self.finish_reason = "stop" if is_stopped else reason
+        return rest + self._stop.flush()
 
     def _close_steps(self) -> None:
         close = getattr(self._steps, "close", None)
