@@ -1,9 +1,9 @@
-"""The KV buffers of all layers, and the one number that says how much of them counts.
+"""The KV buffers of all layers.
 
 Each producer layer has one full-capacity buffer for keys and one for values, [1, kv_heads, capacity, head_dim], bound
-as
-past and as present: a run writes its rows in place. Rolling back is lowering :attr:`KVCache.length`; rows beyond it are
-never read and are overwritten later. Capacity grows in chunks, so memory follows the text and not the longest context.
+as past and as present: a run writes its rows in place. Rolling back is passing a smaller length to the next run; rows
+beyond it are never read and are overwritten later. Capacity grows in chunks, so memory follows the text and not the
+longest context.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class KVCache:
             )
         capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length)
         shape = (1, self._kv_heads, capacity, self._head_dim)
+        self.generation += 1  # first, so that nothing stays bound to the old buffers if memory runs out on the way
         for layer in self._layers:
             for part in names.KV_PARTS:
                 new = np.zeros(shape, self._dtype)
@@ -86,4 +87,3 @@ class KVCache:
                     new, self._device.kind, self._device.index
                 )
         self.capacity = capacity
-        self.generation += 1

@@ -25,6 +25,7 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.kv_map import borrowed, producers
 from shortstack.runtime.cache import KVCache
+from shortstack.runtime.draft_vocab import read_draft_vocab
 from shortstack.runtime.plan import Plan, Tensor
 from shortstack.runtime.session import Device
 
@@ -135,10 +136,8 @@ class Stack:
         self._kv_map = manifest.spec.kv_map
         self._lower = 0 if exit_layer is None else manifest.plan.boundaries.index(exit_layer) + 1
         dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
-        ids, vocab = None, manifest.spec.vocab_size
-        if self._lower and (exit_spec := manifest.plan.exits[self._lower - 1]).draft_vocab is not None:
-            ids = np.load(bundle.folder / names.draft_vocab_file(exit_spec.exit_layer), allow_pickle=False)
-            vocab = exit_spec.draft_vocab
+        ids = read_draft_vocab(bundle, manifest.plan.exits[self._lower - 1]) if self._lower else None
+        vocab = manifest.spec.vocab_size if ids is None else len(ids)
         self.window = WINDOW_ROWS
         self.max_length = manifest.max_length
         self.final = Head(WINDOW_ROWS, manifest.spec.vocab_size, dtype, None)
@@ -229,7 +228,7 @@ class Stack:
         self._total[...] = past + rows
 
     def _reserve(self, positions: int, keep: int) -> None:
-        self._cache.reserve(positions, keep)
-        if self._generation != self._cache.generation:
-            self._plans.clear()
+        if positions > self._cache.capacity or self._generation != self._cache.generation:
+            self._plans.clear()  # before the cache grows: plans hold its old buffers
+            self._cache.reserve(positions, keep)
             self._generation = self._cache.generation

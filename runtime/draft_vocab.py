@@ -1,0 +1,35 @@
+"""The id map of a trimmed exit head: which token each row of the head stands for."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.errors import BundleError
+from shortstack.graphs.plan import ExitSpec
+
+
+def read_draft_vocab(bundle: Bundle, exit_spec: ExitSpec) -> npt.NDArray[np.int64] | None:
+    """Return the token id of each row of an exit's head, ascending int64 [draft_vocab]; None for a full head.
+
+    Raises:
+        BundleError: The file is not such an array.
+    """
+    if exit_spec.draft_vocab is None:
+        return None
+    path = bundle.folder / names.draft_vocab_file(exit_spec.exit_layer)
+    remedy = "copy the bundle again as a whole, or re-export it"
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BundleError(f"{path} is not a numpy array: {error}", remedy=remedy) from None
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.shape != (exit_spec.draft_vocab,):
+        raise BundleError(f"{path}", found="another array", expected=f"int64 [{exit_spec.draft_vocab}]", remedy=remedy)
+    vocab_size = bundle.manifest.spec.vocab_size
+    if not (ids[0] >= 0 and ids[-1] < vocab_size and (np.diff(ids) > 0).all()):
+        raise BundleError(
+            f"{path}", found="ids out of order", expected=f"ascending in 0..{vocab_size - 1}", remedy=remedy
+        )
+    return ids
