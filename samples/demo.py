@@ -1,0 +1,40 @@
+"""`make demo`: fetch the default model, cut it, and decode one prompt plainly and self-speculatively.
+
+Steps that are done are not redone. The bundle stays in the cache folder, beside the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from shortstack.__main__ import run
+from shortstack.graphs.names import MANIFEST_FILE
+from shortstack.samples.fetch_model import default_model_path
+
+EXIT_LAYER = 24
+DRAFT_VOCAB = 4096
+PROMPT = "Explain how a bicycle stays upright."
+
+
+def main(prompt: str = PROMPT) -> int:
+    """Run the demo; returns the exit code of the last command."""
+    gguf = default_model_path()
+    bundle = gguf.parent / f"SmolLM2-135M-Instruct-e{EXIT_LAYER}"
+    if not (bundle / MANIFEST_FILE).is_file():
+        code = _run("export", str(gguf), str(bundle), "--exit-layer", str(EXIT_LAYER), "--draft-vocab", str(DRAFT_VOCAB))
+        if code:
+            return code
+    return _run("generate", str(bundle), prompt, "--compare")
+
+
+def _run(*arguments: str) -> int:
+    """Run one command, saying first how to run it by hand."""
+    home = str(Path.home())
+    line = " ".join(f"'{a}'" if " " in a else a.replace(home, "~", 1) for a in arguments)
+    print(f"$ shortstack {line}", flush=True)
+    return run(list(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))
