@@ -87,12 +87,10 @@ def _entropy(
 ) -> ir.Value:
     """Append H = logsumexp(z) - sum_i p_i z_i in nats, [batch * rows, 1].
 
-    logsumexp is taken as top logit - log(top probability), and the sum as a dot product: neither walks the vocabulary
-    in a node of its own.
+    logsumexp is taken as top logit - log(top probability), so that it costs no walk over the vocabulary of its own. A
+    matrix product for the sum would be four times slower on the CPU than product and reduction.
     """
-    one, two = g.constant([1]), g.constant([2])
-    row = g.op("Unsqueeze", [probs, one], f"{node}/probs_row")  # [batch * rows, 1, vocab]
-    column = g.op("Unsqueeze", [logits, two], f"{node}/logits_column")  # [batch * rows, vocab, 1]
-    dot = g.op("Squeeze", [g.op("MatMul", [row, column], f"{node}/expected_logit"), two], f"{node}/expected")
+    products = g.op("Mul", [probs, logits], f"{node}/Mul_expected")
+    dot = g.op("ReduceSum", [products, g.constant([1])], f"{node}/ReduceSum_expected", keepdims=1)
     lse = g.op("Sub", [top_logit, g.op("Log", [top_prob], f"{node}/Log")], f"{node}/logsumexp")
     return g.op("Relu", [g.op("Sub", [lse, dot], f"{node}/Sub_entropy")], f"{node}/Relu")  # rounding may go below 0
