@@ -107,6 +107,8 @@ class Model:
             self.device,
         )
         self._stacks: dict[int | None, Stack] = {}
+        # What was learned about costs and acceptance outlives a generation, so that the next one starts with it.
+        self._lengths: dict[tuple[int, DraftPolicy], DraftLength] = {}
         self._sequence = TokenSequence()
         self._stream: Stream | None = None
 
@@ -150,11 +152,12 @@ class Model:
             RequestError: An empty or too long prompt, an unknown strategy or exit.
         """
         ids = self.encode(prompt)
-        stack = self._stack(strategy, exit_layer)
+        drafting = self._drafting_exit(strategy, exit_layer)
         if max_new_tokens < 1:
             raise RequestError("max_new_tokens", found=max_new_tokens, expected="1 or more")
         sampling = sampling or SamplingParams()
         stop_strings = StopStrings(stop)
+        stack = self._stack(drafting)
         # Every check is behind us: from here on the generation before is over.
         if self._stream is not None:
             self._stream.supersede()
@@ -163,10 +166,11 @@ class Model:
         stats = Stats(prompt=len(ids), reused=self._sequence.restart(ids))
         limit = min(max_new_tokens, self.cache.max_length - len(ids))
         choice = make_choice(sampling)
-        if strategy == "plain":
+        if drafting is None:
             steps = plain(stack, self._sequence, choice, stats, limit)
         else:
-            length = DraftLength(draft or DraftPolicy(is_adaptive=sampling.is_greedy or sampling.seed is None))
+            policy = draft or DraftPolicy(is_adaptive=sampling.is_greedy or sampling.seed is None)
+            length = self._lengths.setdefault((drafting, policy), DraftLength(policy))
             steps = speculative(stack, self._sequence, choice, stats, limit, length)
         self._stream = Stream(
             steps,
@@ -242,7 +246,8 @@ class Model:
             )
         return ids
 
-    def _stack(self, strategy: Strategy, exit_layer: int | None) -> Stack:
+    def _drafting_exit(self, strategy: Strategy, exit_layer: int | None) -> int | None:
+        """Return the exit that drafts, None for plain decoding, if the bundle has what is asked for."""
         exits = self.exit_layers
         if strategy not in ("plain", "self-speculative"):
             raise RequestError("strategy", found=repr(strategy), expected="'plain' or 'self-speculative'")
@@ -258,7 +263,10 @@ class Model:
                 "self-speculation needs an exit, and this bundle has none",
                 remedy="re-export with --exit-layer E, or use the plain strategy",
             )
-        drafting = None if strategy == "plain" else exit_layer or exits[0]
+        return None if strategy == "plain" else exit_layer or exits[0]
+
+    def _stack(self, drafting: int | None) -> Stack:
+        """Return the stack that drafts with this exit, made once: it holds the prebuilt plans."""
         if drafting not in self._stacks:
             self._stacks[drafting] = Stack(self.bundle, self.sessions, self.cache, self.device, drafting)
         return self._stacks[drafting]
