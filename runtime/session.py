@@ -85,8 +85,10 @@ def open_sessions(
     """
     names = resolve_providers(providers)
     _make_thread_pool(threads)
-    sessions = []
-    for segment in bundle.manifest.plan.segments:
+    sessions: list[ort.InferenceSession] = []
+    # Top to bottom. Packing a head's weight reads all of it from the file; the top session lets go of those pages once
+    # it has packed, the bottom one keeps them for the embedding, so the other way round a tied weight peaks twice.
+    for segment in reversed(bundle.manifest.plan.segments):
         path = bundle.graph_path(segment)
         options = ort.SessionOptions()
         options.use_per_session_threads = False
@@ -101,7 +103,7 @@ def open_sessions(
             ) from None
         found = GraphContract(_ports(session.get_inputs()), _ports(session.get_outputs()))
         check_ports(str(path), found, bundle.manifest.contract(segment))
-        sessions.append(session)
+        sessions.insert(0, session)
     return sessions, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu")
 
 
