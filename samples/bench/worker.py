@@ -1,0 +1,128 @@
+"""A process that decodes on request: one JSON object per line in, one per line out. ``worker.py BUNDLE [THREADS]``.
+
+Two engines under comparison sit in two such processes, each idle, its threads asleep, while the other one runs.
+
+========  ==============================  ==============================================================
+``op``    asks                            answers
+========  ==============================  ==============================================================
+start     prompt (token ids), tokens      tokens ([first]), elapsed_s of the prefill
+block     count                           tokens, elapsed_s, cpu_s, run_s (inside graphs)
+decode    prompt, tokens, draft, ...      tokens, decode_s after the first token, stats
+costs     context, rows, repeats          seconds of a plain step, a draft row, a row without exit, verify(M)
+memory                                    rss_bytes, pss_bytes, peak_bytes
+========  ==============================  ==============================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from shortstack.graphs.errors import ShortstackError
+from shortstack.runtime import DraftPolicy, load
+from shortstack.runtime.plan import Plan
+from shortstack.runtime.stream import Token
+from shortstack.samples.bench.costs import measure_costs
+from shortstack.samples.bench.memory import memory_now
+
+
+class GraphClock:
+    """Counts the seconds spent inside graph runs, from its creation on; what is left of a step is host overhead."""
+
+    def __init__(self) -> None:
+        self.run_s = 0.0
+        run = Plan.run
+
+        def timed(plan: Plan) -> None:
+            started = time.perf_counter()
+            run(plan)
+            self.run_s += time.perf_counter() - started
+
+        # This process does nothing but measure, so the class itself may be changed.
+        Plan.run = timed  # type: ignore[method-assign,assignment]
+
+
+class Worker:
+    """The requests, as methods.
+
+    Args:
+        bundle: The bundle's folder.
+        threads: Size of the thread pool; None takes all cores.
+    """
+
+    def __init__(self, bundle: str, threads: int | None) -> None:
+        self._clock = GraphClock()
+        self._model = load(bundle, threads=threads)
+        self._stream: Iterator[Token] = iter(())
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what one request asks."""
+        operations: dict[str, Callable[..., dict[str, Any]]] = {
+            "start": self._start,
+            "block": self._block,
+            "decode": self._decode,
+            "costs": self._costs,
+            "memory": memory_now,
+        }
+        return operations[request.pop("op")](**request)
+
+    def _start(self, prompt: list[int], tokens: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        self._stream = self._model.stream(prompt, max_new_tokens=tokens, ignore_eos=True)
+        first = next(self._stream).id
+        return {"tokens": [first], "elapsed_s": time.perf_counter() - started}
+
+    def _block(self, count: int) -> dict[str, Any]:
+        before_s = self._clock.run_s
+        started, cpu = time.perf_counter(), time.process_time()
+        tokens = [next(self._stream).id for _ in range(count)]
+        elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+        return {"tokens": tokens, "elapsed_s": elapsed_s, "cpu_s": cpu_s, "run_s": self._clock.run_s - before_s}
+
+    def _decode(
+        self, prompt: list[int], tokens: int, draft: int | None = None, is_adaptive: bool = False
+    ) -> dict[str, Any]:
+        """Decode plainly, or with drafts of ``draft`` tokens (at most, when adaptive)."""
+        result = self._model.generate(
+            prompt,
+            max_new_tokens=tokens,
+            ignore_eos=True,
+            strategy="plain" if draft is None else "self-speculative",
+            draft=None if draft is None else DraftPolicy(draft, is_adaptive=is_adaptive),
+        )
+        stats = result.stats
+        return {
+            "tokens": result.tokens,
+            "decode_s": stats.elapsed_s - stats.first_token_s,
+            "stats": {"alpha": stats.alpha, "acceptance": stats.acceptance, "tokens_per_round": stats.tokens_per_round},
+        }
+
+    def _costs(self, prompt: list[int], rows: list[int], repeats: int) -> dict[str, Any]:
+        return measure_costs(self._model, prompt, rows, repeats)
+
+
+def main(arguments: list[str]) -> None:
+    """Load the bundle, say so with an empty answer, then serve requests until standard input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints does not get among the answers
+
+    def reply(answer: dict[str, Any]) -> None:
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+    try:
+        worker = Worker(arguments[0], int(arguments[1]) if len(arguments) > 1 else None)
+        reply({})
+        for line in sys.stdin:
+            reply(worker.answer(json.loads(line)))
+    except ShortstackError as error:
+        reply({"error": str(error)})
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,197 @@
+"""The benchmark: its arithmetic, its table, and every part of it once on a tiny model. Nothing depends on a time."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from helpers.tiny_models import SPECULATOR
+from shortstack.export.assemble import export_bundle
+from shortstack.export.spec import ExportSpec
+from shortstack.graphs.errors import DependencyError, ShortstackError
+from shortstack.samples.bench import sections
+from shortstack.samples.bench.artifacts import Artifacts, check_genai, folder_bytes, open_artifacts
+from shortstack.samples.bench.drafting import relative_costs
+from shortstack.samples.bench.engines import Blocks, common_prefix, compare
+from shortstack.samples.bench.figures import expected_tokens, predicted_speed_up, ratios, spread
+from shortstack.samples.bench.pipe import WorkerProcess, bundle_worker
+from shortstack.samples.bench.report import Row, Section, at_least, at_most, machine, print_report, to_json
+from shortstack.samples.bench.settings import Settings
+
+EXIT_LAYER, DRAFT_VOCAB = 3, 64
+SMALL = Settings(
+    prompt_lengths=(5,),
+    repeats=2,
+    blocks=2,
+    block_tokens=3,
+    draft_prompts=1,
+    draft_prompt_tokens=12,
+    draft_lengths=(1, 3),
+    draft_vocabs=(None, DRAFT_VOCAB),
+    verify_rows=(1, 2),
+    cost_repeats=2,
+    memory_prompt=4,
+    memory_tokens=4,
+)
+TEXT = list(range(10, 40))
+
+
+def test_a_spread_is_the_median_and_the_quartiles() -> None:
+    found = spread([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (found.low, found.median, found.high, found.count) == (2.0, 3.0, 4.0, 5)
+    assert found.scaled(10).show(0) == "30 [20, 40]"
+    assert spread([7.0]).show(1) == "7.0 [7.0, 7.0]"
+    with pytest.raises(ValueError, match="no value"):
+        spread([])
+
+
+def test_a_slow_spell_that_hits_both_of_a_pair_leaves_the_ratio_alone() -> None:
+    assert ratios([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]).show(1) == "2.0 [2.0, 2.0]"
+
+
+def test_a_round_emits_the_geometric_sum_of_alpha() -> None:
+    assert expected_tokens(0.0, 4) == 1.0
+    assert expected_tokens(1.0, 4) == 4.0
+    assert expected_tokens(0.5, 3) == pytest.approx((1 - 0.5**3) / (1 - 0.5))
+
+
+def test_the_predicted_speed_up_is_tokens_over_cost() -> None:
+    verify = {1: 0.8, 2: 0.9, 3: 1.0}
+    assert predicted_speed_up(0.5, 2, 0.3, verify) == pytest.approx(1.5 / (0.6 + 0.9))
+    assert predicted_speed_up(0.5, 2, 0.3, verify, bonus_row=0.2) == pytest.approx(1.75 / (0.6 + 0.2 + 1.0))
+    # Nothing gained, nothing lost: a draft that always holds, at the cost of the layers it ran anyway.
+    assert predicted_speed_up(1.0, 1, 0.2, verify) == pytest.approx(1.0)
+
+
+def test_costs_are_relative_to_the_plain_step_of_the_same_round() -> None:
+    costs = relative_costs(
+        [1.0, 10.0, 1.0], [0.5, 5.0, 0.5], [0.25, 2.5, 0.25], {"1": [0.8, 8, 0.8], "2": [1.2, 12, 1.2]}
+    )
+    assert (costs.plain_s, costs.draft, costs.lower) == (1.0, 0.5, 0.25)
+    assert costs.verify == {1: 0.8, 2: pytest.approx(1.2)}
+    assert costs.curve[2] == pytest.approx(1.5)
+
+
+def test_a_comparison_tells_speed_and_where_tokens_part() -> None:
+    ours = Blocks([[1, 2, 3], [1, 2, 3]], [1.0], [1.0, 2.0], [0.5, 1.0])
+    theirs = Blocks([[1, 2, 3], [1, 9, 3]], [3.0], [2.0, 4.0], [2.0, 4.0])
+    result = compare(ours, theirs)
+    assert (result.speed.median, result.cpu_speed.median, result.prefill_speed.median) == (2.0, 4.0, 3.0)
+    assert (result.same_tokens, result.tokens) == (1, 3)
+    assert common_prefix([], [1]) == 0
+
+
+def test_the_table_shows_values_goals_and_verdicts() -> None:
+    rows = (at_least("speed", 1.2, "1.20", 1.0), at_most("size", 1.2, "1.20", 1.1), Row("note", "as it is"))
+    assert [row.is_met for row in rows] == [True, False, None]
+    facts, found = machine(), [Section("first", rows)]
+    with redirect_stdout(io.StringIO()) as out:
+        print_report(facts, found)
+    text = out.getvalue()
+    assert "yes" in text
+    assert "NO" in text
+    assert ">= 1" in text
+    assert "as it is" in text
+    assert str(facts["onnxruntime"]) in text
+    data = json.loads(json.dumps(to_json(facts, found)))
+    assert data["sections"][0]["rows"][1] == {
+        "what": "size",
+        "shown": "1.20",
+        "value": 1.2,
+        "goal": "<= 1.1",
+        "is_met": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """A tiny model's bundles where the benchmark looks for them."""
+    folder = tmp_path_factory.mktemp("bench")
+    checkpoint = SPECULATOR.write(folder / "checkpoint")
+    found = open_artifacts(checkpoint, folder / "cache")
+    for name, exits, vocab in (
+        ("uncut", (), None),
+        (f"exit-{EXIT_LAYER}", (EXIT_LAYER,), None),
+        (f"exit-{EXIT_LAYER}-vocab-{DRAFT_VOCAB}", (EXIT_LAYER,), DRAFT_VOCAB),
+    ):
+        export_bundle(ExportSpec(str(checkpoint), found.folder / name, exits, vocab))
+    return found
+
+
+def test_a_model_that_is_there_is_not_made_again(models: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("something was made"))
+    assert models.bundle(None).name == "uncut"
+    assert models.bundle(EXIT_LAYER).name == "exit-3"
+    assert folder_bytes(models.bundle(EXIT_LAYER, DRAFT_VOCAB)) > folder_bytes(models.bundle(EXIT_LAYER))
+
+
+def test_bundles_of_older_sources_make_room(models: Artifacts, tmp_path: Path) -> None:
+    (tmp_path / "bundles-0123").mkdir()
+    (tmp_path / "something else").mkdir()
+    found = open_artifacts(models.checkpoint, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [found.folder.name, found.genai_folder.name, "something else"]
+    )
+
+
+def test_a_worker_decodes_in_blocks_what_it_decodes_at_once(models: Artifacts) -> None:
+    with bundle_worker(models.bundle(EXIT_LAYER), 1) as worker:
+        first = worker.ask("start", prompt=TEXT, tokens=9)
+        blocks = [worker.ask("block", count=4) for _ in range(2)]
+        at_once = worker.ask("decode", prompt=TEXT, tokens=9)
+        drafted = worker.ask("decode", prompt=TEXT, tokens=9, draft=3)
+        memory = worker.ask("memory")
+    assert first["tokens"] + blocks[0]["tokens"] + blocks[1]["tokens"] == at_once["tokens"] == drafted["tokens"]
+    assert all(0 < block["run_s"] < block["elapsed_s"] for block in blocks)
+    assert memory["peak_bytes"] >= memory["rss_bytes"] > 0
+
+
+def test_a_worker_that_fails_says_why(models: Artifacts) -> None:
+    with pytest.raises(ShortstackError, match="is not a folder"):
+        bundle_worker(models.folder / "absent", 1)
+    with pytest.raises(ShortstackError, match="ended with code 3"):
+        WorkerProcess([sys.executable, "-c", "raise SystemExit(3)"])
+    with bundle_worker(models.bundle(None), 1) as worker, pytest.raises(ShortstackError, match="has none"):
+        worker.ask("costs", prompt=TEXT, rows=[1], repeats=1)
+
+
+def test_without_genai_the_rest_is_measured_and_the_way_to_it_shown(
+    models: Artifacts, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def absent(python: str) -> str:
+        raise DependencyError(f"{python} has no onnxruntime-genai", remedy="run: pip install onnxruntime-genai")
+
+    monkeypatch.setattr(sections, "check_genai", absent)
+    rival = sections.find_rival(models, sys.executable)
+    assert rival is None
+    section = sections.engines_section(models, EXIT_LAYER, TEXT, 1, rival, SMALL)
+    assert [row.what for row in section.rows] == [
+        "onnxruntime-genai",
+        "ms per token, prompt 5",
+        "host overhead of a step, %, prompt 5",
+    ]
+    assert "pip install onnxruntime-genai" in capfd.readouterr().err
+
+
+def test_an_interpreter_without_genai_is_named_with_the_remedy() -> None:
+    with pytest.raises(DependencyError, match="false -m pip install onnxruntime-genai"):
+        check_genai("false")
+
+
+def test_disk_memory_and_drafting_are_measured(models: Artifacts) -> None:
+    disk = sections.disk_section(models, EXIT_LAYER, SMALL)
+    assert [row.what for row in disk.rows] == ["uncut, MB", "full exit head / uncut", "exit head of 64 / uncut"]
+    memory = sections.memory_section(models, EXIT_LAYER, TEXT, None, SMALL)
+    assert len(memory.rows) == 1 + 2 * 2 * len(SMALL.draft_vocabs)
+    assert all(row.value for row in memory.rows)
+    for vocab in SMALL.draft_vocabs:
+        drafting = sections.drafting_section(models.bundle(EXIT_LAYER, vocab), vocab, [TEXT], 1, SMALL)
+        shown = {row.what: row for row in drafting.rows}
+        assert shown["output equal to plain"].is_met
+        assert "predicted" in shown["speed over plain, k = 3"].shown
+        assert "predicted" not in shown["speed over plain, adaptive"].shown
