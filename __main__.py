@@ -14,6 +14,7 @@ Exit codes::
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import platform
 import sys
@@ -119,9 +120,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows ``shortstack``; by default that of this process.
     """
     flags = {"debug": False}  # filled by `cli`, which alone parses options
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     try:
         result = cli.main(arguments, prog_name="shortstack", standalone_mode=False, obj=flags)
-        sys.stdout.flush()  # here, where a closed pipe can be caught, and not at exit
+        if sys.stdout is not None:  # None: the caller closed it
+            sys.stdout.flush()  # here, where a closed pipe can be caught, and not at exit
     except ShortstackError as error:
         if flags["debug"]:
             raise
@@ -139,6 +144,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more at exit, into a pipe that nobody reads: send that nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if flags["debug"]:
+            raise
+        click.echo(f"error: {error}", err=True)
+        return ShortstackError.exit_code
     return result if isinstance(result, int) else 0
 
 

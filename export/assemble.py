@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from tokenizers import Tokenizer
 
 from shortstack import __version__
 from shortstack.export.arch import resolve
@@ -51,11 +52,10 @@ def export_bundle(request: ExportSpec) -> Bundle:
                 f"{checkpoint.source} has no {names.TOKENIZER_FILE}",
                 remedy="save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
             )
+        _check_tokenizer(checkpoint.source, files[names.TOKENIZER_FILE])
         ids = None
         if request.draft_vocab is not None:
-            ids = choose_draft_vocab(
-                files[names.TOKENIZER_FILE], request.draft_text, request.draft_vocab, spec.vocab_size
-            )
+            ids = choose_draft_vocab(files, request.draft_text, request.draft_vocab, spec.vocab_size)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
             with WeightStore(folder) as store:
                 advance = stage("Writing weights", spec.num_hidden_layers)
@@ -85,6 +85,16 @@ def export_bundle(request: ExportSpec) -> Bundle:
             advance(1)
             write_manifest(folder, manifest)
     return open_bundle(request.out)
+
+
+def _check_tokenizer(source: str, content: bytes) -> None:
+    try:
+        Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(
+            f"{source}: {names.TOKENIZER_FILE} is not a tokenizer: {error}",
+            remedy="save it again with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        ) from None
 
 
 def _max_length(request: ExportSpec, spec: ModelSpec) -> int:

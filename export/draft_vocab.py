@@ -7,28 +7,31 @@ Idea: FR-Spec (arXiv 2502.14856); choosing by text of the model's own making: Vo
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 
 DEFAULT_TEXT = Path(__file__).resolve().parent.parent / "samples" / "draft_vocab.txt"
 
 
 def choose_draft_vocab(
-    tokenizer_json: bytes, text_file: Path | None, size: int, vocab_size: int
+    files: Mapping[str, bytes], text_file: Path | None, size: int, vocab_size: int
 ) -> npt.NDArray[np.int64]:
     """Return the token ids of a trimmed head, ascending int64 [size].
 
-    Added special tokens come first, then ids by falling frequency in the text, then the lowest ids (byte-pair merges
-    are numbered by falling frequency).
+    First come the special tokens that end or frame a turn (those of the chat template and of the generation defaults),
+    then ids by falling frequency in the text, then the lowest ids: byte-pair merges are numbered by falling frequency.
 
     Args:
-        tokenizer_json: The model's tokenizer.
+        files: The model's text files by name, its tokenizer among them.
         text_file: UTF-8 text; None takes the one that ships with shortstack.
         size: How many ids.
         vocab_size: Rows of the full head.
@@ -37,7 +40,12 @@ def choose_draft_vocab(
         RequestError: The size is out of range, or the text cannot be read or is empty.
     """
     if not 2 <= size <= vocab_size:
-        raise RequestError("--draft-vocab", found=size, expected=f"2..{vocab_size}, the size of the model's vocabulary")
+        raise RequestError(
+            "--draft-vocab",
+            found=size,
+            expected=f"2..{vocab_size}, the size of the model's vocabulary",
+            remedy="choose a size in that range; 4096 is a good start",
+        )
     path = text_file or DEFAULT_TEXT
     try:
         text = path.read_text(encoding="utf-8")
@@ -45,11 +53,22 @@ def choose_draft_vocab(
         raise RequestError(f"--draft-text {path} cannot be read: {error}", remedy="give a UTF-8 text file") from None
     if not text.strip():
         raise RequestError(f"--draft-text {path} is empty", remedy="give a text of at least a few thousand words")
-    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    tokenizer = Tokenizer.from_str(files[names.TOKENIZER_FILE].decode())
     counts: Counter[int] = Counter()
     for encoding in tokenizer.encode_batch(text.splitlines(keepends=True), add_special_tokens=False):
         counts.update(encoding.ids)
-    special = sorted(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     frequent = [token for token, _ in counts.most_common()]
-    ranked = dict.fromkeys(i for i in (*special, *frequent, *range(vocab_size)) if i < vocab_size)
+    ranked = dict.fromkeys(
+        i for i in (*_turn_tokens(tokenizer, files), *frequent, *range(vocab_size)) if i < vocab_size
+    )
     return np.array(sorted(list(ranked)[:size]), dtype=np.int64)
+
+
+def _turn_tokens(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> list[int]:
+    """Return the ids of special tokens that the chat template or the generation defaults name."""
+    template = files.get(names.CHAT_TEMPLATE_FILE, b"").decode(errors="replace")
+    defaults = json.loads(files.get(names.GENERATION_CONFIG_FILE, b"{}"))
+    ids = [defaults.get(f"{kind}_token_id") for kind in ("eos", "bos")]
+    named = {i for entry in ids for i in (entry if isinstance(entry, list) else [entry])}
+    special = tokenizer.get_added_tokens_decoder().items()
+    return [i for i, token in special if token.special and (i in named or token.content in template)]

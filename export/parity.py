@@ -19,10 +19,12 @@ import numpy as np
 
 from shortstack.export.parity_reference import Array, Reference, Teacher
 from shortstack.graphs import names
+from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.runtime.cache import KVCache
+from shortstack.runtime.draft_length import DraftPolicy
 from shortstack.runtime.draft_vocab import read_draft_vocab
-from shortstack.runtime.model import Model
+from shortstack.runtime.model import Model, Strategy
 from shortstack.runtime.plan import Plan, Tensor
 
 
@@ -49,6 +51,17 @@ TOLERANCES: dict[DType, Tolerance] = {
     "float32": Tolerance(1e-3, 5e-5, 1e-4, 1e-3),
     "float16": Tolerance(0.5, 0.03, 0.1, 5e-2),
 }
+
+
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +189,12 @@ def compare(
         texts: Token ids of each text; greedy continuations start from them.
         greedy_tokens: Tokens of each continuation; 0 compares logits only.
         advance: Called with 1 after each text.
+
+    Raises:
+        RequestError: They are not the same model.
     """
     manifest = model.bundle.manifest
+    _check_same_model(manifest.spec, reference.spec)
     depths = (*manifest.plan.boundaries, manifest.spec.num_hidden_layers)
     report = ParityReport(TOLERANCES[manifest.dtype], texts=len(texts))
     heads: dict[int, list[tuple[Array, Array]]] = {depth: [] for depth in depths}
@@ -197,6 +214,19 @@ def compare(
     report.heads = [_head_error(depth, pairs) for depth, pairs in heads.items()]
     report.layers = list(layers.values())
     return report
+
+
+def _check_same_model(bundle: ModelSpec, checkpoint: ModelSpec) -> None:
+    differences = [
+        f"{name} is {getattr(bundle, name)} in the bundle and {getattr(checkpoint, name)} in the checkpoint"
+        for name in _SIZES
+        if getattr(bundle, name) != getattr(checkpoint, name)
+    ]
+    if differences:
+        raise RequestError(
+            f"the bundle was made from another model: {'; '.join(differences)}",
+            remedy="give the checkpoint that the bundle was made from",
+        )
 
 
 def teach_bundle(model: Model, tokens: Sequence[int]) -> Teacher:
@@ -290,8 +320,13 @@ def _compare_greedy(
     count = min(count, model.cache.max_length - len(text))
     theirs, gaps = reference.greedy(text, count)
     report.greedy_tokens += count
-    for strategy in ("plain", "self-speculative") if model.exit_layers else ("plain",):
-        ours = model.generate(text, max_new_tokens=count, strategy=strategy, ignore_eos=True).tokens
+    runs: list[tuple[str, dict[str, Any]]] = [("plain", {})]
+    # A fixed length: an adaptive one may never draft, and would prove nothing.
+    drafted = DraftPolicy(max_draft_tokens=4)
+    runs += [(f"self-speculative from {e}", {"exit_layer": e, "draft": drafted}) for e in model.exit_layers]
+    for name, options in runs:
+        strategy: Strategy = "self-speculative" if options else "plain"
+        ours = model.generate(text, max_new_tokens=count, strategy=strategy, ignore_eos=True, **options).tokens
         fork = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if fork is not None:
-            report.forks.append(Fork(index, strategy, fork, ours[fork], theirs[fork], gaps[fork]))
+            report.forks.append(Fork(index, name, fork, ours[fork], theirs[fork], gaps[fork]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -32,6 +33,7 @@ def parity(
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with transformers' PyTorch model of CHECKPOINT; exits with 1 when they differ."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; read when tqdm is imported
     from shortstack.export.parity import compare
     from shortstack.export.parity_reference import Reference
     from shortstack.export.progress import progress_stages

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shortstack.export.arch import resolve
+from shortstack.export.checkpoint import open_checkpoint
 from shortstack.graphs.errors import CheckpointError
 
 Array = npt.NDArray[np.float32]
@@ -41,8 +43,11 @@ class Reference:
         source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.
         revision: Branch, tag or commit of a hub id.
 
+    Attributes:
+        spec: What shortstack reads from the same config.
+
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: It is not a checkpoint that shortstack exports, or transformers cannot load it.
     """
 
     def __init__(self, source: str, revision: str | None = None) -> None:
@@ -50,8 +55,10 @@ class Reference:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        # Our own reader first: it says what is wrong with a folder, refuses pickles, and checks names and shapes.
+        _, self.spec = resolve(open_checkpoint(source, revision=revision))
         path = Path(source).expanduser()
-        arguments: dict[str, Any] = {"dtype": torch.float32}
+        arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
         name = source
         if path.is_dir() and not any(path.glob("*.safetensors")) and (found := sorted(path.glob("*.gguf"))):
             path = found[0]

@@ -6,6 +6,7 @@ Knows nothing about ONNX or tensors; sizes, hashes and names only.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -101,27 +102,60 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: Replace an existing bundle there. Anything that is not a bundle is never replaced.
 
     Raises:
-        BundleError: ``out`` is in the way, or its parent cannot be written.
+        BundleError: ``out`` is in the way, or its folder cannot be written.
     """
+    out = Path(os.path.abspath(out))
     _check_free(out, overwrite)
     staging = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_abandoned(out)
         staging.mkdir()
     except OSError as error:
         raise BundleError(f"{out.parent} cannot be written: {error}", remedy="choose another folder") from None
     try:
         yield staging
-        if out.exists():
-            old = out.parent / f".{out.name}.old-{os.getpid()}"
-            out.rename(old)
-            staging.rename(out)
-            shutil.rmtree(old)
-        else:
-            staging.rename(out)
+        _put_in_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, out: Path) -> None:
+    """Rename a finished folder to its name, setting aside what has that name until it is done."""
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    try:
+        if out.exists():
+            out.rename(old)
+        try:
+            staging.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    except OSError as error:
+        raise BundleError(
+            f"{out} cannot be put in place: {error}",
+            remedy=f"look for the bundle before in {old}" if old.exists() else "choose another folder",
+        ) from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what an export to the same place left behind when it was killed."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        process = path.name.rpartition("-")[2]
+        if not process.isdecimal() or not _is_running(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return process != os.getpid()
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -129,6 +163,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir() or out.is_symlink():
         raise BundleError(f"{out} exists and is not a folder", remedy="choose another name")
+    if out == Path.cwd():
+        raise BundleError(f"{out} is the current folder", remedy="choose another name, or run from another folder")
     if not any(out.iterdir()):
         return
     if not (out / names.MANIFEST_FILE).is_file():

@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shortstack.graphs import names
 from shortstack.graphs.contract import GraphContract, Port, segment_contract
-from shortstack.graphs.errors import BundleError, ShortstackError
+from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.spec import DType, ModelSpec
 
 FORMAT_VERSION = 1
 _REEXPORT = "restore the file or re-export the bundle"
+_SHA256 = re.compile("[0-9a-f]{64}")
+_NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f]")  # a plain file name on any system has none of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +113,11 @@ def read_manifest(path: Path) -> Manifest:
             f"{path.parent} is not a bundle: it has no {names.MANIFEST_FILE}",
             remedy="make one with `shortstack export CHECKPOINT OUT --exit-layer E`",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}", remedy=_REEXPORT) from None
     if not isinstance(data, dict) or "format_version" not in data:
         raise BundleError(f"{path} has no field format_version", expected=FORMAT_VERSION, remedy=_REEXPORT)
-    if data["format_version"] != FORMAT_VERSION:
+    if type(data["format_version"]) is not int or data["format_version"] != FORMAT_VERSION:  # True == 1
         raise BundleError(
             f"{path}: field format_version",
             found=repr(data["format_version"]),
@@ -127,27 +130,35 @@ def read_manifest(path: Path) -> Manifest:
         manifest = _parse(path, data)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleError(f"{path} lacks or misspells a field ({error!r})", remedy=_REEXPORT) from None
-    except ShortstackError as error:
-        raise BundleError(f"{path}: {error}") from None
+    except RequestError as error:
+        raise BundleError(f"{path}: field exits: {error}", remedy=_REEXPORT) from None
     return manifest
 
 
 def _parse(path: Path, data: dict[str, Any]) -> Manifest:
     spec = ModelSpec.from_json(data["model"], f"{path}: model")
-    exits = tuple(ExitSpec(int(e["exit_layer"]), e["draft_vocab"]) for e in data["exits"])
+    exits = tuple(_read_exit(path, entry, spec) for entry in data["exits"])
     if data["dtype"] not in ("float32", "float16"):
         raise BundleError(
             f"{path}: field dtype", found=repr(data["dtype"]), expected="float32 or float16", remedy=_REEXPORT
         )
-    files = {name: FileEntry(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()}
+    files = {name: _read_file_entry(path, name, entry) for name, entry in data["files"].items()}
     for name in files:
-        if Path(name).name != name or name in ("", ".", ".."):
+        if name in ("", ".", "..") or _NOT_IN_NAMES.search(name):
             raise BundleError(f"{path}: files names {name!r}, which is not a plain file name", remedy=_REEXPORT)
+    max_length = data["max_length"]
+    if type(max_length) is not int or not 2 <= max_length <= spec.max_position_embeddings:
+        raise BundleError(
+            f"{path}: field max_length",
+            found=repr(max_length),
+            expected=f"2..{spec.max_position_embeddings}, the model's max_position_embeddings",
+            remedy=_REEXPORT,
+        )
     manifest = Manifest(
         spec=spec,
         plan=SplitPlan(spec.num_hidden_layers, exits),
         dtype=data["dtype"],
-        max_length=int(data["max_length"]),
+        max_length=max_length,
         files=files,
         source_name=str(data["source"]["name"]),
         source_sha256=str(data["source"]["sha256"]),
@@ -157,6 +168,30 @@ def _parse(path: Path, data: dict[str, Any]) -> Manifest:
     if missing:
         raise BundleError(f"{path}: field files does not list {', '.join(missing)}", remedy=_REEXPORT)
     return manifest
+
+
+def _read_file_entry(path: Path, name: str, entry: dict[str, Any]) -> FileEntry:
+    size, sha256 = entry["bytes"], entry["sha256"]
+    if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise BundleError(
+            f"{path}: field files.{name}",
+            found=repr(entry),
+            expected="bytes as an integer and sha256 as 64 hex digits",
+            remedy=_REEXPORT,
+        )
+    return FileEntry(size, sha256)
+
+
+def _read_exit(path: Path, entry: dict[str, Any], spec: ModelSpec) -> ExitSpec:
+    layer, vocab = entry["exit_layer"], entry["draft_vocab"]
+    if type(layer) is not int or not (vocab is None or (type(vocab) is int and 2 <= vocab <= spec.vocab_size)):
+        raise BundleError(
+            f"{path}: field exits",
+            found=repr(entry),
+            expected=f"an integer exit_layer, and a draft_vocab of null or 2..{spec.vocab_size}",
+            remedy=_REEXPORT,
+        )
+    return ExitSpec(layer, vocab)
 
 
 def required_files(plan: SplitPlan) -> set[str]:

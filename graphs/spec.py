@@ -138,6 +138,27 @@ class ModelSpec:
                     expected=str(known[name].type),
                     remedy="restore bundle.json or re-export the bundle",
                 )
+            if isinstance(value, int) and expected is int and value < 1:
+                raise BundleError(
+                    f"{where}.{name}",
+                    found=value,
+                    expected="1 or more",
+                    remedy="restore bundle.json or re-export the bundle",
+                )
+        if len(data["kv_map"]) != data["num_hidden_layers"]:
+            raise BundleError(
+                f"{where}.kv_map",
+                found=f"{len(data['kv_map'])} entries",
+                expected=f"num_hidden_layers = {data['num_hidden_layers']}",
+                remedy="restore bundle.json or re-export the bundle",
+            )
+        if not all(type(layer) is int for layer in data["kv_map"]):
+            raise BundleError(
+                f"{where}.kv_map",
+                found=data["kv_map"],
+                expected="one integer per layer",
+                remedy="restore bundle.json or re-export the bundle",
+            )
         try:
             scaling = RopeScaling(**data["rope_scaling"])
         except TypeError as error:

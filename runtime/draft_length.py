@@ -46,7 +46,7 @@ class DraftPolicy:
 
 
 class DraftLength:
-    """The state of one generation's policy.
+    """What one policy has learned so far; outlives a generation.
 
     Args:
         policy: What the caller asks for.

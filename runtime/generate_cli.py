@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from functools import partial
 
 import click
+from click.core import ParameterSource
 
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.draft_length import DraftPolicy
 from shortstack.runtime.model import Model, Prompt, Strategy, load
 from shortstack.runtime.sampling import SamplingParams
-from shortstack.runtime.show import print_comparison, print_summary, show_stream
+from shortstack.runtime.show import Shown, print_comparison, print_summary, show_stream
 
 _STRATEGIES: tuple[Strategy, ...] = ("plain", "self-speculative")
+_DRAFT_OPTIONS = ("exit_layer", "draft_tokens", "confidence", "fixed_draft", "bonus")
+_SAMPLING_OPTIONS = ("top_k", "top_p", "min_p", "seed")
+_INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
 
 @click.command()
@@ -69,34 +73,51 @@ def generate(
     """Continue PROMPT (- reads it from standard input) with the model in BUNDLE."""
     if compare and strategy is not None:
         raise RequestError("--compare runs every strategy", remedy="drop --strategy")
-    # Adaptive lengths follow the clock, and what is drafted decides how random draws are used: a seed asks for neither.
-    is_adaptive = not fixed_draft and (seed is None or temperature == 0)
-    draft = DraftPolicy(draft_tokens, confidence, is_adaptive=is_adaptive, has_bonus=bonus)
+    if not compare and strategy != "self-speculative":
+        _refuse_given(_DRAFT_OPTIONS, "plain decoding drafts nothing", "add --strategy self-speculative or --compare")
+    if temperature == 0:
+        _refuse_given(_SAMPLING_OPTIONS, "a temperature of 0 is greedy", "add --temperature T with T above 0")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    # One row emits one token, as a plain step does: an adaptive rule would never choose it.
+    is_adaptive = not fixed_draft and not sampling.is_repeatable and draft_tokens + bonus > 1
+    draft = DraftPolicy(draft_tokens, confidence, is_adaptive=is_adaptive, has_bonus=bonus)
     model = load(bundle, providers=providers or None, threads=threads, verify_hashes=verify)
     text = sys.stdin.read() if prompt == "-" else prompt
-    request: dict[str, Any] = {
-        "prompt": _as_prompt(model, text, raw, system),
-        "max_new_tokens": max_new_tokens,
-        "exit_layer": exit_layer,
-        "draft": draft,
-        "sampling": sampling,
-        "stop": stop,
-    }
-    strategies = _STRATEGIES if compare else (strategy or "plain",)
-    shown = [
-        show_stream(name, model.stream(strategy=name, **request), is_quiet=as_json, has_title=compare)
-        for name in strategies
-    ]
+    start = partial(
+        model.stream,
+        _as_prompt(model, text, raw, system),
+        max_new_tokens=max_new_tokens,
+        exit_layer=exit_layer,
+        draft=draft,
+        sampling=sampling,
+        stop=stop,
+    )
+    shown: list[Shown] = []
+    for name in _STRATEGIES if compare else (strategy or "plain",):
+        shown.append(show_stream(name, start(strategy=name), is_quiet=as_json, has_title=compare))
+        if shown[-1].is_cancelled:
+            break
+    is_complete = not shown[-1].is_cancelled
     if as_json:
         results = [one.to_json() for one in shown]
-        click.echo(json.dumps(results if compare else results[0], ensure_ascii=False))
-    elif compare:
+        click.echo(json.dumps(results if compare else results[0]))
+    elif compare and is_complete:
         print_comparison(shown, is_greedy=sampling.is_greedy)
     else:
-        print_summary(shown[0])
+        print_summary(shown[-1])
+    if not is_complete:
+        sys.exit(_INTERRUPTED)
     if compare and sampling.is_greedy and len({one.token_ids for one in shown}) > 1:
         sys.exit(1)
+
+
+def _refuse_given(options: tuple[str, ...], reason: str, remedy: str) -> None:
+    """Refuse options that were given on the command line and would do nothing."""
+    context = click.get_current_context()
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RequestError(f"{flags} would have no effect: {reason}", remedy=remedy)
 
 
 def _as_prompt(model: Model, text: str, raw: bool, system: str | None) -> Prompt:
@@ -106,6 +127,6 @@ def _as_prompt(model: Model, text: str, raw: bool, system: str | None) -> Prompt
             raise RequestError("--system needs a chat template", remedy="drop --system, or --raw if given")
         return text
     if not text.strip():
-        raise RequestError("the prompt is empty", remedy="give some text, or --raw for an empty user turn of your own")
+        raise RequestError("the prompt is empty", remedy="give some text")
     messages = [{"role": "user", "content": text}]
     return [{"role": "system", "content": system}, *messages] if system is not None else messages

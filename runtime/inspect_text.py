@@ -55,7 +55,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
 def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column, header_style="dim", justify="right" if column in right else "left")
+        table.add_column(
+            column,
+            header_style="dim",
+            justify="right" if column in right else "left",
+            no_wrap=column in ("file", "graph", "name"),  # what tells the rows apart stays whole
+        )
     return table
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -169,7 +170,7 @@ class Model:
         if drafting is None:
             steps = plain(stack, self._sequence, choice, stats, limit)
         else:
-            policy = draft or DraftPolicy(is_adaptive=sampling.is_greedy or sampling.seed is None)
+            policy = draft or DraftPolicy(is_adaptive=not sampling.is_repeatable)
             length = self._lengths.setdefault((drafting, policy), DraftLength(policy))
             steps = speculative(stack, self._sequence, choice, stats, limit, length)
         self._stream = Stream(
@@ -223,9 +224,13 @@ class Model:
             ids = self.tokenizer.encode(prompt)
         else:
             messages = [item for item in prompt if isinstance(item, Mapping)]
-            ids = [int(item) for item in prompt if not isinstance(item, Mapping)]
-            if messages and ids:
+            others = [item for item in prompt if not isinstance(item, Mapping)]
+            if messages and others:
                 raise RequestError("the prompt mixes chat messages and token ids", remedy="give one or the other")
+            for item in others:
+                if not isinstance(item, Integral) or isinstance(item, bool):
+                    raise RequestError("the prompt holds something else than token ids", found=repr(item))
+            ids = [int(item) for item in others]
             if messages:
                 ids = self.tokenizer.encode_chat(messages)
         if not ids:

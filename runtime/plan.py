@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import onnxruntime as ort
 
+from shortstack.graphs.errors import BundleError
 from shortstack.runtime.session import Device
 
 Tensor: TypeAlias = np.ndarray | ort.OrtValue
@@ -43,10 +44,21 @@ class Plan:
         self._renew = [] if device.is_host else [(n, values[n]) for n, t in inputs.items() if isinstance(t, np.ndarray)]
 
     def run(self) -> None:
-        """Run the graph."""
+        """Run the graph.
+
+        Raises:
+            BundleError: onnxruntime could not.
+        """
         for name, value in self._renew:
             self._binding.bind_ortvalue_input(name, value)
-        self._run(self._binding)
+        try:
+            self._run(self._binding)
+        except Exception as error:
+            first_line = str(error).splitlines()[0][:300]
+            raise BundleError(
+                f"onnxruntime {ort.__version__} failed while running a graph: {first_line}",
+                remedy="check the bundle with --verify and `shortstack parity`, and the memory that is left",
+            ) from error
 
 
 def _value(tensor: Tensor) -> ort.OrtValue:

@@ -95,6 +95,11 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def is_repeatable(self) -> bool:
+        """Whether random draws come from a seed, so that whatever uses them must not follow the clock."""
+        return not self.is_greedy and self.seed is not None
+
+    @property
     def needs_logits(self) -> bool:
         """Whether the graph's own ``token`` output is not enough."""
         return not self.is_greedy or self.repetition_penalty != 1

@@ -26,6 +26,7 @@ _PORT_TYPES: dict[str, PortType] = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
 }
+_MOST_THREADS = 1024
 _pool_threads: int | None = None
 
 
@@ -101,6 +102,12 @@ def open_sessions(
                 f"{path} cannot be loaded by onnxruntime {ort.__version__}: {first_line}",
                 remedy="copy the bundle again as a whole, or re-export it",
             ) from None
+        if session.get_providers()[0] != names[0]:  # onnxruntime falls back to the CPU with a warning
+            raise RequestError(
+                f"provider {names[0]} does not start on this machine",
+                found=", ".join(session.get_providers()),
+                remedy="check its driver and libraries, or choose another provider",
+            )
         found = GraphContract(_ports(session.get_inputs()), _ports(session.get_outputs()))
         check_ports(str(path), found, bundle.manifest.contract(segment))
         sessions.insert(0, session)
@@ -119,8 +126,8 @@ def _ports(arguments: Sequence[Any]) -> tuple[Port, ...]:
 
 def _make_thread_pool(threads: int | None) -> None:
     global _pool_threads
-    if threads is not None and threads < 1:
-        raise RequestError("threads", found=threads, expected="1 or more")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise RequestError("threads", found=threads, expected=f"1..{_MOST_THREADS}", remedy="give the cores to use")
     if _pool_threads is None:
         _pool_threads = threads or usable_cores()
         ort.set_global_thread_pool_sizes(_pool_threads, 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import resource
+import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +17,13 @@ from rich.text import Text
 from shortstack.runtime.step import Stats
 from shortstack.runtime.stream import FinishReason, Stream
 
-ACCEPTED_STYLE = "green"
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+ACCEPTED_COLOUR = "green"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,11 @@ class Shown:
     stats: Stats
     peak_rss_bytes: int
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was ended from outside, so that its length says nothing."""
+        return self.finish_reason == "cancelled"
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-ready data."""
         return {
@@ -51,28 +64,39 @@ class Shown:
 
 
 def peak_rss_bytes() -> int:
-    """Return the process's largest resident memory so far."""
+    """Return the process's largest resident memory so far; 0 where the system does not tell."""
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def show_stream(strategy: str, stream: Stream, *, is_quiet: bool, has_title: bool) -> Shown:
     """Run a generation to its end, printing text as it becomes certain; Ctrl-C ends it and keeps what there is."""
-    console = Console(soft_wrap=True, highlight=False)
     if has_title and not is_quiet:
-        legend = Text(" (drafted and accepted)", ACCEPTED_STYLE) if strategy != "plain" else Text()
-        console.print(Text(strategy, "bold"), legend, sep="")
+        legend = click.style(" (drafted and accepted)", fg=ACCEPTED_COLOUR) if strategy != "plain" else ""
+        click.echo(click.style(strategy, bold=True) + legend)
     try:
         for token in stream:
             if token.text and not is_quiet:
-                console.print(Text(token.text, ACCEPTED_STYLE if token.from_draft else ""), end="")
-                console.file.flush()
+                _print_piece(token.text, token.from_draft)
     except KeyboardInterrupt:
         stream.close()
     if not is_quiet:
-        console.print("\n" if has_title else "")
+        click.echo("\n" if has_title else "")
     assert stream.finish_reason is not None
     return Shown(strategy, stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats, peak_rss_bytes())
+
+
+def _print_piece(text: str, from_draft: bool) -> None:
+    """Print text to a file as it is; to a terminal in colour, without control characters that would steer it."""
+    if not sys.stdout.isatty():
+        click.echo(text, nl=False)
+        return
+    safe = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    is_coloured = from_draft and not os.environ.get("NO_COLOR")
+    click.echo(click.style(safe, fg=ACCEPTED_COLOUR) if is_coloured else safe, nl=False)
+    sys.stdout.flush()
 
 
 def print_summary(shown: Shown) -> None:

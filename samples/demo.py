@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from shortstack.__main__ import run
+from shortstack.graphs.errors import ShortstackError
+from shortstack.graphs.manifest import FORMAT_VERSION
 from shortstack.graphs.names import MANIFEST_FILE
 from shortstack.samples.fetch_model import default_model_path
 
@@ -19,10 +21,15 @@ PROMPT = "Explain how a bicycle stays upright."
 
 def main(prompt: str = PROMPT) -> int:
     """Run the demo; returns the exit code of the last command."""
-    gguf = default_model_path()
-    bundle = gguf.parent / f"SmolLM2-135M-Instruct-e{EXIT_LAYER}"
+    try:
+        gguf = default_model_path()
+    except ShortstackError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    bundle = gguf.parent / f"SmolLM2-135M-Instruct-e{EXIT_LAYER}-v{DRAFT_VOCAB}-f{FORMAT_VERSION}"
     if not (bundle / MANIFEST_FILE).is_file():
-        code = _run("export", str(gguf), str(bundle), "--exit-layer", str(EXIT_LAYER), "--draft-vocab", str(DRAFT_VOCAB))
+        cut = ("--exit-layer", str(EXIT_LAYER), "--draft-vocab", str(DRAFT_VOCAB))
+        code = _run("export", str(gguf), str(bundle), *cut)
         if code:
             return code
     return _run("generate", str(bundle), prompt, "--compare")

@@ -1,6 +1,8 @@
 """A foreign config, read typed and loud: every field is asked for by type, and a wrong one is named with its file.
 
 For the model families in ``export/arch/`` and for the GGUF reader, which reads GGUF metadata through the same class.
+optimum's NormalizedConfig does not serve here: it reads attributes of a transformers config object, returns them
+untyped, cannot tell a missing field from a null one, and names neither file nor expected type.
 """
 
 from __future__ import annotations

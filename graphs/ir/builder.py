@@ -15,7 +15,7 @@ from shortstack.graphs.ir.weights import WeightStore
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 21, MICROSOFT: 1}
-IR_VERSION = 10  # the newest that onnxruntime 1.20 (JetPack 6) reads
+IR_VERSION = 10  # read since onnxruntime 1.18, so by the GPU builds for JetPack 6 too
 
 Attribute = int | float | str | Sequence[int]
 
