@@ -116,6 +116,8 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield staging
         _put_in_place(staging, out)
+    except OSError as error:  # a full disk names no file
+        raise BundleError(f"{out} cannot be written: {error}", remedy="make room, or choose another folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

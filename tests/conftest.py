@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import random
+import shutil
 import sys
 import tomllib
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from shortstack.graphs.errors import ShortstackError
 from shortstack.samples.fetch_model import default_model_path
+
+if TYPE_CHECKING:  # fixtures import torch and transformers only when a test asks for them
+    from helpers.tiny_models import TinyBundles
+    from shortstack.export.parity_reference import Reference
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +76,51 @@ def smollm2_gguf() -> Path:
 
 
 # Fixtures made from the model (bundles, loaded models) go below.
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tmp_path_factory: pytest.TempPathFactory) -> TinyBundles:
+    from helpers.tiny_models import TinyBundles
+
+    return TinyBundles(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[Callable[[], None]]:
+    """Call it after making a Reference: on tiny models torch's threads only wait, and fight those of onnxruntime."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda: torch.set_num_threads(1)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_gguf: Path, package_sources: list[Path], repository: Path) -> Path:
+    """SmolLM2-135M-Instruct in float32, cut at 4, 8 and 15; kept in .cache/ until the exporter's sources change."""
+    from shortstack.export.assemble import export_bundle
+    from shortstack.export.spec import ExportSpec
+
+    digest = hashlib.sha256(smollm2_gguf.name.encode())
+    for path in package_sources:
+        if path.relative_to(repository).parts[0] in ("graphs", "export"):
+            digest.update(path.read_bytes())
+    home = repository / ".cache" / "tests"
+    out = home / f"smollm2-{digest.hexdigest()[:16]}"
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes exports, the others wait
+        if not (out / "bundle.json").is_file():
+            for old in home.glob("smollm2-*"):  # 540 MB each
+                shutil.rmtree(old, ignore_errors=True)
+            export_bundle(ExportSpec(str(smollm2_gguf), out, (4, 8, 15), overwrite=True))
+    return out
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_gguf: Path) -> Reference:
+    """transformers' own model of the same file."""
+    from shortstack.export.parity_reference import Reference
+
+    return Reference(str(smollm2_gguf))

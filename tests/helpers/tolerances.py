@@ -1,0 +1,28 @@
+"""How far apart two computations of one model may be, each number with its reason.
+
+Measured means: on a two-core x86 virtual machine, onnxruntime 1.32.0 against PyTorch 2.13.0, both in float32 unless
+said otherwise. A tolerance is a few times what was measured, so that another CPU passes and a wrong tensor does not.
+"""
+
+from __future__ import annotations
+
+from shortstack.export.parity import Tolerance
+
+SMOLLM2 = Tolerance(max_abs=1e-3, mean_abs=5e-5, tie=1e-4, relative=2e-5)
+"""SmolLM2-135M-Instruct; max and mean are required of the first bundle.
+
+Measured on five prompts: at most 1.2e-4 and 1.4e-5 over all heads, relative 4.2e-6, no fork."""
+
+TINY = Tolerance(max_abs=2e-4, mean_abs=1e-5, tie=1e-4, relative=2e-5)
+"""Random tiny models, whose logits have a standard deviation of 2 to 3.
+
+Measured over all switches: at most 4.5e-5 and 2.5e-6, relative 4e-6, no fork."""
+
+TINY_FP16 = Tolerance(max_abs=0.4, mean_abs=0.02, tie=0.1, relative=4e-2)
+"""The same models with float16 weights, activations and cache: 11 bits of mantissa through every layer.
+
+Measured: at most 0.17 and 0.0084, relative 1.2e-2; greedy forks at leads of at most 0.017."""
+
+HEAD_OUTPUTS_FP32 = 1e-5
+"""token's probability, margin and entropy against numpy in float64 from the same logits; a few ulps of a softmax over
+300 columns. Entropy is a difference of two numbers of the size of a logit, hence not smaller."""
