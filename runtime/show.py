@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -65,6 +67,10 @@ class Shown:
 
 def peak_rss_bytes() -> int:
     """Return the process's largest resident memory so far; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):  # Linux; what getrusage says there starts at the size of the parent process
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     if resource is None:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

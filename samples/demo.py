@@ -5,10 +5,10 @@ Steps that are done are not redone. The bundle stays in the cache folder, beside
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
-from shortstack.__main__ import run
 from shortstack.graphs.errors import ShortstackError
 from shortstack.graphs.manifest import FORMAT_VERSION
 from shortstack.graphs.names import MANIFEST_FILE
@@ -36,11 +36,11 @@ def main(prompt: str = PROMPT) -> int:
 
 
 def _run(*arguments: str) -> int:
-    """Run one command, saying first how to run it by hand."""
+    """Run one command in a process of its own, saying first how to run it by hand."""
     home = str(Path.home())
     line = " ".join(f"'{a}'" if " " in a else a.replace(home, "~", 1) for a in arguments)
     print(f"$ shortstack {line}", flush=True)
-    return run(list(arguments))
+    return subprocess.run([sys.executable, "-m", "shortstack", *arguments], check=False).returncode
 
 
 if __name__ == "__main__":
