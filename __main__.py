@@ -17,6 +17,7 @@ import importlib
 import io
 import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -154,6 +155,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """The console script ``shortstack``, and ``python -m shortstack``."""
+    # A polite kill unwinds like an exit, so that a half-written bundle is removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(run())
 
 

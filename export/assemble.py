@@ -17,7 +17,7 @@ from shortstack.export.progress import progress_stages
 from shortstack.export.spec import ExportSpec
 from shortstack.export.weights import store_weights
 from shortstack.graphs import names
-from shortstack.graphs.bundle import Bundle, describe_files, open_bundle, staged_folder, write_manifest
+from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
 from shortstack.graphs.errors import CheckpointError, RequestError
 from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
@@ -41,6 +41,7 @@ def export_bundle(request: ExportSpec) -> Bundle:
         RequestError: An option does not fit the model.
         BundleError: The output folder is in the way.
     """
+    check_free(request.out, request.overwrite)  # before a download, not after
     with progress_stages() as stage:
         checkpoint = open_checkpoint(request.checkpoint, revision=request.revision)
         arch, spec = resolve(checkpoint)

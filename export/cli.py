@@ -61,7 +61,7 @@ def export(
         ExportSpec(
             checkpoint=checkpoint,
             out=out,
-            exit_layers=exit_layers,
+            exit_layers=tuple(sorted(exit_layers)),
             draft_vocab=draft_vocab,
             draft_text=draft_text,
             dtype=DTYPES[dtype],

@@ -105,7 +105,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         BundleError: ``out`` is in the way, or its folder cannot be written.
     """
     out = Path(os.path.abspath(out))
-    _check_free(out, overwrite)
+    check_free(out, overwrite)
     staging = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,13 @@ def _is_running(process: int) -> bool:
     return process != os.getpid()
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def check_free(out: Path, overwrite: bool) -> None:
+    """Check that a bundle may be written to ``out``; cheap, so that it can be asked before long work.
+
+    Raises:
+        BundleError: Something is in the way.
+    """
+    out = Path(os.path.abspath(out))
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir() or out.is_symlink():

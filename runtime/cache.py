@@ -50,12 +50,6 @@ class KVCache:
         self.capacity = 0
         self.generation = 0
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of all buffers."""
-        per_position = self._kv_heads * self._head_dim * self._dtype.itemsize
-        return len(self._layers) * len(names.KV_PARTS) * self.capacity * per_position
-
     def buffer(self, layer: int, part: str) -> ort.OrtValue:
         """Return the buffer of a layer's ``key`` or ``value``."""
         return self._buffers[layer, part]

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from shortstack.runtime.sampling import Distribution, SamplingParams, accept, distribution, residual
 from shortstack.runtime.stack import Head
 
@@ -83,7 +81,7 @@ class SampledChoice:
 
     def __init__(self, params: SamplingParams) -> None:
         self._params = params
-        self._rng = np.random.default_rng(params.seed)
+        self._rng = params.generator()
         self._proposed: list[Distribution] = []
 
     def pick(self, head: Head, row: int, context: Sequence[int]) -> int:

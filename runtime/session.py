@@ -54,6 +54,8 @@ def resolve_providers(providers: Sequence[str] | None) -> list[str]:
     Raises:
         RequestError: A provider is unknown or not in the installed onnxruntime.
     """
+    if isinstance(providers, str):
+        providers = [providers]
     available: list[str] = ort.get_available_providers()
     resolved = [_SHORT_NAMES.get(name.lower(), name) for name in providers or [CPU]]
     for asked, name in zip(providers or [CPU], resolved, strict=True):

@@ -152,7 +152,6 @@ class Stack:
         self._num_rows = [np.array(rows, np.int64) for rows in range(WINDOW_ROWS + 1)]
         self._plans: dict[tuple[int, int, int, int, bool], Plan] = {}
         self._generation = -1
-        self.runs = 0
 
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
         """See :meth:`Decoder.prefill`; long prompts run in chunks."""
@@ -167,7 +166,6 @@ class Stack:
                 above = np.empty((1, rows, self._hidden_size), self._dtype)
                 head = self.final.outputs(0, 1, with_logits) if segment.is_last and is_end else {}
                 self._plan(segment.index, below, above, head, num_rows=1 if head else 0).run()
-                self.runs += 1
                 below = above
 
     def put(self, row: int, token: int) -> None:
@@ -201,7 +199,6 @@ class Stack:
             plan = self._plan(index, below[:, start:end], above, head, num_rows)
             self._plans[key] = plan
         plan.run()
-        self.runs += 1
 
     def _plan(
         self, index: int, below: np.ndarray, above: np.ndarray | None, head: dict[str, Tensor], num_rows: int
