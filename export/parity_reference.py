@@ -84,7 +84,16 @@ class Reference:
             tokens: The text.
             depths: Numbers of layers run; the model's own depth L is the final head.
         """
-        out = self._model(torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=True, return_dict=True)
+        cache = self._new_cache()
+        out = self._model(
+            torch.tensor([list(tokens)]),
+            None,
+            None,
+            cache,
+            output_hidden_states=True,
+            use_cache=True,
+            return_dict=True,
+        )
         last = len(out.hidden_states) - 1
         heads, hidden = {}, {}
         for depth in depths:
@@ -94,7 +103,6 @@ class Reference:
                 stream = out.hidden_states[depth]
                 hidden[depth] = stream[0].numpy()
                 heads[depth] = self._model.lm_head(self._model.model.norm(stream))[0].numpy()
-        cache = out.past_key_values
         layers = cache.layers
         return Teacher(heads, hidden, [x.keys[0].numpy() for x in layers], [x.values[0].numpy() for x in layers])
 
@@ -107,12 +115,17 @@ class Reference:
         """
         new: list[int] = []
         gaps: list[float] = []
-        cache, step = None, torch.tensor([list(tokens)])
+        cache, step = self._new_cache(), torch.tensor([list(tokens)])
         for _ in range(count):
-            out = self._model(step, past_key_values=cache, use_cache=True, return_dict=True)
-            cache = out.past_key_values
+            out = self._model(step, None, None, cache, use_cache=True, return_dict=True)
             best = out.logits[0, -1].topk(2)
             new.append(int(best.indices[0]))
             gaps.append(float(best.values[0] - best.values[1]))
             step = best.indices[:1][None]
         return new, gaps
+
+    def _new_cache(self) -> Any:
+        """Return an empty cache, to be passed by position: 5.24 renamed the argument from past_key_values to cache."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._model.config)
