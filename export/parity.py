@@ -17,15 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from shortstack.export.parity_reference import Array, Reference, Teacher
-from shortstack.graphs import names
+from shortstack.export.parity_reference import Reference
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.runtime.cache import KVCache
 from shortstack.runtime.draft_length import DraftPolicy
 from shortstack.runtime.draft_vocab import read_draft_vocab
 from shortstack.runtime.model import Model, Strategy
-from shortstack.runtime.plan import Plan, Tensor
+from shortstack.runtime.teach import Array, Teacher, teach
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +199,7 @@ def compare(
     layers: dict[str, LayerError] = {}
     for index, text in enumerate(texts):
         theirs = reference.teach(text, depths)
-        ours = teach_bundle(model, text)
+        ours = teach(model, text)
         report.positions += len(text)
         for depth in depths:
             heads[depth].append((ours.heads[depth], _columns(model, depth, theirs.heads[depth])))
@@ -227,52 +225,6 @@ def _check_same_model(bundle: ModelSpec, checkpoint: ModelSpec) -> None:
             f"the bundle was made from another model: {'; '.join(differences)}",
             remedy="give the checkpoint that the bundle was made from",
         )
-
-
-def teach_bundle(model: Model, tokens: Sequence[int]) -> Teacher:
-    """Run one text through every segment at once, every head on every position."""
-    manifest, rows = model.bundle.manifest, len(tokens)
-    spec, dtype = manifest.spec, np.dtype(manifest.dtype)
-    cache = KVCache(
-        range(spec.num_hidden_layers), spec.num_key_value_heads, spec.cache_head_dim, manifest.dtype, rows, model.device
-    )
-    cache.reserve(rows, 0)
-    heads, hidden = {}, {}
-    below: Tensor = np.asarray([tokens], dtype=np.int64)
-    lengths = np.array([rows - 1], np.int32), np.array(rows, np.int32)
-    for segment, session in zip(manifest.plan.segments, model.sessions, strict=True):
-        contract = manifest.contract(segment)
-        vocab = next(port.shape[-1] for port in contract.outputs if port.name == names.LOGITS)
-        assert isinstance(vocab, int)
-        inputs: dict[str, Tensor] = {
-            contract.inputs[0].name: below,
-            names.SEQLENS_K: lengths[0],
-            names.TOTAL_SEQUENCE_LENGTH: lengths[1],
-            names.NUM_ROWS: np.array(rows, np.int64),
-        }
-        outputs: dict[str, Tensor] = {names.LOGITS: (logits := np.empty((1, rows, vocab), dtype))}
-        for layer in range(segment.start, segment.end):
-            for part in names.KV_PARTS:
-                inputs[names.past(layer, part)] = outputs[names.present(layer, part)] = cache.buffer(layer, part)
-        if not segment.is_last:
-            outputs[names.HIDDEN_STATES_OUT] = below = np.empty((1, rows, spec.hidden_size), dtype)
-        Plan(session, inputs, outputs, model.device).run()
-        heads[segment.end] = logits[0].astype(np.float32)
-        if not segment.is_last:
-            hidden[segment.end] = below[0].astype(np.float32)
-    kv = {
-        part: [
-            _unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec) for layer in range(spec.num_hidden_layers)
-        ]
-        for part in names.KV_PARTS
-    }
-    return Teacher(heads, hidden, kv["key"], kv["value"])
-
-
-def _unpadded(array: Array, spec: ModelSpec) -> Array:
-    """Drop the zero columns that pad each half of a head, [kv_heads, seq, cache_head_dim]."""
-    halves = array.astype(np.float32).reshape(*array.shape[:-1], 2, spec.cache_head_dim // 2)
-    return halves[..., : spec.head_dim // 2].reshape(*array.shape[:-1], spec.head_dim)
 
 
 def _columns(model: Model, depth: int, logits: Array) -> Array:

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.graphs.errors import CheckpointError
-
-Array = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Teacher:
-    """What the reference computes for one text.
-
-    Attributes:
-        heads: Logits [seq, vocab] by depth: the final norm and LM head on what is left after that many layers.
-        hidden: The residual stream [seq, hidden] by depth, before any norm.
-        keys: Rotated keys [kv_heads, seq, head_dim] by layer.
-        values: Values [kv_heads, seq, head_dim] by layer.
-    """
-
-    heads: dict[int, Array]
-    hidden: dict[int, Array]
-    keys: list[Array]
-    values: list[Array]
+from shortstack.runtime.teach import Teacher
 
 
 class Reference:

@@ -15,7 +15,7 @@ seqlens_k               all          int32 [batch]                     past + se
 total_sequence_length   all          int32 []                          past + seq
 num_rows                all          int64 []                          the head sees the last rows only; 0 skips
                                                                        it
-past {j} key/value      producers    float [batch, kv_heads,           bound as past *and* present
+past {j} key/value      producers    float or int8 [batch, kv_heads,   bound as past *and* present
                         inside       capacity, head_dim]
 present {j} key/value   producers    same                              the same buffer, updated in place
                         inside
@@ -29,6 +29,9 @@ entropy                 all          float [batch, rows]               in nats
 logits                  all          float [batch, rows, vocab]        fetched only when sampling asks
 ======================  ===========  ================================  =========================================
 
+An int8 cache holds ``round(value / scale)`` per channel; the scales are weights of the producer's graph, and every
+consumer of its cache uses the same ones.
+
 A trimmed head's ``logits`` are [batch, rows, draft_vocab]; its ``token`` is already a full-vocabulary id.
 """
 
@@ -41,9 +44,11 @@ from shortstack.graphs import names
 from shortstack.graphs.errors import ContractError
 from shortstack.graphs.kv_map import borrowed, producers
 from shortstack.graphs.plan import ExitSpec, Segment
+from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import DType, ModelSpec
 
-PortType = Literal["int64", "int32", "float32", "float16"]
+PortType = Literal["int64", "int32", "int8", "float32", "float16"]
+CacheType = Literal["float32", "float16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +77,27 @@ class GraphContract:
     outputs: tuple[Port, ...]
 
 
-def segment_contract(spec: ModelSpec, segment: Segment, exit_spec: ExitSpec | None, dtype: DType) -> GraphContract:
+def cache_type(dtype: DType, kv_cache: KVType) -> CacheType:
+    """Return the element type of the cache buffers."""
+    return "int8" if kv_cache == "int8" else dtype
+
+
+def segment_contract(
+    spec: ModelSpec, segment: Segment, exit_spec: ExitSpec | None, dtype: DType, kv_cache: KVType = "float"
+) -> GraphContract:
     """Return the contract of one segment.
 
     Args:
         spec: The model.
         segment: The layers and their place in the stack.
         exit_spec: The exit node at the segment's upper boundary; None for the last segment.
-        dtype: Type of activations and cache.
+        dtype: Type of activations.
+        kv_cache: Type of the cache.
     """
     hidden = ("batch", "seq", spec.hidden_size)
     cache = ("batch", spec.num_key_value_heads, "capacity", spec.cache_head_dim)
     vocab = spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab
+    kv = cache_type(dtype, kv_cache)
     owned = producers(spec.kv_map, segment.start, segment.end)
     first = (
         Port(names.INPUT_IDS, "int64", ("batch", "seq"))
@@ -95,9 +109,9 @@ def segment_contract(spec: ModelSpec, segment: Segment, exit_spec: ExitSpec | No
         Port(names.SEQLENS_K, "int32", ("batch",)),
         Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
         Port(names.NUM_ROWS, "int64", ()),
-        *(Port(names.past(j, part), dtype, cache) for j in owned for part in names.KV_PARTS),
+        *(Port(names.past(j, part), kv, cache) for j in owned for part in names.KV_PARTS),
         *(
-            Port(names.shared(j, part), dtype, cache)
+            Port(names.shared(j, part), kv, cache)
             for j in borrowed(spec.kv_map, segment.start, segment.end)
             for part in names.KV_PARTS
         ),
@@ -109,7 +123,7 @@ def segment_contract(spec: ModelSpec, segment: Segment, exit_spec: ExitSpec | No
         Port(names.MARGIN, dtype, ("batch", "rows")),
         Port(names.ENTROPY, dtype, ("batch", "rows")),
         Port(names.LOGITS, dtype, ("batch", "rows", vocab)),
-        *(Port(names.present(j, part), dtype, cache) for j in owned for part in names.KV_PARTS),
+        *(Port(names.present(j, part), kv, cache) for j in owned for part in names.KV_PARTS),
     ]
     return GraphContract(tuple(inputs), tuple(outputs))
 

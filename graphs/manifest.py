@@ -2,11 +2,12 @@
 
 Layout of the JSON object::
 
-    format_version   1
+    format_version   2; 1 lacks the field precision
     digest           sha256 of the rest, so that an edited file is noticed
     model            ModelSpec
     exits            [{exit_layer, draft_vocab}], ascending
-    dtype            float32 | float16: activations and cache
+    dtype            float32 | float16: activations, and weights and cache where precision does not say otherwise
+    precision        {weights: {name: {bits, block_size, is_symmetric}}, kv_cache: float | int8}
     max_length       positions that the rotary tables cover: the longest context
     segments         [{file, start, end, inputs, outputs}]: the contract, for readers without this package
     files            {name: {bytes, sha256}}: every file but bundle.json
@@ -19,17 +20,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shortstack.graphs import names
-from shortstack.graphs.contract import GraphContract, Port, segment_contract
+from shortstack.graphs.contract import CacheType, GraphContract, Port, cache_type, segment_contract
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
+from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
 _REEXPORT = "restore the file or re-export the bundle"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f]")  # a plain file name on any system has none of these
@@ -55,10 +58,16 @@ class Manifest:
     source_name: str
     source_sha256: str
     tools: dict[str, str]
+    precision: Precision = field(default_factory=Precision)
 
     def contract(self, segment: Segment) -> GraphContract:
         """Return the contract of one of the plan's segments."""
-        return segment_contract(self.spec, segment, self.plan.exit_of(segment), self.dtype)
+        return segment_contract(self.spec, segment, self.plan.exit_of(segment), self.dtype, self.precision.kv_cache)
+
+    @property
+    def cache_type(self) -> CacheType:
+        """Element type of the cache buffers."""
+        return cache_type(self.dtype, self.precision.kv_cache)
 
     @property
     def weights_sha256(self) -> str:
@@ -72,6 +81,7 @@ class Manifest:
             "model": self.spec.to_json(),
             "exits": [asdict(e) for e in self.plan.exits],
             "dtype": self.dtype,
+            "precision": self.precision.to_json(),
             "max_length": self.max_length,
             "segments": [self._segment_json(s) for s in self.plan.segments],
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
@@ -117,11 +127,11 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read: {error}", remedy=_REEXPORT) from None
     if not isinstance(data, dict) or "format_version" not in data:
         raise BundleError(f"{path} has no field format_version", expected=FORMAT_VERSION, remedy=_REEXPORT)
-    if type(data["format_version"]) is not int or data["format_version"] != FORMAT_VERSION:  # True == 1
+    if type(data["format_version"]) is not int or data["format_version"] not in _READABLE_VERSIONS:  # True == 1
         raise BundleError(
             f"{path}: field format_version",
             found=repr(data["format_version"]),
-            expected=FORMAT_VERSION,
+            expected=" or ".join(map(str, _READABLE_VERSIONS)),
             remedy="re-export the bundle, or install the shortstack version that wrote it",
         )
     if data.get("digest") != _digest(data):
@@ -163,6 +173,7 @@ def _parse(path: Path, data: dict[str, Any]) -> Manifest:
         source_name=str(data["source"]["name"]),
         source_sha256=str(data["source"]["sha256"]),
         tools={str(k): str(v) for k, v in data["tools"].items()},
+        precision=Precision.from_json(data["precision"]) if data["format_version"] > 1 else Precision(),
     )
     missing = sorted(required_files(manifest.plan) - files.keys())
     if missing:

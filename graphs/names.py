@@ -65,6 +65,27 @@ ROPE_COS = "rope.cos"
 ROPE_SIN = "rope.sin"
 
 
+# The parts of a matrix that is stored in blocks of small integers (graphs/precision.py)
+def block_codes(weight: str) -> str:
+    """Return the tensor that holds a matrix's packed codes."""
+    return f"{weight}.codes"
+
+
+def block_scales(weight: str) -> str:
+    """Return the tensor that holds a matrix's scales, one per block."""
+    return f"{weight}.scales"
+
+
+def block_zero_points(weight: str) -> str:
+    """Return the tensor that holds a matrix's packed zero points; absent where blocks are symmetric."""
+    return f"{weight}.zero_points"
+
+
+def kv_scale(layer: int, part: str) -> str:
+    """Return the scales of a producer's int8 cache, float32 [kv_heads * head_dim]; ``part`` is ``key`` or ``value``."""
+    return f"model.layers.{layer}.attn.{part}_scale"
+
+
 def layer_weight(layer: int, part: str) -> str:
     """Return a weight of one layer; ``part`` is such as ``attn.qkv_proj.weight``."""
     return f"model.layers.{layer}.{part}"

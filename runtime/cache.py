@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 
 from shortstack.graphs import names
+from shortstack.graphs.contract import CacheType
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.spec import DType
 from shortstack.runtime.session import Device
 
 CHUNK_POSITIONS = 256
@@ -38,7 +38,7 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: Sequence[int], kv_heads: int, head_dim: int, dtype: DType, max_length: int, device: Device
+        self, layers: Sequence[int], kv_heads: int, head_dim: int, dtype: CacheType, max_length: int, device: Device
     ) -> None:
         self._layers = tuple(layers)
         self._kv_heads = kv_heads

@@ -103,7 +103,7 @@ class Model:
             producers(spec.kv_map, 0, spec.num_hidden_layers),
             spec.num_key_value_heads,
             spec.cache_head_dim,
-            bundle.manifest.dtype,
+            bundle.manifest.cache_type,
             bundle.manifest.max_length,
             self.device,
         )

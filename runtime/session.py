@@ -25,6 +25,7 @@ _PORT_TYPES: dict[str, PortType] = {
     "tensor(float16)": "float16",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
 }
 _MOST_THREADS = 1024
 _pool_threads: int | None = None

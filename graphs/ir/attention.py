@@ -15,12 +15,19 @@ import math
 import onnx_ir as ir
 
 from shortstack.graphs import names
-from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
+from shortstack.graphs.ir.builder import MICROSOFT, Attribute, GraphBuilder
+from shortstack.graphs.ir.matrix import project
+from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import ModelSpec
 
 
 def attention(
-    g: GraphBuilder, spec: ModelSpec, layer: int, normed: ir.Value, lengths: tuple[ir.Value, ir.Value]
+    g: GraphBuilder,
+    spec: ModelSpec,
+    layer: int,
+    normed: ir.Value,
+    lengths: tuple[ir.Value, ir.Value],
+    kv_cache: KVType = "float",
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Append one attention block.
 
@@ -30,22 +37,34 @@ def attention(
         layer: Number of the layer in the full model.
         normed: The normalised residual stream [batch, seq, hidden].
         lengths: ``seqlens_k`` and ``total_sequence_length``.
+        kv_cache: Type of the cache; for int8 the store has its scales.
 
     Returns:
         The output before the o projection's bias [batch, seq, hidden], and the layer's present values by port name.
     """
     node = f"/model/layers.{layer}/attn"
-    packed = g.op(
-        "MatMul", [normed, g.weight(names.layer_weight(layer, "attn.qkv_proj.weight"))], f"{node}/qkv_proj/MatMul"
-    )
+    packed = project(g, normed, names.layer_weight(layer, "attn.qkv_proj.weight"), f"{node}/qkv_proj")
     if spec.qkv_bias:
         packed = g.op(
             "Add", [packed, g.weight(names.layer_weight(layer, "attn.qkv_proj.bias"))], f"{node}/qkv_proj/Add"
         )
     pasts = [g.input_named(names.past(layer, part)) for part in names.KV_PARTS]
+    inputs: list[ir.Value | None] = [
+        packed,
+        None,
+        None,
+        *pasts,
+        *lengths,
+        g.weight(names.ROPE_COS),
+        g.weight(names.ROPE_SIN),
+    ]
+    quantized: dict[str, Attribute] = {}
+    if kv_cache == "int8":  # position_ids, attention_bias and head_sink stay empty
+        inputs += [None, None, None, *(g.weight(names.kv_scale(layer, part)) for part in names.KV_PARTS)]
+        quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     mixed, *presents = g.ops(
         "GroupQueryAttention",
-        [packed, None, None, *pasts, *lengths, g.weight(names.ROPE_COS), g.weight(names.ROPE_SIN)],
+        inputs,
         f"{node}/GroupQueryAttention",
         ("", "/present_key", "/present_value"),
         domain=MICROSOFT,
@@ -54,6 +73,7 @@ def attention(
         scale=1.0 / math.sqrt(spec.head_dim),
         do_rotary=1,
         rotary_interleaved=0,
+        **quantized,
     )
-    out = g.op("MatMul", [mixed, g.weight(names.layer_weight(layer, "attn.o_proj.weight"))], f"{node}/o_proj/MatMul")
+    out = project(g, mixed, names.layer_weight(layer, "attn.o_proj.weight"), f"{node}/o_proj")
     return out, {names.present(layer, part): value for part, value in zip(names.KV_PARTS, presents, strict=True)}

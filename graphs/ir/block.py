@@ -14,6 +14,8 @@ import onnx_ir as ir
 from shortstack.graphs import names
 from shortstack.graphs.ir.attention import attention
 from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
+from shortstack.graphs.ir.matrix import project
+from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import ModelSpec
 
 
@@ -67,7 +69,12 @@ def settle(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
 
 
 def decoder_layer(
-    g: GraphBuilder, spec: ModelSpec, layer: int, x: Residual, lengths: tuple[ir.Value, ir.Value]
+    g: GraphBuilder,
+    spec: ModelSpec,
+    layer: int,
+    x: Residual,
+    lengths: tuple[ir.Value, ir.Value],
+    kv_cache: KVType = "float",
 ) -> tuple[Residual, dict[str, ir.Value]]:
     """Append one decoder layer.
 
@@ -76,7 +83,7 @@ def decoder_layer(
     """
     node = f"/model/layers.{layer}"
     normed, stream = norm(g, spec, x, names.layer_weight(layer, "input_norm.weight"), f"{node}/input_norm")
-    out, presents = attention(g, spec, layer, normed, lengths)
+    out, presents = attention(g, spec, layer, normed, lengths, kv_cache)
     bias = g.weight(names.layer_weight(layer, "attn.o_proj.bias")) if spec.attention_out_bias else None
     normed, stream = norm(
         g,
@@ -92,14 +99,16 @@ def _gated_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, normed: ir.Value) -
     """Append ``down(silu(gate(x)) * up(x))``; the down projection's bias is returned, not added."""
     node = f"/model/layers.{layer}/mlp"
 
-    def project(part: str, x: ir.Value) -> ir.Value:
-        return g.op("MatMul", [x, g.weight(names.layer_weight(layer, f"mlp.{part}.weight"))], f"{node}/{part}/MatMul")
+    def weight(part: str) -> str:
+        return names.layer_weight(layer, f"mlp.{part}.weight")
 
-    gate, up = project("gate_proj", normed), project("up_proj", normed)
+    gate = project(g, normed, weight("gate_proj"), f"{node}/gate_proj")
+    up = project(g, normed, weight("up_proj"), f"{node}/up_proj")
     if spec.mlp_bias:
         gate = g.op("Add", [gate, g.weight(names.layer_weight(layer, "mlp.gate_proj.bias"))], f"{node}/gate_proj/Add")
         up = g.op("Add", [up, g.weight(names.layer_weight(layer, "mlp.up_proj.bias"))], f"{node}/up_proj/Add")
     # QuickGelu with alpha 1 is x * sigmoid(x): SiLU in one node.
     active = g.op("QuickGelu", [gate], f"{node}/act_fn/QuickGelu", domain=MICROSOFT, alpha=1.0)
-    out = project("down_proj", g.op("Mul", [active, up], f"{node}/Mul"))
+    product = g.op("Mul", [active, up], f"{node}/Mul")
+    out = project(g, product, weight("down_proj"), f"{node}/down_proj")
     return out, g.weight(names.layer_weight(layer, "mlp.down_proj.bias")) if spec.mlp_bias else None

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from shortstack.graphs.contract import GraphContract, Port
-from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.ir.weights import BlockMatrix, WeightStore
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 21, MICROSOFT: 1}
@@ -34,6 +34,7 @@ class GraphBuilder:
         self._nodes: list[ir.Node] = []
         self._inputs: dict[str, ir.Value] = {}
         self._initializers: dict[str, ir.Value] = {}
+        self.projected: dict[str, ir.Value] = {}  # what each matrix multiplies, by the matrix's name
 
     def input(self, port: Port) -> ir.Value:
         """Declare a graph input."""
@@ -48,6 +49,18 @@ class GraphBuilder:
     def weight(self, name: str) -> ir.Value:
         """Return the initializer that stands for a stored tensor."""
         return self._initializer(self._store[name])
+
+    def has_weight(self, name: str) -> bool:
+        """Return whether a tensor or matrix of this name is stored."""
+        return name in self._store
+
+    def block_matrix(self, name: str) -> BlockMatrix | None:
+        """Return the layout of a matrix stored in blocks; None if it is stored as floats."""
+        return self._store.blocks(name)
+
+    def reshaped_weight(self, name: str, shape: tuple[int, ...]) -> ir.Value:
+        """Return the initializer that stands for a stored tensor under another shape."""
+        return self._initializer(self._store.reshaped(name, shape))
 
     def constant(self, value: int | Sequence[int]) -> ir.Value:
         """Return a small int64 constant kept inside the graph file; one initializer per value."""

@@ -4,7 +4,7 @@
 
     normed [batch, seq, hidden]
       └─ the last num_rows positions                 [batch, rows, hidden]; none at all for num_rows = 0
-           └─ Gemm with the LM head, transposed      [batch * rows, vocab]
+           └─ product with the LM head               [batch * rows, vocab]
                 ├─ TopK 2                            token, through the id map of a trimmed head
                 └─ Softmax                           top_prob, margin, entropy
 
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from shortstack.graphs import names
 from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.matrix import head_product
 
 _TO_THE_END = 2**62
 
@@ -54,7 +55,7 @@ def head(
     )  # [batch, rows, hidden]
     batch_rows = g.op("Shape", [tail], f"{node}/batch_rows", start=0, end=2)
     flat = g.op("Reshape", [tail, g.constant([-1, hidden_size])], f"{node}/flatten")  # [batch * rows, hidden]
-    logits = g.op("Gemm", [flat, g.weight(weight)], f"{node}/Gemm", transB=1)  # [batch * rows, vocab]
+    logits = head_product(g, flat, weight, node)  # [batch * rows, vocab]
 
     best, best_row = g.ops("TopK", [logits, g.constant([2])], f"{node}/TopK", ("/values", "/indices"), axis=-1)
     zero = g.constant([0])

@@ -7,16 +7,29 @@ share its bytes on disk and its pages in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from shortstack.graphs import names
+from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.precision import BlockFormat
 
 # onnxruntime maps external tensors straight from the file; a cache line keeps vector loads aligned.
 _ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMatrix:
+    """What a graph must know of a matrix [rows, width] stored in blocks; its tensors have the names of its parts."""
+
+    format: BlockFormat
+    rows: int
+    width: int
 
 
 class WeightStore:
@@ -32,6 +45,7 @@ class WeightStore:
         self._folder = folder
         self._file = (folder / names.WEIGHTS_FILE).open("wb")
         self._tensors: dict[str, ir.ExternalTensor] = {}
+        self._blocks: dict[str, BlockMatrix] = {}
 
     def __enter__(self) -> WeightStore:
         return self
@@ -42,7 +56,7 @@ class WeightStore:
         self._file.close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._tensors or name in self._blocks
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -77,15 +91,53 @@ class WeightStore:
             base_dir=self._folder,
         )
 
+    def add_blocks(self, name: str, tensor: BlockTensor, dtype: npt.DTypeLike) -> None:
+        """Append a matrix [rows, width] in blocks, as the tensors of its parts.
+
+        Args:
+            name: Its name in every graph.
+            tensor: Its codes, scales and zero points.
+            dtype: Float type of the scales: that of the activations.
+        """
+        self.add(names.block_codes(name), tensor.packed_codes())
+        self.add(names.block_scales(name), tensor.scales.astype(dtype))
+        if (zero_points := tensor.packed_zero_points()) is not None:
+            self.add(names.block_zero_points(name), zero_points)
+        self._blocks[name] = BlockMatrix(tensor.format, *tensor.shape)
+
+    def blocks(self, name: str) -> BlockMatrix | None:
+        """Return the layout of a matrix stored in blocks; None if it is stored as floats."""
+        return self._blocks.get(name)
+
+    @property
+    def formats(self) -> dict[str, BlockFormat]:
+        """The format of each matrix stored in blocks, by name."""
+        return {name: matrix.format for name, matrix in self._blocks.items()}
+
+    def reshaped(self, name: str, shape: tuple[int, ...]) -> ir.ExternalTensor:
+        """Return a stored tensor's bytes under another shape, for an operator that wants them so."""
+        tensor = self._tensors[name]
+        label = f"{name}.{'x'.join(map(str, shape))}"
+        return self._reference(tensor, label, ir.Shape(shape))
+
     def alias(self, name: str, existing: str) -> None:
         """Give a stored tensor a second name, for a graph that calls it so."""
+        if existing in self._blocks:
+            self._blocks[name] = self._blocks[existing]
+            for part in (names.block_codes, names.block_scales, names.block_zero_points):
+                if part(existing) in self._tensors:
+                    self.alias(part(name), part(existing))
+            return
         tensor = self._tensors[existing]
-        self._tensors[name] = ir.ExternalTensor(
+        self._tensors[name] = self._reference(tensor, name, tensor.shape)
+
+    def _reference(self, tensor: ir.ExternalTensor, name: str, shape: ir.Shape) -> ir.ExternalTensor:
+        return ir.ExternalTensor(
             tensor.location,
             tensor.offset,
             tensor.length,
             tensor.dtype,
-            shape=tensor.shape,
+            shape=shape,
             name=name,
             base_dir=self._folder,
         )

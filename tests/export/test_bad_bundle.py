@@ -142,7 +142,7 @@ def test_a_bundle_json_that_is_none_is_named(bundle: Path, refused: Refused, tex
 def test_another_format_version_is_named(bundle: Path, refused: Refused, version: object) -> None:
     forge(bundle, format_version=version)
     for command in commands(bundle):
-        refused(command, "bundle.json: field format_version", repr(version), "expected 1", "install the shortstack")
+        refused(command, "bundle.json: field format_version", repr(version), "expected 1 or 2", "install the shortstack")
 
 
 def model_with(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

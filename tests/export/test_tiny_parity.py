@@ -15,12 +15,13 @@ import pytest
 from helpers import tolerances
 from helpers.tiny_models import BASE, LLAMA3_ROPE, SWITCHES, TinyBundles, TinyModel
 from shortstack.__main__ import run
-from shortstack.export.parity import ParityReport, Tolerance, compare, teach_bundle
+from shortstack.export.parity import ParityReport, Tolerance, compare
 from shortstack.export.parity_reference import Reference
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.runtime import load
+from shortstack.runtime.teach import teach
 
 GREEDY_TOKENS = 12
 DRAFT_VOCAB = 48
@@ -106,7 +107,7 @@ def test_a_trimmed_head_is_some_columns_of_the_full_one(
         assert ids.dtype == np.int64
         assert ids.shape == (DRAFT_VOCAB,)
         assert (np.diff(ids) > 0).all()
-        ours, theirs = teach_bundle(trimmed, tokens).heads[depth], teach_bundle(full, tokens).heads[depth]
+        ours, theirs = teach(trimmed, tokens).heads[depth], teach(full, tokens).heads[depth]
         np.testing.assert_allclose(ours, theirs[:, ids], atol=tolerances.TINY.max_abs)
 
 

@@ -1,0 +1,143 @@
+"""A weight matrix in blocks of small integers: packing as MatMulNBits and GatherBlockQuantized read it, and rounding.
+
+::
+
+    codes       uint8 [rows, width]                one code each, 0 .. 2^bits - 1
+    packed      uint8 [rows, blocks, block_bytes]  two codes a byte for 4 bits, the lower one first
+    scales      float [rows, blocks]
+    zero points uint8 [rows, blocks]               packed along blocks likewise; absent when symmetric
+
+Rows are outputs (N), width is the input dimension (K); a last, shorter block is padded with the code of zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs.precision import BlockFormat
+
+Codes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTensor:
+    """One matrix in blocks.
+
+    Attributes:
+        format: Bits, block size, symmetry.
+        codes: uint8 [rows, width].
+        scales: float32 [rows, blocks]; may be negative.
+        zero_points: uint8 [rows, blocks]; None when symmetric.
+    """
+
+    format: BlockFormat
+    codes: Codes
+    scales: Floats
+    zero_points: Codes | None
+
+    def __post_init__(self) -> None:
+        rows, width = self.codes.shape
+        shape = (rows, self.format.blocks(width))
+        assert self.scales.shape == shape, f"scales {self.scales.shape}, not {shape}"
+        assert (self.zero_points is None) == self.format.is_symmetric
+        assert self.zero_points is None or self.zero_points.shape == shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and width of the matrix."""
+        return self.codes.shape
+
+    def dequantize(self) -> Floats:
+        """Return scale * (code - zero_point), float32 [rows, width]."""
+        width = self.codes.shape[1]
+        codes = self.codes.astype(np.float32)
+        if self.zero_points is None:
+            codes -= float(1 << (self.format.bits - 1))
+        else:
+            codes -= _spread(self.zero_points, self.format, width).astype(np.float32)
+        codes *= _spread(self.scales, self.format, width)
+        return codes
+
+    def packed_codes(self) -> Codes:
+        """Return the codes as the kernels read them, uint8 [rows, blocks, block_size * bits / 8]."""
+        rows, width = self.codes.shape
+        blocks, size = self.format.blocks(width), self.format.block_size
+        padded = np.full((rows, blocks * size), 1 << (self.format.bits - 1), np.uint8)
+        padded[:, :width] = self.codes
+        if self.zero_points is not None and width < blocks * size:
+            padded[:, width:] = self.zero_points[:, -1:]
+        return _pack(padded, self.format.bits).reshape(rows, blocks, -1)
+
+    def packed_zero_points(self) -> Codes | None:
+        """Return the zero points as the kernels read them, uint8 [rows, ceil(blocks * bits / 8)]; None if symmetric."""
+        return None if self.zero_points is None else _pack(self.zero_points, self.format.bits)
+
+    def rows(self, index: npt.NDArray[np.int64]) -> BlockTensor:
+        """Return some rows of the matrix, in the order asked for."""
+        zeros = None if self.zero_points is None else self.zero_points[index]
+        return BlockTensor(self.format, self.codes[index], self.scales[index], zeros)
+
+
+def encode(weight: Floats, scales: Floats, zero_points: Codes | None, block_format: BlockFormat) -> BlockTensor:
+    """Round a matrix [rows, width] to the nearest codes of given scales and zero points [rows, blocks]."""
+    width = weight.shape[1]
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = weight * _spread(inverse, block_format, width)
+    zero = (
+        np.float32(1 << (block_format.bits - 1))
+        if zero_points is None
+        else _spread(zero_points, block_format, width).astype(np.float32)
+    )
+    codes = np.clip(np.rint(codes + zero), 0, (1 << block_format.bits) - 1).astype(np.uint8)
+    return BlockTensor(block_format, codes, scales.astype(np.float32), zero_points)
+
+
+def nearest_grid(weight: Floats, block_format: BlockFormat) -> tuple[Floats, Codes | None]:
+    """Return the scales and zero points [rows, blocks] that just cover each block of a matrix [rows, width].
+
+    Asymmetric: the range from min(0, smallest) to max(0, largest), zero rounded to a code. Symmetric: the value of
+    largest magnitude gets the code 0, which has no counterpart on the other side; its scale may be negative. Both as
+    onnxruntime's own round-to-nearest does it.
+    """
+    x = into_blocks(weight, block_format)  # [rows, blocks, block_size]
+    top = (1 << block_format.bits) - 1
+    if block_format.is_symmetric:
+        at = np.abs(x).argmax(axis=2)
+        extreme = np.take_along_axis(x, at[..., None], axis=2)[..., 0]
+        return (extreme / -np.float32(1 << (block_format.bits - 1))).astype(np.float32), None
+    low, high = np.minimum(x.min(axis=2), 0), np.maximum(x.max(axis=2), 0)
+    scales = ((high - low) / np.float32(top)).astype(np.float32)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    return scales, np.clip(np.rint(-low * inverse), 0, top).astype(np.uint8)
+
+
+def nearest(weight: Floats, block_format: BlockFormat) -> BlockTensor:
+    """Round a matrix [rows, width] to nearest: grids that cover each block, every weight by itself."""
+    return encode(weight, *nearest_grid(weight, block_format), block_format)
+
+
+def into_blocks(weight: Floats, block_format: BlockFormat) -> Floats:
+    """Return a matrix [rows, width] as [rows, blocks, block_size], the last block padded with zeros."""
+    rows, width = weight.shape
+    blocks, size = block_format.blocks(width), block_format.block_size
+    if width < blocks * size:
+        weight = np.pad(weight, ((0, 0), (0, blocks * size - width)))
+    return weight.reshape(rows, blocks, size)
+
+
+def _spread(per_block: npt.NDArray, block_format: BlockFormat, width: int) -> npt.NDArray:  # type: ignore[type-arg]
+    """Return a value per block [rows, blocks] as a value per weight [rows, width]."""
+    return np.repeat(per_block, block_format.block_size, axis=1)[:, :width]
+
+
+def _pack(codes: Codes, bits: int) -> Codes:
+    """Pack codes [rows, n] along n: two to a byte for 4 bits, the lower half first; an odd end gets a zero."""
+    if bits == 8:
+        return codes
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return (codes[:, ::2] | (codes[:, 1::2] << 4)).astype(np.uint8)

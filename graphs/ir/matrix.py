@@ -1,0 +1,83 @@
+"""The three uses of a weight matrix, whichever way it is stored: a projection, a head, an embedding.
+
+======================  ==============================  =========================================
+use                     stored as floats                stored in blocks
+======================  ==============================  =========================================
+projection              MatMul with [in, out]           MatMulNBits with [out, blocks of in]
+head                    Gemm with [vocab, hidden]       MatMulNBits with [vocab, blocks of hidden]
+embedding               Gather from [vocab, hidden]     GatherBlockQuantized from the same bytes
+======================  ==============================  =========================================
+
+A tied embedding and head are the same bytes either way.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from shortstack.graphs import names
+from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
+from shortstack.graphs.ir.weights import BlockMatrix
+from shortstack.graphs.precision import ACCURACY_LEVEL
+
+
+def project(g: GraphBuilder, x: ir.Value, weight: str, node: str) -> ir.Value:
+    """Append the product of ``x`` [..., in] with a projection; returns [..., out]."""
+    g.projected[weight] = x
+    matrix = g.block_matrix(weight)
+    if matrix is None:
+        return g.op("MatMul", [x, g.weight(weight)], f"{node}/MatMul")
+    return _block_product(g, x, weight, matrix, node)
+
+
+def head_product(g: GraphBuilder, x: ir.Value, weight: str, node: str) -> ir.Value:
+    """Append the product of ``x`` [rows, hidden] with a head's weight; returns logits [rows, vocab]."""
+    g.projected[weight] = x
+    matrix = g.block_matrix(weight)
+    if matrix is None:
+        return g.op("Gemm", [x, g.weight(weight)], f"{node}/Gemm", transB=1)
+    return _block_product(g, x, weight, matrix, node)
+
+
+def embed(g: GraphBuilder, ids: ir.Value, weight: str, node: str) -> ir.Value:
+    """Append the look-up of token ids [batch, seq] in an embedding; returns [batch, seq, hidden]."""
+    matrix = g.block_matrix(weight)
+    if matrix is None:
+        return g.op("Gather", [g.weight(weight), ids], f"{node}/Gather")
+    block_format = matrix.format
+    blocks = block_format.blocks(matrix.width)
+    flat = (matrix.rows, blocks * block_format.block_size * block_format.bits // 8)
+    inputs = [g.reshaped_weight(names.block_codes(weight), flat), ids, g.weight(names.block_scales(weight))]
+    if not block_format.is_symmetric:
+        inputs.append(g.weight(names.block_zero_points(weight)))
+    out = g.op(
+        "GatherBlockQuantized",
+        inputs,
+        f"{node}/GatherBlockQuantized",
+        domain=MICROSOFT,
+        gather_axis=0,
+        quantize_axis=1,
+        bits=block_format.bits,
+        block_size=block_format.block_size,
+    )
+    if blocks * block_format.block_size == matrix.width:
+        return out
+    # The last block is longer than the row: [batch, seq, blocks * block_size] -> [batch, seq, hidden].
+    return g.op("Slice", [out, g.constant([0]), g.constant([matrix.width]), g.constant([-1])], f"{node}/drop_padding")
+
+
+def _block_product(g: GraphBuilder, x: ir.Value, weight: str, matrix: BlockMatrix, node: str) -> ir.Value:
+    inputs = [x, g.weight(names.block_codes(weight)), g.weight(names.block_scales(weight))]
+    if not matrix.format.is_symmetric:
+        inputs.append(g.weight(names.block_zero_points(weight)))
+    return g.op(
+        "MatMulNBits",
+        inputs,
+        f"{node}/MatMulNBits",
+        domain=MICROSOFT,
+        K=matrix.width,
+        N=matrix.rows,
+        bits=matrix.format.bits,
+        block_size=matrix.format.block_size,
+        accuracy_level=ACCURACY_LEVEL,
+    )

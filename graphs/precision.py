@@ -1,0 +1,112 @@
+"""How tensors are stored: as floats, or as blocks of small integers that the kernels read as they are.
+
+A *block* is ``block_size`` neighbouring weights of one output row (along K, the input dimension). It has one float
+scale and, when asymmetric, one integer zero point::
+
+    weight = scale * (code - zero_point)         code, zero_point in 0 .. 2^bits - 1
+
+A symmetric block has the zero point ``2^(bits - 1)`` without storing it. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shortstack.graphs.errors import RequestError
+
+KVType = Literal["float", "int8"]
+KV_TYPES: tuple[KVType, ...] = ("float", "int8")
+BITS = (4, 8)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+EXACT_BLOCK_SIZE = 32  # rows of one run equal rows run one by one, bit for bit (onnxruntime 1.31 and 1.32, x86)
+ACCURACY_LEVEL = 4  # the only level with integer kernels: 8 bits are 60-130 times slower at any other
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """How one weight matrix is stored.
+
+    Attributes:
+        bits: Of a code: 4 or 8.
+        block_size: Weights that share a scale, a power of two from 16 on.
+        is_symmetric: Without stored zero points.
+
+    Raises:
+        RequestError: A value that the kernels do not have.
+    """
+
+    bits: int
+    block_size: int = EXACT_BLOCK_SIZE
+    is_symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise RequestError("bits", found=self.bits, expected="4 or 8", remedy="choose int4 or int8")
+        if self.block_size not in BLOCK_SIZES:
+            raise RequestError(
+                "block size", found=self.block_size, expected=f"one of {', '.join(map(str, BLOCK_SIZES))}"
+            )
+
+    def __str__(self) -> str:
+        return f"int{self.bits}{' symmetric' if self.is_symmetric else ''}, blocks of {self.block_size}"
+
+    def blocks(self, width: int) -> int:
+        """Return how many blocks cover a row of ``width`` weights."""
+        return -(-width // self.block_size)
+
+    def stored_bytes(self, rows: int, width: int, scale_bytes: int = 4) -> int:
+        """Return the bytes of codes, scales and zero points of a matrix [rows, width]."""
+        blocks = self.blocks(width)
+        zeros = 0 if self.is_symmetric else -(-blocks * self.bits // 8)
+        return rows * (blocks * (self.block_size * self.bits // 8 + scale_bytes) + zeros)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How a bundle stores what it computes with.
+
+    Attributes:
+        weights: Format of each matrix that is stored in blocks, by its name in :mod:`shortstack.graphs.names`; all
+            others are floats of the bundle's dtype. A layer's matrix has one entry, whoever runs the layer: a draft
+            cannot have another layer than its verification.
+        kv_cache: Element type of the cache.
+    """
+
+    weights: Mapping[str, BlockFormat] = field(default_factory=dict)
+    kv_cache: KVType = "float"
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is quantized."""
+        return not self.weights and self.kv_cache == "float"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return {
+            "weights": {
+                name: {"bits": f.bits, "block_size": f.block_size, "is_symmetric": f.is_symmetric}
+                for name, f in sorted(self.weights.items())
+            },
+            "kv_cache": self.kv_cache,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Precision:
+        """Rebuild what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: A field is of another type or value.
+            KeyError: A field is missing.
+            RequestError: A format that the kernels do not have.
+        """
+        if data["kv_cache"] not in KV_TYPES:
+            raise ValueError(f"precision.kv_cache is {data['kv_cache']!r}")
+        weights = {}
+        for name, entry in data["weights"].items():
+            bits, block_size, is_symmetric = entry["bits"], entry["block_size"], entry["is_symmetric"]
+            if type(bits) is not int or type(block_size) is not int or type(is_symmetric) is not bool:
+                raise ValueError(f"precision.weights.{name} is {entry!r}")
+            weights[name] = BlockFormat(bits, block_size, is_symmetric)
+        return cls(weights, data["kv_cache"])

@@ -1,0 +1,85 @@
+"""One text through every segment of a bundle at once, every head on every position: what comparisons of models read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs import names
+from shortstack.graphs.spec import ModelSpec
+from shortstack.runtime.cache import KVCache
+from shortstack.runtime.model import Model
+from shortstack.runtime.plan import Plan, Tensor
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """What one model computes for one text.
+
+    Attributes:
+        heads: Logits [seq, vocab] by depth: the final norm and LM head on what is left after that many layers.
+        hidden: The residual stream [seq, hidden] by depth, before any norm.
+        keys: Rotated keys [kv_heads, seq, head_dim] by layer.
+        values: Values [kv_heads, seq, head_dim] by layer.
+    """
+
+    heads: dict[int, Array]
+    hidden: dict[int, Array]
+    keys: list[Array]
+    values: list[Array]
+
+
+def teach(model: Model, tokens: Sequence[int]) -> Teacher:
+    """Run one text, through buffers of its own; the model's cache and generation are left alone."""
+    manifest, rows = model.bundle.manifest, len(tokens)
+    spec, dtype = manifest.spec, np.dtype(manifest.dtype)
+    cache = KVCache(
+        range(spec.num_hidden_layers),
+        spec.num_key_value_heads,
+        spec.cache_head_dim,
+        manifest.cache_type,
+        rows,
+        model.device,
+    )
+    cache.reserve(rows, 0)
+    heads, hidden = {}, {}
+    below: Tensor = np.asarray([tokens], dtype=np.int64)
+    lengths = np.array([rows - 1], np.int32), np.array(rows, np.int32)
+    for segment, session in zip(manifest.plan.segments, model.sessions, strict=True):
+        contract = manifest.contract(segment)
+        vocab = next(port.shape[-1] for port in contract.outputs if port.name == names.LOGITS)
+        assert isinstance(vocab, int)
+        inputs: dict[str, Tensor] = {
+            contract.inputs[0].name: below,
+            names.SEQLENS_K: lengths[0],
+            names.TOTAL_SEQUENCE_LENGTH: lengths[1],
+            names.NUM_ROWS: np.array(rows, np.int64),
+        }
+        outputs: dict[str, Tensor] = {names.LOGITS: (logits := np.empty((1, rows, vocab), dtype))}
+        for layer in range(segment.start, segment.end):
+            for part in names.KV_PARTS:
+                inputs[names.past(layer, part)] = outputs[names.present(layer, part)] = cache.buffer(layer, part)
+        if not segment.is_last:
+            outputs[names.HIDDEN_STATES_OUT] = below = np.empty((1, rows, spec.hidden_size), dtype)
+        Plan(session, inputs, outputs, model.device).run()
+        heads[segment.end] = logits[0].astype(np.float32)
+        if not segment.is_last:
+            hidden[segment.end] = below[0].astype(np.float32)
+    kv = {
+        part: [
+            _unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec) for layer in range(spec.num_hidden_layers)
+        ]
+        for part in names.KV_PARTS
+    }
+    return Teacher(heads, hidden, kv["key"], kv["value"])
+
+
+def _unpadded(array: Array, spec: ModelSpec) -> Array:
+    """Drop the zero columns that pad each half of a head, [kv_heads, seq, cache_head_dim]."""
+    halves = array.astype(np.float32).reshape(*array.shape[:-1], 2, spec.cache_head_dim // 2)
+    return halves[..., : spec.head_dim // 2].reshape(*array.shape[:-1], spec.head_dim)
