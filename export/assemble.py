@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from tokenizers import Tokenizer
 
 from shortstack import __version__
 from shortstack.export.arch import resolve
+from shortstack.export.block_plan import BlockPlan, plan_blocks
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.draft_vocab import choose_draft_vocab
 from shortstack.export.progress import progress_stages
+from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
-from shortstack.export.weights import store_weights
+from shortstack.export.tensors import ModelTensors
+from shortstack.export.weights import store_draft_heads, store_weights
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
 from shortstack.graphs.errors import CheckpointError, RequestError
@@ -23,14 +27,16 @@ from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec, SplitPlan
+from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import ModelSpec
 
 
-def export_bundle(request: ExportSpec) -> Bundle:
+def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambda plan: None) -> Bundle:
     """Cut a checkpoint into a bundle.
 
     Args:
         request: What to export, and how.
+        tell: Called with what becomes of each matrix, if the checkpoint's blocks are to be kept.
 
     Returns:
         The finished bundle.
@@ -47,6 +53,10 @@ def export_bundle(request: ExportSpec) -> Bundle:
         arch, spec = resolve(checkpoint)
         plan = SplitPlan(spec.num_hidden_layers, tuple(ExitSpec(e, request.draft_vocab) for e in request.exit_layers))
         max_length = _max_length(request, spec)
+        blocks = BlockPlan()
+        if request.keep_blocks:
+            blocks = plan_blocks(checkpoint, matrix_sources(arch, spec))
+            tell(blocks)
         files = checkpoint.files()
         if names.TOKENIZER_FILE not in files:
             raise CheckpointError(
@@ -57,12 +67,15 @@ def export_bundle(request: ExportSpec) -> Bundle:
         ids = None
         if request.draft_vocab is not None:
             ids = choose_draft_vocab(files, request.draft_text, request.draft_vocab, spec.vocab_size)
+        tensors = ModelTensors(checkpoint, arch, spec, blocks)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
             with WeightStore(folder) as store:
                 advance = stage("Writing weights", spec.num_hidden_layers)
-                store_weights(checkpoint, arch, spec, request.dtype, max_length, store, advance)
+                store_weights(tensors, request.dtype, max_length, store, advance)
                 if ids is not None:
-                    _store_draft_heads(plan, spec, ids, store, folder)
+                    store_draft_heads(tensors, plan.boundaries, ids, request.dtype, store)
+                    for exit_layer in plan.boundaries:
+                        np.save(folder / names.draft_vocab_file(exit_layer), ids, allow_pickle=False)
             advance = stage("Building graphs", len(plan.segments))
             for segment in plan.segments:
                 model = segment_model(spec, plan, segment, request.dtype, store)
@@ -82,6 +95,7 @@ def export_bundle(request: ExportSpec) -> Bundle:
                 source_name=Path(checkpoint.source).name if Path(checkpoint.source).exists() else checkpoint.source,
                 source_sha256=source_sha256,
                 tools={"shortstack": __version__, **{p: version(p) for p in ("numpy", "onnx", "onnx-ir")}},
+                precision=Precision(store.formats),
             )
             advance(1)
             write_manifest(folder, manifest)
@@ -108,16 +122,3 @@ def _max_length(request: ExportSpec, spec: ModelSpec) -> int:
             expected=f"at most max_position_embeddings = {spec.max_position_embeddings}",
         )
     return request.max_length
-
-
-def _store_draft_heads(plan: SplitPlan, spec: ModelSpec, ids: np.ndarray, store: WeightStore, folder: Path) -> None:
-    """Store the trimmed head's rows once, and give every exit its names for them."""
-    full = store[names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD].numpy()
-    first, *others = (e.exit_layer for e in plan.exits)
-    store.add(names.exit_weight(first, "head.weight"), full[ids])
-    store.add(names.exit_weight(first, "head.ids"), ids)
-    for exit_layer in others:
-        for part in ("head.weight", "head.ids"):
-            store.alias(names.exit_weight(exit_layer, part), names.exit_weight(first, part))
-    for exit_layer in (first, *others):
-        np.save(folder / names.draft_vocab_file(exit_layer), ids, allow_pickle=False)

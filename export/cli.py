@@ -35,6 +35,11 @@ from shortstack.graphs.errors import RequestError
     help="Choose those ids by frequency in this text instead of the shipped one.",
 )
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option(
+    "--keep-blocks",
+    is_flag=True,
+    help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
+)
 @click.option("--max-length", type=int, metavar="C", help="Longest context in tokens.  [default: the model's own]")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
@@ -46,6 +51,7 @@ def export(
     draft_vocab: int | None,
     draft_text: Path | None,
     dtype: str,
+    keep_blocks: bool,
     max_length: int | None,
     revision: str | None,
     overwrite: bool,
@@ -53,10 +59,12 @@ def export(
 ) -> None:
     """Cut CHECKPOINT (a folder, a GGUF file or a hub id) at its exits into the ONNX bundle OUT."""
     from shortstack.export.assemble import export_bundle
+    from shortstack.export.block_plan import BlockPlan
     from shortstack.export.spec import DTYPES, ExportSpec
 
     if draft_text is not None and draft_vocab is None:
         raise RequestError("--draft-text chooses the ids for --draft-vocab", remedy="add --draft-vocab N")
+    plans: list[BlockPlan] = []  # one, or none without --keep-blocks
     bundle = export_bundle(
         ExportSpec(
             checkpoint=checkpoint,
@@ -65,16 +73,21 @@ def export(
             draft_vocab=draft_vocab,
             draft_text=draft_text,
             dtype=DTYPES[dtype],
+            keep_blocks=keep_blocks,
             max_length=max_length,
             revision=revision,
             overwrite=overwrite,
-        )
+        ),
+        plans.append,
     )
+    for plan in plans:
+        click.echo("\n".join(plan.lines()), err=True)
     manifest = bundle.manifest
     total_bytes = sum(entry.bytes for entry in manifest.files.values())
     segments = [[s.start, s.end] for s in manifest.plan.segments]
     if as_json:
-        click.echo(json.dumps({"bundle": str(out), "segments": segments, "bytes": total_bytes}))
+        blocks = {key: value for plan in plans for key, value in plan.to_json().items()}
+        click.echo(json.dumps({"bundle": str(out), "segments": segments, "bytes": total_bytes, **blocks}))
     else:
         cuts = " | ".join(f"layers {start}-{end - 1}" for start, end in segments)
         click.echo(f"{out}: {cuts}; {total_bytes / 1e6:.1f} MB")

@@ -22,6 +22,8 @@ class ExportSpec:
         draft_vocab: Rows of every exit head, trimmed to the most frequent token ids; None keeps the whole LM head.
         draft_text: The text whose token frequencies choose the rows; None takes the one that ships with shortstack.
         dtype: Type of weights, activations and cache.
+        keep_blocks: Store what a GGUF file holds in blocks of Q4_0 or Q8_0 in the same blocks, and its other quantized
+            matrices in int8; by default all become ``dtype``.
         max_length: Longest context in tokens; None takes the model's own.
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.
@@ -33,6 +35,7 @@ class ExportSpec:
     draft_vocab: int | None = None
     draft_text: Path | None = None
     dtype: DType = "float32"
+    keep_blocks: bool = False
     max_length: int | None = None
     revision: str | None = None
     overwrite: bool = False

@@ -1,47 +1,35 @@
-"""From a checkpoint's tensors to the tensors of weights.data: packed, transposed, padded, cast, each stored once.
+"""From a model's tensors to the tensors of weights.data: transposed and cast as the operators take them, each once.
 
-What differs from the checkpoint, all of it done here so that the graphs stay plain:
-
-- q, k and v are stacked into one projection, and every projection is stored [in, out], as MatMul takes it.
-- heads are padded with zeros to a width that the attention kernel takes (:attr:`ModelSpec.cache_head_dim`); rotary
-  embedding pairs column i with column i + head_dim / 2, so each half of a head is padded by itself.
+- a projection stored as floats is [in, out], as MatMul takes it; in blocks it is [out, in], as MatMulNBits does.
 - the embedding stays [vocab, hidden]: Gather and the head's Gemm both take it so, and a tied head is the same tensor.
+- a trimmed exit head is rows of the LM head, in floats or in blocks as that one is; exits share it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture
-from shortstack.export.checkpoint import Checkpoint
 from shortstack.export.rope import rope_tables
+from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.graphs import names
 from shortstack.graphs.errors import UnsupportedError
+from shortstack.graphs.ir.blocks import BlockTensor
 from shortstack.graphs.ir.weights import WeightStore
-from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.graphs.spec import DType
 
-Array = npt.NDArray[np.float32]
+_STORED_AS_ROWS = (names.EMBED_TOKENS, names.LM_HEAD)
 
 
 def store_weights(
-    checkpoint: Checkpoint,
-    arch: Architecture,
-    spec: ModelSpec,
-    dtype: DType,
-    max_length: int,
-    store: WeightStore,
-    advance: Callable[[float], None],
+    tensors: ModelTensors, dtype: DType, max_length: int, store: WeightStore, advance: Callable[[float], None]
 ) -> None:
     """Write every tensor of the model, exits excluded, to the store.
 
     Args:
-        checkpoint: Where the tensors are.
-        arch: What they are called there.
-        spec: The model.
+        tensors: Where they come from.
         dtype: Type to store.
         max_length: Rows of the rotary tables.
         store: Where they go.
@@ -50,69 +38,85 @@ def store_weights(
     Raises:
         UnsupportedError: A value does not fit ``dtype``.
     """
+    spec = tensors.spec
 
-    def read(role: str, layer: int | None = None) -> Array:
-        return checkpoint.tensor(arch.tensor_name(role, layer))
-
-    def put(name: str, array: Array) -> None:
+    def put(name: str, array: Floats) -> None:
         store.add(name, cast(name, array, dtype))
 
-    put(names.EMBED_TOKENS, read("embed_tokens.weight"))
+    def put_matrix(name: str) -> None:
+        matrix = tensors.matrix(name)
+        if isinstance(matrix, BlockTensor):
+            store.add_blocks(name, matrix, dtype)
+        else:
+            put(name, matrix if name in _STORED_AS_ROWS else matrix.T)
+
+    put_matrix(names.EMBED_TOKENS)
     for layer in range(spec.num_hidden_layers):
-        _store_layer(spec, layer, partial(read, layer=layer), put)
+        _store_layer(tensors, layer, put, put_matrix)
         advance(1)
-    put(names.FINAL_NORM, read("final_norm.weight"))
+    put(names.FINAL_NORM, tensors.vector("final_norm.weight"))
     if not spec.tie_word_embeddings:
-        put(names.LM_HEAD, read("lm_head.weight"))
-    factors = checkpoint.tensor(ROPE_FACTORS) if spec.rope_scaling.kind == "factors" else None
+        put_matrix(names.LM_HEAD)
     for name, table, fill in zip(
-        (names.ROPE_COS, names.ROPE_SIN), rope_tables(spec, max_length, factors), (1.0, 0.0), strict=True
+        (names.ROPE_COS, names.ROPE_SIN), rope_tables(spec, max_length, tensors.rope_factors()), (1.0, 0.0), strict=True
     ):
         extra = (spec.cache_head_dim - spec.head_dim) // 2
         put(name, np.pad(table, ((0, 0), (0, extra)), constant_values=fill))
 
 
-def _store_layer(spec: ModelSpec, layer: int, read: Callable[[str], Array], put: Callable[[str, Array], None]) -> None:
-    heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads, "v_proj": spec.num_key_value_heads}
+def _store_layer(
+    tensors: ModelTensors, layer: int, put: Callable[[str, Floats], None], put_matrix: Callable[[str], None]
+) -> None:
+    spec = tensors.spec
 
-    def stacked(kind: str) -> Array:
-        return np.concatenate([pad_heads(read(f"{part}.{kind}"), n, spec) for part, n in heads.items()])
-
-    def put_layer(part: str, array: Array) -> None:
+    def put_vector(part: str, array: Floats) -> None:
         put(names.layer_weight(layer, part), array)
 
-    put_layer("input_norm.weight", read("input_norm.weight"))
-    put_layer("attn.qkv_proj.weight", stacked("weight").T)
+    def put_projection(part: str) -> None:
+        put_matrix(names.layer_weight(layer, part))
+
+    put_vector("input_norm.weight", tensors.vector("input_norm.weight", layer))
+    put_projection("attn.qkv_proj.weight")
     if spec.qkv_bias:
-        put_layer("attn.qkv_proj.bias", stacked("bias"))
-    # o_proj takes heads on its input side: padding its transpose's rows pads its columns.
-    put_layer("attn.o_proj.weight", pad_heads(read("o_proj.weight").T, spec.num_attention_heads, spec))
+        put_vector("attn.qkv_proj.bias", tensors.qkv_bias(layer))
+    put_projection("attn.o_proj.weight")
     if spec.attention_out_bias:
-        put_layer("attn.o_proj.bias", read("o_proj.bias"))
-    put_layer("post_attention_norm.weight", read("post_attention_norm.weight"))
+        put_vector("attn.o_proj.bias", tensors.vector("o_proj.bias", layer))
+    put_vector("post_attention_norm.weight", tensors.vector("post_attention_norm.weight", layer))
     for part in ("gate_proj", "up_proj", "down_proj"):
-        put_layer(f"mlp.{part}.weight", read(f"{part}.weight").T)
+        put_projection(f"mlp.{part}.weight")
         if spec.mlp_bias:
-            put_layer(f"mlp.{part}.bias", read(f"{part}.bias"))
+            put_vector(f"mlp.{part}.bias", tensors.vector(f"{part}.bias", layer))
 
 
-def pad_heads(array: Array, heads: int, spec: ModelSpec) -> Array:
-    """Pad the leading dimension, heads * head_dim, to heads * cache_head_dim with zeros.
+def store_draft_heads(
+    tensors: ModelTensors, exit_layers: tuple[int, ...], ids: npt.NDArray[np.int64], dtype: DType, store: WeightStore
+) -> None:
+    """Write the rows of a trimmed head once, after the model, and give every exit its names for them.
 
     Args:
-        array: [heads * head_dim, ...].
-        heads: How many heads it holds.
-        spec: The model.
+        tensors: Where the LM head comes from.
+        exit_layers: The exits.
+        ids: The rows' token ids.
+        dtype: Type of what is stored as floats.
+        store: Where the LM head is already, and where the rows go.
     """
-    extra = (spec.cache_head_dim - spec.head_dim) // 2
-    if extra == 0:
-        return array
-    halves = array.reshape(heads, 2, spec.head_dim // 2, *array.shape[1:])
-    padded = np.pad(halves, [(0, 0), (0, 0), (0, extra), *[(0, 0)] * (array.ndim - 1)])
-    return padded.reshape(heads * spec.cache_head_dim, *array.shape[1:])
+    head = names.EMBED_TOKENS if tensors.spec.tie_word_embeddings else names.LM_HEAD
+    first, *others = exit_layers
+    own = names.exit_weight(first, "head.weight")
+    if store.blocks(head) is None:
+        store.add(own, store[head].numpy()[ids])
+    else:
+        matrix = tensors.matrix(head)
+        assert isinstance(matrix, BlockTensor)
+        store.add_blocks(own, matrix.rows(ids), dtype)
+    store.add(names.exit_weight(first, "head.ids"), ids)
+    for exit_layer in others:
+        for part in ("head.weight", "head.ids"):
+            store.alias(names.exit_weight(exit_layer, part), names.exit_weight(first, part))
 
 
-def cast(name: str, array: Array, dtype: DType) -> npt.NDArray[np.floating]:
+def cast(name: str, array: Floats, dtype: DType) -> npt.NDArray[np.floating]:
     """Return the array in another dtype.
 
     Raises:

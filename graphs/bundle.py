@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,12 +78,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, FileEntry]:
-    """Return size and hash of every file in a folder except bundle.json."""
+def describe_files(folder: Path, only: Container[str] | None = None) -> dict[str, FileEntry]:
+    """Return size and hash of the files in a folder, by default of all except bundle.json."""
     return {
         path.name: FileEntry(path.stat().st_size, sha256_file(path))
         for path in sorted(folder.iterdir())
-        if path.name != names.MANIFEST_FILE
+        if path.name != names.MANIFEST_FILE and (only is None or path.name in only)
     }
 
 

@@ -29,6 +29,9 @@ entropy                 all          float [batch, rows]               in nats
 logits                  all          float [batch, rows, vocab]        fetched only when sampling asks
 ======================  ===========  ================================  =========================================
 
+Where weights are in blocks and the cache is float32, attention sees one empty row behind the run's own
+(:meth:`Precision.has_spare_row`): ``capacity`` is at least total + 1 then, and so are the rows of the rotary tables.
+
 An int8 cache holds ``round(value / scale)`` per channel; the scales are weights of the producer's graph, and every
 consumer of its cache uses the same ones.
 

@@ -28,6 +28,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
+QUALITY_FILE = "quality.json"  # how a quantized bundle compares with its source
 
 KV_PARTS = ("key", "value")
 
@@ -84,6 +85,17 @@ def block_zero_points(weight: str) -> str:
 def kv_scale(layer: int, part: str) -> str:
     """Return the scales of a producer's int8 cache, float32 [kv_heads * head_dim]; ``part`` is ``key`` or ``value``."""
     return f"model.layers.{layer}.attn.{part}_scale"
+
+
+# The matrices of one layer, in the order of computation; parts for :func:`layer_weight`
+QKV_PROJ = "attn.qkv_proj.weight"
+LAYER_MATRICES = (
+    QKV_PROJ,
+    "attn.o_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
 
 
 def layer_weight(layer: int, part: str) -> str:

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.spec import DType
 
 KVType = Literal["float", "int8"]
 KV_TYPES: tuple[KVType, ...] = ("float", "int8")
 BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 EXACT_BLOCK_SIZE = 32  # rows of one run equal rows run one by one, bit for bit (onnxruntime 1.31 and 1.32, x86)
+SPARE_ROWS = 1  # positions beyond the context that graphs may write, see Precision.has_spare_row
 ACCURACY_LEVEL = 4  # the only level with integer kernels: 8 bits are 60-130 times slower at any other
 
 
@@ -76,6 +78,19 @@ class Precision:
 
     weights: Mapping[str, BlockFormat] = field(default_factory=dict)
     kv_cache: KVType = "float"
+
+    def has_spare_row(self, dtype: DType) -> bool:
+        """Return whether graphs attend with one empty row more than a run has.
+
+        The CPU's attention kernel computes a run of one row otherwise than runs of two and more, which agree bit for
+        bit (onnxruntime 1.32; about 3e-7 apart). Float weights pass such a difference on as it is; products with blocks
+        round their inputs to 8 bits, which can make a thousandth of it, and a fork. So the kernel always sees two rows
+        or more. Its int8 cache has one kernel for all. Float16 is for GPUs, whose kernels differ anyway.
+
+        Args:
+            dtype: Type of activations.
+        """
+        return bool(self.weights) and self.kv_cache == "float" and dtype == "float32"
 
     @property
     def is_float(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -12,12 +13,27 @@ import numpy.typing as npt
 
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.ir.blocks import BlockTensor
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 """The files that :meth:`Checkpoint.files` may return and that a bundle carries along."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlocks:
+    """A matrix that is stored in blocks of small integers.
+
+    Attributes:
+        kind: The type of its blocks, as ggml names it, such as ``Q4_0``.
+        read: Reads it as the very same blocks. Only for the kinds that
+            :data:`shortstack.export.checkpoint.gguf_blocks.EXACT_FORMATS` lists: no format holds the others.
+    """
+
+    kind: str
+    read: Callable[[], BlockTensor]
 
 
 class Checkpoint(Protocol):
@@ -55,6 +71,13 @@ class Checkpoint(Protocol):
         Raises:
             CheckpointError: There is no such tensor, or its data cannot be read.
             UnsupportedError: Its stored type is not one this version reads.
+        """
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """Return how a tensor is quantized, without reading its data; None if it is stored as floats.
+
+        Raises:
+            CheckpointError: There is no such tensor.
         """
 
     def files(self) -> dict[str, bytes]:

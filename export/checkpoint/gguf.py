@@ -1,25 +1,31 @@
 """Reads GGUF files of the ``llama`` architecture as if they were Hugging Face checkpoints.
 
-Weights are dequantized one tensor at a time; q and k rows are put back from llama.cpp's interleaved rotary order into
-the rotate-half order of transformers; metadata becomes a Hugging Face config and tokenizer.
+Weights are dequantized one tensor at a time, or handed on in the blocks that they are stored in; q and k rows are put
+back from llama.cpp's interleaved rotary order into the rotate-half order of transformers; metadata becomes a Hugging
+Face config and tokenizer.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.export.checkpoint.checkpoint import Progress, hash_files, unknown_tensor
+from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, hash_files, unknown_tensor
 from shortstack.export.checkpoint.config import Config, not_one_of
+from shortstack.export.checkpoint.gguf_blocks import unpack_blocks
 from shortstack.export.checkpoint.gguf_header import Header, TensorInfo, read_header
 from shortstack.export.checkpoint.gguf_names import to_hugging_face
 from shortstack.export.checkpoint.gguf_tokenizer import tokenizer_files
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.ir.blocks import BlockTensor
+
+Number = TypeVar("Number", bound=np.generic)
 
 ARCHITECTURES = ("llama",)
 ROPE_FACTORS = "rope_freqs.weight"
@@ -68,20 +74,23 @@ class GgufCheckpoint:
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Dequantize one tensor to C-contiguous float32."""
         gguf_name, info = self._entry(name)
-        rows = self._data[info.offset : info.offset + info.size_bytes].reshape(*info.shape[:-1], -1)
         try:
-            value = gguf.dequantize(rows, info.quantization)
+            value = gguf.dequantize(self._bytes(info), info.quantization)
         except NotImplementedError:
             raise UnsupportedError(
                 f"{self.folder_or_file}: tensor {gguf_name}",
                 found=f"type {info.quantization.name}, which the gguf package cannot dequantize",
                 remedy="name a file quantized to one of the common types (Q4_K_M, Q8_0, F16)",
             ) from None
-        if gguf_name.endswith((".attn_q.weight", ".attn_q.bias")):
-            value = unpermute(value, self.config.read(int, "num_attention_heads"))
-        elif gguf_name.endswith((".attn_k.weight", ".attn_k.bias")):
-            value = unpermute(value, self.config.read(int, "num_key_value_heads"))
+        if (heads := self._rotated_heads(gguf_name)) is not None:
+            value = unpermute(value, heads)
         return np.ascontiguousarray(value, dtype=np.float32)
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """Return how a tensor is quantized, without reading its data; None if it is stored as floats."""
+        quantization = self._entry(name)[1].quantization
+        values_per_block, _ = gguf.GGML_QUANT_SIZES[quantization]
+        return None if values_per_block == 1 else StoredBlocks(quantization.name, partial(self._read_blocks, name))
 
     def files(self) -> dict[str, bytes]:
         """Return a ``tokenizer.json`` built from the metadata, its config, chat template and generation config."""
@@ -98,19 +107,38 @@ class GgufCheckpoint:
         except OSError as error:
             raise CheckpointError(f"{self.folder_or_file} cannot be read ({error.strerror})") from None
 
+    def _read_blocks(self, name: str) -> BlockTensor:
+        gguf_name, info = self._entry(name)
+        value = unpack_blocks(self._bytes(info), info.quantization.name)
+        if (heads := self._rotated_heads(gguf_name)) is not None:
+            value = value.rows(unpermute(np.arange(info.shape[0]), heads))
+        return value
+
+    def _bytes(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
+        """Return a tensor's data as it is stored, its rows apart."""
+        return self._data[info.offset : info.offset + info.size_bytes].reshape(*info.shape[:-1], -1)
+
+    def _rotated_heads(self, gguf_name: str) -> int | None:
+        """Return how many heads the rows of a q or k tensor hold; None if a tensor's rows are in order."""
+        if gguf_name.endswith((".attn_q.weight", ".attn_q.bias")):
+            return self.config.read(int, "num_attention_heads")
+        if gguf_name.endswith((".attn_k.weight", ".attn_k.bias")):
+            return self.config.read(int, "num_key_value_heads")
+        return None
+
     def _entry(self, name: str) -> tuple[str, TensorInfo]:
         if name not in self._tensors:
             raise unknown_tensor(name, self.folder_or_file)
         return self._tensors[name]
 
 
-def unpermute(value: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+def unpermute(value: npt.NDArray[Number], heads: int) -> npt.NDArray[Number]:
     """Undo the row permutation of llama.cpp's ``LlamaModel.permute``.
 
     llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head, transformers rows i and i + head_dim / 2.
 
     Args:
-        value: q or k weight [heads * head_dim, hidden], or bias [heads * head_dim].
+        value: q or k weight [heads * head_dim, hidden], or bias or row numbers [heads * head_dim].
         heads: Query heads for q, key/value heads for k.
 
     Raises:

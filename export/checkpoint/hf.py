@@ -15,7 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from shortstack.export.checkpoint.checkpoint import TOKENIZER_FILES, Progress, hash_files, unknown_tensor
+from shortstack.export.checkpoint.checkpoint import (
+    TOKENIZER_FILES,
+    Progress,
+    StoredBlocks,
+    hash_files,
+    unknown_tensor,
+)
 from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
@@ -97,6 +103,11 @@ class HuggingFaceCheckpoint:
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{file}: tensor {name} cannot be read ({error})") from None
         return np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """Return None: what this reader takes is stored as floats."""
+        self._shard(name)
+        return None
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that exist, and a generation config always."""

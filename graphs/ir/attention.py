@@ -28,6 +28,8 @@ def attention(
     normed: ir.Value,
     lengths: tuple[ir.Value, ir.Value],
     kv_cache: KVType = "float",
+    *,
+    spare_row: bool = False,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Append one attention block.
 
@@ -38,6 +40,8 @@ def attention(
         normed: The normalised residual stream [batch, seq, hidden].
         lengths: ``seqlens_k`` and ``total_sequence_length``.
         kv_cache: Type of the cache; for int8 the store has its scales.
+        spare_row: Attend with one empty row more than there are, see :attr:`Precision.has_spare_row`; ``lengths`` count
+            it.
 
     Returns:
         The output before the o projection's bias [batch, seq, hidden], and the layer's present values by port name.
@@ -48,6 +52,8 @@ def attention(
         packed = g.op(
             "Add", [packed, g.weight(names.layer_weight(layer, "attn.qkv_proj.bias"))], f"{node}/qkv_proj/Add"
         )
+    if spare_row:
+        packed = g.op("Pad", [packed, g.constant([0, 0, 0, 0, 1, 0])], f"{node}/spare_row")  # [batch, seq + 1, ...]
     pasts = [g.input_named(names.past(layer, part)) for part in names.KV_PARTS]
     inputs: list[ir.Value | None] = [
         packed,
@@ -75,5 +81,8 @@ def attention(
         rotary_interleaved=0,
         **quantized,
     )
+    if spare_row:
+        first, end, axis = g.constant([0]), g.constant([-1]), g.constant([1])
+        mixed = g.op("Slice", [mixed, first, end, axis], f"{node}/drop_spare_row")  # [batch, seq, ...]
     out = project(g, mixed, names.layer_weight(layer, "attn.o_proj.weight"), f"{node}/o_proj")
     return out, {names.present(layer, part): value for part, value in zip(names.KV_PARTS, presents, strict=True)}

@@ -75,6 +75,8 @@ def decoder_layer(
     x: Residual,
     lengths: tuple[ir.Value, ir.Value],
     kv_cache: KVType = "float",
+    *,
+    spare_row: bool = False,
 ) -> tuple[Residual, dict[str, ir.Value]]:
     """Append one decoder layer.
 
@@ -83,7 +85,7 @@ def decoder_layer(
     """
     node = f"/model/layers.{layer}"
     normed, stream = norm(g, spec, x, names.layer_weight(layer, "input_norm.weight"), f"{node}/input_norm")
-    out, presents = attention(g, spec, layer, normed, lengths, kv_cache)
+    out, presents = attention(g, spec, layer, normed, lengths, kv_cache, spare_row=spare_row)
     bias = g.weight(names.layer_weight(layer, "attn.o_proj.bias")) if spec.attention_out_bias else None
     normed, stream = norm(
         g,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from shortstack.graphs.contract import GraphContract, Port
@@ -62,11 +63,13 @@ class GraphBuilder:
         """Return the initializer that stands for a stored tensor under another shape."""
         return self._initializer(self._store.reshaped(name, shape))
 
-    def constant(self, value: int | Sequence[int]) -> ir.Value:
-        """Return a small int64 constant kept inside the graph file; one initializer per value."""
-        array = np.asarray(value, dtype=np.int64)
+    def constant(self, value: int | Sequence[int], dtype: npt.DTypeLike = np.int64) -> ir.Value:
+        """Return a small integer constant kept inside the graph file; one initializer per value and type."""
+        array = np.asarray(value, dtype=dtype)
         label = "x".join(map(str, array.reshape(-1))) if array.ndim else f"scalar_{array}"
-        return self._initializer(ir.Tensor(array, name=f"const.{label}"))
+        return self._initializer(
+            ir.Tensor(array, name=f"const.{label}" if array.dtype == np.int64 else f"const.{array.dtype}.{label}")
+        )
 
     def op(
         self,

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from shortstack import __version__
@@ -22,7 +23,7 @@ from shortstack.graphs.ir.matrix import embed
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import producers
 from shortstack.graphs.plan import Segment, SplitPlan
-from shortstack.graphs.precision import KVType
+from shortstack.graphs.precision import KVType, Precision
 from shortstack.graphs.spec import DType, ModelSpec
 
 
@@ -63,9 +64,13 @@ def segment_model(
     else:
         x = Residual(inputs[names.HIDDEN_STATES])
     lengths = (inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
+    if spare_row := Precision(store.formats, kv_cache).has_spare_row(dtype):
+        one = g.constant(1, np.int32)
+        past_end, total = (g.op("Add", [x, one], f"/model/with_spare_row/{x.name}") for x in lengths)
+        lengths = (past_end, total)
     outputs: dict[str, ir.Value] = {}
     for layer in layers:
-        x, presents = decoder_layer(g, spec, layer, x, lengths, kv_cache)
+        x, presents = decoder_layer(g, spec, layer, x, lengths, kv_cache, spare_row=spare_row)
         outputs |= presents
 
     full_head = names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD

@@ -138,11 +138,13 @@ def test_a_bundle_json_that_is_none_is_named(bundle: Path, refused: Refused, tex
         refused(command, "bundle.json", "e-export")
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None, 1.5, True, [1]])
+@pytest.mark.parametrize("version", [0, 3, 99, "1", None, 1.5, True, [1]])
 def test_another_format_version_is_named(bundle: Path, refused: Refused, version: object) -> None:
     forge(bundle, format_version=version)
     for command in commands(bundle):
-        refused(command, "bundle.json: field format_version", repr(version), "expected 1 or 2", "install the shortstack")
+        refused(
+            command, "bundle.json: field format_version", repr(version), "expected 1 or 2", "install the shortstack"
+        )
 
 
 def model_with(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
+from helpers.gguf_files import HEAD_DIM, HIDDEN, VOCAB, Edit, byte_level, rows, weights, write
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
-
-HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 64, 4, 2, 8, 40
-Edit = Callable[[gguf.GGUFWriter], None]
 
 SAMPLES = [
     "Hello, world!",
@@ -33,95 +30,6 @@ SAMPLES = [
     "",
 ]
 DIGIT_SAMPLES = ["1234567890", "pi is 3.14159, in 2024 (12:30)", "x1y22z333", "½ and ² and ٣"]
-
-
-def rows(*shape: int) -> np.ndarray:
-    return np.random.standard_normal(shape).astype(np.float32)
-
-
-def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k (LlamaModel.permute)."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
-
-
-def weights(bias: bool = False) -> dict[str, np.ndarray]:
-    """Hugging Face layout under GGUF names."""
-    kv_rows = KV_HEADS * HEAD_DIM
-    found = {
-        "token_embd.weight": rows(VOCAB, HIDDEN),
-        "output_norm.weight": rows(HIDDEN),
-        "blk.0.attn_norm.weight": rows(HIDDEN),
-        "blk.0.attn_q.weight": rows(HIDDEN, HIDDEN),
-        "blk.0.attn_k.weight": rows(kv_rows, HIDDEN),
-        "blk.0.attn_v.weight": rows(kv_rows, HIDDEN),
-        "blk.0.attn_output.weight": rows(HIDDEN, HIDDEN),
-        "blk.0.ffn_norm.weight": rows(HIDDEN),
-        "blk.0.ffn_gate.weight": rows(INNER, HIDDEN),
-        "blk.0.ffn_up.weight": rows(INNER, HIDDEN),
-        "blk.0.ffn_down.weight": rows(HIDDEN, INNER),
-    }
-    if bias:
-        found |= {
-            "blk.0.attn_q.bias": rows(HIDDEN),
-            "blk.0.attn_k.bias": rows(kv_rows),
-            "blk.0.attn_v.bias": rows(kv_rows),
-        }
-    return found
-
-
-def write(
-    file: Path,
-    tensors: dict[str, np.ndarray],
-    *,
-    edit: Edit | None = None,
-    architecture: str = "llama",
-    skip: tuple[str, ...] = (),
-    quantization: gguf.GGMLQuantizationType | None = None,
-) -> Path:
-    writer = gguf.GGUFWriter(file, architecture)
-    fields: dict[str, Callable[[], None]] = {
-        "block_count": lambda: writer.add_block_count(1),
-        "context_length": lambda: writer.add_context_length(64),
-        "embedding_length": lambda: writer.add_embedding_length(HIDDEN),
-        "feed_forward_length": lambda: writer.add_feed_forward_length(INNER),
-        "head_count": lambda: writer.add_head_count(HEADS),
-        "head_count_kv": lambda: writer.add_head_count_kv(KV_HEADS),
-        "eps": lambda: writer.add_layer_norm_rms_eps(1e-5),
-        "dimension_count": lambda: writer.add_rope_dimension_count(HEAD_DIM),
-    }
-    for name, add in fields.items():
-        if name not in skip:
-            add()
-    if edit is not None:
-        edit(writer)
-    for name, value in tensors.items():
-        stored = value
-        if ".attn_q." in name:
-            stored = permute(value, HEADS)
-        elif ".attn_k." in name:
-            stored = permute(value, KV_HEADS)
-        if quantization is not None and value.ndim == 2:
-            writer.add_tensor(name, gguf.quantize(stored, quantization), raw_dtype=quantization)
-        else:
-            writer.add_tensor(name, stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def byte_level(writer: gguf.GGUFWriter, pre: str | None = "smollm") -> None:
-    writer.add_tokenizer_model("gpt2")
-    if pre is not None:
-        writer.add_tokenizer_pre(pre)
-    writer.add_token_list(["<s>", "</s>", "a", "b", "1", "2", "12", "ab", "Ġ", "<think>", "Ġab"])
-    writer.add_token_types([3, 3, 1, 1, 1, 1, 1, 1, 1, 4, 1])
-    writer.add_token_merges(["a b", "1 2", "Ġ ab"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
 
 
 def sentencepiece(writer: gguf.GGUFWriter) -> None:

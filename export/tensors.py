@@ -1,0 +1,105 @@
+"""A checkpoint's tensors as the graphs want them: q, k and v stacked, heads padded, matrices in floats or in blocks.
+
+Heads are padded with zeros to a width that the attention kernel takes (:attr:`ModelSpec.cache_head_dim`). Rotary
+embedding pairs column i with column i + head_dim / 2, so each half of a head is padded by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture
+from shortstack.export.block_plan import REQUANTIZED_FORMAT, BlockPlan
+from shortstack.export.checkpoint import Checkpoint
+from shortstack.export.sources import MatrixSource, matrix_sources, qkv_heads
+from shortstack.graphs.ir.blocks import BlockTensor, nearest
+from shortstack.graphs.spec import ModelSpec
+
+Floats = npt.NDArray[np.float32]
+Number = TypeVar("Number", bound=np.generic)
+
+
+class ModelTensors:
+    """Reads one model's tensors.
+
+    Args:
+        checkpoint: Where they are.
+        arch: What they are called there.
+        spec: The model.
+        plan: Which matrices are wanted in blocks.
+
+    Attributes:
+        spec: The model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec, plan: BlockPlan) -> None:
+        self.spec = spec
+        self._checkpoint = checkpoint
+        self._arch = arch
+        self._plan = plan
+        self._sources = matrix_sources(arch, spec)
+
+    def vector(self, role: str, layer: int | None = None) -> Floats:
+        """Return a norm's weight or a projection's bias, by role."""
+        return self._checkpoint.tensor(self._arch.tensor_name(role, layer))
+
+    def qkv_bias(self, layer: int) -> Floats:
+        """Return the biases of q, k and v, stacked and padded like their rows."""
+        heads = qkv_heads(self.spec).items()
+        return np.concatenate([pad_heads(self.vector(f"{part}.bias", layer), n, self.spec) for part, n in heads])
+
+    def rope_factors(self) -> Floats | None:
+        """Return the divisors of the rotary frequencies, [head_dim / 2]; None if the model has none."""
+        return self._checkpoint.tensor(ROPE_FACTORS) if self.spec.rope_scaling.kind == "factors" else None
+
+    def matrix(self, name: str) -> Floats | BlockTensor:
+        """Return a matrix [out, in] as the plan wants it stored.
+
+        Args:
+            name: Its name in the bundle.
+        """
+        source = self._sources[name]
+        if name in self._plan.kept:
+            return self._kept(source)
+        floats = self._floats(source)
+        return nearest(floats, REQUANTIZED_FORMAT) if name in self._plan.requantized else floats
+
+    def _floats(self, source: MatrixSource) -> Floats:
+        parts = [self._checkpoint.tensor(tensor) for tensor in source.tensors]
+        if source.row_heads:
+            parts = [pad_heads(part, n, self.spec) for part, n in zip(parts, source.row_heads, strict=True)]
+        if source.pads_columns:
+            parts = [pad_heads(part.T, source.column_heads, self.spec).T for part in parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _kept(self, source: MatrixSource) -> BlockTensor:
+        stored = [self._checkpoint.blocks(tensor) for tensor in source.tensors]
+        parts = [blocks.read() for blocks in stored if blocks is not None]
+        assert len(parts) == len(stored), f"{source.tensors} are planned in blocks and stored as floats"
+        block_format = parts[0].format
+        codes, scales = [part.codes for part in parts], [part.scales for part in parts]
+        if source.row_heads:
+            zero = 1 << (block_format.bits - 1)  # the code of zero
+            codes = [pad_heads(c, n, self.spec, zero) for c, n in zip(codes, source.row_heads, strict=True)]
+            scales = [pad_heads(s, n, self.spec) for s, n in zip(scales, source.row_heads, strict=True)]
+        return BlockTensor(block_format, np.concatenate(codes), np.concatenate(scales), None)
+
+
+def pad_heads(array: npt.NDArray[Number], heads: int, spec: ModelSpec, fill: int = 0) -> npt.NDArray[Number]:
+    """Pad the leading dimension, heads * head_dim, to heads * cache_head_dim.
+
+    Args:
+        array: [heads * head_dim, ...].
+        heads: How many heads it holds.
+        spec: The model.
+        fill: What to pad with: what stands for zero in ``array``.
+    """
+    extra = (spec.cache_head_dim - spec.head_dim) // 2
+    if extra == 0:
+        return array
+    halves = array.reshape(heads, 2, spec.head_dim // 2, *array.shape[1:])
+    padded = np.pad(halves, [(0, 0), (0, 0), (0, extra), *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
+    return padded.reshape(heads * spec.cache_head_dim, *array.shape[1:])
