@@ -16,6 +16,7 @@ import onnxruntime as ort
 from shortstack.graphs import names
 from shortstack.graphs.contract import CacheType
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.precision import SPARE_ROWS
 from shortstack.runtime.session import Device
 
 CHUNK_POSITIONS = 256
@@ -33,7 +34,7 @@ class KVCache:
         device: Where the buffers are.
 
     Attributes:
-        capacity: Positions that the buffers hold now.
+        capacity: Positions that the buffers hold now, the spare row not counted.
         generation: Goes up when the buffers are replaced, so that bindings to them can be renewed.
     """
 
@@ -69,7 +70,8 @@ class KVCache:
                 expected=f"at most {self.max_length}",
                 remedy="shorten the prompt, or export with a larger --max-length",
             )
-        capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length)
+        # Graphs may write one spare row behind the last position (Precision.has_spare_row).
+        capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length) + SPARE_ROWS
         shape = (1, self._kv_heads, capacity, self._head_dim)
         self.generation += 1  # first, so that nothing stays bound to the old buffers if memory runs out on the way
         for layer in self._layers:
@@ -80,4 +82,4 @@ class KVCache:
                 self._buffers[layer, part] = ort.OrtValue.ortvalue_from_numpy(
                     new, self._device.kind, self._device.index
                 )
-        self.capacity = capacity
+        self.capacity = capacity - SPARE_ROWS

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shortstack.graphs.precision import SPARE_ROWS
 from shortstack.graphs.spec import DType, ModelSpec
 
 BYTES_PER_VALUE: dict[DType, int] = {"float32": 4, "float16": 2}
@@ -112,8 +113,8 @@ def head_bytes(spec: ModelSpec, rows: int, dtype: DType) -> int:
 
 
 def rope_bytes(spec: ModelSpec, max_length: int, dtype: DType) -> int:
-    """Return the size of the cos and sin tables [max_length, head_dim / 2]."""
-    return max_length * spec.cache_head_dim * BYTES_PER_VALUE[dtype]
+    """Return the size of the cos and sin tables [max_length + a spare row, head_dim / 2]."""
+    return (max_length + SPARE_ROWS) * spec.cache_head_dim * BYTES_PER_VALUE[dtype]
 
 
 def cache_bytes_per_token(spec: ModelSpec, producers: int, dtype: DType) -> int:

@@ -251,6 +251,13 @@ class Model:
             )
         return ids
 
+    def exclusive_stack(self) -> Stack:
+        """Return the uncut stack for direct use; the generation before is over and its cache forgotten."""
+        if self._stream is not None:
+            self._stream.supersede()
+        self._sequence.rewind(0)
+        return self._stack(None)
+
     def _drafting_exit(self, strategy: Strategy, exit_layer: int | None) -> int | None:
         """Return the exit that drafts, None for plain decoding, if the bundle has what is asked for."""
         exits = self.exit_layers

@@ -1,12 +1,7 @@
-"""Opens a bundle's graphs as onnxruntime sessions: providers, one thread pool for all, the contract checked.
-
-All sessions of a process share one global thread pool, since pools of their own spin and fight for cores. onnxruntime
-makes the pool once, so the first :func:`open_sessions` of a process decides its size.
-"""
+"""Opens a bundle's graphs as onnxruntime sessions: providers, one thread pool for all, the contract checked."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +12,7 @@ import onnxruntime as ort
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.graphs.errors import BundleError, RequestError
+from shortstack.threads import make_thread_pool
 
 CPU = "CPUExecutionProvider"
 _SHORT_NAMES = {"cpu": CPU, "cuda": "CUDAExecutionProvider", "tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
@@ -27,8 +23,6 @@ _PORT_TYPES: dict[str, PortType] = {
     "tensor(int32)": "int32",
     "tensor(int8)": "int8",
 }
-_MOST_THREADS = 1024
-_pool_threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +82,7 @@ def open_sessions(
         ContractError: A graph does not match the contract.
     """
     names = resolve_providers(providers)
-    _make_thread_pool(threads)
+    make_thread_pool(threads)
     sessions: list[ort.InferenceSession] = []
     # Top to bottom. Packing a head's weight reads all of it from the file; the top session lets go of those pages once
     # it has packed, the bottom one keeps them for the embedding, so the other way round a tied weight peaks twice.
@@ -117,27 +111,5 @@ def open_sessions(
     return sessions, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu")
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def _ports(arguments: Sequence[Any]) -> tuple[Port, ...]:
     return tuple(Port(a.name, _PORT_TYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments)
-
-
-def _make_thread_pool(threads: int | None) -> None:
-    global _pool_threads
-    if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        raise RequestError("threads", found=threads, expected=f"1..{_MOST_THREADS}", remedy="give the cores to use")
-    if _pool_threads is None:
-        _pool_threads = threads or usable_cores()
-        ort.set_global_thread_pool_sizes(_pool_threads, 1)
-    elif threads is not None and threads != _pool_threads:
-        raise RequestError(
-            "threads: onnxruntime's pool is made once per process",
-            found=threads,
-            expected=_pool_threads,
-            remedy="start another process for another thread count",
-        )

@@ -1,0 +1,109 @@
+"""`shortstack doctor`: what this machine has, and whether it verifies drafts exactly."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import onnxruntime as ort
+
+from shortstack import __version__
+from shortstack.graphs.precision import EXACT_BLOCK_SIZE
+from shortstack.runtime.model import Model, load
+from shortstack.runtime.self_test import MOST_ROWS, RowCheck, check_rows
+from shortstack.threads import usable_cores
+
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog, and then it sits down to count: one, two, three, four, five, six, "
+    "seven, eight, nine, ten, eleven, twelve."
+)
+# What onnxruntime's integer kernels look for.
+_CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "fphp")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(), required=False)
+@click.option("--provider", "providers", multiple=True, help="Execution provider: cpu, cuda, or onnxruntime's name.")
+@click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, as_json: bool) -> int:
+    """Say what this machine has; with BUNDLE, also whether its graphs verify drafts exactly here.
+
+    Exits with 1 when a run of several rows picks another token than the same rows run one by one.
+    """
+    cpu, flags = _cpu()
+    facts: dict[str, Any] = {
+        "shortstack": __version__,
+        "python": platform.python_version(),
+        "onnxruntime": ort.__version__,
+        "providers": ort.get_available_providers(),
+        "cpu": cpu,
+        "cpu_flags": flags,
+        "cores": usable_cores(),
+    }
+    checks: list[RowCheck] = []
+    if bundle is not None:
+        model = load(bundle, providers=providers or None, threads=threads)
+        checks = check_rows(model, _tokens(model))
+        odd = sorted({f.block_size for f in model.bundle.manifest.precision.weights.values()} - {EXACT_BLOCK_SIZE})
+        facts |= {
+            "bundle": str(bundle),
+            "other_block_sizes": odd,
+            "rows": [
+                {"rows": c.rows, "max_difference": c.max_difference, "same_tokens": c.same_tokens} for c in checks
+            ],
+        }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        _print(facts, checks)
+    return 0 if all(check.same_tokens for check in checks) else 1
+
+
+def _print(facts: dict[str, Any], checks: list[RowCheck]) -> None:
+    flags = ", ".join(facts["cpu_flags"]) or "none of those that integer kernels use"
+    click.echo(f"shortstack {facts['shortstack']}, Python {facts['python']}, onnxruntime {facts['onnxruntime']}")
+    click.echo(f"providers   {', '.join(facts['providers'])}")
+    click.echo(f"processor   {facts['cpu']}, {facts['cores']} usable cores ({flags})")
+    if not checks:
+        click.echo("rows        not checked: give a bundle")
+        return
+    for check in checks:
+        words = (
+            "bit for bit" if check.is_exact else f"largest difference {check.max_difference:.1e} of the largest logit"
+        )
+        click.echo(f"rows {check.rows:<6} {words}; {'same tokens' if check.same_tokens else 'OTHER TOKENS'}")
+    if facts["other_block_sizes"]:
+        sizes = ", ".join(map(str, facts["other_block_sizes"]))
+        click.echo(f"note        blocks of {sizes} are rounded differently in longer runs; {EXACT_BLOCK_SIZE} is not")
+    is_same = all(check.same_tokens for check in checks)
+    click.echo(
+        "verdict     a run of several rows picks the tokens of single runs: drafts are verified exactly here"
+        if is_same
+        else "verdict     rows depend on the length of a run here: self-speculation may fork from plain decoding"
+    )
+
+
+def _tokens(model: Model) -> list[int]:
+    """Return a text in the bundle's tokens, at least long enough, at most as long as its context."""
+    vocab = model.bundle.manifest.spec.vocab_size
+    ids = [i for i in model.tokenizer.encode(_TEXT) if i < vocab]
+    while len(ids) <= MOST_ROWS:
+        ids += ids or [0]
+    return ids[: min(len(ids), model.cache.max_length)]
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """Return the processor's name and those of its features that matter here; Linux tells, others say less."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    have = set(listed[1].split()) if listed else set()
+    return name[1].strip() if name else platform.machine(), [flag for flag in _CPU_FLAGS if flag in have]
