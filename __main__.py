@@ -29,8 +29,10 @@ from shortstack.graphs.errors import DependencyError, ShortstackError
 # command -> (module:attribute, summary). The attribute is a click.Command.
 COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("shortstack.export.cli:export", "Turn a checkpoint into a bundle of ONNX graphs cut at its exits."),
+    "quantize": ("shortstack.quant.cli:quantize", "Shrink a bundle: int4 and int8 weights, fp16, int8 KV cache."),
     "parity": ("shortstack.export.parity_cli:parity", "Compare a bundle with the PyTorch model it was made from."),
     "inspect": ("shortstack.runtime.inspect_cli:inspect", "Print what a bundle holds: segments, KV owners, sizes."),
+    "doctor": ("shortstack.runtime.doctor_cli:doctor", "Say what this machine has, and whether drafts verify exactly."),
     "generate": ("shortstack.runtime.generate_cli:generate", "Decode a prompt, plainly or self-speculatively."),
 }
 

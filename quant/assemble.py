@@ -1,0 +1,163 @@
+"""The quantization itself: a float bundle in, a smaller bundle out, nothing half-written in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from shortstack import __version__
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.cast import cast
+from shortstack.graphs.ir.lint import lint
+from shortstack.graphs.ir.segment import segment_model
+from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.precision import SPARE_ROWS, Precision
+from shortstack.graphs.spec import DType
+from shortstack.progress import Stage, progress_stages
+from shortstack.quant.method import find_method
+from shortstack.quant.quality import Quality, write_quality
+from shortstack.quant.quality_measure import judge
+from shortstack.quant.recipe import assign
+from shortstack.quant.rounding import Rounded, Walk
+from shortstack.quant.search import search
+from shortstack.quant.source import Source
+from shortstack.quant.spec import QuantizeSpec
+from shortstack.quant.texts import Texts, open_tokenizer, read_prompts, read_rows
+
+
+def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
+    """Shrink a bundle.
+
+    Args:
+        request: What to quantize, and how.
+
+    Returns:
+        The finished bundle, and how it compares with its source (None if that was not asked for).
+
+    Raises:
+        BundleError: The source cannot be read, or the output folder is in the way.
+        RequestError: The source is quantized already, or an option does not fit.
+    """
+    check_free(request.out, request.overwrite)
+    if request.out.resolve() == request.bundle.resolve():
+        raise RequestError(f"{request.out} is the bundle to be quantized", remedy="choose another output folder")
+    source = Source(open_bundle(request.bundle))
+    method = find_method(request.recipe.method)
+    manifest = source.bundle.manifest
+    dtype = request.dtype or manifest.dtype
+    is_calibrated = method.needs_text or request.recipe.kv_cache == "int8" or request.max_kl is not None
+    texts = _read_texts(source.bundle.folder, request, is_calibrated)
+    with progress_stages() as stage:
+        assignment = assign(request.recipe, source.spec, manifest.plan)
+        if request.max_kl is not None:
+            assert texts.calibration is not None
+            assignment = search(source, method, assignment, texts.calibration, request.max_kl, stage)
+        with staged_folder(request.out, overwrite=request.overwrite) as folder:
+            walk = Walk(source, assignment, method, texts.calibration, request.recipe.kv_cache == "int8")
+            errors = _write(walk, dtype, folder, request, stage)
+            result = open_bundle(folder)
+            quality = None
+            if request.with_report:
+                quality = judge(source.bundle, result, texts, errors, request, stage)
+                write_quality(folder, quality)
+                written = dataclasses.replace(
+                    result.manifest, files=result.manifest.files | describe_files(folder, only={names.QUALITY_FILE})
+                )
+                write_manifest(folder, written)
+    return open_bundle(request.out), quality
+
+
+def _read_texts(folder: Path, request: QuantizeSpec, is_calibrated: bool) -> Texts:
+    """Read what is needed, so that a bad file is refused before long work."""
+    tokenizer = open_tokenizer(folder)
+    calibration = heldout = None
+    prompts: tuple[tuple[int, ...], ...] = ()
+    if is_calibrated:
+        calibration = read_rows(request.calibration, "--calibration", tokenizer, request.calibration_tokens)
+    if request.with_report:
+        heldout = read_rows(request.heldout, "--heldout", tokenizer, request.heldout_tokens)
+        prompts = read_prompts(request.heldout, "--heldout", tokenizer, request.prompts)
+    return Texts(calibration, heldout, prompts)
+
+
+def _write(walk: Walk, dtype: DType, folder: Path, request: QuantizeSpec, stage: Stage) -> Mapping[str, float]:
+    """Write all files of the bundle; return the error of each rounded matrix."""
+    source = walk.source
+    manifest, spec = source.bundle.manifest, source.spec
+    plan, kv_cache = manifest.plan, request.recipe.kv_cache
+    errors: dict[str, float] = {}
+    with WeightStore(folder) as store:
+        advance = stage(f"Rounding ({request.recipe.method})", spec.num_hidden_layers + 3)
+        for rounded in walk.layers():
+            _store(rounded, dtype, store, errors)
+            advance(1)
+        for rounded in walk.heads():
+            _store(rounded, dtype, store, errors)
+        store.add(names.FINAL_NORM, cast(names.FINAL_NORM, source.floats(names.FINAL_NORM), dtype))
+        for name, fill in ((names.ROPE_COS, 1.0), (names.ROPE_SIN, 0.0)):
+            table = source.floats(name)  # of a bundle before format 2, without the spare row
+            missing = max(0, manifest.max_length + SPARE_ROWS - len(table))
+            store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
+        _store_id_maps(source, store)
+        advance(3)
+    advance = stage("Building graphs", len(plan.segments))
+    for segment in plan.segments:
+        model = segment_model(spec, plan, segment, dtype, store, kv_cache)
+        lint(model, names.segment_file(segment.start, segment.end))
+        ir.save(model, folder / names.segment_file(segment.start, segment.end))
+        advance(1)
+    graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
+    for name in manifest.files.keys() - graphs - {names.WEIGHTS_FILE}:
+        shutil.copyfile(source.bundle.folder / name, folder / name)
+    advance = stage("Hashing", 1)
+    write_manifest(
+        folder,
+        Manifest(
+            spec=spec,
+            plan=plan,
+            dtype=dtype,
+            max_length=manifest.max_length,
+            files=describe_files(folder),
+            source_name=manifest.source_name,
+            source_sha256=manifest.source_sha256,
+            tools=manifest.tools | {"shortstack": __version__, **{p: version(p) for p in ("numpy", "onnx", "onnx-ir")}},
+            precision=Precision(store.formats, kv_cache),
+        ),
+    )
+    advance(1)
+    return errors
+
+
+def _store(rounded: Rounded, dtype: DType, store: WeightStore, errors: dict[str, float]) -> None:
+    for name, tensor in rounded.tensors.items():
+        if isinstance(tensor, BlockTensor):
+            store.add_blocks(name, tensor, dtype)
+        elif name.endswith("_scale"):
+            store.add(name, tensor)  # of an int8 cache: float32 whatever the activations are
+        else:
+            store.add(name, cast(name, tensor, dtype))
+    errors |= rounded.errors
+
+
+def _store_id_maps(source: Source, store: WeightStore) -> None:
+    """Store the id maps of trimmed exit heads; equal ones once."""
+    known: dict[bytes, str] = {}
+    for exit_spec in source.bundle.manifest.plan.exits:
+        name = names.exit_weight(exit_spec.exit_layer, "head.ids")
+        if exit_spec.draft_vocab is None:
+            continue
+        ids = np.asarray(source.array(name))
+        if (same := known.setdefault(ids.tobytes(), name)) == name:
+            store.add(name, ids)
+        else:
+            store.alias(name, same)

@@ -1,0 +1,178 @@
+"""One decoder layer at a time, run by itself over calibration text, so that only one layer is ever in memory.
+
+::
+
+    hidden [texts, seq, hidden] ── layer as stored ── hidden for the next layer
+                                        ├─ the input of each projection: what rounding is weighed with
+                                        └─ keys and values: what the scales of an int8 cache come from
+
+Computes in float32 whatever the bundle's dtype. Knows nothing about how weights are rounded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from shortstack.graphs import names
+from shortstack.graphs.contract import GraphContract, Port
+from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle
+from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.matrix import head_product
+from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.threads import make_thread_pool
+
+Floats = npt.NDArray[np.float32]
+Weight = Floats | BlockTensor
+BATCH_ROWS = 2048  # positions of one run: enough to keep the cores busy, little enough to hold every input
+
+_DTYPE: DType = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """What one batch showed of the inside of a layer.
+
+    Attributes:
+        inputs: What each projection multiplied [texts * seq, width], by the projection's name.
+        cache: Keys and values [texts, kv_heads, seq, head_dim], by ``key`` and ``value``.
+    """
+
+    inputs: Mapping[str, Floats]
+    cache: Mapping[str, Floats]
+
+
+class LayerGraph:
+    """One layer as a session of its own.
+
+    Args:
+        spec: The model.
+        layer: Which layer.
+        weights: Its tensors and the rotary tables, by their names in :mod:`shortstack.graphs.names`: projections as
+            blocks, or as floats [in, out].
+        with_taps: Also fetch the inputs of its projections.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, Weight], *, with_taps: bool = False) -> None:
+        self._spec, self._layer = spec, layer
+        self._taps: dict[str, str] = {}
+        cache = ("batch", spec.num_key_value_heads, "capacity", spec.cache_head_dim)
+        hidden = ("batch", "seq", spec.hidden_size)
+
+        def build(g: GraphBuilder) -> tuple[GraphContract, dict[str, ir.Value]]:
+            inputs = (
+                Port(names.HIDDEN_STATES, _DTYPE, hidden),
+                Port(names.SEQLENS_K, "int32", ("batch",)),
+                Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
+                *(Port(names.past(layer, part), _DTYPE, cache) for part in names.KV_PARTS),
+            )
+            values = {port.name: g.input(port) for port in inputs}
+            lengths = (values[names.SEQLENS_K], values[names.TOTAL_SEQUENCE_LENGTH])
+            x, outputs = decoder_layer(g, spec, layer, Residual(values[names.HIDDEN_STATES]), lengths)
+            outputs[names.HIDDEN_STATES_OUT] = settle(g, x, "/hidden_states_out")
+            ports = [Port(names.HIDDEN_STATES_OUT, _DTYPE, hidden)]
+            ports += [Port(names.present(layer, part), _DTYPE, cache) for part in names.KV_PARTS]
+            if with_taps:
+                for weight, value in g.projected.items():
+                    # A value is fetched once, whichever projections share it, and under one name.
+                    known = next((name for name, other in outputs.items() if other is value), None)
+                    self._taps[weight] = known or f"input.{weight}"
+                    if known is None:
+                        outputs[self._taps[weight]] = value
+                        ports.append(Port(self._taps[weight], _DTYPE, ("batch", "seq", "width")))
+            return GraphContract(inputs, tuple(ports)), outputs
+
+        self._session = _session(f"layer {layer}", weights, build)
+
+    def run(self, hidden: Floats, watch: Callable[[Taps], None] | None = None) -> Floats:
+        """Return the residual stream after the layer, [texts, seq, hidden].
+
+        Args:
+            hidden: The residual stream before it.
+            watch: Called with what each batch of texts showed.
+        """
+        spec, seq = self._spec, hidden.shape[1]
+        out = np.empty_like(hidden)
+        step = max(1, BATCH_ROWS // seq)
+        wanted = [names.HIDDEN_STATES_OUT]
+        if watch is not None:
+            wanted += [names.present(self._layer, part) for part in names.KV_PARTS] + list(
+                dict.fromkeys(self._taps.values())
+            )
+        for start in range(0, len(hidden), step):
+            batch = hidden[start : start + step]
+            empty = np.zeros((len(batch), spec.num_key_value_heads, seq, spec.cache_head_dim), np.float32)
+            feeds = {
+                names.HIDDEN_STATES: batch,
+                names.SEQLENS_K: np.full(len(batch), seq - 1, np.int32),
+                names.TOTAL_SEQUENCE_LENGTH: np.array(seq, np.int32),
+                **{names.past(self._layer, part): empty for part in names.KV_PARTS},
+            }
+            found = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+            out[start : start + step] = found[names.HIDDEN_STATES_OUT]
+            if watch is not None:
+                flat = {port: found[port].reshape(-1, found[port].shape[-1]) for port in set(self._taps.values())}
+                watch(
+                    Taps(
+                        {weight: flat[port] for weight, port in self._taps.items()},
+                        {part: found[names.present(self._layer, part)] for part in names.KV_PARTS},
+                    )
+                )
+        return out
+
+
+class HeadGraph:
+    """The final norm and a head as a session of its own.
+
+    Args:
+        spec: The model.
+        weight: Name of the head's matrix.
+        weights: The matrix, blocks or floats [vocab, hidden], and the final norm, by name.
+    """
+
+    def __init__(self, spec: ModelSpec, weight: str, weights: Mapping[str, Weight]) -> None:
+        hidden = Port(names.HIDDEN_STATES, _DTYPE, ("rows", spec.hidden_size))
+        logits = Port(names.LOGITS, _DTYPE, ("rows", "vocab"))
+
+        def build(g: GraphBuilder) -> tuple[GraphContract, dict[str, ir.Value]]:
+            normed, _ = norm(g, spec, Residual(g.input(hidden)), names.FINAL_NORM, "/norm")
+            return GraphContract((hidden,), (logits,)), {names.LOGITS: head_product(g, normed, weight, "/head")}
+
+        self._session = _session("head", weights, build)
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Return logits [rows, vocab] of final hidden states [rows, hidden]."""
+        out: Floats = self._session.run([names.LOGITS], {names.HIDDEN_STATES: hidden})[0]
+        return out
+
+
+def _session(
+    name: str,
+    weights: Mapping[str, Weight],
+    build: Callable[[GraphBuilder], tuple[GraphContract, dict[str, ir.Value]]],
+) -> ort.InferenceSession:
+    """Open a graph over weights of its own, through files: a message of protobuf ends at 2 GB."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.use_per_session_threads = False
+    make_thread_pool()
+    with tempfile.TemporaryDirectory(prefix="shortstack-") as folder:
+        with WeightStore(Path(folder)) as store:
+            for key, weight in weights.items():
+                if isinstance(weight, BlockTensor):
+                    store.add_blocks(key, weight, _DTYPE)
+                else:
+                    store.add(key, weight.astype(np.float32, copy=False))
+        g = GraphBuilder(name, store)
+        contract, outputs = build(g)
+        ir.save(g.finish(contract, outputs, "shortstack calibration"), Path(folder) / "graph.onnx")
+        return ort.InferenceSession(str(Path(folder) / "graph.onnx"), options, providers=["CPUExecutionProvider"])

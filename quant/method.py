@@ -1,0 +1,61 @@
+"""The rounding methods by the names of the command line: what each needs to see, and its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.precision import BlockFormat
+from shortstack.quant.methods import METHODS
+from shortstack.quant.methods.stats import InputStats
+from shortstack.quant.recipe import METHOD_NAMES
+
+# A matrix [out, in], its format, and what it multiplies.
+Rounding = Callable[[npt.NDArray[np.float32], BlockFormat, InputStats | None], BlockTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to round a model.
+
+    Attributes:
+        name: What the command line calls it.
+        round: Rounds one matrix, see :mod:`shortstack.quant.methods`.
+        needs_text: Whether it cannot work without calibration text.
+        scales_layers: Whether AWQ's scaling of a layer comes first.
+    """
+
+    name: str
+    round: Rounding
+    needs_text: bool = False
+    scales_layers: bool = False
+
+
+_METHODS = {
+    method.name: method
+    for method in (
+        Method("rtn", METHODS["rtn"]),
+        Method("k-quant", METHODS["k-quant"]),
+        Method("hqq", METHODS["hqq"]),
+        Method("gptq", METHODS["gptq"], needs_text=True),
+        Method("awq", METHODS["k-quant"], needs_text=True, scales_layers=True),
+        Method("awq-gptq", METHODS["gptq"], needs_text=True, scales_layers=True),
+    )
+}
+assert tuple(_METHODS) == METHOD_NAMES
+
+
+def find_method(name: str) -> Method:
+    """Return a method by name.
+
+    Raises:
+        RequestError: There is none of that name.
+    """
+    if name not in _METHODS:
+        raise RequestError("--method is unknown", found=repr(name), expected=f"one of {', '.join(METHOD_NAMES)}")
+    return _METHODS[name]

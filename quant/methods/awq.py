@@ -1,0 +1,145 @@
+"""AWQ: scale a layer's channels before it is rounded, so that the weights of strong inputs are rounded finer.
+
+A projection's input channel may be divided by s where what makes it is divided by s, and the projection's columns are
+multiplied by s: the layer computes the same. s = rms(x)^alpha, alpha found by trying which leaves the least error of
+the outputs (Lin et al. 2023, arXiv 2306.00978; there mean |x|). What takes the division::
+
+    input_norm.weight            for qkv_proj
+    v rows of qkv_proj           for o_proj, one scale for all query heads that read a value head
+    post_attention_norm.weight   for gate_proj and up_proj
+    up_proj rows                 for down_proj (the gate's activation is not linear, the product with up is)
+
+Rows divided by a scale are rounded alike, since each row's blocks have scales of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shortstack.graphs.ir.blocks import nearest
+from shortstack.graphs.kv_map import identity_kv_map
+from shortstack.graphs.precision import BlockFormat
+from shortstack.graphs.spec import ModelSpec
+from shortstack.quant.methods.stats import Floats, InputStats
+
+_ALPHAS = tuple(np.linspace(0.0, 1.0, 11).tolist())
+_LIMIT = 1e3  # between the largest and smallest scale of a projection: beyond, float32 norms lose what they carry
+
+INPUT_NORM = "input_norm.weight"
+POST_ATTENTION_NORM = "post_attention_norm.weight"
+QKV, QKV_BIAS = "attn.qkv_proj.weight", "attn.qkv_proj.bias"
+O_PROJ = "attn.o_proj.weight"
+GATE = "mlp.gate_proj.weight"
+UP, UP_BIAS = "mlp.up_proj.weight", "mlp.up_proj.bias"
+DOWN = "mlp.down_proj.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledLayer:
+    """A layer that computes the same from other weights.
+
+    Attributes:
+        weights: Its weights, by the names that were given.
+        stats: What its projections now multiply, by name.
+        scales: What the input channels of each projection were divided by, float32 [in]; absent where nothing was done.
+    """
+
+    weights: Mapping[str, Floats]
+    stats: Mapping[str, InputStats]
+    scales: Mapping[str, Floats]
+
+
+def scale_layer(
+    weights: Mapping[str, Floats],
+    stats: Mapping[str, InputStats],
+    block_format_of: Callable[[str], BlockFormat | None],
+    spec: ModelSpec,
+) -> ScaledLayer:
+    """Return a layer whose projections bear rounding better.
+
+    Args:
+        weights: Norms [hidden], projections [out, in] and biases [out] of one layer, by their names within a layer.
+        stats: Inputs of each projection, by its name. One that is missing is left as it is.
+        block_format_of: Format of a projection; None where it stays in floats.
+        spec: The model.
+    """
+    scaled, scaled_stats, scales = dict(weights), dict(stats), dict[str, Floats]()
+
+    def divide(projections: Sequence[str], shared: Callable[[Floats], Floats]) -> Floats | None:
+        """Scale the columns of projections of one input; return what its channels are to be divided by."""
+        found = _search([n for n in projections if n in stats], scaled, scaled_stats, block_format_of, shared)
+        if found is None:
+            return None
+        for name in projections:
+            scaled[name] = (scaled[name] * found).astype(np.float32)
+            scaled_stats[name] = scaled_stats[name].divided(found)
+            scales[name] = found
+        return found
+
+    for norm, projections in ((INPUT_NORM, (QKV,)), (POST_ATTENTION_NORM, (GATE, UP))):
+        if (found := divide(projections, lambda s: s)) is not None:
+            scaled[norm] = (scaled[norm] / found).astype(np.float32)
+    # A layer that reads the values of another one cannot scale them, nor may others read scaled ones.
+    if spec.kv_map == identity_kv_map(spec.num_hidden_layers):
+        width = spec.cache_head_dim
+        group = spec.num_attention_heads // spec.num_key_value_heads
+        found = divide((O_PROJ,), lambda s: _one_per_value(s, spec.num_key_value_heads, group, width))
+        if found is not None:
+            of_values = found.reshape(spec.num_key_value_heads, group, width)[:, 0].reshape(-1)  # [kv_heads * head_dim]
+            _divide_rows(scaled, (QKV, QKV_BIAS), of_values)
+    if (found := divide((DOWN,), lambda s: s)) is not None:
+        _divide_rows(scaled, (UP, UP_BIAS), found)
+    return ScaledLayer(scaled, scaled_stats, scales)
+
+
+def _search(
+    projections: Sequence[str],
+    weights: Mapping[str, Floats],
+    stats: Mapping[str, InputStats],
+    block_format_of: Callable[[str], BlockFormat | None],
+    shared: Callable[[Floats], Floats],
+) -> Floats | None:
+    """Return the scale [in] that leaves the least output error in all projections together; None if 1 does."""
+    formats = {name: f for name in projections if (f := block_format_of(name)) is not None}
+    if not formats:
+        return None
+    first = stats[next(iter(formats))]
+    best, best_error = None, np.inf
+    for alpha in _ALPHAS:
+        scale = _scale(shared(first.mean_square), alpha)
+        error = 0.0
+        for name, block_format in formats.items():
+            times = weights[name] * scale
+            left = (nearest(times, block_format).dequantize() - times) / scale
+            error += float(np.einsum("nk,nk->", left @ stats[name].gram, left, dtype=np.float64))
+        if error < best_error:
+            best, best_error = (scale if alpha else None), error
+    return best
+
+
+def _scale(mean_square: Floats, alpha: float) -> Floats:
+    """Return rms^alpha, its largest and smallest value at equal distance from 1, float32 [in]."""
+    rms = np.sqrt(np.maximum(mean_square.astype(np.float64), 0))
+    # A channel that never fires is not worth a finer grid, and is not divided by nothing.
+    rms = np.maximum(rms, (rms.max() or 1.0) / _LIMIT)
+    scale = rms**alpha
+    return np.asarray(scale / np.sqrt(scale.max() * scale.min()), np.float32)
+
+
+def _one_per_value(mean_square: Floats, kv_heads: int, group: int, width: int) -> Floats:
+    """Return mean squares [heads * head_dim] averaged over the query heads that read the same value head."""
+    of_values = mean_square.reshape(kv_heads, group, width).mean(axis=1, keepdims=True)
+    return np.asarray(np.broadcast_to(of_values, (kv_heads, group, width)).reshape(-1), np.float32)
+
+
+def _divide_rows(weights: dict[str, Floats], matrix_and_bias: tuple[str, str], scale: Floats) -> None:
+    """Divide the last rows of a matrix [out, in] and of its bias [out]: value heads come last, and up has no others."""
+    for name in matrix_and_bias:
+        if name in weights:
+            rows = weights[name].copy()
+            at = len(rows) - len(scale)
+            rows[at:] /= scale if rows.ndim == 1 else scale[:, None]
+            weights[name] = rows

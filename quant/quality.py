@@ -1,0 +1,82 @@
+"""How a quantized bundle compares with its source: the figures, as they are stored in the bundle's quality.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shortstack.graphs import names
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One bundle's figures.
+
+    Attributes:
+        weights_sha256: Of its weights.data: what was measured.
+        disk_bytes: All its files.
+        peak_rss_bytes: Largest resident memory of a fresh process that loads it and decodes some tokens; 0 where the
+            system does not tell.
+        perplexity: exp of the mean negative log likelihood of the held-out tokens, in nats.
+        exit_agreement: By depth: share of held-out positions where the exit's most likely token is the final head's.
+        acceptance: By depth: share of drafted tokens accepted, greedy self-speculation on the prompts.
+    """
+
+    weights_sha256: str
+    disk_bytes: int
+    peak_rss_bytes: int
+    perplexity: float
+    exit_agreement: Mapping[int, float]
+    acceptance: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """The report.
+
+    Attributes:
+        recipe: Its name.
+        method: How weights were rounded.
+        formats: Number of matrices by format.
+        calibration: File and tokens; None without calibration.
+        heldout: File and tokens.
+        source: The bundle before.
+        result: The bundle after.
+        kl: Mean over held-out positions of KL(source || result), nats.
+        kl_p99: Its 99th percentile.
+        top1: Share of held-out positions with the same most likely token.
+        divergence: For each prompt, how many greedy tokens are the same before the first that differs.
+        continuation_tokens: Length of each greedy continuation.
+        is_exact: Whether self-speculation through the result gave the tokens of plain decoding, all prompts and exits.
+        worst: The matrices with the largest relative output error, worst first.
+        max_kl: What ``--max-kl`` asked for; None without it.
+    """
+
+    recipe: str
+    method: str
+    formats: Mapping[str, int]
+    calibration: str | None
+    heldout: str
+    source: Side
+    result: Side
+    kl: float
+    kl_p99: float
+    top1: float
+    divergence: tuple[int, ...]
+    continuation_tokens: int
+    is_exact: bool
+    worst: tuple[tuple[str, float], ...]
+    max_kl: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return asdict(self)
+
+
+def write_quality(folder: Path, quality: Quality) -> None:
+    """Write quality.json."""
+    text = json.dumps(quality.to_json(), indent=1, ensure_ascii=False)
+    (folder / names.QUALITY_FILE).write_text(text + "\n", encoding="utf-8")

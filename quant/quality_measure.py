@@ -1,0 +1,202 @@
+"""Measures a quantized bundle against its source: both run in the runtime, on text that calibration did not see."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.errors import ShortstackError
+from shortstack.progress import Stage
+from shortstack.quant.quality import Quality, Side
+from shortstack.quant.spec import QuantizeSpec
+from shortstack.quant.texts import Texts
+from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.draft_vocab import read_draft_vocab
+from shortstack.runtime.model import Model
+from shortstack.runtime.teach import Teacher, teach
+
+Floats = npt.NDArray[np.float32]
+WORST = 5
+_DRAFTED = DraftPolicy(max_draft_tokens=3)  # a fixed length: an adaptive one may never draft
+_MEMORY_TOKENS = 16
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over held-out positions; pairs are source and result.
+
+    Attributes:
+        draft_ids: By depth, the token ids of a trimmed head's rows.
+        nll: Negative log likelihood of the text, nats.
+        kl: KL divergence at each position, by row of text.
+        same_top: Positions with the same most likely token.
+        predicted: Tokens that ``nll`` is the sum of.
+        positions: Positions that the rest is counted over.
+        agreements: By depth, positions where the exit predicts what the final head does.
+    """
+
+    draft_ids: tuple[dict[int, npt.NDArray[np.int64] | None], ...]
+    nll: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    kl: list[Floats] = field(default_factory=list)
+    same_top: int = 0
+    predicted: int = 0
+    positions: int = 0
+    agreements: list[dict[int, int]] = field(default_factory=lambda: [{}, {}])
+
+    def add(self, tokens: npt.NDArray[np.int64], teachers: tuple[Teacher, Teacher]) -> None:
+        """Count one row of text [seq]; ``teachers`` are source and result."""
+        depth = max(teachers[0].heads)
+        logp = [_log_softmax(t.heads[depth]) for t in teachers]
+        tops = [x.argmax(axis=1) for x in logp]
+        following, at = tokens[1:], np.arange(len(tokens) - 1)
+        for side in (0, 1):
+            self.nll[side] -= float(logp[side][at, following].sum(dtype=np.float64))
+            for exit_layer, logits in teachers[side].heads.items():
+                if exit_layer == depth:
+                    continue
+                best = logits.argmax(axis=1)
+                ids = self.draft_ids[side][exit_layer]
+                hits = int(((best if ids is None else ids[best]) == tops[side]).sum())
+                self.agreements[side][exit_layer] = self.agreements[side].get(exit_layer, 0) + hits
+        self.predicted += len(following)
+        self.positions += len(tokens)
+        self.same_top += int((tops[0] == tops[1]).sum())
+        # KL(p || q) = sum p (log p - log q), over the vocabulary
+        self.kl.append((np.exp(logp[0]) * (logp[0] - logp[1])).sum(axis=1))
+
+    def perplexity(self, side: int) -> float:
+        """Return exp of the mean negative log likelihood."""
+        return float(np.exp(self.nll[side] / self.predicted))
+
+
+def judge(
+    source: Bundle, result: Bundle, texts: Texts, errors: Mapping[str, float], request: QuantizeSpec, stage: Stage
+) -> Quality:
+    """Compare a quantized bundle with its source.
+
+    Args:
+        source: The bundle before.
+        result: The bundle after.
+        texts: What to compare on; ``heldout`` is there.
+        errors: Relative error of each rounded matrix, by name.
+        request: What was asked for.
+        stage: Starts a stage of the progress bar.
+    """
+    assert texts.heldout is not None
+    rows = texts.heldout
+    advance = stage("Measuring memory", 2)
+    memory = []
+    for bundle in (source, result):
+        memory.append(_peak_rss_bytes(bundle))
+        advance(1)
+    models = Model(source), Model(result)
+    advance = stage("Comparing on held-out text", len(rows))
+    tally = _Tally(tuple(_draft_ids(bundle) for bundle in (source, result)))
+    for row in rows:
+        tally.add(row, (teach(models[0], row.tolist()), teach(models[1], row.tolist())))
+        advance(1)
+    advance = stage("Continuing prompts", len(texts.prompts))
+    continued = _Continued()
+    for prompt in texts.prompts:
+        continued.add(prompt, models, request.continuation_tokens)
+        advance(1)
+    precision, formats = result.manifest.precision, dict[str, int]()
+    for block_format in precision.weights.values():
+        formats[str(block_format)] = formats.get(str(block_format), 0) + 1
+    if precision.kv_cache != "float":
+        formats[f"{precision.kv_cache} KV cache"] = source.manifest.spec.num_hidden_layers
+    kl = np.concatenate(tally.kl)
+    sides = [
+        Side(
+            weights_sha256=bundle.manifest.weights_sha256,
+            disk_bytes=sum(entry.bytes for entry in bundle.manifest.files.values()),
+            peak_rss_bytes=memory[side],
+            perplexity=tally.perplexity(side),
+            exit_agreement={e: n / tally.positions for e, n in tally.agreements[side].items()},
+            acceptance=continued.acceptance(side),
+        )
+        for side, bundle in enumerate((source, result))
+    ]
+    return Quality(
+        recipe=request.recipe.name,
+        method=request.recipe.method,
+        formats=formats,
+        calibration=None
+        if texts.calibration is None
+        else f"{request.calibration.name}: {texts.calibration.size} tokens",
+        heldout=f"{request.heldout.name}: {rows.size} tokens",
+        source=sides[0],
+        result=sides[1],
+        kl=float(kl.mean(dtype=np.float64)),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1=tally.same_top / tally.positions,
+        divergence=tuple(continued.divergence),
+        continuation_tokens=request.continuation_tokens,
+        is_exact=continued.is_exact,
+        worst=tuple(sorted(errors.items(), key=lambda item: -item[1])[:WORST]),
+        max_kl=request.max_kl,
+    )
+
+
+@dataclass(slots=True)
+class _Continued:
+    """Greedy continuations through both bundles, plain and drafted."""
+
+    divergence: list[int] = field(default_factory=list)
+    drafted: list[dict[int, int]] = field(default_factory=lambda: [{}, {}])
+    accepted: list[dict[int, int]] = field(default_factory=lambda: [{}, {}])
+    is_exact: bool = True
+
+    def add(self, prompt: tuple[int, ...], models: tuple[Model, Model], count: int) -> None:
+        """Continue one prompt by ``count`` tokens, past ends of text."""
+        plain = []
+        for side, model in enumerate(models):
+            limit = min(count, model.cache.max_length - len(prompt))
+            plain.append(model.generate(prompt, max_new_tokens=limit, ignore_eos=True).tokens)
+            for exit_layer in model.exit_layers:
+                result = model.generate(
+                    prompt,
+                    max_new_tokens=limit,
+                    ignore_eos=True,
+                    strategy="self-speculative",
+                    exit_layer=exit_layer,
+                    draft=_DRAFTED,
+                )
+                for counts, number in ((self.drafted, result.stats.drafted), (self.accepted, result.stats.accepted)):
+                    counts[side][exit_layer] = counts[side].get(exit_layer, 0) + number
+                if side == 1 and result.tokens != plain[1]:
+                    self.is_exact = False
+        same = [a == b for a, b in zip(*plain, strict=True)]
+        self.divergence.append(same.index(False) if False in same else len(same))
+
+    def acceptance(self, side: int) -> dict[int, float]:
+        """Return accepted / drafted by depth."""
+        return {e: self.accepted[side][e] / n if n else 0.0 for e, n in self.drafted[side].items()}
+
+
+def _draft_ids(bundle: Bundle) -> dict[int, npt.NDArray[np.int64] | None]:
+    return {e.exit_layer: read_draft_vocab(bundle, e) for e in bundle.manifest.plan.exits}
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    """Return log probabilities [seq, vocab]."""
+    shifted: Floats = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def _peak_rss_bytes(bundle: Bundle) -> int:
+    """Return the peak resident memory of a fresh process that decodes a little."""
+    command = [sys.executable, "-m", "shortstack", "generate", str(bundle.folder), "The", "--raw", "--json"]
+    strategy = ["--strategy", "self-speculative"] if bundle.manifest.plan.exits else []
+    done = subprocess.run([*command, "-n", str(_MEMORY_TOKENS), *strategy], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ShortstackError(f"{bundle.folder} does not decode: {done.stderr.strip()[-500:]}")
+    return int(json.loads(done.stdout)["peak_rss_bytes"])

@@ -1,0 +1,63 @@
+"""The quality report as a table for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from shortstack.quant.quality import Quality
+
+
+def print_quality(quality: Quality, console: Console | None = None) -> None:
+    """Print the report."""
+    console = console or Console()
+    before, after = quality.source, quality.result
+    table = Table(box=None, pad_edge=False)
+    for heading, justify in (("", "left"), ("source", "right"), ("quantized", "right"), ("", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_row(
+        "size on disk, MB",
+        *(f"{s.disk_bytes / 1e6:.1f}" for s in (before, after)),
+        _ratio(after.disk_bytes, before.disk_bytes),
+    )
+    table.add_row(
+        "peak RSS, MB",
+        *(f"{s.peak_rss_bytes / 1e6:.0f}" for s in (before, after)),
+        _ratio(after.peak_rss_bytes, before.peak_rss_bytes),
+    )
+    table.add_row(
+        "perplexity",
+        *(f"{s.perplexity:.4f}" for s in (before, after)),
+        f"{after.perplexity / before.perplexity - 1:+.2%}",
+    )
+    limit = "" if quality.max_kl is None else f"asked: at most {quality.max_kl:g}"
+    table.add_row("KL divergence, nats", "0", f"{quality.kl:.5f}", limit or f"99th percentile {quality.kl_p99:.4f}")
+    table.add_row("same most likely token", "100%", f"{quality.top1:.2%}", "")
+    same, count = sorted(quality.divergence), quality.continuation_tokens
+    if same:
+        equal = sum(n >= count for n in same)
+        table.add_row(
+            "greedy tokens before a fork",
+            str(count),
+            f"{same[len(same) // 2]} (median)",
+            f"{equal} of {len(same)} texts stay equal; least {same[0]}",
+        )
+    for exit_layer in after.acceptance:
+        table.add_row(
+            f"drafts accepted, exit {exit_layer}",
+            *(f"{s.acceptance.get(exit_layer, 0):.1%}" for s in (before, after)),
+            "teacher-forced " + ", ".join(f"{s.exit_agreement.get(exit_layer, 0):.1%}" for s in (before, after)),
+        )
+    if after.acceptance:
+        table.add_row("self-speculative = plain", "", "yes" if quality.is_exact else "[red]NO[/red]", "")
+    console.print(table)
+    formats = "; ".join(f"{count} x {words}" for words, count in quality.formats.items())
+    console.print(f"recipe {quality.recipe} ({quality.method}): {formats or 'no matrix in blocks'}", highlight=False)
+    console.print(f"calibrated on {quality.calibration or 'nothing'}; judged on {quality.heldout}", highlight=False)
+    if quality.worst:
+        worst = ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in quality.worst)
+        console.print(f"largest output errors: {worst}", highlight=False)
+
+
+def _ratio(after: float, before: float) -> str:
+    return f"{after / before:.3f}x" if before else ""

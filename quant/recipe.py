@@ -1,0 +1,108 @@
+"""What a quantized bundle is to be: a recipe, and the assignment of one format to each matrix that comes of it.
+
+A recipe speaks of parts, an assignment of matrices. A layer's matrix has one entry in an assignment, and a bundle
+stores it once: there is no way to say that a draft runs another layer than its verification. Only an exit's head may
+have a format of its own, since what it proposes is judged by the final head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shortstack.graphs import names
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.plan import SplitPlan
+from shortstack.graphs.precision import BlockFormat, KVType
+from shortstack.graphs.spec import ModelSpec
+
+Format = BlockFormat | None  # None: floats of the bundle's dtype
+
+FORMAT_NAMES = ("int4", "int8", "float")
+METHOD_NAMES = ("rtn", "k-quant", "hqq", "gptq", "awq", "awq-gptq")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A named mix of formats and the method that rounds to them.
+
+    Attributes:
+        name: What the command line calls it.
+        summary: One line for ``--help``.
+        method: One of METHOD_NAMES.
+        weights: Format of every layer matrix not named below.
+        head: Format of the LM head, and of the embedding where that is tied to it.
+        embedding: Format of an untied embedding.
+        draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head.
+        parts: Formats of single matrices of every layer, by names.LAYER_MATRICES.
+        layers: Formats of all matrices of single layers, negative numbers counted from the top. Wins over ``parts``.
+        kv_cache: Element type of the cache.
+    """
+
+    name: str
+    summary: str
+    method: str
+    weights: Format
+    head: Format
+    embedding: Format
+    draft_head: Format | str = "as head"
+    parts: Mapping[str, Format] = field(default_factory=dict)
+    layers: Mapping[int, Format] = field(default_factory=dict)
+    kv_cache: KVType = "float"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The format of each matrix of one bundle.
+
+    Attributes:
+        matrices: By name: embedding, untied LM head, every layer matrix. None: floats.
+        draft_heads: By depth, exits whose head is a tensor of its own.
+    """
+
+    matrices: Mapping[str, Format]
+    draft_heads: Mapping[int, Format]
+
+
+def parse_format(name: str, block_size: int, is_symmetric: bool) -> Format:
+    """Return the format that the command line calls ``int4``, ``int8`` or ``float``.
+
+    Raises:
+        RequestError: Another name.
+    """
+    if name == "float":
+        return None
+    if name not in FORMAT_NAMES:
+        raise RequestError("format", found=name, expected=f"one of {', '.join(FORMAT_NAMES)}")
+    return BlockFormat(int(name[3:]), block_size, is_symmetric)
+
+
+def assign(recipe: Recipe, spec: ModelSpec, plan: SplitPlan) -> Assignment:
+    """Return the format of each matrix of a model.
+
+    Raises:
+        RequestError: The recipe names a layer that the model does not have.
+    """
+    depth = spec.num_hidden_layers
+    outside = [layer for layer in recipe.layers if not -depth <= layer < depth]
+    if outside:
+        raise RequestError(
+            f"recipe {recipe.name} names a layer that the model does not have",
+            found=outside,
+            expected=f"{depth} layers",
+        )
+    single = {layer % depth: wanted for layer, wanted in recipe.layers.items()}
+    matrices: dict[str, Format] = {names.EMBED_TOKENS: recipe.head if spec.tie_word_embeddings else recipe.embedding}
+    for layer in range(depth):
+        for part in names.LAYER_MATRICES:
+            wanted = single[layer] if layer in single else recipe.parts.get(part, recipe.weights)
+            matrices[names.layer_weight(layer, part)] = wanted
+    if not spec.tie_word_embeddings:
+        matrices[names.LM_HEAD] = recipe.head
+    draft_heads: dict[int, Format] = {}
+    for exit_spec in plan.exits:
+        is_trimmed, follows = exit_spec.draft_vocab is not None, recipe.draft_head == "as head"
+        wanted_head = recipe.head if isinstance(recipe.draft_head, str) else recipe.draft_head
+        if is_trimmed or (not follows and wanted_head != recipe.head):
+            draft_heads[exit_spec.exit_layer] = wanted_head
+    return Assignment(matrices, draft_heads)

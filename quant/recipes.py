@@ -1,0 +1,53 @@
+"""The recipes that have a name; measured on SmolLM2-135M-Instruct, see the README."""
+
+from __future__ import annotations
+
+from shortstack.graphs import names
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.precision import BlockFormat
+from shortstack.quant.recipe import Recipe
+
+INT4 = BlockFormat(4)
+INT8 = BlockFormat(8)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "int4",
+            "int4 layers by GPTQ, int8 where it counts most",
+            "gptq",
+            weights=INT4,
+            head=INT4,
+            embedding=INT4,
+            parts={names.QKV_PROJ: INT8},
+        ),
+        Recipe(
+            "int8", "int8 everywhere, no calibration", "rtn", weights=INT8, head=INT8, embedding=INT8, draft_head=INT4
+        ),
+        Recipe(
+            "float",
+            "nothing in blocks: for --dtype fp16 or --kv-cache int8 alone",
+            "rtn",
+            weights=None,
+            head=None,
+            embedding=None,
+        ),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return a recipe by name.
+
+    Raises:
+        RequestError: There is none of that name.
+    """
+    if name not in RECIPES:
+        raise RequestError(
+            "--recipe is unknown",
+            found=repr(name),
+            expected=f"one of {', '.join(RECIPES)}",
+            remedy="choose one of these, and change parts of it with --weights, --head, --draft-head or --method",
+        )
+    return RECIPES[name]

@@ -1,0 +1,168 @@
+"""From a bundle's floats to blocks, bottom to top: each layer is rounded for the inputs that it will really get.
+
+A calibrated walk keeps the calibration text's residual stream and sends it through one layer at a time: through the
+float layer, to see what its projections multiply, then through the rounded one, on to the next. Without calibration
+every matrix is rounded by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs import names
+from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.kv_map import producers
+from shortstack.quant.layers import LayerGraph, Taps, Weight
+from shortstack.quant.method import Method
+from shortstack.quant.methods.stats import InputStats, InputStatsBuilder, output_error
+from shortstack.quant.recipe import Assignment, Format
+from shortstack.quant.source import Source
+
+Floats = npt.NDArray[np.float32]
+# int8 codes of a cache reach 127 at this multiple of what calibration saw: later text may go a little beyond.
+KV_HEADROOM = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """One rounded part of the model.
+
+    Attributes:
+        tensors: What is to be stored, by name: blocks, or floats as the bundle stores them.
+        errors: Relative error of each rounded matrix, by name: of its output on the calibration text, or of its weights
+            where there was none.
+    """
+
+    tensors: Mapping[str, Weight]
+    errors: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Walk:
+    """Rounds one model.
+
+    Attributes:
+        source: Its floats.
+        assignment: The format of each matrix.
+        method: How to round.
+        rows: Calibration text, int64 [texts, seq]; None rounds without looking at text.
+        kv_scales: Whether the scales of an int8 cache are wanted too; needs ``rows``.
+        follows_floats: Round each layer for the inputs that the float layers below give it, not the rounded ones.
+        hidden: The residual stream of the calibration text, [texts, seq, hidden], as far as the walk has come.
+    """
+
+    source: Source
+    assignment: Assignment
+    method: Method
+    rows: npt.NDArray[np.int64] | None
+    kv_scales: bool = False
+    follows_floats: bool = False
+    hidden: Floats | None = field(default=None, init=False)
+    _exit_stats: dict[int, InputStats] = field(default_factory=dict, init=False)
+
+    def layers(self) -> Iterator[Rounded]:
+        """Round layer after layer."""
+        spec = self.source.spec
+        if self.rows is not None:
+            self.hidden = self.source.floats(names.EMBED_TOKENS)[self.rows]
+        for layer in range(spec.num_hidden_layers):
+            yield self._layer(layer)
+            if layer + 1 in self.assignment.draft_heads and self.hidden is not None:
+                self._exit_stats[layer + 1] = self._head_stats()
+
+    def heads(self) -> Iterator[Rounded]:
+        """Round embedding, LM head and the exits' own heads; after :meth:`layers`."""
+        spec, matrices = self.source.spec, self.assignment.matrices
+        stats = self._head_stats() if self.hidden is not None else None
+        head = names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
+        yield self._matrices({head: self.source.matrix(head)}, {head: matrices[head]}, {head: stats})
+        if not spec.tie_word_embeddings and names.EMBED_TOKENS in matrices:
+            name = names.EMBED_TOKENS
+            yield self._matrices({name: self.source.matrix(name)}, {name: matrices[name]}, {})
+        for depth, wanted in self.assignment.draft_heads.items():
+            own = names.exit_weight(depth, "head.weight")
+            weight = self.source.matrix(own if own in self.source else head)
+            yield self._matrices({own: weight}, {own: wanted}, {own: self._exit_stats.get(depth)})
+
+    def _layer(self, layer: int) -> Rounded:
+        source, spec = self.source, self.source.spec
+        floats = source.layer(layer)
+        wanted = {name: f for name in floats if (f := self.assignment.matrices.get(name)) is not None}
+        stats: dict[str, InputStats | None] = {}
+        if self.hidden is not None and wanted:
+            stats = dict(_watch_inputs(LayerGraph(spec, layer, floats, with_taps=True), self.hidden, wanted))
+        if self.method.scales_layers and stats:
+            raise NotImplementedError
+        weights = {name: np.ascontiguousarray(floats[name].T) for name in wanted}
+        rounded = self._matrices(weights, wanted, stats)
+        tensors: dict[str, Weight] = {**floats, **rounded.tensors}
+        if self.hidden is not None:
+            largest: dict[str, Floats] = {}
+
+            def watch(taps: Taps) -> None:
+                for part, cache in taps.cache.items():
+                    peak = np.abs(cache).max(axis=(0, 2))  # [kv_heads, head_dim]
+                    largest[part] = np.maximum(largest[part], peak) if part in largest else peak
+
+            passed_on = source.layer(layer) if self.follows_floats else tensors
+            self.hidden = LayerGraph(spec, layer, passed_on).run(self.hidden, watch if self.kv_scales else None)
+            if self.kv_scales and layer in producers(spec.kv_map, layer, layer + 1):
+                for part, peak in largest.items():
+                    scale = np.maximum(peak.reshape(-1) * np.float32(KV_HEADROOM / 127), np.float32(1e-8))
+                    tensors[names.kv_scale(layer, part)] = scale.astype(np.float32)
+        for name in (names.ROPE_COS, names.ROPE_SIN):
+            del tensors[name]
+        return Rounded(tensors, rounded.errors)
+
+    def _matrices(
+        self, weights: Mapping[str, Floats], wanted: Mapping[str, Format], stats: Mapping[str, InputStats | None]
+    ) -> Rounded:
+        """Round matrices [out, in]."""
+        tensors: dict[str, Weight] = {}
+        errors: dict[str, float] = {}
+        for name, weight in weights.items():
+            block_format = wanted[name]
+            if block_format is None:
+                tensors[name] = weight
+                continue
+            seen = stats.get(name)
+            blocks: BlockTensor = self.method.round(weight, block_format, seen)
+            tensors[name] = blocks
+            errors[name] = output_error(weight, blocks.dequantize(), seen)
+        return Rounded(tensors, errors)
+
+    def _head_stats(self) -> InputStats:
+        """Return the inputs of a head that sits on the residual stream where the walk is."""
+        assert self.hidden is not None
+        flat = self.hidden.reshape(-1, self.hidden.shape[-1])
+        builder = InputStatsBuilder()
+        norm = np.asarray(self.source.floats(names.FINAL_NORM), np.float64)
+        for start in range(0, len(flat), 4096):
+            x = flat[start : start + 4096].astype(np.float64)
+            x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + self.source.spec.rms_norm_eps) * norm
+            builder.add(x.astype(np.float32))
+        return builder.finish()
+
+
+def _watch_inputs(graph: LayerGraph, hidden: Floats, wanted: Mapping[str, Format]) -> Iterator[tuple[str, InputStats]]:
+    """Yield the statistics of what each wanted projection multiplies; projections of one input share them."""
+    builders: dict[int, InputStatsBuilder] = {}
+    same: dict[str, int] = {}
+
+    def watch(taps: Taps) -> None:
+        seen: set[int] = set()
+        for name in wanted:
+            x = taps.inputs[name]
+            key = same.setdefault(name, next((same[o] for o in same if taps.inputs[o] is x), len(builders)))
+            if key not in seen:
+                builders.setdefault(key, InputStatsBuilder()).add(x)
+                seen.add(key)
+
+    graph.run(hidden, watch)
+    finished = {key: builder.finish() for key, builder in builders.items()}
+    for name in wanted:
+        yield name, finished[same[name]]

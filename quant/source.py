@@ -1,0 +1,84 @@
+"""The float tensors of the bundle that is being quantized, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.errors import BundleError, RequestError
+from shortstack.graphs.ir.read import read_tensors
+from shortstack.graphs.spec import ModelSpec
+
+Floats = npt.NDArray[np.float32]
+_ROTARY = (names.ROPE_COS, names.ROPE_SIN)
+_STORED_AS_ROWS = (names.EMBED_TOKENS, names.LM_HEAD)  # [vocab, hidden]; projections are stored [in, out]
+
+
+class Source:
+    """Reads a bundle's tensors.
+
+    Args:
+        bundle: The bundle.
+
+    Attributes:
+        bundle: The bundle.
+        spec: Its model.
+
+    Raises:
+        RequestError: The bundle is quantized already.
+        BundleError: A graph cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        precision = bundle.manifest.precision
+        if not precision.is_float:
+            raise RequestError(
+                f"{bundle.folder} is quantized already",
+                found=f"{len(precision.weights)} matrices in blocks, a cache of {precision.kv_cache}",
+                expected="a bundle of fp32 or fp16 weights",
+                remedy="quantize the bundle that it was made from, or export the checkpoint again",
+            )
+        self.bundle = bundle
+        self.spec: ModelSpec = bundle.manifest.spec
+        self._tensors = read_tensors(bundle)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def array(self, name: str) -> npt.NDArray[np.generic]:
+        """Return a tensor as it is stored.
+
+        Raises:
+            BundleError: No graph has it.
+        """
+        if name not in self._tensors:
+            raise BundleError(
+                f"{self.bundle.folder}: no graph has the tensor {name}", remedy="re-export the bundle with this version"
+            )
+        return self._tensors[name].numpy()
+
+    def floats(self, name: str) -> Floats:
+        """Return a tensor as it is stored, in float32."""
+        return np.asarray(self.array(name), np.float32)
+
+    def matrix(self, name: str) -> Floats:
+        """Return a matrix as [out, in], in float32."""
+        stored = self.floats(name)
+        is_rows = name in _STORED_AS_ROWS or name.startswith("exits.")
+        return stored if is_rows else np.ascontiguousarray(stored.T)
+
+    def layer(self, layer: int) -> dict[str, Floats]:
+        """Return all float tensors of a layer and the rotary tables, as they are stored, by name."""
+        prefix = names.layer_weight(layer, "")
+        own = [name for name in self._tensors if name.startswith(prefix)]
+        return {name: self.floats(name) for name in (*own, *_ROTARY)}
+
+    def exit_heads(self) -> Mapping[int, str]:
+        """Return the name of each exit's own head tensor, by depth; exits that share the LM head have none."""
+        depths = (e.exit_layer for e in self.bundle.manifest.plan.exits)
+        own = {depth: names.exit_weight(depth, "head.weight") for depth in depths}
+        return {depth: name for depth, name in own.items() if name in self._tensors}

@@ -1,0 +1,145 @@
+"""Texts to calibrate on and to judge by: plain text or jsonl in, equally long rows of token ids out.
+
+Of a ``.jsonl`` file each line is an object with ``text`` (a string) or ``messages`` (a conversation, which goes through
+the bundle's chat template; without one, the contents are joined). Any other file is plain UTF-8 text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs.errors import RequestError
+from shortstack.runtime.tokenizer import Tokenizer
+
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+CALIBRATION_TEXT = SAMPLES / "draft_vocab.txt"
+HELDOUT_TEXT = SAMPLES / "heldout.jsonl"
+ROW_TOKENS = 256
+_FEWEST_TOKENS = 32
+
+_PROMPT_TOKENS = 32
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a quantization reads, as token ids.
+
+    Attributes:
+        calibration: Rows to calibrate on; None where nothing is calibrated.
+        heldout: Rows to judge by; None where nothing is judged.
+        prompts: Beginnings of texts to continue greedily, from the held-out file.
+    """
+
+    calibration: Rows | None
+    heldout: Rows | None
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a bundle."""
+    return Tokenizer.load(folder)
+
+
+def read_prompts(path: Path, option: str, tokenizer: Tokenizer, count: int) -> tuple[tuple[int, ...], ...]:
+    """Return prompts from a file: the first turns of its conversations, or the first tokens of its texts."""
+    prompts: list[tuple[int, ...]] = []
+    for text in _texts(path, option):
+        if isinstance(text, str):
+            ids = tokenizer.encode(text)[:_PROMPT_TOKENS]
+        elif tokenizer.has_chat_template:
+            ids = tokenizer.encode_chat(text[:1])
+        else:
+            ids = tokenizer.encode(text[0]["content"])
+        if ids:
+            prompts.append(tuple(ids))
+        if len(prompts) == count:
+            break
+    return tuple(prompts)
+
+
+def read_rows(path: Path, option: str, tokenizer: Tokenizer, tokens: int, row_tokens: int = ROW_TOKENS) -> Rows:
+    """Return the beginning of a file as rows of token ids, int64 [rows, row_tokens]; the rest of the last row is lost.
+
+    A text shorter than one row makes one row of its own length.
+
+    Args:
+        path: The file.
+        option: What the command line calls it, for messages.
+        tokenizer: The bundle's.
+        tokens: How many token ids to take at most.
+        row_tokens: Length of a row.
+
+    Raises:
+        RequestError: It cannot be read, is empty, or holds too little.
+    """
+    ids: list[int] = []
+    for text in _texts(path, option):
+        ids += tokenizer.encode(text) if isinstance(text, str) else _encode_chat(tokenizer, text)
+        if len(ids) >= tokens:
+            break
+    ids = ids[:tokens]
+    if len(ids) < _FEWEST_TOKENS:
+        raise RequestError(
+            f"{option} {path} is too short",
+            found=f"{len(ids)} tokens",
+            expected=f"at least {_FEWEST_TOKENS}, better some thousands",
+            remedy="give a longer text of the kind that the model will write",
+        )
+    width = min(row_tokens, len(ids))
+    return np.array(ids[: len(ids) // width * width], np.int64).reshape(-1, width)
+
+
+def _texts(path: Path, option: str) -> Iterator[str | list[dict[str, str]]]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"{option} {path} cannot be read: {error}", remedy="give a UTF-8 text or jsonl file"
+        ) from None
+    if not content.strip():
+        raise RequestError(
+            f"{option} {path} is empty", remedy="give some thousand words of the kind that the model will write"
+        )
+    if path.suffix != ".jsonl":
+        yield from (paragraph + "\n\n" for paragraph in content.split("\n\n") if paragraph.strip())
+        return
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            yield _parse_line(line, f"{option} {path}, line {number}")
+
+
+def _parse_line(line: str, where: str) -> str | list[dict[str, str]]:
+    expected = 'an object with "text" (a string) or "messages" (a list of {"role", "content"})'
+    try:
+        entry: Any = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"{where} is not JSON: {error}", expected=expected) from None
+    if isinstance(entry, dict):
+        text, messages = entry.get("text"), entry.get("messages")
+        if isinstance(text, str):
+            return text
+        if (
+            isinstance(messages, list)
+            and messages
+            and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
+        ):
+            return messages
+    raise RequestError(where, found=line[:60], expected=expected)
+
+
+def _encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    if not tokenizer.has_chat_template:
+        return tokenizer.encode("\n".join(m["content"] for m in messages) + "\n\n")
+    return tokenizer.encode_chat(messages, add_generation_prompt=False)
