@@ -10,54 +10,65 @@ import click
 
 from shortstack.graphs.errors import ShortstackError
 from shortstack.runtime.tokenizer import Tokenizer
-from shortstack.samples.bench.artifacts import open_artifacts
+from shortstack.samples.bench.artifacts import PRECISIONS, Precision, open_artifacts
+from shortstack.samples.bench.footprint import MAX_INT4_MB, disk_section, load_section, memory_section
 from shortstack.samples.bench.report import Section, machine, print_report, to_json
-from shortstack.samples.bench.sections import (
-    disk_section,
-    drafting_section,
-    engines_section,
-    find_rival,
-    memory_section,
-)
+from shortstack.samples.bench.rivals import find_rivals, rival_names
+from shortstack.samples.bench.sections import drafting_section, engines_section
 from shortstack.samples.bench.settings import FULL, QUICK
 from shortstack.samples.fetch_model import cache_folder, default_model_path
 from shortstack.samples.prompts import prompts
 
-PARTS = ("engines", "disk", "memory", "drafting")
+PARTS = ("engines", "disk", "memory", "load", "drafting")
+_WITH_RIVALS = {"engines", "disk", "memory", "load"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Another model than the default one.")
 @click.option("--exit-layer", type=int, default=8, help="Where the bundles are cut.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="Of the models under comparison.")
+@click.option("--recipe", help="How `shortstack quantize` makes them.  [default: the precision's name]")
+@click.option("--method", help="How `shortstack quantize` rounds: changes no speed.  [default: the recipe's]")
 @click.option("--threads", type=int, multiple=True, default=(1, 2), help="May be given more than once.")
 @click.option(
     "--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="May be given more than once."
 )
 @click.option("--genai-python", default=sys.executable, help="An interpreter that has onnxruntime-genai.")
+@click.option("--llama-python", default=sys.executable, help="An interpreter that has llama-cpp-python.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Where models are kept.  [default: bench in our cache]")
 @click.option("--quick", is_flag=True, help="Run everything small: two minutes, numbers of no worth.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def bench(
     checkpoint: Path | None,
     exit_layer: int,
+    precision: Precision,
+    recipe: str | None,
+    method: str | None,
     threads: tuple[int, ...],
     parts: tuple[str, ...],
     genai_python: str,
+    llama_python: str,
     cache: Path | None,
     quick: bool,
     as_json: bool,
 ) -> None:
-    """Compare split bundles with one uncut graph and with onnxruntime-genai, and drafting with plain decoding."""
+    """Compare split bundles with one uncut graph and with other engines, and drafting with plain decoding."""
+    if (recipe or method) and precision == "fp32":
+        raise click.UsageError(
+            "--recipe and --method say how to quantize: name a --precision of int4 or int8 with them"
+        )
     settings = QUICK if quick else FULL
     thread_counts = threads[:1] if quick else threads
     source = checkpoint or default_model_path()
-    models = open_artifacts(source, cache or cache_folder() / "bench")
+    models = open_artifacts(source, cache or cache_folder() / "bench", precision, recipe, method)
     load = machine()  # before anything runs
-    rival = find_rival(models, genai_python) if {"engines", "memory"} & set(parts) else None
+    rivals = find_rivals(models, genai_python, llama_python) if _WITH_RIVALS & set(parts) else []
+    versions = {rival.name: rival.version for rival in rivals}
     facts = {
         **load,
         "checkpoint": source.name,
-        "onnxruntime-genai": rival.version if rival else None,
+        "precision": models.description,
+        **{name: versions.get(name) for name in rival_names(models)},
         "exit_layer": exit_layer,
         "prompt_tokens": ", ".join(map(str, settings.prompt_lengths)),
         "decoded": f"{settings.repeats - 1} x {settings.blocks} blocks of {settings.block_tokens} tokens, taking turns",
@@ -72,12 +83,15 @@ def bench(
     ]
     sections: list[Section] = []
     if "disk" in parts:
-        sections.append(disk_section(models, exit_layer, settings))
+        max_mb = MAX_INT4_MB if precision == "int4" and checkpoint is None else None
+        sections.append(disk_section(models, exit_layer, rivals, settings, max_mb))
     if "memory" in parts:
-        sections.append(memory_section(models, exit_layer, text, rival, settings))
+        sections.append(memory_section(models, exit_layer, text, rivals, settings))
+    if "load" in parts:
+        sections.append(load_section(models, exit_layer, text, rivals, settings))
     for count in thread_counts:
         if "engines" in parts:
-            sections.append(engines_section(models, exit_layer, text, count, rival, settings))
+            sections.append(engines_section(models, exit_layer, text, count, rivals, settings))
         if "drafting" in parts:
             for vocab in settings.draft_vocabs:
                 bundle = models.bundle(exit_layer, vocab)

@@ -1,25 +1,33 @@
-"""The models under comparison, made from one checkpoint when they are absent: bundles, and onnxruntime-genai's own.
+"""The bundles under comparison, made from one checkpoint when they are absent, and the folder of the rivals' models.
 
 They are kept in folders named after the checkpoint, and bundles also after the sources that make them, so a changed
-exporter makes new ones; those it replaces are removed.
+exporter makes new ones; those it replaces are removed::
+
+    bundles-<hash>/exit-8               exported: the hash covers the checkpoint, graphs/ and export/
+    quantized-<hash>/exit-8-int4        quantized from the one above, by recipe: quant/ as well
+    genai-<hash>/int4                   onnxruntime-genai's own: the checkpoint only
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from shortstack.graphs.errors import DependencyError, ShortstackError
+from shortstack.graphs.errors import ShortstackError
 
-_SOURCES = ("graphs", "export")
-_GENAI_PRECISION = "fp32"
+Precision = Literal["fp32", "int4", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int4", "int8")
+
+_EXPORTERS = ("graphs/**/*.py", "export/**/*.py")
+_QUANTIZERS = ("quant/**/*.py", "samples/*.jsonl", "samples/*.txt")  # the texts that calibrate
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,105 +36,109 @@ class Artifacts:
 
     Attributes:
         checkpoint: What they are made from.
-        folder: Where bundles are kept.
-        genai_folder: Where onnxruntime-genai's model is kept.
+        folder: Where fp32 bundles are kept.
+        quantized_folder: Where quantized bundles are kept.
+        genai_folder: Where onnxruntime-genai's models are kept.
+        precision: What is compared.
+        recipe: How a bundle becomes one of that precision, a name that ``shortstack quantize`` knows; unused in fp32.
+        method: How weights are rounded, likewise; None leaves it to the recipe. It changes no speed and no size.
     """
 
     checkpoint: Path
     folder: Path
+    quantized_folder: Path
     genai_folder: Path
+    precision: Precision = "fp32"
+    recipe: str = ""
+    method: str | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the bundles under comparison are quantized."""
+        return self.precision != "fp32"
+
+    @property
+    def description(self) -> str:
+        """The precision; recipe and method where they are not the ones that it has by itself."""
+        named = f", recipe {self.recipe}" if self.recipe not in ("", self.precision) else ""
+        return f"{self.precision}{named}" + (f", rounded by {self.method}" if self.method else "")
 
     def bundle(self, exit_layer: int | None, draft_vocab: int | None = None) -> Path:
-        """Return an fp32 bundle: uncut, or cut once, with a full or a trimmed exit head."""
+        """Return a bundle of the precision under comparison: uncut, or cut once, with a full or a trimmed exit head."""
         name = "uncut" if exit_layer is None else f"exit-{exit_layer}"
-        options = [] if exit_layer is None else ["--exit-layer", str(exit_layer)]
         if draft_vocab is not None:
             name += f"-vocab-{draft_vocab}"
-            options += ["--draft-vocab", str(draft_vocab)]
+        if not self.is_quantized:
+            return self._exported(name, exit_layer, draft_vocab)
+        out = self.quantized_folder / "-".join((name, self.recipe, *([self.method] if self.method else ())))
+        if not out.is_dir():
+            source = self._exported(name, exit_layer, draft_vocab)
+            options = ["--recipe", self.recipe, *(["--method", self.method] if self.method else ()), "--no-report"]
+            make([*_SHORTSTACK, "quantize", str(source), str(out), *options], f"bundle {out.name}")
+        return out
+
+    def _exported(self, name: str, exit_layer: int | None, draft_vocab: int | None) -> Path:
         out = self.folder / name
         if not out.is_dir():
-            _run(
-                [sys.executable, "-m", "shortstack", "export", str(self.checkpoint), str(out), *options],
-                f"bundle {name}",
-            )
-        return out
-
-    def genai(self, python: str) -> Path:
-        """Return onnxruntime-genai's model of the same weights, built by its own builder.
-
-        Args:
-            python: An interpreter that has onnxruntime-genai, torch and transformers.
-        """
-        out = self.genai_folder / _GENAI_PRECISION
-        if out.is_dir():
-            return out
-        checkpoint = self.genai_folder / "checkpoint"
-        partial = self.genai_folder / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        _run(
-            [sys.executable, "-m", "shortstack.samples.bench.hf_folder", str(self.checkpoint), str(checkpoint)],
-            "weights",
-        )
-        builder = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(partial)]
-        cache = ["-c", str(self.genai_folder / "cache"), "--extra_options", "hf_token=false"]
-        _run([*builder, "-p", _GENAI_PRECISION, "-e", "cpu", *cache], "onnxruntime-genai's model")
-        _never_end(partial / "genai_config.json")
-        shutil.rmtree(checkpoint)
-        partial.rename(out)
+            options = [] if exit_layer is None else ["--exit-layer", str(exit_layer)]
+            if draft_vocab is not None:
+                options += ["--draft-vocab", str(draft_vocab)]
+            make([*_SHORTSTACK, "export", str(self.checkpoint), str(out), *options], f"bundle {name}")
         return out
 
 
-def open_artifacts(checkpoint: Path, cache: Path) -> Artifacts:
-    """Return the models of a checkpoint, in folders of their own inside ``cache``; drop bundles of older sources."""
-    root = Path(__file__).resolve().parents[2]
+_SHORTSTACK = (sys.executable, "-m", "shortstack")
+
+
+def open_artifacts(
+    checkpoint: Path,
+    cache: Path,
+    precision: Precision = "fp32",
+    recipe: str | None = None,
+    method: str | None = None,
+) -> Artifacts:
+    """Return the models of a checkpoint, in folders of their own inside ``cache``; drop bundles of older sources.
+
+    Args:
+        checkpoint: A file or folder that ``shortstack export`` reads.
+        cache: Where models of any checkpoint are kept.
+        precision: What is to be compared.
+        recipe: How to quantize; None takes the recipe named like the precision.
+        method: How to round; None takes the recipe's.
+    """
     digest = hashlib.sha256(f"{checkpoint.resolve()} {checkpoint.stat().st_size}".encode())
     genai_folder = cache / f"genai-{digest.hexdigest()[:12]}"
-    for source in sorted(p for room in _SOURCES for p in (root / room).rglob("*.py")):
-        digest.update(source.read_bytes())
+    _add_sources(digest, _EXPORTERS)
     folder = cache / f"bundles-{digest.hexdigest()[:12]}"
-    for old in cache.glob("bundles-*"):
-        if old != folder:
+    _add_sources(digest, _QUANTIZERS)
+    quantized_folder = cache / f"quantized-{digest.hexdigest()[:12]}"
+    for old in (*cache.glob("bundles-*"), *cache.glob("quantized-*")):
+        if old not in (folder, quantized_folder):
             shutil.rmtree(old)
-    folder.mkdir(parents=True, exist_ok=True)
-    genai_folder.mkdir(exist_ok=True)
-    return Artifacts(checkpoint, folder, genai_folder)
+    for needed in (folder, quantized_folder, genai_folder):
+        needed.mkdir(parents=True, exist_ok=True)
+    return Artifacts(checkpoint, folder, quantized_folder, genai_folder, precision, recipe or precision, method)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files of a model."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def stored_bytes(model: Path) -> int:
+    """Return the bytes of a model: of one file, or of all files of a folder."""
+    files = model.rglob("*") if model.is_dir() else (model,)
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def check_genai(python: str) -> str:
-    """Return the version of onnxruntime-genai under an interpreter.
+def make(command: Sequence[str], what: str) -> None:
+    """Run a command that makes a model.
 
     Raises:
-        DependencyError: It, or what its builder needs, is not installed there.
+        ShortstackError: It failed; with the end of what it said.
     """
-    script = (
-        "import importlib.util as u, onnxruntime_genai as g\n"
-        "assert all(u.find_spec(m) for m in ('torch', 'transformers', 'onnx_ir'))\n"
-        "print(g.__version__)"
-    )
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DependencyError(
-            f"{python} has no onnxruntime-genai with its model builder",
-            remedy=f"run: {python} -m pip install onnxruntime-genai torch transformers onnx-ir "
-            "(or name another interpreter with --genai-python)",
-        )
-    return done.stdout.strip().splitlines()[-1]
-
-
-def _never_end(config_file: Path) -> None:
-    """Let the engine go on after an end-of-sequence token, as ours does when asked: blocks must be equally long."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["model"]["eos_token_id"] = config["model"]["vocab_size"] - 1
-    config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")
-
-
-def _run(command: list[str], what: str) -> None:
     click.echo(f"making {what} ...", err=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise ShortstackError(f"making {what} failed ({' '.join(command)}):\n{done.stdout[-2000:]}")
+
+
+def _add_sources(digest: hashlib._Hash, patterns: Sequence[str]) -> None:
+    root = Path(__file__).resolve().parents[2]
+    for source in sorted(path for pattern in patterns for path in root.glob(pattern)):
+        digest.update(source.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,7 @@ class Blocks:
 
 
 def take_turns(workers: Sequence[WorkerProcess], prompt: Sequence[int], settings: Settings) -> list[Blocks]:
-    """Decode the same prompt with every worker; who goes first changes from block to block.
+    """Decode the same prompt with every worker; who goes first, and behind whom, changes from block to block.
 
     Returns:
         One account per worker, without the warm-up.
@@ -50,14 +51,25 @@ def take_turns(workers: Sequence[WorkerProcess], prompt: Sequence[int], settings
         if repeat <= 1:  # the first generation builds bindings and warms caches up: forget it
             accounts = [Blocks() for _ in workers]
         pairs = list(zip(workers, accounts, strict=True))
-        for worker, account in pairs:
+        for index in turn_order(len(pairs), repeat):
+            worker, account = pairs[index]
+            time.sleep(settings.rest_s)
             answer = worker.ask("start", prompt=list(prompt), tokens=total)
             account.tokens.append(answer["tokens"])
             account.prefill_s.append(answer["elapsed_s"])
         for block in range(settings.blocks):
-            for worker, account in pairs if (repeat + block) % 2 else reversed(pairs):
+            for index in turn_order(len(pairs), repeat * settings.blocks + block):
+                worker, account = pairs[index]
+                time.sleep(settings.rest_s)
                 account.decode_block(worker, settings.block_tokens)
     return accounts
+
+
+def turn_order(workers: int, block: int) -> list[int]:
+    """Return who goes when: each is first equally often, and follows each of the others equally often."""
+    first = block % workers
+    order = [(first + i) % workers for i in range(workers)]
+    return order if block // workers % 2 else order[::-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,12 @@ class Worker:
     """The requests, as methods."""
 
     def __init__(self, folder: str, threads: int) -> None:
+        started = time.perf_counter()
         config = og.Config(folder)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self._model = og.Model(config)
+        self._tokenizer = og.Tokenizer(self._model)  # not used here; but ours is loaded with the model too
+        self.load_s = time.perf_counter() - started
         self._generator: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class Worker:
 
 
 def main(arguments: list[str]) -> None:
-    """Load the model, say so with an empty answer, then serve requests until standard input ends."""
+    """Load the model, say how long it took, then serve requests until standard input ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints does not get among the answers
 
@@ -64,7 +67,7 @@ def main(arguments: list[str]) -> None:
         replies.flush()
 
     worker = Worker(arguments[0], int(arguments[1]))
-    reply({})
+    reply({"load_s": worker.load_s})
     for line in sys.stdin:
         reply(worker.answer(json.loads(line)))
 

@@ -19,6 +19,9 @@ class WorkerProcess:
     Args:
         command: What to run; must speak the protocol of ``worker.py``.
 
+    Attributes:
+        ready: What it said when it was ready.
+
     Raises:
         ShortstackError: It ended before it was ready, or while it was asked.
     """
@@ -27,7 +30,7 @@ class WorkerProcess:
         self._command = command
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
-            self._read()
+            self.ready = self._read()
         except ShortstackError:
             self.__exit__(None, None, None)
             raise
@@ -62,7 +65,13 @@ def bundle_worker(bundle: Path, threads: int | None) -> WorkerProcess:
     return WorkerProcess([sys.executable, "-m", "shortstack.samples.bench.worker", *arguments])
 
 
-def genai_worker(python: str, folder: Path, threads: int) -> WorkerProcess:
-    """Start a worker over an onnxruntime-genai model, under the interpreter that has the package."""
-    script = Path(__file__).with_name("genai_worker.py")
-    return WorkerProcess([python, str(script), str(folder), str(threads)])
+def script_worker(python: str, script: str, model: Path, threads: int) -> WorkerProcess:
+    """Start a worker over another engine's model, by the path of its script, under the interpreter that has the engine.
+
+    Args:
+        python: The interpreter.
+        script: The worker: a file beside this one, or a whole path.
+        model: What it loads.
+        threads: Size of its thread pool.
+    """
+    return WorkerProcess([python, str(Path(__file__).parent / script), str(model), str(threads)])

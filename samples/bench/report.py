@@ -10,13 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from shortstack import __version__
 
-_MIN_WIDTH = 130
+_MIN_WIDTH = 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,11 @@ class Section:
 
     title: str
     rows: tuple[Row, ...]
+
+
+def progress(what: str) -> None:
+    """Say on stderr what runs now."""
+    click.echo(f"measuring {what} ...", err=True)
 
 
 def machine() -> dict[str, Any]:

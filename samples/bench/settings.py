@@ -1,7 +1,8 @@
-"""How much is measured: the full benchmark, and a quick one that only shows that everything runs."""
+"""How much is measured, and on what: the full benchmark, and a quick one that only shows that everything runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,6 +15,7 @@ class Settings:
         repeats: Generations per engine, the first of them a warm-up.
         blocks: Blocks per generation; the engines take turns after each.
         block_tokens: Tokens per block.
+        rest_s: Seconds between turns, in which the threads of the engine before stop spinning.
         draft_prompts: Prompts on which strategies are compared.
         draft_prompt_tokens: Tokens decoded on each.
         draft_lengths: Fixed draft lengths to compare with plain decoding.
@@ -22,12 +24,14 @@ class Settings:
         cost_repeats: Measurements of each cost.
         memory_prompt: Prompt of the memory measurement.
         memory_tokens: Tokens decoded in it.
+        load_repeats: Processes that load a model, for each engine.
     """
 
     prompt_lengths: tuple[int, ...] = (64, 512)
     repeats: int = 5
     blocks: int = 4
     block_tokens: int = 32
+    rest_s: float = 0.1
     draft_prompts: int = 8
     draft_prompt_tokens: int = 64
     draft_lengths: tuple[int, ...] = (1, 2, 3, 4)
@@ -36,6 +40,17 @@ class Settings:
     cost_repeats: int = 30
     memory_prompt: int = 64
     memory_tokens: int = 64
+    load_repeats: int = 9
+
+
+def cut(text: Sequence[int], length: int) -> list[int]:
+    """Return a prompt: the first ``length`` ids of a text, repeated as often as it takes."""
+    return [text[i % len(text)] for i in range(length)]
+
+
+def head_name(vocab: int | None) -> str:
+    """Return what the table calls an exit head."""
+    return "full exit head" if vocab is None else f"exit head of {vocab}"
 
 
 FULL = Settings()
@@ -50,4 +65,5 @@ QUICK = Settings(
     draft_vocabs=(None, 4096),
     verify_rows=(1, 2, 4, 8),
     cost_repeats=5,
+    load_repeats=2,
 )

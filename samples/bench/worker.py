@@ -5,6 +5,7 @@ Two engines under comparison sit in two such processes, each idle, its threads a
 ========  ==============================  ==============================================================
 ``op``    asks                            answers
 ========  ==============================  ==============================================================
+(ready)                                   load_s: seconds from imported modules to a loaded model
 start     prompt (token ids), tokens      tokens ([first]), elapsed_s of the prefill
 block     count                           tokens, elapsed_s, cpu_s, run_s (inside graphs)
 decode    prompt, tokens, draft, ...      tokens, decode_s after the first token, stats
@@ -56,7 +57,9 @@ class Worker:
 
     def __init__(self, bundle: str, threads: int | None) -> None:
         self._clock = GraphClock()
+        started = time.perf_counter()
         self._model = load(bundle, threads=threads)
+        self.load_s = time.perf_counter() - started
         self._stream: Iterator[Token] = iter(())
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +109,7 @@ class Worker:
 
 
 def main(arguments: list[str]) -> None:
-    """Load the bundle, say so with an empty answer, then serve requests until standard input ends."""
+    """Load the bundle, say how long it took, then serve requests until standard input ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints does not get among the answers
 
@@ -116,7 +119,7 @@ def main(arguments: list[str]) -> None:
 
     try:
         worker = Worker(arguments[0], int(arguments[1]) if len(arguments) > 1 else None)
-        reply({})
+        reply({"load_s": worker.load_s})
         for line in sys.stdin:
             reply(worker.answer(json.loads(line)))
     except ShortstackError as error:

@@ -6,38 +6,21 @@ import io
 import json
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
 
-from helpers.tiny_models import SPECULATOR
-from shortstack.export.assemble import export_bundle
-from shortstack.export.spec import ExportSpec
-from shortstack.graphs.errors import DependencyError, ShortstackError
-from shortstack.samples.bench import sections
-from shortstack.samples.bench.artifacts import Artifacts, check_genai, folder_bytes, open_artifacts
+from shortstack.graphs.errors import ShortstackError
+from shortstack.samples.bench.artifacts import Artifacts, stored_bytes
 from shortstack.samples.bench.drafting import relative_costs
 from shortstack.samples.bench.engines import Blocks, common_prefix, compare
 from shortstack.samples.bench.figures import expected_tokens, predicted_speed_up, ratios, spread
+from shortstack.samples.bench.footprint import disk_section, load_section, memory_section
 from shortstack.samples.bench.pipe import WorkerProcess, bundle_worker
 from shortstack.samples.bench.report import Row, Section, at_least, at_most, machine, print_report, to_json
+from shortstack.samples.bench.sections import drafting_section
 from shortstack.samples.bench.settings import Settings
 
 EXIT_LAYER, DRAFT_VOCAB = 3, 64
-SMALL = Settings(
-    prompt_lengths=(5,),
-    repeats=2,
-    blocks=2,
-    block_tokens=3,
-    draft_prompts=1,
-    draft_prompt_tokens=12,
-    draft_lengths=(1, 3),
-    draft_vocabs=(None, DRAFT_VOCAB),
-    verify_rows=(1, 2),
-    cost_repeats=2,
-    memory_prompt=4,
-    memory_tokens=4,
-)
 TEXT = list(range(10, 40))
 
 
@@ -108,35 +91,11 @@ def test_the_table_shows_values_goals_and_verdicts() -> None:
     }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A tiny model's bundles where the benchmark looks for them."""
-    folder = tmp_path_factory.mktemp("bench")
-    checkpoint = SPECULATOR.write(folder / "checkpoint")
-    found = open_artifacts(checkpoint, folder / "cache")
-    for name, exits, vocab in (
-        ("uncut", (), None),
-        (f"exit-{EXIT_LAYER}", (EXIT_LAYER,), None),
-        (f"exit-{EXIT_LAYER}-vocab-{DRAFT_VOCAB}", (EXIT_LAYER,), DRAFT_VOCAB),
-    ):
-        export_bundle(ExportSpec(str(checkpoint), found.folder / name, exits, vocab))
-    return found
-
-
 def test_a_model_that_is_there_is_not_made_again(models: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("something was made"))
     assert models.bundle(None).name == "uncut"
     assert models.bundle(EXIT_LAYER).name == "exit-3"
-    assert folder_bytes(models.bundle(EXIT_LAYER, DRAFT_VOCAB)) > folder_bytes(models.bundle(EXIT_LAYER))
-
-
-def test_bundles_of_older_sources_make_room(models: Artifacts, tmp_path: Path) -> None:
-    (tmp_path / "bundles-0123").mkdir()
-    (tmp_path / "something else").mkdir()
-    found = open_artifacts(models.checkpoint, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [found.folder.name, found.genai_folder.name, "something else"]
-    )
+    assert stored_bytes(models.bundle(EXIT_LAYER, DRAFT_VOCAB)) > stored_bytes(models.bundle(EXIT_LAYER))
 
 
 def test_a_worker_decodes_in_blocks_what_it_decodes_at_once(models: Artifacts) -> None:
@@ -160,37 +119,23 @@ def test_a_worker_that_fails_says_why(models: Artifacts) -> None:
         worker.ask("costs", prompt=TEXT, rows=[1], repeats=1)
 
 
-def test_without_genai_the_rest_is_measured_and_the_way_to_it_shown(
-    models: Artifacts, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def absent(python: str) -> str:
-        raise DependencyError(f"{python} has no onnxruntime-genai", remedy="run: pip install onnxruntime-genai")
-
-    monkeypatch.setattr(sections, "check_genai", absent)
-    rival = sections.find_rival(models, sys.executable)
-    assert rival is None
-    section = sections.engines_section(models, EXIT_LAYER, TEXT, 1, rival, SMALL)
-    assert [row.what for row in section.rows] == [
-        "onnxruntime-genai",
-        "ms per token, prompt 5",
-        "host overhead of a step, %, prompt 5",
+def test_every_part_is_measured_without_rivals(models: Artifacts, small: Settings) -> None:
+    disk = disk_section(models, EXIT_LAYER, (), small)
+    assert [row.what for row in disk.rows] == [
+        "uncut, MB",
+        "full exit head, MB",
+        "full exit head / uncut",
+        "exit head of 64, MB",
+        "exit head of 64 / uncut",
     ]
-    assert "pip install onnxruntime-genai" in capfd.readouterr().err
-
-
-def test_an_interpreter_without_genai_is_named_with_the_remedy() -> None:
-    with pytest.raises(DependencyError, match="false -m pip install onnxruntime-genai"):
-        check_genai("false")
-
-
-def test_disk_memory_and_drafting_are_measured(models: Artifacts) -> None:
-    disk = sections.disk_section(models, EXIT_LAYER, SMALL)
-    assert [row.what for row in disk.rows] == ["uncut, MB", "full exit head / uncut", "exit head of 64 / uncut"]
-    memory = sections.memory_section(models, EXIT_LAYER, TEXT, None, SMALL)
-    assert len(memory.rows) == 1 + 2 * 2 * len(SMALL.draft_vocabs)
+    memory = memory_section(models, EXIT_LAYER, TEXT, (), small)
+    assert len(memory.rows) == 1 + 2 * 2 * len(small.draft_vocabs)
     assert all(row.value for row in memory.rows)
-    for vocab in SMALL.draft_vocabs:
-        drafting = sections.drafting_section(models.bundle(EXIT_LAYER, vocab), vocab, [TEXT], 1, SMALL)
+    load = load_section(models, EXIT_LAYER, TEXT, (), small)
+    assert [row.what for row in load.rows] == ["load, ms", "load and first token, ms"]
+    assert load.rows[0].value < load.rows[1].value
+    for vocab in small.draft_vocabs:
+        drafting = drafting_section(models.bundle(EXIT_LAYER, vocab), vocab, [TEXT], 1, small)
         shown = {row.what: row for row in drafting.rows}
         assert shown["output equal to plain"].is_met
         assert "predicted" in shown["speed over plain, k = 3"].shown
