@@ -5,13 +5,21 @@ scale and, when asymmetric, one integer zero point::
 
     weight = scale * (code - zero_point)         code, zero_point in 0 .. 2^bits - 1
 
-A symmetric block has the zero point ``2^(bits - 1)`` without storing it. Standard library only.
+A symmetric block has the zero point ``2^(bits - 1)`` without storing it.
+
+A zero point is an integer, as the fast kernels want it; GGUF's Q4_1 and Q4_K, for two, shift each block by any real
+number. *Offsets* are what is left of that shift, one number per block, stored as further columns of the same matrix
+behind the weights and multiplied with the sum of the block's inputs::
+
+    y = sum_k w_k x_k + sum_b offset_b (sum of x over block b)
+
+Standard library only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from shortstack.graphs.errors import RequestError
@@ -34,6 +42,7 @@ class BlockFormat:
         bits: Of a code: 4 or 8.
         block_size: Weights that share a scale, a power of two from 16 on.
         is_symmetric: Without stored zero points.
+        has_offsets: With an offset column per block.
 
     Raises:
         RequestError: A value that the kernels do not have.
@@ -42,6 +51,7 @@ class BlockFormat:
     bits: int
     block_size: int = EXACT_BLOCK_SIZE
     is_symmetric: bool = False
+    has_offsets: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -52,15 +62,24 @@ class BlockFormat:
             )
 
     def __str__(self) -> str:
-        return f"int{self.bits}{' symmetric' if self.is_symmetric else ''}, blocks of {self.block_size}"
+        kind = (" symmetric" if self.is_symmetric else "") + (" with offsets" if self.has_offsets else "")
+        return f"int{self.bits}{kind}, blocks of {self.block_size}"
 
     def blocks(self, width: int) -> int:
-        """Return how many blocks cover a row of ``width`` weights."""
+        """Return how many blocks cover a row of ``width`` weights, its offsets not counted."""
         return -(-width // self.block_size)
+
+    def stored_width(self, width: int) -> int:
+        """Return how many columns a matrix of ``width`` columns is stored with: those of its offsets included."""
+        return width + self.blocks(width) if self.has_offsets else width
+
+    def fitted(self, width: int) -> BlockFormat:
+        """Return the format for a matrix of this width: offsets stand behind whole blocks only."""
+        return replace(self, has_offsets=False) if self.has_offsets and width % self.block_size else self
 
     def stored_bytes(self, rows: int, width: int, scale_bytes: int = 4) -> int:
         """Return the bytes of codes, scales and zero points of a matrix [rows, width]."""
-        blocks = self.blocks(width)
+        blocks = self.blocks(self.stored_width(width))
         zeros = 0 if self.is_symmetric else -(-blocks * self.bits // 8)
         return rows * (blocks * (self.block_size * self.bits // 8 + scale_bytes) + zeros)
 
@@ -100,10 +119,7 @@ class Precision:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-ready data."""
         return {
-            "weights": {
-                name: {"bits": f.bits, "block_size": f.block_size, "is_symmetric": f.is_symmetric}
-                for name, f in sorted(self.weights.items())
-            },
+            "weights": {name: asdict(block_format) for name, block_format in sorted(self.weights.items())},
             "kv_cache": self.kv_cache,
         }
 
@@ -120,8 +136,8 @@ class Precision:
             raise ValueError(f"precision.kv_cache is {data['kv_cache']!r}")
         weights = {}
         for name, entry in data["weights"].items():
-            bits, block_size, is_symmetric = entry["bits"], entry["block_size"], entry["is_symmetric"]
-            if type(bits) is not int or type(block_size) is not int or type(is_symmetric) is not bool:
+            numbers, flags = (entry["bits"], entry["block_size"]), (entry["is_symmetric"], entry["has_offsets"])
+            if any(type(n) is not int for n in numbers) or any(type(flag) is not bool for flag in flags):
                 raise ValueError(f"precision.weights.{name} is {entry!r}")
-            weights[name] = BlockFormat(bits, block_size, is_symmetric)
+            weights[name] = BlockFormat(*numbers, *flags)
         return cls(weights, data["kv_cache"])

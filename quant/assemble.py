@@ -55,7 +55,7 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
     method = find_method(request.recipe.method)
     manifest = source.bundle.manifest
     dtype = request.dtype or manifest.dtype
-    is_calibrated = method.needs_text or request.recipe.kv_cache == "int8" or request.max_kl is not None
+    is_calibrated = method.uses_text or request.recipe.kv_cache == "int8" or request.max_kl is not None
     texts = _read_texts(source.bundle.folder, request, is_calibrated)
     with progress_stages() as stage:
         assignment = assign(request.recipe, source.spec, manifest.plan)

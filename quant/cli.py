@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from shortstack.graphs import names
-from shortstack.graphs.precision import BLOCK_SIZES, EXACT_BLOCK_SIZE, KV_TYPES, BlockFormat, KVType
+from shortstack.graphs.precision import BLOCK_SIZES, EXACT_BLOCK_SIZE, KV_TYPES, KVType
 from shortstack.graphs.spec import DType
 from shortstack.quant.recipe import FORMAT_NAMES, METHOD_NAMES, Format, Recipe, parse_format
 from shortstack.quant.recipes import RECIPES, find_recipe
@@ -51,7 +51,7 @@ _RECIPES = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.va
     metavar="FILE",
     help="Text or jsonl that calibrated methods look at, instead of the shipped one.",
 )
-@click.option("--calibration-tokens", type=int, default=16_384, show_default=True)
+@click.option("--calibration-tokens", type=int, default=8_192, show_default=True)
 @click.option(
     "--heldout",
     type=click.Path(path_type=Path),
@@ -143,8 +143,11 @@ def _reshape(recipe: Recipe, block_size: int | None, is_symmetric: bool | None) 
     def shaped(wanted: Format) -> Format:
         if wanted is None:
             return None
-        symmetry = wanted.is_symmetric if is_symmetric is None else is_symmetric
-        return BlockFormat(wanted.bits, block_size or wanted.block_size, symmetry)
+        return dataclasses.replace(
+            wanted,
+            block_size=block_size or wanted.block_size,
+            is_symmetric=wanted.is_symmetric if is_symmetric is None else is_symmetric,
+        )
 
     return dataclasses.replace(
         recipe,

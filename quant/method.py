@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.ir.blocks import BlockTensor
-from shortstack.graphs.precision import BlockFormat
-from shortstack.quant.methods import METHODS
-from shortstack.quant.methods.stats import InputStats
+from shortstack.quant.methods import METHODS, Rounding
 from shortstack.quant.recipe import METHOD_NAMES
-
-# A matrix [out, in], its format, and what it multiplies.
-Rounding = Callable[[npt.NDArray[np.float32], BlockFormat, InputStats | None], BlockTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +16,14 @@ class Method:
     Attributes:
         name: What the command line calls it.
         round: Rounds one matrix, see :mod:`shortstack.quant.methods`.
-        needs_text: Whether it cannot work without calibration text.
+        uses_text: Whether it looks at what matrices multiply, if there is calibration text.
+        needs_text: Whether it cannot do without.
         scales_layers: Whether AWQ's scaling of a layer comes first.
     """
 
     name: str
     round: Rounding
+    uses_text: bool = True
     needs_text: bool = False
     scales_layers: bool = False
 
@@ -39,9 +31,9 @@ class Method:
 _METHODS = {
     method.name: method
     for method in (
-        Method("rtn", METHODS["rtn"]),
+        Method("rtn", METHODS["rtn"], uses_text=False),
         Method("k-quant", METHODS["k-quant"]),
-        Method("hqq", METHODS["hqq"]),
+        Method("hqq", METHODS["hqq"], uses_text=False),
         Method("gptq", METHODS["gptq"], needs_text=True),
         Method("awq", METHODS["k-quant"], needs_text=True, scales_layers=True),
         Method("awq-gptq", METHODS["gptq"], needs_text=True, scales_layers=True),

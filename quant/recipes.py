@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.recipe import Recipe
 
 INT4 = BlockFormat(4)
 INT8 = BlockFormat(8)
+INT4_OFFSETS = BlockFormat(4, has_offsets=True)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(
             "int4",
-            "int4 layers by GPTQ, int8 where it counts most",
+            "int4 weights, in layers with offsets, by GPTQ; int8 cache",
             "gptq",
-            weights=INT4,
+            weights=INT4_OFFSETS,
             head=INT4,
             embedding=INT4,
-            parts={names.QKV_PROJ: INT8},
+            kv_cache="int8",
         ),
         Recipe(
-            "int8", "int8 everywhere, no calibration", "rtn", weights=INT8, head=INT8, embedding=INT8, draft_head=INT4
+            "int8",
+            "int8 weights and cache, int4 draft heads",
+            "rtn",
+            weights=INT8,
+            head=INT8,
+            embedding=INT8,
+            draft_head=INT4,
+            kv_cache="int8",
         ),
         Recipe(
             "float",

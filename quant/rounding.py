@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
-from shortstack.graphs.ir.blocks import BlockTensor
 from shortstack.graphs.kv_map import producers
+from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.layers import LayerGraph, Taps, Weight
 from shortstack.quant.method import Method
+from shortstack.quant.methods.awq import scale_layer
+from shortstack.quant.methods.offsets import with_offsets
 from shortstack.quant.methods.stats import InputStats, InputStatsBuilder, output_error
 from shortstack.quant.recipe import Assignment, Format
 from shortstack.quant.source import Source
@@ -71,32 +73,35 @@ class Walk:
             self.hidden = self.source.floats(names.EMBED_TOKENS)[self.rows]
         for layer in range(spec.num_hidden_layers):
             yield self._layer(layer)
-            if layer + 1 in self.assignment.draft_heads and self.hidden is not None:
+            if layer + 1 in self.assignment.draft_heads and self.hidden is not None and self.method.uses_text:
                 self._exit_stats[layer + 1] = self._head_stats()
 
     def heads(self) -> Iterator[Rounded]:
         """Round embedding, LM head and the exits' own heads; after :meth:`layers`."""
         spec, matrices = self.source.spec, self.assignment.matrices
-        stats = self._head_stats() if self.hidden is not None else None
+        uses_text = self.hidden is not None and self.method.uses_text
+        stats = self._head_stats() if uses_text else None
         head = names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
-        yield self._matrices({head: self.source.matrix(head)}, {head: matrices[head]}, {head: stats})
+        yield self._matrices({head: self.source.matrix(head)}, {head: matrices[head]}, {head: stats} if stats else {})
         if not spec.tie_word_embeddings and names.EMBED_TOKENS in matrices:
             name = names.EMBED_TOKENS
             yield self._matrices({name: self.source.matrix(name)}, {name: matrices[name]}, {})
         for depth, wanted in self.assignment.draft_heads.items():
             own = names.exit_weight(depth, "head.weight")
             weight = self.source.matrix(own if own in self.source else head)
-            yield self._matrices({own: weight}, {own: wanted}, {own: self._exit_stats.get(depth)})
+            yield self._matrices(
+                {own: weight}, {own: wanted}, {own: seen} if (seen := self._exit_stats.get(depth)) else {}
+            )
 
     def _layer(self, layer: int) -> Rounded:
         source, spec = self.source, self.source.spec
         floats = source.layer(layer)
         wanted = {name: f for name in floats if (f := self.assignment.matrices.get(name)) is not None}
-        stats: dict[str, InputStats | None] = {}
-        if self.hidden is not None and wanted:
+        stats: dict[str, InputStats] = {}
+        if self.hidden is not None and wanted and self.method.uses_text:
             stats = dict(_watch_inputs(LayerGraph(spec, layer, floats, with_taps=True), self.hidden, wanted))
         if self.method.scales_layers and stats:
-            raise NotImplementedError
+            floats, stats = _scale(floats, stats, self.assignment, spec, layer)
         weights = {name: np.ascontiguousarray(floats[name].T) for name in wanted}
         rounded = self._matrices(weights, wanted, stats)
         tensors: dict[str, Weight] = {**floats, **rounded.tensors}
@@ -119,7 +124,7 @@ class Walk:
         return Rounded(tensors, rounded.errors)
 
     def _matrices(
-        self, weights: Mapping[str, Floats], wanted: Mapping[str, Format], stats: Mapping[str, InputStats | None]
+        self, weights: Mapping[str, Floats], wanted: Mapping[str, Format], stats: Mapping[str, InputStats]
     ) -> Rounded:
         """Round matrices [out, in]."""
         tensors: dict[str, Weight] = {}
@@ -130,7 +135,11 @@ class Walk:
                 tensors[name] = weight
                 continue
             seen = stats.get(name)
-            blocks: BlockTensor = self.method.round(weight, block_format, seen)
+            fitted = block_format.fitted(weight.shape[1])
+            if fitted.has_offsets:
+                blocks = with_offsets(self.method.round, weight, fitted, seen)
+            else:
+                blocks = self.method.round(weight, fitted, seen)
             tensors[name] = blocks
             errors[name] = output_error(weight, blocks.dequantize(), seen)
         return Rounded(tensors, errors)
@@ -146,6 +155,27 @@ class Walk:
             x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + self.source.spec.rms_norm_eps) * norm
             builder.add(x.astype(np.float32))
         return builder.finish()
+
+
+def _scale(
+    floats: Mapping[str, Floats], stats: Mapping[str, InputStats], assignment: Assignment, spec: ModelSpec, layer: int
+) -> tuple[dict[str, Floats], dict[str, InputStats]]:
+    """Scale a layer's channels (AWQ): tensors as they are stored, by full name, in and out."""
+    prefix = names.layer_weight(layer, "")
+    others = {name: tensor for name, tensor in floats.items() if not name.startswith(prefix)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in floats.items() if name.startswith(prefix)}
+    turned = {part: tensor.T if part in names.LAYER_MATRICES else tensor for part, tensor in own.items()}
+    scaled = scale_layer(
+        turned,
+        {name.removeprefix(prefix): seen for name, seen in stats.items()},
+        lambda part: assignment.matrices.get(prefix + part),
+        spec,
+    )
+    stored = {p: np.ascontiguousarray(w.T) if p in names.LAYER_MATRICES else w for p, w in scaled.weights.items()}
+    return (
+        {prefix + part: tensor for part, tensor in stored.items()} | others,
+        {prefix + part: seen for part, seen in scaled.stats.items()},
+    )
 
 
 def _watch_inputs(graph: LayerGraph, hidden: Floats, wanted: Mapping[str, Format]) -> Iterator[tuple[str, InputStats]]:

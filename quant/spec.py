@@ -40,7 +40,7 @@ class QuantizeSpec:
     recipe: Recipe
     dtype: DType | None = None
     calibration: Path = CALIBRATION_TEXT
-    calibration_tokens: int = 16_384
+    calibration_tokens: int = 8_192
     heldout: Path = HELDOUT_TEXT
     heldout_tokens: int = 8_192
     prompts: int = 8

@@ -7,6 +7,9 @@
     scales      float [rows, blocks]
     zero points uint8 [rows, blocks]               packed along blocks likewise; absent when symmetric
 
+Offsets (graphs/precision.py) are a matrix of their own here, [rows, blocks], in blocks of the same kind; packed, its
+blocks stand behind those of the weights.
+
 Rows are outputs (N), width is the input dimension (K); a last, shorter block is padded with the code of zero.
 """
 
@@ -32,12 +35,14 @@ class BlockTensor:
         codes: uint8 [rows, width].
         scales: float32 [rows, blocks]; may be negative.
         zero_points: uint8 [rows, blocks]; None when symmetric.
+        offsets: A matrix [rows, blocks]; None where the format has none.
     """
 
     format: BlockFormat
     codes: Codes
     scales: Floats
     zero_points: Codes | None
+    offsets: BlockTensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.codes.shape
@@ -45,6 +50,8 @@ class BlockTensor:
         assert self.scales.shape == shape, f"scales {self.scales.shape}, not {shape}"
         assert (self.zero_points is None) == self.format.is_symmetric
         assert self.zero_points is None or self.zero_points.shape == shape
+        assert (self.offsets is not None) == self.format.has_offsets
+        assert self.offsets is None or (self.offsets.shape == shape and width % self.format.block_size == 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,7 +59,7 @@ class BlockTensor:
         return self.codes.shape
 
     def dequantize(self) -> Floats:
-        """Return scale * (code - zero_point), float32 [rows, width]."""
+        """Return scale * (code - zero_point) + offset, float32 [rows, width]."""
         width = self.codes.shape[1]
         codes = self.codes.astype(np.float32)
         if self.zero_points is None:
@@ -60,26 +67,39 @@ class BlockTensor:
         else:
             codes -= _spread(self.zero_points, self.format, width).astype(np.float32)
         codes *= _spread(self.scales, self.format, width)
+        if self.offsets is not None:
+            codes += _spread(self.offsets.dequantize(), self.format, width)
         return codes
 
     def packed_codes(self) -> Codes:
-        """Return the codes as the kernels read them, uint8 [rows, blocks, block_size * bits / 8]."""
+        """Return the codes as the kernels read them, uint8 [rows, blocks, block_size * bits / 8], offsets last."""
         rows, width = self.codes.shape
         blocks, size = self.format.blocks(width), self.format.block_size
         padded = np.full((rows, blocks * size), 1 << (self.format.bits - 1), np.uint8)
         padded[:, :width] = self.codes
         if self.zero_points is not None and width < blocks * size:
             padded[:, width:] = self.zero_points[:, -1:]
-        return _pack(padded, self.format.bits).reshape(rows, blocks, -1)
+        packed = _pack(padded, self.format.bits).reshape(rows, blocks, -1)
+        return packed if self.offsets is None else np.concatenate([packed, self.offsets.packed_codes()], axis=1)
+
+    def all_scales(self) -> Floats:
+        """Return the scales as the kernels read them, float32 [rows, blocks], offsets last."""
+        return self.scales if self.offsets is None else np.concatenate([self.scales, self.offsets.scales], axis=1)
 
     def packed_zero_points(self) -> Codes | None:
         """Return the zero points as the kernels read them, uint8 [rows, ceil(blocks * bits / 8)]; None if symmetric."""
-        return None if self.zero_points is None else _pack(self.zero_points, self.format.bits)
+        if self.zero_points is None:
+            return None
+        zeros = self.zero_points
+        if self.offsets is not None and self.offsets.zero_points is not None:
+            zeros = np.concatenate([zeros, self.offsets.zero_points], axis=1)
+        return _pack(zeros, self.format.bits)
 
     def rows(self, index: npt.NDArray[np.int64]) -> BlockTensor:
         """Return some rows of the matrix, in the order asked for."""
         zeros = None if self.zero_points is None else self.zero_points[index]
-        return BlockTensor(self.format, self.codes[index], self.scales[index], zeros)
+        offsets = None if self.offsets is None else self.offsets.rows(index)
+        return BlockTensor(self.format, self.codes[index], self.scales[index], zeros, offsets)
 
 
 def encode(weight: Floats, scales: Floats, zero_points: Codes | None, block_format: BlockFormat) -> BlockTensor:

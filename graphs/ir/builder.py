@@ -5,7 +5,7 @@ Node names follow the layer tree (``/model/layers.7/attn/qkv_proj/MatMul``); a n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ class GraphBuilder:
         self._nodes: list[ir.Node] = []
         self._inputs: dict[str, ir.Value] = {}
         self._initializers: dict[str, ir.Value] = {}
+        self._made: dict[Hashable, ir.Value] = {}
         self.projected: dict[str, ir.Value] = {}  # what each matrix multiplies, by the matrix's name
 
     def input(self, port: Port) -> ir.Value:
@@ -50,6 +51,12 @@ class GraphBuilder:
     def weight(self, name: str) -> ir.Value:
         """Return the initializer that stands for a stored tensor."""
         return self._initializer(self._store[name])
+
+    def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """Return what ``make`` appended when it was first asked for under this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def has_weight(self, name: str) -> bool:
         """Return whether a tensor or matrix of this name is stored."""

@@ -66,7 +66,22 @@ def embed(g: GraphBuilder, ids: ir.Value, weight: str, node: str) -> ir.Value:
     return g.op("Slice", [out, g.constant([0]), g.constant([matrix.width]), g.constant([-1])], f"{node}/drop_padding")
 
 
+def _with_block_sums(g: GraphBuilder, x: ir.Value, matrix: BlockMatrix) -> ir.Value:
+    """Append the sums of the blocks of ``x`` [batch, seq, width] behind it; made once for all products of one input."""
+    blocks, size = matrix.format.blocks(matrix.width), matrix.format.block_size
+
+    def extend() -> ir.Value:
+        node = f"{x.name}/block_sums"
+        by_block = g.op("Reshape", [x, g.constant([0, 0, blocks, size])], f"{node}/Reshape", allowzero=0)
+        sums = g.op("ReduceSum", [by_block, g.constant([3])], f"{node}/ReduceSum", keepdims=0)  # [batch, seq, blocks]
+        return g.op("Concat", [x, sums], f"{node}/Concat", axis=-1)
+
+    return g.once((x.name, size), extend)
+
+
 def _block_product(g: GraphBuilder, x: ir.Value, weight: str, matrix: BlockMatrix, node: str) -> ir.Value:
+    if matrix.format.has_offsets:
+        x = _with_block_sums(g, x, matrix)
     inputs = [x, g.weight(names.block_codes(weight)), g.weight(names.block_scales(weight))]
     if not matrix.format.is_symmetric:
         inputs.append(g.weight(names.block_zero_points(weight)))
@@ -75,7 +90,7 @@ def _block_product(g: GraphBuilder, x: ir.Value, weight: str, matrix: BlockMatri
         inputs,
         f"{node}/MatMulNBits",
         domain=MICROSOFT,
-        K=matrix.width,
+        K=matrix.format.stored_width(matrix.width),
         N=matrix.rows,
         bits=matrix.format.bits,
         block_size=matrix.format.block_size,

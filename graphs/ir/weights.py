@@ -100,7 +100,7 @@ class WeightStore:
             dtype: Float type of the scales: that of the activations.
         """
         self.add(names.block_codes(name), tensor.packed_codes())
-        self.add(names.block_scales(name), tensor.scales.astype(dtype))
+        self.add(names.block_scales(name), tensor.all_scales().astype(dtype))
         if (zero_points := tensor.packed_zero_points()) is not None:
             self.add(names.block_zero_points(name), zero_points)
         self._blocks[name] = BlockMatrix(tensor.format, *tensor.shape)

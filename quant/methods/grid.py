@@ -69,7 +69,7 @@ def _candidates(low: Floats, high: Floats, block_format: BlockFormat) -> list[tu
         sign = np.where(-low >= high, np.float32(1), np.float32(-1))
         whole = sign * np.maximum(np.maximum(-low, high), _TINY) / middle
         zero = np.full_like(low, middle)
-        return [(whole * np.float32(s * turn), zero) for turn in (1, -1) for s in shrinks]
+        return [((whole * (s * turn)).astype(np.float32), zero) for turn in (1, -1) for s in shrinks]
     whole = np.maximum(high - low, _TINY) / top
     found = []
     for shrink in shrinks:

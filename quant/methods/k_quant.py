@@ -1,4 +1,4 @@
-"""K-quant: every block by itself, its scale and zero point searched for the least weighted error (llama.cpp's k-quants).
+"""K-quant: every block by itself, scale and zero point searched for the least weighted error (llama.cpp's k-quants).
 
 Without text a weight's error counts by its own size, sqrt(mean x^2) + |x|, as in llama.cpp's ``quantize_row_q4_K_ref``;
 with text also by the mean square of the input that it multiplies, m sqrt(mean x^2 + x^2), as llama.cpp does with an
