@@ -15,7 +15,6 @@ from shortstack.export.arch import resolve
 from shortstack.export.block_plan import BlockPlan, plan_blocks
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.draft_vocab import choose_draft_vocab
-from shortstack.export.progress import progress_stages
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors
@@ -29,6 +28,7 @@ from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import ModelSpec
+from shortstack.progress import progress_stages
 
 
 def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambda plan: None) -> Bundle:

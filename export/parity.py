@@ -19,6 +19,7 @@ import numpy as np
 
 from shortstack.export.parity_reference import Reference
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.runtime.draft_length import DraftPolicy
 from shortstack.runtime.draft_vocab import read_draft_vocab
@@ -49,6 +50,14 @@ TOLERANCES: dict[DType, Tolerance] = {
     "float32": Tolerance(1e-3, 5e-5, 1e-4, 1e-3),
     "float16": Tolerance(0.5, 0.03, 0.1, 5e-2),
 }
+# Blocks, or an int8 cache: says that the right tensors are in the right places, not how good they are, which is what
+# `quantize` reports. SmolLM2-135M: mean 0.3 and max 3 with exact blocks, whose inputs are rounded to 8 bits all the same.
+QUANTIZED = Tolerance(12.0, 1.0, 4.0, 0.5)
+
+
+def tolerance_of(manifest: Manifest) -> Tolerance:
+    """Return how far a bundle's logits may be from the reference."""
+    return TOLERANCES[manifest.dtype] if manifest.precision.is_float else QUANTIZED
 
 
 _SIZES = (
@@ -154,6 +163,8 @@ class ParityReport:
     def _first_wrong(self) -> str:
         """Say where the heads' error comes from."""
         limit = self.tolerance.relative
+        if not self.layers:
+            return "an int8 cache holds codes, and the bundle has no cut, so no tensor inside it was compared"
         worst = max(self.layers, key=lambda layer: layer.relative)
         first = next((x for x in self.layers if x.relative > limit), None)
         if first is None:
@@ -194,7 +205,7 @@ def compare(
     manifest = model.bundle.manifest
     _check_same_model(manifest.spec, reference.spec)
     depths = (*manifest.plan.boundaries, manifest.spec.num_hidden_layers)
-    report = ParityReport(TOLERANCES[manifest.dtype], texts=len(texts))
+    report = ParityReport(tolerance_of(manifest), texts=len(texts))
     heads: dict[int, list[tuple[Array, Array]]] = {depth: [] for depth in depths}
     layers: dict[str, LayerError] = {}
     for index, text in enumerate(texts):
@@ -258,9 +269,12 @@ def _layer_errors(ours: Teacher, theirs: Teacher, text: int) -> list[LayerError]
         return LayerError(what, float(difference.max() / np.abs(b).max()), (text, int(difference.argmax())))
 
     errors = []
-    for layer, (key, value) in enumerate(zip(ours.keys, ours.values, strict=True)):
+    for layer in range(len(theirs.keys)):
         if layer in ours.hidden:
             errors.append(error(f"hidden after {layer} layers", ours.hidden[layer], theirs.hidden[layer], (1,)))
+        if not ours.keys:  # an int8 cache holds codes
+            continue
+        key, value = ours.keys[layer], ours.values[layer]
         errors.append(error(f"layer {layer} key", key, theirs.keys[layer], (0, 2)))
         errors.append(error(f"layer {layer} value", value, theirs.values[layer], (0, 2)))
     return errors

@@ -36,7 +36,7 @@ def parity(
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; read when tqdm is imported
     from shortstack.export.parity import compare
     from shortstack.export.parity_reference import Reference
-    from shortstack.export.progress import progress_stages
+    from shortstack.progress import progress_stages
     from shortstack.runtime.model import load
 
     lines = _read_prompts(text_file, count)

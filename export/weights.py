@@ -15,8 +15,8 @@ import numpy.typing as npt
 from shortstack.export.rope import rope_tables
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.graphs import names
-from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.spec import DType
 
@@ -114,23 +114,3 @@ def store_draft_heads(
     for exit_layer in others:
         for part in ("head.weight", "head.ids"):
             store.alias(names.exit_weight(exit_layer, part), names.exit_weight(first, part))
-
-
-def cast(name: str, array: Floats, dtype: DType) -> npt.NDArray[np.floating]:
-    """Return the array in another dtype.
-
-    Raises:
-        UnsupportedError: A finite value becomes infinite.
-    """
-    if dtype == "float32":
-        return array
-    with np.errstate(over="ignore"):
-        out = array.astype(dtype)
-    if not np.isfinite(out).all():
-        raise UnsupportedError(
-            f"tensor {name} does not fit float16",
-            found=f"a value of {np.abs(array).max():.3g}",
-            expected="at most 65504",
-            remedy="export with --dtype fp32",
-        )
-    return out

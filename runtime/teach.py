@@ -24,8 +24,8 @@ class Teacher:
     Attributes:
         heads: Logits [seq, vocab] by depth: the final norm and LM head on what is left after that many layers.
         hidden: The residual stream [seq, hidden] by depth, before any norm.
-        keys: Rotated keys [kv_heads, seq, head_dim] by layer.
-        values: Values [kv_heads, seq, head_dim] by layer.
+        keys: Rotated keys [kv_heads, seq, head_dim] by layer; empty where the cache holds int8 codes.
+        values: Values [kv_heads, seq, head_dim] by layer; likewise.
     """
 
     heads: dict[int, Array]
@@ -70,6 +70,8 @@ def teach(model: Model, tokens: Sequence[int]) -> Teacher:
         heads[segment.end] = logits[0].astype(np.float32)
         if not segment.is_last:
             hidden[segment.end] = below[0].astype(np.float32)
+    if manifest.cache_type == "int8":
+        return Teacher(heads, hidden, [], [])
     kv = {
         part: [
             _unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec) for layer in range(spec.num_hidden_layers)
