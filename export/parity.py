@@ -51,7 +51,7 @@ TOLERANCES: dict[DType, Tolerance] = {
     "float16": Tolerance(0.5, 0.03, 0.1, 5e-2),
 }
 # Blocks, or an int8 cache: says that the right tensors are in the right places, not how good they are, which is what
-# `quantize` reports. SmolLM2-135M: mean 0.3 and max 3 with exact blocks, whose inputs are rounded to 8 bits all the same.
+# `quantize` reports. SmolLM2-135M: mean 0.3, max 3 with exact blocks, whose inputs are rounded to 8 bits all the same.
 QUANTIZED = Tolerance(12.0, 1.0, 4.0, 0.5)
 
 

@@ -82,6 +82,14 @@ def block_zero_points(weight: str) -> str:
     return f"{weight}.zero_points"
 
 
+def first_rows(weight: str) -> str:
+    """Return the matrix that holds the first rows of a vocabulary matrix stored in two formats; ``weight`` the others.
+
+    Byte-pair merges are numbered by falling frequency, so these are the rows of the tokens that matter most.
+    """
+    return f"{weight}.first_rows"
+
+
 def kv_scale(layer: int, part: str) -> str:
     """Return the scales of a producer's int8 cache, float32 [kv_heads * head_dim]; ``part`` is ``key`` or ``value``."""
     return f"model.layers.{layer}.attn.{part}_scale"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.precision import SPARE_ROWS, Precision
 from shortstack.graphs.spec import DType
 from shortstack.progress import Stage, progress_stages
+from shortstack.quant.layers import Weight
 from shortstack.quant.method import find_method
 from shortstack.quant.quality import Quality, write_quality
 from shortstack.quant.quality_measure import judge
@@ -32,7 +34,7 @@ from shortstack.quant.rounding import Rounded, Walk
 from shortstack.quant.search import search
 from shortstack.quant.source import Source
 from shortstack.quant.spec import QuantizeSpec
-from shortstack.quant.texts import Texts, open_tokenizer, read_prompts, read_rows
+from shortstack.quant.texts import ROW_TOKENS, Texts, open_tokenizer, read_prompts, read_rows
 
 
 def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
@@ -56,7 +58,7 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
     manifest = source.bundle.manifest
     dtype = request.dtype or manifest.dtype
     is_calibrated = method.uses_text or request.recipe.kv_cache == "int8" or request.max_kl is not None
-    texts = _read_texts(source.bundle.folder, request, is_calibrated)
+    texts = _read_texts(source.bundle, request, is_calibrated)
     with progress_stages() as stage:
         assignment = assign(request.recipe, source.spec, manifest.plan)
         if request.max_kl is not None:
@@ -77,16 +79,18 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
     return open_bundle(request.out), quality
 
 
-def _read_texts(folder: Path, request: QuantizeSpec, is_calibrated: bool) -> Texts:
-    """Read what is needed, so that a bad file is refused before long work."""
-    tokenizer = open_tokenizer(folder)
+def _read_texts(bundle: Bundle, request: QuantizeSpec, is_calibrated: bool) -> Texts:
+    """Read what is needed, in rows that fit the bundle's context, so that a bad file is refused before long work."""
+    tokenizer, longest = open_tokenizer(bundle.folder), bundle.manifest.max_length
+    row_tokens = min(ROW_TOKENS, longest)
     calibration = heldout = None
     prompts: tuple[tuple[int, ...], ...] = ()
     if is_calibrated:
-        calibration = read_rows(request.calibration, "--calibration", tokenizer, request.calibration_tokens)
+        calibration = read_rows(request.calibration, "--calibration", tokenizer, request.calibration_tokens, row_tokens)
     if request.with_report:
-        heldout = read_rows(request.heldout, "--heldout", tokenizer, request.heldout_tokens)
-        prompts = read_prompts(request.heldout, "--heldout", tokenizer, request.prompts)
+        heldout = read_rows(request.heldout, "--heldout", tokenizer, request.heldout_tokens, row_tokens)
+        found = read_prompts(request.heldout, "--heldout", tokenizer, request.prompts)
+        prompts = tuple(prompt[: max(1, longest // 2)] for prompt in found)  # room to continue
     return Texts(calibration, heldout, prompts)
 
 
@@ -101,8 +105,9 @@ def _write(walk: Walk, dtype: DType, folder: Path, request: QuantizeSpec, stage:
         for rounded in walk.layers():
             _store(rounded, dtype, store, errors)
             advance(1)
+        known: dict[str, str] = {}
         for rounded in walk.heads():
-            _store(rounded, dtype, store, errors)
+            _store(rounded, dtype, store, errors, known)
         store.add(names.FINAL_NORM, cast(names.FINAL_NORM, source.floats(names.FINAL_NORM), dtype))
         for name, fill in ((names.ROPE_COS, 1.0), (names.ROPE_SIN, 0.0)):
             table = source.floats(name)  # of a bundle before format 2, without the spare row
@@ -117,7 +122,8 @@ def _write(walk: Walk, dtype: DType, folder: Path, request: QuantizeSpec, stage:
         ir.save(model, folder / names.segment_file(segment.start, segment.end))
         advance(1)
     graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
-    for name in manifest.files.keys() - graphs - {names.WEIGHTS_FILE}:
+    # A float16 copy made by `shortstack quantize` has a report: on itself, not on what is made of it.
+    for name in manifest.files.keys() - graphs - {names.WEIGHTS_FILE, names.QUALITY_FILE}:
         shutil.copyfile(source.bundle.folder / name, folder / name)
     advance = stage("Hashing", 1)
     write_manifest(
@@ -138,15 +144,39 @@ def _write(walk: Walk, dtype: DType, folder: Path, request: QuantizeSpec, stage:
     return errors
 
 
-def _store(rounded: Rounded, dtype: DType, store: WeightStore, errors: dict[str, float]) -> None:
+def _store(
+    rounded: Rounded, dtype: DType, store: WeightStore, errors: dict[str, float], known: dict[str, str] | None = None
+) -> None:
+    """Store what was rounded; with ``known``, names of matrices by their hash, equal ones once.
+
+    Exits have equal heads unless a method looked at what each of them multiplies.
+    """
     for name, tensor in rounded.tensors.items():
-        if isinstance(tensor, BlockTensor):
+        same = name if known is None else known.setdefault(_digest(tensor), name)
+        if same != name:
+            store.alias(name, same)
+        elif isinstance(tensor, BlockTensor):
             store.add_blocks(name, tensor, dtype)
         elif name.endswith("_scale"):
             store.add(name, tensor)  # of an int8 cache: float32 whatever the activations are
         else:
             store.add(name, cast(name, tensor, dtype))
     errors |= rounded.errors
+
+
+def _digest(tensor: Weight) -> str:
+    """Return a hash of a matrix, its format included."""
+    digest = hashlib.sha256()
+    if isinstance(tensor, BlockTensor):
+        digest.update(str((tensor.format, tensor.shape)).encode())
+        parts = (tensor.packed_codes(), tensor.all_scales(), tensor.packed_zero_points())
+    else:
+        digest.update(str(tensor.shape).encode())
+        parts = (tensor, None, None)
+    for part in parts:
+        if part is not None:
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def _store_id_maps(source: Source, store: WeightStore) -> None:

@@ -103,7 +103,7 @@ def quantize(
     if weights is not None:
         recipe = dataclasses.replace(recipe, weights=named(weights), parts={}, layers={})
     if head is not None:
-        recipe = dataclasses.replace(recipe, head=named(head), embedding=named(head))
+        recipe = dataclasses.replace(recipe, head=named(head), embedding=named(head), first_rows_format=None)
     if draft_head is not None:
         recipe = dataclasses.replace(recipe, draft_head=named(draft_head))
     if kv_producers is not None:
@@ -154,6 +154,7 @@ def _reshape(recipe: Recipe, block_size: int | None, is_symmetric: bool | None) 
         weights=shaped(recipe.weights),
         head=shaped(recipe.head),
         embedding=shaped(recipe.embedding),
+        first_rows_format=shaped(recipe.first_rows_format),
         draft_head=recipe.draft_head if isinstance(recipe.draft_head, str) else shaped(recipe.draft_head),
         parts={part: shaped(wanted) for part, wanted in recipe.parts.items()},
         layers={layer: shaped(wanted) for layer, wanted in recipe.layers.items()},

@@ -33,10 +33,16 @@ class Recipe:
         weights: Format of every layer matrix not named below.
         head: Format of the LM head, and of the embedding where that is tied to it.
         embedding: Format of an untied embedding.
+        first_rows: How many rows of the LM head, from the first, have another format: byte-pair merges are numbered by
+            falling frequency, so these are the tokens that matter most.
+        first_rows_format: Which; None where ``first_rows`` is 0.
         draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head.
         parts: Formats of single matrices of every layer, by names.LAYER_MATRICES.
         layers: Formats of all matrices of single layers, negative numbers counted from the top. Wins over ``parts``.
         kv_cache: Element type of the cache.
+
+    Raises:
+        RequestError: A head or an embedding with offsets, which only the products of layers have.
     """
 
     name: str
@@ -45,10 +51,20 @@ class Recipe:
     weights: Format
     head: Format
     embedding: Format
+    first_rows: int = 0
+    first_rows_format: Format = None
     draft_head: Format | str = "as head"
     parts: Mapping[str, Format] = field(default_factory=dict)
     layers: Mapping[int, Format] = field(default_factory=dict)
     kv_cache: KVType = "float"
+
+    def __post_init__(self) -> None:
+        for part in ("head", "embedding", "first_rows_format", "draft_head"):
+            wanted = getattr(self, part)
+            if isinstance(wanted, BlockFormat) and wanted.has_offsets:
+                raise RequestError(
+                    f"recipe {self.name}: format of {part}", found=str(wanted), expected="a format without offsets"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +74,12 @@ class Assignment:
     Attributes:
         matrices: By name: embedding, untied LM head, every layer matrix. None: floats.
         draft_heads: By depth, exits whose head is a tensor of its own.
+        first_rows: Rows of the LM head that have another format, and which; None where all have one.
     """
 
     matrices: Mapping[str, Format]
     draft_heads: Mapping[int, Format]
+    first_rows: tuple[int, BlockFormat] | None = None
 
 
 def parse_format(name: str, block_size: int, is_symmetric: bool) -> Format:
@@ -105,4 +123,8 @@ def assign(recipe: Recipe, spec: ModelSpec, plan: SplitPlan) -> Assignment:
         wanted_head = recipe.head if isinstance(recipe.draft_head, str) else recipe.draft_head
         if is_trimmed or (not follows and wanted_head != recipe.head):
             draft_heads[exit_spec.exit_layer] = wanted_head
-    return Assignment(matrices, draft_heads)
+    first_rows = None
+    # Of a small vocabulary all rows are first ones: then there is nothing to tell apart.
+    if recipe.first_rows_format is not None and recipe.head is not None and recipe.first_rows < spec.vocab_size:
+        first_rows = (recipe.first_rows, recipe.first_rows_format)
+    return Assignment(matrices, draft_heads, first_rows)

@@ -15,11 +15,13 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe(
             "int4",
-            "int4 weights, in layers with offsets, by GPTQ; int8 cache",
+            "int4 weights by GPTQ, in layers with offsets; int8 rows of frequent tokens, int8 cache",
             "gptq",
             weights=INT4_OFFSETS,
             head=INT4,
             embedding=INT4,
+            first_rows=12_288,
+            first_rows_format=INT8,
             kv_cache="int8",
         ),
         Recipe(

@@ -82,15 +82,21 @@ class Walk:
         uses_text = self.hidden is not None and self.method.uses_text
         stats = self._head_stats() if uses_text else None
         head = names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
-        yield self._matrices({head: self.source.matrix(head)}, {head: matrices[head]}, {head: stats} if stats else {})
+        weight = self.source.matrix(head)
+        if self.assignment.first_rows is not None:
+            count, wanted = self.assignment.first_rows
+            first = names.first_rows(head)
+            yield self._matrices({first: weight[:count]}, {first: wanted}, {first: stats} if stats else {})
+            weight = weight[count:]
+        yield self._matrices({head: weight}, {head: matrices[head]}, {head: stats} if stats else {})
         if not spec.tie_word_embeddings and names.EMBED_TOKENS in matrices:
             name = names.EMBED_TOKENS
             yield self._matrices({name: self.source.matrix(name)}, {name: matrices[name]}, {})
-        for depth, wanted in self.assignment.draft_heads.items():
+        for depth, wanted_head in self.assignment.draft_heads.items():
             own = names.exit_weight(depth, "head.weight")
             weight = self.source.matrix(own if own in self.source else head)
             yield self._matrices(
-                {own: weight}, {own: wanted}, {own: seen} if (seen := self._exit_stats.get(depth)) else {}
+                {own: weight}, {own: wanted_head}, {own: seen} if (seen := self._exit_stats.get(depth)) else {}
             )
 
     def _layer(self, layer: int) -> Rounded:

@@ -1,6 +1,6 @@
 """The cheapest mix of int4, int8 and float parts that stays under a KL divergence, greedy by sensitivity.
 
-Units are the attention and the MLP of each layer, and the head. Each is rounded both ways once, for the inputs that the
+Units are the attention and the MLP of each layer, the head, and an untied embedding. Each is rounded both ways once, for the inputs that the
 float model gives it. A unit's *sensitivity* is the KL divergence from the source when it alone is int4, per byte that
 int4 saves over int8. In that order units go from int8 to int4; how many may go is found by bisection, every candidate
 mix being run. Where int8 everywhere is already too much, units go from int8 to float instead, the most sensitive first.
@@ -40,7 +40,7 @@ class Unit:
     """What goes to another format together.
 
     Attributes:
-        layer: The layer; None for the head.
+        layer: The layer; None for the head and the embedding.
         matrices: Names of its matrices.
     """
 
@@ -96,6 +96,9 @@ class _Candidates:
         ]
         lowest = changed[0] if changed else spec.num_hidden_layers
         hidden = self.streams[lowest]
+        if names.EMBED_TOKENS in mix:  # other rows at the bottom, so everything above is another
+            lowest, embedding = 0, self.rounded[mix[names.EMBED_TOKENS]][names.EMBED_TOKENS]
+            hidden = embedding.rows(self.rows.reshape(-1)).dequantize().reshape(hidden.shape)
         for layer in range(lowest, spec.num_hidden_layers):
             graph = self._graphs[layer]
             if layer in changed:
@@ -127,7 +130,8 @@ def units(source: Source) -> list[Unit]:
         for layer in range(source.spec.num_hidden_layers)
         for parts in (_ATTENTION, _MLP)
     ]
-    return [*found, Unit(None, (head_name(source),))]
+    vocabulary = dict.fromkeys((head_name(source), names.EMBED_TOKENS))  # one and the same where they are tied
+    return [*found, *(Unit(None, (name,)) for name in vocabulary)]
 
 
 def search(
@@ -138,7 +142,7 @@ def search(
     Args:
         source: The float bundle.
         method: How to round.
-        assignment: The recipe's: its block size and symmetry are kept, its formats of layers and head are not.
+        assignment: The recipe's: its block size and symmetry are kept, the formats of its matrices and its offsets are not.
         rows: Calibration text, int64 [texts, seq].
         max_kl: The limit.
         stage: Starts a stage of the progress bar.
@@ -147,7 +151,7 @@ def search(
     measured = max(1, min(len(rows) // 4, _MEASURED_TOKENS // rows.shape[1]))
     seen = rows[:-measured] if len(rows) > measured else rows
     shape = next((f for f in assignment.matrices.values() if f is not None), BlockFormat(4))
-    formats = {bits: replace(shape, bits=bits) for bits in (4, 8)}
+    formats = {bits: replace(shape, bits=bits, has_offsets=False) for bits in (4, 8)}
     everything = units(source)
     rounded = {}
     for bits, wanted in formats.items():

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -96,8 +97,10 @@ class Model:
 
     def __init__(self, bundle: Bundle, *, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
         self.bundle = bundle
-        self.tokenizer = Tokenizer.load(bundle.folder)
-        self.sessions, self.device = open_sessions(bundle, providers, threads)
+        with ThreadPoolExecutor(1) as pool:  # onnxruntime packs weights meanwhile
+            tokenizer = pool.submit(Tokenizer.load, bundle.folder)
+            self.sessions, self.device = open_sessions(bundle, providers, threads)
+            self.tokenizer = tokenizer.result()
         spec = bundle.manifest.spec
         self.cache = KVCache(
             producers(spec.kv_map, 0, spec.num_hidden_layers),

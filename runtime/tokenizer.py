@@ -66,7 +66,9 @@ class Tokenizer:
     ) -> None:
         self._backend = backend
         self._chat_template = chat_template
-        decoder_types = frozenset(_decoder_types(json.loads(backend.to_str())["decoder"]))
+        # The decoder's own state is a few bytes of JSON, where the whole tokenizer's is megabytes.
+        decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+        decoder_types = frozenset(_decoder_types(decoder))
         self._byte_level = "ByteLevel" in decoder_types and decoder_types <= {"ByteLevel", "Fuse", "Sequence"}
         self._byte_fallback = "ByteFallback" in decoder_types
         self._special_tokens = {

@@ -8,7 +8,8 @@ head                    Gemm with [vocab, hidden]       MatMulNBits with [vocab,
 embedding               Gather from [vocab, hidden]     GatherBlockQuantized from the same bytes
 ======================  ==============================  =========================================
 
-A tied embedding and head are the same bytes either way.
+A tied embedding and head are the same bytes either way. A vocabulary matrix in blocks may have its first rows in another
+matrix (:func:`names.first_rows`), of another format.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ def head_product(g: GraphBuilder, x: ir.Value, weight: str, node: str) -> ir.Val
     matrix = g.block_matrix(weight)
     if matrix is None:
         return g.op("Gemm", [x, g.weight(weight)], f"{node}/Gemm", transB=1)
-    return _block_product(g, x, weight, matrix, node)
+    out = _block_product(g, x, weight, matrix, node)
+    if (first := g.block_matrix(names.first_rows(weight))) is None:
+        return out
+    logits = _block_product(g, x, names.first_rows(weight), first, f"{node}/first_rows")
+    return g.op("Concat", [logits, out], f"{node}/Concat", axis=-1)
 
 
 def embed(g: GraphBuilder, ids: ir.Value, weight: str, node: str) -> ir.Value:
@@ -44,6 +49,20 @@ def embed(g: GraphBuilder, ids: ir.Value, weight: str, node: str) -> ir.Value:
     matrix = g.block_matrix(weight)
     if matrix is None:
         return g.op("Gather", [g.weight(weight), ids], f"{node}/Gather")
+    first = g.block_matrix(names.first_rows(weight))
+    if first is None:
+        return _block_rows(g, ids, weight, matrix, node)
+    # Both look something up, the one that has the id is taken.
+    limit, last, zero = g.constant(first.rows), g.constant(first.rows - 1), g.constant(0)
+    low = _block_rows(g, g.op("Min", [ids, last], f"{node}/Min"), names.first_rows(weight), first, f"{node}/first_rows")
+    shifted = g.op("Max", [g.op("Sub", [ids, limit], f"{node}/Sub"), zero], f"{node}/Max")
+    high = _block_rows(g, shifted, weight, matrix, node)
+    is_first = g.op("Unsqueeze", [g.op("Less", [ids, limit], f"{node}/Less"), g.constant([-1])], f"{node}/Unsqueeze")
+    return g.op("Where", [is_first, low, high], f"{node}/Where")
+
+
+def _block_rows(g: GraphBuilder, ids: ir.Value, weight: str, matrix: BlockMatrix, node: str) -> ir.Value:
+    """Append the look-up of rows [batch, seq] in a matrix stored in blocks; returns [batch, seq, width]."""
     block_format = matrix.format
     blocks = block_format.blocks(matrix.width)
     flat = (matrix.rows, blocks * block_format.block_size * block_format.bits // 8)

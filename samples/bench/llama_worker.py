@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llama_cpp as llama  # type: ignore[import-not-found]
+import llama_cpp as llama
 import numpy as np
 from memory import memory_now  # type: ignore[import-not-found]  # this script's folder is on the path
 
