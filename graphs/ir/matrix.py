@@ -8,8 +8,8 @@ head                    Gemm with [vocab, hidden]       MatMulNBits with [vocab,
 embedding               Gather from [vocab, hidden]     GatherBlockQuantized from the same bytes
 ======================  ==============================  =========================================
 
-A tied embedding and head are the same bytes either way. A vocabulary matrix in blocks may have its first rows in another
-matrix (:func:`names.first_rows`), of another format.
+A tied embedding and head are the same bytes either way. A vocabulary matrix in blocks may have its first rows in
+another matrix (:func:`names.first_rows`), of another format.
 """
 
 from __future__ import annotations
