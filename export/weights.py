@@ -18,6 +18,7 @@ from shortstack.graphs import names
 from shortstack.graphs.ir.blocks import BlockTensor
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.precision import SPARE_ROWS
 from shortstack.graphs.spec import DType
 
 _STORED_AS_ROWS = (names.EMBED_TOKENS, names.LM_HEAD)
@@ -31,7 +32,7 @@ def store_weights(
     Args:
         tensors: Where they come from.
         dtype: Type to store.
-        max_length: Rows of the rotary tables.
+        max_length: Longest context, in positions.
         store: Where they go.
         advance: Called with 1 after each layer.
 
@@ -57,8 +58,9 @@ def store_weights(
     put(names.FINAL_NORM, tensors.vector("final_norm.weight"))
     if not spec.tie_word_embeddings:
         put_matrix(names.LM_HEAD)
+    positions = max_length + (SPARE_ROWS if store.formats else 0)  # see Precision.has_spare_row
     for name, table, fill in zip(
-        (names.ROPE_COS, names.ROPE_SIN), rope_tables(spec, max_length, tensors.rope_factors()), (1.0, 0.0), strict=True
+        (names.ROPE_COS, names.ROPE_SIN), rope_tables(spec, positions, tensors.rope_factors()), (1.0, 0.0), strict=True
     ):
         extra = (spec.cache_head_dim - spec.head_dim) // 2
         put(name, np.pad(table, ((0, 0), (0, extra)), constant_values=fill))

@@ -166,13 +166,13 @@ def _store(
 
 def _digest(tensor: Weight) -> str:
     """Return a hash of a matrix, its format included."""
-    digest = hashlib.sha256()
-    if isinstance(tensor, BlockTensor):
-        digest.update(str((tensor.format, tensor.shape)).encode())
-        parts = (tensor.packed_codes(), tensor.all_scales(), tensor.packed_zero_points())
-    else:
-        digest.update(str(tensor.shape).encode())
-        parts = (tensor, None, None)
+    parts: list[np.ndarray | None] = (
+        [tensor]
+        if not isinstance(tensor, BlockTensor)
+        else [tensor.packed_codes(), tensor.all_scales(), tensor.packed_zero_points()]
+    )
+    kind = (tensor.format, tensor.shape) if isinstance(tensor, BlockTensor) else tensor.shape
+    digest = hashlib.sha256(str(kind).encode())
     for part in parts:
         if part is not None:
             digest.update(np.ascontiguousarray(part).data)

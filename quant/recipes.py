@@ -7,6 +7,7 @@ from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.recipe import Recipe
 
 INT4 = BlockFormat(4)
+INT4_SYMMETRIC = BlockFormat(4, is_symmetric=True)
 INT8 = BlockFormat(8)
 INT4_OFFSETS = BlockFormat(4, has_offsets=True)
 
@@ -25,14 +26,22 @@ RECIPES: dict[str, Recipe] = {
             kv_cache="int8",
         ),
         Recipe(
+            "int4-fast",
+            "symmetric int4 weights by GPTQ without anything else, int8 cache: smallest, fastest, worst",
+            "gptq",
+            weights=INT4_SYMMETRIC,
+            head=INT4_SYMMETRIC,
+            embedding=INT4_SYMMETRIC,
+            kv_cache="int8",
+        ),
+        Recipe(
             "int8",
-            "int8 weights and cache, int4 draft heads",
+            "int8 weights, int4 draft heads, float cache: nearly the float model",
             "rtn",
             weights=INT8,
             head=INT8,
             embedding=INT8,
             draft_head=INT4,
-            kv_cache="int8",
         ),
         Recipe(
             "float",

@@ -18,6 +18,7 @@ from shortstack.graphs.kv_map import producers
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.layers import LayerGraph, Taps, Weight
 from shortstack.quant.method import Method
+from shortstack.quant.methods import METHODS
 from shortstack.quant.methods.awq import scale_layer
 from shortstack.quant.methods.offsets import with_offsets
 from shortstack.quant.methods.stats import InputStats, InputStatsBuilder, output_error
@@ -142,10 +143,12 @@ class Walk:
                 continue
             seen = stats.get(name)
             fitted = block_format.fitted(weight.shape[1])
+            # An untied embedding multiplies nothing: its rows are looked up, and their own error is all that counts.
+            round_matrix = METHODS["k-quant"] if seen is None and self.method.needs_text else self.method.round
             if fitted.has_offsets:
-                blocks = with_offsets(self.method.round, weight, fitted, seen)
+                blocks = with_offsets(round_matrix, weight, fitted, seen)
             else:
-                blocks = self.method.round(weight, fitted, seen)
+                blocks = round_matrix(weight, fitted, seen)
             tensors[name] = blocks
             errors[name] = output_error(weight, blocks.dequantize(), seen)
         return Rounded(tensors, errors)

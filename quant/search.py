@@ -1,9 +1,10 @@
 """The cheapest mix of int4, int8 and float parts that stays under a KL divergence, greedy by sensitivity.
 
-Units are the attention and the MLP of each layer, the head, and an untied embedding. Each is rounded both ways once, for the inputs that the
-float model gives it. A unit's *sensitivity* is the KL divergence from the source when it alone is int4, per byte that
-int4 saves over int8. In that order units go from int8 to int4; how many may go is found by bisection, every candidate
-mix being run. Where int8 everywhere is already too much, units go from int8 to float instead, the most sensitive first.
+Units are the attention and the MLP of each layer, the head, and an untied embedding. Each is rounded both ways once,
+for the inputs that the float model gives it. A unit's *sensitivity* is the KL divergence from the source when it alone
+is int4, per byte that int4 saves over int8. In that order units go from int8 to int4; how many may go is found by
+bisection, every candidate mix being run. Where int8 everywhere is already too much, units go from int8 to float
+instead, the most sensitive first.
 
 KL is measured on text that rounding did not see: the last quarter of the calibration text.
 """
@@ -142,7 +143,7 @@ def search(
     Args:
         source: The float bundle.
         method: How to round.
-        assignment: The recipe's: its block size and symmetry are kept, the formats of its matrices and its offsets are not.
+        assignment: The recipe's: its block size and symmetry are kept, its formats and offsets are not.
         rows: Calibration text, int64 [texts, seq].
         max_kl: The limit.
         stage: Starts a stage of the progress bar.

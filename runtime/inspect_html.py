@@ -91,7 +91,7 @@ def _shares(report: Report) -> list[Share]:
         Share(embedding, weights.embedding, "table"),
         *layers,
         Share("LM head", weights.lm_head, "table"),
-        Share("trimmed heads", weights.draft_heads, "exit"),
+        Share("exits' own heads", weights.draft_heads, "exit"),
         Share("rotary tables, final norm", weights.other, "other"),
     ]
     return [part for part in parts if part.bytes]

@@ -13,11 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shortstack.graphs.precision import SPARE_ROWS
-from shortstack.graphs.spec import DType, ModelSpec
-
-BYTES_PER_VALUE: dict[DType, int] = {"float32": 4, "float16": 2}
-ID_BYTES = 8  # an entry of a trimmed head's id map, int64
+from shortstack.graphs.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +96,3 @@ def model_parameters(spec: ModelSpec) -> ModelParameters:
         final_norm=spec.hidden_size,
         lm_head=0 if spec.tie_word_embeddings else table,
     )
-
-
-def layer_bytes(spec: ModelSpec, layer: int, dtype: DType) -> int:
-    """Return what one layer takes in weights.data: heads padded to the width that the attention kernel takes."""
-    return layer_parameters(spec, layer, spec.cache_head_dim).total * BYTES_PER_VALUE[dtype]
-
-
-def head_bytes(spec: ModelSpec, rows: int, dtype: DType) -> int:
-    """Return the weights that a head of this many rows reads for one position, the norm before it included."""
-    return (rows + 1) * spec.hidden_size * BYTES_PER_VALUE[dtype]
-
-
-def rope_bytes(spec: ModelSpec, max_length: int, dtype: DType) -> int:
-    """Return the size of the cos and sin tables [max_length + a spare row, head_dim / 2]."""
-    return (max_length + SPARE_ROWS) * spec.cache_head_dim * BYTES_PER_VALUE[dtype]
-
-
-def cache_bytes_per_token(spec: ModelSpec, producers: int, dtype: DType) -> int:
-    """Return what one position takes in the K,V caches of this many layers."""
-    return 2 * spec.num_key_value_heads * spec.cache_head_dim * BYTES_PER_VALUE[dtype] * producers

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shortstack.runtime.inspect_parameters import BYTES_PER_VALUE
+from shortstack.runtime.inspect_bytes import BYTES_PER_VALUE
 from shortstack.runtime.inspect_report import HeadReport, LayerReport, Report, SegmentReport
 from shortstack.runtime.inspect_words import layers, quantity, ranges, size
 
@@ -161,7 +161,7 @@ def _final_head(picture: Picture, report: Report, y: float, bytes_per_unit: floa
     spec, head = report.spec, report.segments[-1].head
     tied = spec.tie_word_embeddings
     stored = "the embedding again: stored once" if tied else size(report.weights.lm_head)
-    reads = f"{head.rows:,} rows of {spec.hidden_size}, reads {size(head.weight_bytes)}"
+    reads = f"{head.rows:,} rows of {spec.hidden_size}, {head.stored_as}, reads {size(head.weight_bytes)}"
     title = f"final norm and LM head\n{reads}\n{stored}"
     css = "table tied" if tied else "table"
     height = _table(picture, y, head.weight_bytes, bytes_per_unit, css, title)
@@ -235,7 +235,7 @@ def _exit(picture: Picture, report: Report, head: HeadReport, y: float) -> None:
     picture.labels.append(Label(_MIDDLE - 10, y - 5, f"hidden · {per_token}", "end muted small"))
     trimmed = head.rows < spec.vocab_size
     rows = f"{head.rows:,} of {spec.vocab_size:,} rows" if trimmed else f"all {head.rows:,} rows"
-    stored = "" if trimmed else ", the final head's own weights"
+    stored = f", {head.stored_as}" + ("" if head.owns_weights else ", the final head's own weights")
     complete = " · KV-complete" if head.kv_complete else ""
     title = (
         f"exit after {head.exit_layer} layers{complete}\nnorm and LM head, {rows}{stored}: {size(head.weight_bytes)}\n"

@@ -9,7 +9,7 @@ layer i, h_d those of the exit's head and h those of the final head,
     f(E) = (l_0 + .. + l_(E-1) + h_d) / (l_0 + .. + l_(L-1) + h)
 
 which is (E * l + h_d) / (L * l + h) where all layers are alike (Leviathan et al., https://arxiv.org/abs/2211.17192,
-call it c). Only a measurement says what a draft costs on a machine.
+call it c). Bytes are those that the bundle's precision stores. Only a measurement says what a draft costs on a machine.
 """
 
 from __future__ import annotations
@@ -23,18 +23,24 @@ from shortstack.graphs.contract import Port
 from shortstack.graphs.kv_map import borrowed, is_kv_complete, producers
 from shortstack.graphs.manifest import FORMAT_VERSION, Manifest
 from shortstack.graphs.plan import ExitSpec, Segment
+from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.runtime.inspect_bytes import (
+    cache_bytes_per_token,
+    draft_heads_bytes,
+    exit_head,
+    final_head,
+    layer_bytes,
+    layers_bytes,
+    other_bytes,
+    read_bytes,
+    vocabulary_bytes,
+)
 from shortstack.runtime.inspect_parameters import (
-    BYTES_PER_VALUE,
-    ID_BYTES,
     LayerParameters,
     ModelParameters,
-    cache_bytes_per_token,
-    head_bytes,
-    layer_bytes,
     layer_parameters,
     model_parameters,
-    rope_bytes,
 )
 
 
@@ -47,6 +53,8 @@ class HeadReport:
         is_final: It is the final head.
         rows: Rows of its LM head: N of a trimmed one, V otherwise.
         kv_complete: Nothing above it owns a cache. True of the final head.
+        stored_as: How its matrix is stored: a type of floats, or blocks.
+        owns_weights: Its matrix is no other head's and not the embedding; exits of equal ones share theirs.
         weight_bytes: What it reads for one position, norm included.
         draft_cost: Predicted cost of one draft step that ends here, in plain steps; 1 for the final head.
     """
@@ -55,6 +63,8 @@ class HeadReport:
     is_final: bool
     rows: int
     kv_complete: bool
+    stored_as: str
+    owns_weights: bool
     weight_bytes: int
     draft_cost: float
 
@@ -122,13 +132,13 @@ class SegmentReport:
 
 @dataclass(frozen=True, slots=True)
 class WeightReport:
-    """What weights.data should hold by the spec, in bytes, and what it does hold.
+    """What weights.data should hold by spec and precision, in bytes, and what it does hold.
 
     Attributes:
         embedding: The token embedding, also the LM head of a tied model.
         layers: All decoder layers.
         lm_head: An untied LM head.
-        draft_heads: Rows and id maps of trimmed heads; heads with the same ids share theirs.
+        draft_heads: The exits' own heads, with the id maps of trimmed ones; equal ones are stored once.
         other: Rotary tables and the final norm.
         stored: Size of weights.data.
     """
@@ -142,12 +152,12 @@ class WeightReport:
 
     @property
     def predicted(self) -> int:
-        """The sum by the spec, every value in the bundle's dtype."""
+        """The sum by spec and precision."""
         return self.embedding + self.layers + self.lm_head + self.draft_heads + self.other
 
     @property
     def as_predicted(self) -> bool:
-        """The file has that size, give or take 1% for alignment; if not, its precision is another one."""
+        """The file has that size, give or take 1% for alignment; if not, bundle.json does not tell all."""
         return abs(self.stored - self.predicted) <= 0.01 * self.predicted
 
 
@@ -162,7 +172,8 @@ class Report:
         source_name: The checkpoint it was made from.
         source_sha256: The checkpoint's hash.
         tools: What wrote it, package to version.
-        dtype: Of activations and cache.
+        dtype: Of activations, and of weights and cache where ``precision`` does not say otherwise.
+        precision: What is stored in blocks, and the type of the cache.
         max_length: Longest context, in tokens.
         spec: The model.
         parameters: Of the whole model.
@@ -181,6 +192,7 @@ class Report:
     source_sha256: str
     tools: dict[str, str]
     dtype: DType
+    precision: Precision
     max_length: int
     spec: ModelSpec
     parameters: ModelParameters
@@ -199,6 +211,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-ready data, computed totals included."""
         data = asdict(self)
+        data["precision"] = self.precision.to_json()
         data["parameters"]["total"] = self.parameters.total
         data["weights"] |= {"predicted": self.weights.predicted, "as_predicted": self.weights.as_predicted}
         for layer, report in zip(data["layers"], self.layers, strict=True):
@@ -215,7 +228,7 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
         verified: It was opened with ``verify_hashes``.
     """
     manifest = bundle.manifest
-    spec, dtype = manifest.spec, manifest.dtype
+    spec = manifest.spec
     segments = tuple(_segment(manifest, segment) for segment in manifest.plan.segments)
     segment_of = {layer: s.index for s in segments for layer in range(s.start, s.end)}
     return Report(
@@ -225,7 +238,8 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
         source_name=manifest.source_name,
         source_sha256=manifest.source_sha256,
         tools=dict(sorted(manifest.tools.items())),
-        dtype=dtype,
+        dtype=manifest.dtype,
+        precision=manifest.precision,
         max_length=manifest.max_length,
         spec=spec,
         parameters=model_parameters(spec),
@@ -237,7 +251,7 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
                 kv_layer=kv_layer,
                 consumers=tuple(i for i, k in enumerate(spec.kv_map) if k == layer and i != layer),
                 parameters=layer_parameters(spec, layer),
-                weight_bytes=layer_bytes(spec, layer, dtype),
+                weight_bytes=layer_bytes(manifest, layer),
             )
             for layer, kv_layer in enumerate(spec.kv_map)
         ),
@@ -266,42 +280,42 @@ def _segment(manifest: Manifest, segment: Segment) -> SegmentReport:
         parameters=parameters,
         parameter_share=round(parameters / model.total, 6),
         graph_bytes=manifest.files[file].bytes,
-        cache_bytes_per_token=cache_bytes_per_token(spec, len(owned), manifest.dtype),
+        cache_bytes_per_token=cache_bytes_per_token(manifest, len(owned)),
         inputs=contract.inputs,
         outputs=contract.outputs,
     )
 
 
 def _head(manifest: Manifest, end: int, exit_spec: ExitSpec | None) -> HeadReport:
-    spec, dtype = manifest.spec, manifest.dtype
-    rows = spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab
-    read = head_bytes(spec, rows, dtype)
-    below = sum(layer_bytes(spec, layer, dtype) for layer in range(end))
-    whole = sum(layer_bytes(spec, layer, dtype) for layer in range(spec.num_hidden_layers))
+    spec = manifest.spec
+    own = None if exit_spec is None else exit_head(manifest, exit_spec)
+    read = read_bytes(manifest, exit_spec)
+    below = sum(layer_bytes(manifest, layer) for layer in range(end))
     return HeadReport(
         exit_layer=end,
         is_final=exit_spec is None,
-        rows=rows,
+        rows=spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab,
         kv_complete=is_kv_complete(spec.kv_map, end),
+        stored_as=_stored_as(manifest, own or final_head(spec)),
+        owns_weights=own is not None or (exit_spec is None and not spec.tie_word_embeddings),
         weight_bytes=read,
-        draft_cost=round((below + read) / (whole + head_bytes(spec, spec.vocab_size, dtype)), 6),
+        draft_cost=round((below + read) / (layers_bytes(manifest) + read_bytes(manifest, None)), 6),
     )
 
 
+def _stored_as(manifest: Manifest, name: str) -> str:
+    formats = manifest.precision.weights
+    words = str(formats.get(name, manifest.dtype))
+    first = formats.get(names.first_rows(name))
+    return words if first is None else f"first rows {first}; others {words}"
+
+
 def _weights(manifest: Manifest) -> WeightReport:
-    spec, dtype = manifest.spec, manifest.dtype
-    model, value_bytes = model_parameters(spec), BYTES_PER_VALUE[dtype]
-    # Two trimmed heads are the same tensor exactly when their id maps are the same file.
-    maps = {
-        manifest.files[names.draft_vocab_file(e.exit_layer)].sha256: e.draft_vocab
-        for e in manifest.plan.exits
-        if e.draft_vocab is not None
-    }
     return WeightReport(
-        embedding=model.embedding * value_bytes,
-        layers=sum(layer_bytes(spec, layer, dtype) for layer in range(spec.num_hidden_layers)),
-        lm_head=model.lm_head * value_bytes,
-        draft_heads=sum(rows * (spec.hidden_size * value_bytes + ID_BYTES) for rows in maps.values()),
-        other=model.final_norm * value_bytes + rope_bytes(spec, manifest.max_length, dtype),
+        embedding=vocabulary_bytes(manifest, names.EMBED_TOKENS),
+        layers=layers_bytes(manifest),
+        lm_head=0 if manifest.spec.tie_word_embeddings else vocabulary_bytes(manifest, names.LM_HEAD),
+        draft_heads=draft_heads_bytes(manifest),
+        other=other_bytes(manifest),
         stored=manifest.files[names.WEIGHTS_FILE].bytes,
     )

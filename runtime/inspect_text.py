@@ -94,13 +94,14 @@ def _segments(report: Report) -> Table:
 
 def _exits(report: Report) -> Table:
     right = ("layers run", "head rows", "head", "draft cost f")
-    table = _table(*right, "KV above", right=right)
+    table = _table(*right, "stored as", "KV above", right=right)
     for head in report.exits:
         table.add_row(
             str(head.exit_layer),
             f"{head.rows:,}",
             size(head.weight_bytes),
             f"{head.draft_cost:.3f}",
+            head.stored_as if head.owns_weights else f"the final head: {head.stored_as}",
             "none: KV-complete" if head.kv_complete else "filled by the segments above",
         )
     return table

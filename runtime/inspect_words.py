@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,10 @@ def head_words(head: HeadReport, vocab_size: int) -> str:
     """Return what a head is: ``exit after 8 layers, 8,192 of 49,152 rows``."""
     if head.is_final:
         return f"final head, {head.rows:,} rows"
-    kind = "full head" if head.rows == vocab_size else f"trimmed head, {head.rows:,} of {vocab_size:,} rows"
-    return f"exit after {head.exit_layer} layer{'s' * (head.exit_layer != 1)}, {kind}"
+    trimmed = head.rows != vocab_size
+    kind = f"trimmed head, {head.rows:,} of {vocab_size:,} rows" if trimmed else "full head"
+    own = ", its own" if head.owns_weights and not trimmed else ""
+    return f"exit after {head.exit_layer} layer{'s' * (head.exit_layer != 1)}, {kind}{own}"
 
 
 def model_words(report: Report) -> str:
@@ -77,6 +80,23 @@ def model_words(report: Report) -> str:
     )
 
 
+def precision_words(report: Report) -> str:
+    """Return what a bundle computes and stores with: ``float32 activations, int8 KV cache; 120 matrices int4, ...``."""
+    precision = report.precision
+    cache = " and cache" if precision.kv_cache == "float" else f", {precision.kv_cache} KV cache"
+    counts = Counter(map(str, precision.weights.values()))
+    if not counts:
+        return f"{report.dtype} activations{cache}"
+    vocabulary = {names.EMBED_TOKENS} if report.spec.tie_word_embeddings else {names.EMBED_TOKENS, names.LM_HEAD}
+    exits = {names.exit_weight(h.exit_layer, "head.weight") for h in report.exits if h.owns_weights}
+    layers = {names.layer_weight(layer.layer, part) for layer in report.layers for part in names.LAYER_MATRICES}
+    if floats := len((vocabulary | exits | layers) - precision.weights.keys()):
+        counts[report.dtype] = floats
+    (most, count), *others = counts.most_common()
+    words = [f"{count} {'matrix' if count == 1 else 'matrices'} {most}", *(f"{n} {kind}" for kind, n in others)]
+    return f"{report.dtype} activations{cache}; {'; '.join(words)}"
+
+
 def facts(report: Report) -> list[tuple[str, str]]:
     """Return the header: label and value of each fact about the bundle as a whole."""
     tools = ", ".join(f"{printable(name)} {printable(version)}" for name, version in report.tools.items())
@@ -84,7 +104,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     hashes = "every file matches" if report.verified else "not checked (--verify does)"
     return [
         ("model", model_words(report)),
-        ("precision", f"{report.dtype} activations and cache"),
+        ("precision", precision_words(report)),
         ("max length", f"{report.max_length:,} tokens"),
         ("cache", f"{size(per_token)} per token, {size(per_token * report.max_length)} at max length"),
         ("source", f"{printable(report.source_name)} (sha256 {short_hash(report.source_sha256)})"),
@@ -118,13 +138,13 @@ def kv_lines(report: Report) -> list[KVLine]:
 
 
 def precision_note(report: Report) -> str | None:
-    """Return a warning when weights.data is not what the dtype says, so that predictions by bytes are off."""
+    """Return a warning when weights.data is not what its precision says, so that predictions by bytes are off."""
     weights = report.weights
     if weights.as_predicted:
         return None
     return (
-        f"{names.WEIGHTS_FILE} holds {size(weights.stored)} where {report.dtype} weights would take "
-        f"{size(weights.predicted)}: predicted draft costs assume one precision for layers and heads"
+        f"{names.WEIGHTS_FILE} holds {size(weights.stored)} where the precision in {names.MANIFEST_FILE} makes "
+        f"{size(weights.predicted)}: predicted draft costs may be off"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.bad_input import MAX_LENGTH, Refused
+from helpers.quantized import QuantizedBundles
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack.__main__ import run
 from shortstack.runtime import Model, load
@@ -37,6 +38,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 def checkpoint(tiny_bundles: TinyBundles, tmp_path: Path) -> Path:
     """A checkpoint to damage."""
     return Path(shutil.copytree(tiny_bundles.checkpoint(BASE), tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> QuantizedBundles:
+    return QuantizedBundles(tmp_path_factory.mktemp("quantized"))
 
 
 @pytest.fixture(scope="module")

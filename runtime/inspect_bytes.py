@@ -1,0 +1,146 @@
+"""How many bytes each part of a bundle takes in weights.data and in the cache, by bundle.json alone.
+
+For :mod:`shortstack.runtime.inspect_report`. A matrix is floats, or blocks where the bundle's precision lists it, with
+scales of the activations' type. Heads are stored padded to the width that the attention kernel takes.
+"""
+
+from __future__ import annotations
+
+from shortstack.graphs import names
+from shortstack.graphs.kv_map import producers
+from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.precision import SPARE_ROWS
+from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.runtime.inspect_parameters import layer_parameters
+
+BYTES_PER_VALUE: dict[DType, int] = {"float32": 4, "float16": 2}
+ID_BYTES = 8  # an entry of a trimmed head's id map, int64
+_KV_SCALE_BYTES = 4  # float32 whatever the activations are
+
+
+def final_head(spec: ModelSpec) -> str:
+    """Return the name of the final head's matrix."""
+    return names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
+
+
+def matrix_bytes(manifest: Manifest, name: str, rows: int, width: int) -> int:
+    """Return what a matrix [rows, width] takes, by its name."""
+    value_bytes, block_format = BYTES_PER_VALUE[manifest.dtype], manifest.precision.weights.get(name)
+    if block_format is None:
+        return rows * width * value_bytes
+    return block_format.stored_bytes(rows, width, value_bytes)
+
+
+def layer_bytes(manifest: Manifest, layer: int) -> int:
+    """Return what one layer takes, norms, biases and the scales of an int8 cache included."""
+    spec = manifest.spec
+    hidden, mlp_width, head_dim = spec.hidden_size, spec.intermediate_size, spec.cache_head_dim
+    parameters = layer_parameters(spec, layer, head_dim)
+    queries = spec.num_attention_heads * head_dim
+    shapes = {
+        names.QKV_PROJ: (parameters.qkv // hidden, hidden),
+        "attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_proj.weight": (mlp_width, hidden),
+        "mlp.up_proj.weight": (mlp_width, hidden),
+        "mlp.down_proj.weight": (hidden, mlp_width),
+    }
+    matrices = sum(
+        matrix_bytes(manifest, names.layer_weight(layer, part), *shapes[part]) for part in names.LAYER_MATRICES
+    )
+    vectors = (parameters.norms + parameters.biases) * BYTES_PER_VALUE[manifest.dtype]
+    has_scales = manifest.precision.kv_cache == "int8" and layer in producers(spec.kv_map, layer, layer + 1)
+    scales = 2 * spec.num_key_value_heads * head_dim * _KV_SCALE_BYTES if has_scales else 0
+    return matrices + vectors + scales
+
+
+def layers_bytes(manifest: Manifest) -> int:
+    """Return what all layers take."""
+    return sum(layer_bytes(manifest, layer) for layer in range(manifest.spec.num_hidden_layers))
+
+
+def vocabulary_bytes(manifest: Manifest, name: str) -> int:
+    """Return what the embedding or the LM head takes; its first rows may have a format of their own."""
+    spec, first = manifest.spec, names.first_rows(name)
+    if first not in manifest.precision.weights:
+        return matrix_bytes(manifest, name, spec.vocab_size, spec.hidden_size)
+    count = _first_rows(manifest, name)
+    return matrix_bytes(manifest, first, count, spec.hidden_size) + matrix_bytes(
+        manifest, name, spec.vocab_size - count, spec.hidden_size
+    )
+
+
+def exit_head(manifest: Manifest, exit_spec: ExitSpec) -> str | None:
+    """Return the name of an exit's own head matrix; None if it uses the final head's."""
+    own = names.exit_weight(exit_spec.exit_layer, "head.weight")
+    return own if exit_spec.draft_vocab is not None or own in manifest.precision.weights else None
+
+
+def exit_head_bytes(manifest: Manifest, exit_spec: ExitSpec) -> int:
+    """Return what an exit's own head matrix takes, without its id map; 0 if it uses the final head's."""
+    own, spec = exit_head(manifest, exit_spec), manifest.spec
+    return 0 if own is None else matrix_bytes(manifest, own, exit_spec.draft_vocab or spec.vocab_size, spec.hidden_size)
+
+
+def read_bytes(manifest: Manifest, exit_spec: ExitSpec | None) -> int:
+    """Return the weights that a head reads for one position, the norm before it included; None is the final head."""
+    norm = manifest.spec.hidden_size * BYTES_PER_VALUE[manifest.dtype]
+    own = 0 if exit_spec is None else exit_head_bytes(manifest, exit_spec)
+    return norm + (own or vocabulary_bytes(manifest, final_head(manifest.spec)))
+
+
+def draft_heads_bytes(manifest: Manifest) -> int:
+    """Return what the exits' own heads and their id maps take.
+
+    Heads of the same rows and format are one tensor, but for those in blocks that were rounded for the inputs of each
+    exit. bundle.json does not say which: the size of weights.data does.
+    """
+    each = [(e, exit_head(manifest, e), exit_head_bytes(manifest, e)) for e in manifest.plan.exits]
+    own = [(e, name, size) for e, name, size in each if name is not None]
+    formats = manifest.precision.weights
+    # Two trimmed heads have the same rows exactly when their id maps are the same file.
+    rows = {e: manifest.files[names.draft_vocab_file(e.exit_layer)].sha256 if e.draft_vocab else "" for e, _, _ in own}
+    maps = {rows[e]: e.draft_vocab * ID_BYTES for e, _, _ in own if e.draft_vocab}
+    shared = sum({(rows[e], formats.get(name)): size for e, name, size in own}.values())
+    if not any(name in formats for _, name, _ in own):
+        return shared + sum(maps.values())
+    apart = sum(size for _, _, size in own)
+    if names.first_rows(final_head(manifest.spec)) in formats:  # nothing is left to tell by
+        return apart + sum(maps.values())
+    left = manifest.files[names.WEIGHTS_FILE].bytes - sum(maps.values()) - _without_exits(manifest)
+    return sum(maps.values()) + min(shared, apart, key=lambda heads: abs(left - heads))
+
+
+def other_bytes(manifest: Manifest) -> int:
+    """Return what the final norm and the rotary tables [max_length (+ a spare row), head_dim / 2] take."""
+    spec, precision = manifest.spec, manifest.precision
+    positions = manifest.max_length + (0 if precision.is_float else SPARE_ROWS)
+    return (spec.hidden_size + positions * spec.cache_head_dim) * BYTES_PER_VALUE[manifest.dtype]
+
+
+def cache_bytes_per_token(manifest: Manifest, layers: int) -> int:
+    """Return what one position takes in the K,V caches of this many layers that own one."""
+    spec = manifest.spec
+    value_bytes = 1 if manifest.precision.kv_cache == "int8" else BYTES_PER_VALUE[manifest.dtype]
+    return 2 * spec.num_key_value_heads * spec.cache_head_dim * value_bytes * layers
+
+
+def _without_exits(manifest: Manifest) -> int:
+    """Return the size of weights.data without the exits' own heads."""
+    head = 0 if manifest.spec.tie_word_embeddings else vocabulary_bytes(manifest, names.LM_HEAD)
+    return other_bytes(manifest) + layers_bytes(manifest) + head + vocabulary_bytes(manifest, names.EMBED_TOKENS)
+
+
+def _first_rows(manifest: Manifest, name: str) -> int:
+    """Return about how many rows of a vocabulary matrix have the format of the first ones.
+
+    bundle.json lists the two formats and not where one ends; what weights.data holds beyond all the rest tells.
+    """
+    spec, first = manifest.spec, names.first_rows(name)
+    hidden = spec.hidden_size
+    per_first, per_other = (matrix_bytes(manifest, part, 1, hidden) for part in (first, name))
+    rest = other_bytes(manifest) + layers_bytes(manifest) + draft_heads_bytes(manifest)
+    if not spec.tie_word_embeddings:
+        rest += matrix_bytes(manifest, names.EMBED_TOKENS, spec.vocab_size, hidden)
+    beyond = manifest.files[names.WEIGHTS_FILE].bytes - rest - spec.vocab_size * per_other
+    return min(spec.vocab_size, max(0, round(beyond / (per_first - per_other)))) if per_first != per_other else 0
