@@ -143,7 +143,7 @@ def search(
     Args:
         source: The float bundle.
         method: How to round.
-        assignment: The recipe's: its block size and symmetry are kept, its formats and offsets are not.
+        assignment: The recipe's: block size, symmetry and the offsets of its layers are kept, its bits are not.
         rows: Calibration text, int64 [texts, seq].
         max_kl: The limit.
         stage: Starts a stage of the progress bar.
@@ -151,20 +151,20 @@ def search(
     depth = source.spec.num_hidden_layers
     measured = max(1, min(len(rows) // 4, _MEASURED_TOKENS // rows.shape[1]))
     seen = rows[:-measured] if len(rows) > measured else rows
-    shape = next((f for f in assignment.matrices.values() if f is not None), BlockFormat(4))
-    formats = {bits: replace(shape, bits=bits, has_offsets=False) for bits in (4, 8)}
     everything = units(source)
+    matrix_names = [name for unit in everything for name in unit.matrices]
+    formats = {bits: {name: _with_bits(assignment.matrices[name], bits) for name in matrix_names} for bits in (4, 8)}
     rounded = {}
     for bits, wanted in formats.items():
         advance = stage(f"Rounding to int{bits}", depth)
-        flat = Assignment({name: wanted for unit in everything for name in unit.matrices}, {})
+        flat = Assignment(wanted, {})
         rounded[bits] = _round_all(Walk(source, flat, method, seen, follows_floats=True), advance)
     candidates = _Candidates(source, rows[-measured:], rounded)
     candidates.prepare(stage("Running the float model", depth))
     advance = stage("Measuring sensitivity", len(everything))
     sensitivity: dict[Unit, float] = {}
     for unit in everything:
-        sensitivity[unit] = candidates.kl(dict.fromkeys(unit.matrices, 4)) / _saved_bytes(unit, rounded, formats)
+        sensitivity[unit] = candidates.kl(dict.fromkeys(unit.matrices, 4)) / _saved_bytes(unit, rounded)
         advance(1)
     order = sorted(everything, key=lambda unit: sensitivity[unit])
     advance = stage("Searching the mix", int(np.ceil(np.log2(len(order) + 1))) + 1)
@@ -172,7 +172,7 @@ def search(
     matrices: dict[str, Format] = dict(assignment.matrices)
     for unit in everything:
         for name in unit.matrices:
-            matrices[name] = formats[chosen[name]] if name in chosen else None
+            matrices[name] = formats[chosen[name]][name] if name in chosen else None
     return Assignment(matrices, assignment.draft_heads)
 
 
@@ -226,8 +226,15 @@ def _round_all(walk: Walk, advance: Callable[[float], None]) -> dict[str, BlockT
     return found
 
 
-def _saved_bytes(
-    unit: Unit, rounded: Mapping[int, Mapping[str, BlockTensor]], formats: Mapping[int, BlockFormat]
-) -> int:
-    shapes = [rounded[4][name].shape for name in unit.matrices]
-    return sum(formats[8].stored_bytes(*shape) - formats[4].stored_bytes(*shape) for shape in shapes)
+def _with_bits(wanted: Format, bits: int) -> BlockFormat:
+    """Return a recipe's format with other bits; offsets make up for coarse steps, and 8 bits have none."""
+    shape = wanted or BlockFormat(bits)
+    return replace(shape, bits=bits, has_offsets=shape.has_offsets and bits == 4)
+
+
+def _saved_bytes(unit: Unit, rounded: Mapping[int, Mapping[str, BlockTensor]]) -> int:
+    def stored(bits: int, name: str) -> int:
+        blocks = rounded[bits][name]
+        return blocks.format.stored_bytes(*blocks.shape)
+
+    return sum(stored(8, name) - stored(4, name) for name in unit.matrices)
