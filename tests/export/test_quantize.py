@@ -375,7 +375,7 @@ def test_the_report_is_stored_and_printed_and_hashed(
 ) -> None:
     source, out = tiny_bundles.bundle(SPECULATOR, 1, 3), tmp_path / "out"
     capsys.readouterr()
-    assert run(["quantize", str(source), str(out), "-r", "int8", *SMALL, "--json"]) == 0
+    assert run(["quantize", str(source), str(out), "-r", "int8", "--kv-cache", "int8", *SMALL, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     bundle = open_bundle(out, verify_hashes=True)
     assert names.QUALITY_FILE in bundle.manifest.files
@@ -436,7 +436,7 @@ VOCABULARY = (names.EMBED_TOKENS, names.LM_HEAD)
 @pytest.mark.parametrize(
     ("options", "expected", "kv_cache", "dtype"),
     [
-        (("-r", "int8", "--draft-head", "int8"), INT8_LAYERS | dict.fromkeys(VOCABULARY, INT8), "int8", "float32"),
+        (("-r", "int8", "--draft-head", "int8"), INT8_LAYERS | dict.fromkeys(VOCABULARY, INT8), "float", "float32"),
         (("-r", "float", "--dtype", "fp16"), {}, "float", "float16"),
         (("-r", "float", "--kv-cache", "int8"), {}, "int8", "float32"),
         (
