@@ -56,7 +56,7 @@ $(INSTALLED): pyproject.toml
 	echo "creating $(VENV) with $$($$python --version)"; \
 	$$python -m venv $(VENV)
 	$(PY) -m pip install --quiet torch==2.13.0
-	$(PY) -m pip install --quiet -e '.[cpu,export,dev]'
+	$(PY) -m pip install --quiet -e '.[cpu,export,train,dev]'
 	@touch $@
 
 # The repository root is the package, which type checkers find through a folder of the package's name.

@@ -1,0 +1,1 @@
+"""What the recipes share: the loop, its data, schedules, measurements and pictures."""
