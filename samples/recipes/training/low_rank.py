@@ -72,7 +72,8 @@ def save_adapter(
         dtype: Type of the stored tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    described = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()  # type: ignore[no-untyped-call]}
+    fields = config.to_dict()  # type: ignore[no-untyped-call]
+    described = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
     described["base_model_name_or_path"] = base
     described["inference_mode"] = True
     partial = folder / ".adapter.partial"
