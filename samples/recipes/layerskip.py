@@ -62,6 +62,7 @@ class LayerSkipSpec:
         distill: Weight of the original model's logits in the last layer's loss.
         from_scratch: Start from random weights.
         batch_size: Texts in one batch.
+        report_layers: Depths that are measured and not trained.
     """
 
     exit_layers: tuple[int, ...]
@@ -77,6 +78,12 @@ class LayerSkipSpec:
     distill: float
     from_scratch: bool
     batch_size: int
+    report_layers: tuple[int, ...] = ()
+
+    @property
+    def measured_layers(self) -> tuple[int, ...]:
+        """The depths that a report shows, the last layer apart."""
+        return tuple(sorted({*self.exit_layers, *self.report_layers}))
 
 
 def train(
@@ -103,7 +110,7 @@ def train(
     last = twin.spec.num_hidden_layers
     use_bf16 = is_bf16_fast(device)
     twin.to(device)
-    before = measure_depths(twin, held_out, recipe.exit_layers, device, use_bf16=use_bf16)
+    before = measure_depths(twin, held_out, recipe.measured_layers, device, use_bf16=use_bf16)
     teacher = source.copy().to(device).eval().requires_grad_(False) if recipe.distill else None
     lora = None
     if recipe.lora_rank:
@@ -133,11 +140,11 @@ def train(
         return StepLoss(loss, parts, batch.tokens)
 
     def measure() -> dict[str, float]:
-        found = measure_depths(twin, held_out, recipe.exit_layers, device, use_bf16=use_bf16)
+        found = measure_depths(twin, held_out, recipe.measured_layers, device, use_bf16=use_bf16)
         return _lines(found, last)
 
     history = run(twin, loss_of, measure, loop, out, settings)
-    after = measure_depths(twin, held_out, recipe.exit_layers, device, use_bf16=use_bf16)
+    after = measure_depths(twin, held_out, recipe.measured_layers, device, use_bf16=use_bf16)
     if lora is not None:
         save_adapter(out / "adapter", lora, adapter_tensors(twin), source.name)
     else:
@@ -160,6 +167,7 @@ def _shrink_frozen(twin: nn.Module) -> None:
 
 @recipe_command
 @click.option("--exit-layer", "exit_layers", type=click.IntRange(1), multiple=True, help="Exit to train; repeatable.")
+@click.option("--report-layer", "report_layers", type=click.IntRange(1), multiple=True, help="Measure this depth too.")
 @click.option("--p-max", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Layer dropout at the top.")
 @click.option("--e-scale", type=click.FloatRange(0), default=1.0, show_default=True, help="Weight of exits' losses.")
 @click.option("--scale", type=click.Choice(["layerskip", "equal"]), default="layerskip", show_default=True,
@@ -181,8 +189,12 @@ def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     exits = tuple(sorted(set(options["exit_layers"])))
     source = open_source(common.checkpoint, from_scratch=common.from_scratch)
     depth = source.twin.spec.num_hidden_layers
-    if any(exit_layer >= depth for exit_layer in exits):
-        raise RequestError("--exit-layer", found=list(exits), expected=f"below the {depth} layers of the model")
+    if any(exit_layer >= depth for exit_layer in (*exits, *options["report_layers"])):
+        raise RequestError(
+            "--exit-layer or --report-layer",
+            found=[*exits, *options["report_layers"]],
+            expected=f"below the {depth} layers of the model",
+        )
     recipe = LayerSkipSpec(
         exit_layers=exits,
         p_max=options["p_max"],
@@ -197,6 +209,7 @@ def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
         distill=options["distill"],
         from_scratch=common.from_scratch,
         batch_size=common.batch_size,
+        report_layers=options["report_layers"],
     )
     examples, held_out = common.split(source)
     device = pick_device(common.device)

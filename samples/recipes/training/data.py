@@ -11,7 +11,7 @@ Only the completion's tokens are learnt; the prompt is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,14 @@ def read_examples(
     Raises:
         RequestError: The file cannot be read, or a row has not the fields.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read ({error})", remedy="name a file of JSON lines") from None
     examples = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        before, after = _parts(line, f"{file}, line {number}", tokenizer, prompt, completion, end)
+    for where, row in _rows(file):
+        if isinstance(row.get("p"), list) and isinstance(row.get("o"), list):
+            before, after = _ids(row["p"], tokenizer, where), _ids(row["o"], tokenizer, where)
+        else:
+            texts = _texts(row, where, prompt, completion)
+            before, after = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+            after = [*after, *end]
         ids = (*before, *after)[:max_tokens]
         start = max(len(before), 1)
         if start < len(ids):
@@ -94,19 +93,37 @@ def read_examples(
     return examples
 
 
-def _parts(
-    line: str, where: str, tokenizer: Tokenizer, prompt: str, completion: str, end: Sequence[int]
-) -> tuple[list[int], list[int]]:
+def read_texts(file: Path, prompt: str, completion: str) -> list[str]:
+    """Read the same file as plain text, prompt and completion joined, for a tokenizer to learn from.
+
+    Raises:
+        RequestError: As in :func:`read_examples`.
+    """
+    return ["".join(_texts(row, where, prompt, completion)) for where, row in _rows(file)]
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row, and where it stands."""
     try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{where} is not JSON ({error})", remedy="write one JSON object per line") from None
-    if not isinstance(row, dict):
-        raise RequestError(where, found=type(row).__name__, expected="one JSON object per line")
-    if isinstance(row.get("p"), list) and isinstance(row.get("o"), list):
-        return _ids(row["p"], tokenizer, where), _ids(row["o"], tokenizer, where)
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} cannot be read ({error})", remedy="name a file of JSON lines") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row: Any = json.loads(line)
+        except ValueError as error:
+            raise RequestError(f"{where} is not JSON ({error})", remedy="write one JSON object per line") from None
+        if not isinstance(row, dict):
+            raise RequestError(where, found=type(row).__name__, expected="one JSON object per line")
+        yield where, row
+
+
+def _texts(row: dict[str, Any], where: str, prompt: str, completion: str) -> tuple[str, str]:
     try:
-        texts = prompt.format_map(row), completion.format_map(row)
+        return prompt.format_map(row), completion.format_map(row)
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise RequestError(
             f"{where}: the templates {prompt!r} and {completion!r} do not fit",
@@ -114,8 +131,6 @@ def _parts(
             expected=str(error),
             remedy="name fields of the rows in --prompt and --completion",
         ) from None
-    before, after = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-    return before, [*after, *end]
 
 
 def _ids(values: list[Any], tokenizer: Tokenizer, where: str) -> list[int]:
