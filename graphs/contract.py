@@ -7,7 +7,7 @@ layer's number in the full model.
 ======================  ===========  ================================  =========================================
 tensor                  graph        dtype, shape                      meaning
 ======================  ===========  ================================  =========================================
-input_ids               first        int64 [batch, seq]
+input_ids               first, token int64 [batch, seq]                also where the exit sees the token
 hidden_states           all but      float [batch, seq, hidden]        residual stream at the lower boundary
                         first
 seqlens_k               all          int32 [batch]                     past + seq - 1; rolling back is passing a
@@ -15,6 +15,8 @@ seqlens_k               all          int32 [batch]                     past + se
 total_sequence_length   all          int32 []                          past + seq
 num_rows                all          int64 []                          the head sees the last rows only; 0 skips
                                                                        it
+exit_state              exits that   float [batch, rows, hidden]       states of the positions before the rows
+                        see states
 past {j} key/value      producers    float or int8 [batch, kv_heads,   bound as past *and* present
                         inside       capacity, head_dim]
 present {j} key/value   producers    same                              the same buffer, updated in place
@@ -27,6 +29,13 @@ top_prob                all          float [batch, rows]               probabili
 margin                  all          float [batch, rows]               top-1 minus top-2 probability
 entropy                 all          float [batch, rows]               in nats
 logits                  all          float [batch, rows, vocab]        fetched only when sampling asks
+gate                    exits with   float [batch, rows]               the gate's confidence, 0..1
+                        a gate
+exit_state_out          exits that   float [batch, rows, hidden]       the exit's guess of the rows' own states
+                        see states
+final_state             last, if an  float [batch, rows, hidden]       the rows' true states
+                        exit sees
+                        states
 ======================  ===========  ================================  =========================================
 
 Where weights are in blocks and the cache is float32, attention sees one empty row behind the run's own
@@ -34,6 +43,8 @@ Where weights are in blocks and the cache is float32, attention sees one empty r
 
 An int8 cache holds ``round(value / scale)`` per channel; the scales are weights of the producer's graph, and every
 consumer of its cache uses the same ones.
+
+The *state* of a position is the residual stream after all layers, divided by its root mean square.
 
 A trimmed head's ``logits`` are [batch, rows, draft_vocab]; its ``token`` is already a full-vocabulary id.
 """
@@ -86,7 +97,13 @@ def cache_type(dtype: DType, kv_cache: KVType) -> CacheType:
 
 
 def segment_contract(
-    spec: ModelSpec, segment: Segment, exit_spec: ExitSpec | None, dtype: DType, kv_cache: KVType = "float"
+    spec: ModelSpec,
+    segment: Segment,
+    exit_spec: ExitSpec | None,
+    dtype: DType,
+    kv_cache: KVType = "float",
+    *,
+    has_final_state: bool = False,
 ) -> GraphContract:
     """Return the contract of one segment.
 
@@ -96,8 +113,12 @@ def segment_contract(
         exit_spec: The exit node at the segment's upper boundary; None for the last segment.
         dtype: Type of activations.
         kv_cache: Type of the cache.
+        has_final_state: The last segment gives states, for the exits that see them; :attr:`SplitPlan.has_state`.
     """
     hidden = ("batch", "seq", spec.hidden_size)
+    state = ("batch", "rows", spec.hidden_size)
+    sees_token = exit_spec is not None and exit_spec.sees_token
+    sees_state = exit_spec is not None and exit_spec.sees_state
     cache = ("batch", spec.num_key_value_heads, "capacity", spec.cache_head_dim)
     vocab = spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab
     kv = cache_type(dtype, kv_cache)
@@ -109,9 +130,11 @@ def segment_contract(
     )
     inputs = [
         first,
+        *([Port(names.INPUT_IDS, "int64", ("batch", "seq"))] if sees_token and not segment.is_first else []),
         Port(names.SEQLENS_K, "int32", ("batch",)),
         Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
         Port(names.NUM_ROWS, "int64", ()),
+        *([Port(names.EXIT_STATE, dtype, state)] if sees_state else []),
         *(Port(names.past(j, part), kv, cache) for j in owned for part in names.KV_PARTS),
         *(
             Port(names.shared(j, part), kv, cache)
@@ -126,6 +149,9 @@ def segment_contract(
         Port(names.MARGIN, dtype, ("batch", "rows")),
         Port(names.ENTROPY, dtype, ("batch", "rows")),
         Port(names.LOGITS, dtype, ("batch", "rows", vocab)),
+        *([Port(names.GATE, dtype, ("batch", "rows"))] if exit_spec is not None and exit_spec.has_gate else []),
+        *([Port(names.EXIT_STATE_OUT, dtype, state)] if sees_state else []),
+        *([Port(names.FINAL_STATE, dtype, state)] if segment.is_last and has_final_state else []),
         *(Port(names.present(j, part), kv, cache) for j in owned for part in names.KV_PARTS),
     ]
     return GraphContract(tuple(inputs), tuple(outputs))

@@ -2,10 +2,10 @@
 
 Layout of the JSON object::
 
-    format_version   2; 1 lacks the field precision
+    format_version   3; 2 has exits of exit_layer and draft_vocab only; 1 also lacks the field precision
     digest           sha256 of the rest, so that an edited file is noticed
     model            ModelSpec
-    exits            [{exit_layer, draft_vocab}], ascending
+    exits            [every field of ExitSpec], ascending
     dtype            float32 | float16: activations, and weights and cache where precision does not say otherwise
     precision        {weights: {name: {bits, block_size, is_symmetric, has_offsets}}, kv_cache: float | int8}
     max_length       positions that the rotary tables cover: the longest context
@@ -31,8 +31,8 @@ from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
 
-FORMAT_VERSION = 2
-_READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+_READABLE_VERSIONS = (1, 2, 3)
 _REEXPORT = "restore the file or re-export the bundle"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f]")  # a plain file name on any system has none of these
@@ -62,7 +62,14 @@ class Manifest:
 
     def contract(self, segment: Segment) -> GraphContract:
         """Return the contract of one of the plan's segments."""
-        return segment_contract(self.spec, segment, self.plan.exit_of(segment), self.dtype, self.precision.kv_cache)
+        return segment_contract(
+            self.spec,
+            segment,
+            self.plan.exit_of(segment),
+            self.dtype,
+            self.precision.kv_cache,
+            has_final_state=self.plan.has_state,
+        )
 
     @property
     def cache_type(self) -> CacheType:
@@ -147,7 +154,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def _parse(path: Path, data: dict[str, Any]) -> Manifest:
     spec = ModelSpec.from_json(data["model"], f"{path}: model")
-    exits = tuple(_read_exit(path, entry, spec) for entry in data["exits"])
+    exits = tuple(_read_exit(path, entry, spec, data["format_version"]) for entry in data["exits"])
     if data["dtype"] not in ("float32", "float16"):
         raise BundleError(
             f"{path}: field dtype", found=repr(data["dtype"]), expected="float32 or float16", remedy=_REEXPORT
@@ -193,7 +200,7 @@ def _read_file_entry(path: Path, name: str, entry: dict[str, Any]) -> FileEntry:
     return FileEntry(size, sha256)
 
 
-def _read_exit(path: Path, entry: dict[str, Any], spec: ModelSpec) -> ExitSpec:
+def _read_exit(path: Path, entry: dict[str, Any], spec: ModelSpec, version: int) -> ExitSpec:
     layer, vocab = entry["exit_layer"], entry["draft_vocab"]
     if type(layer) is not int or not (vocab is None or (type(vocab) is int and 2 <= vocab <= spec.vocab_size)):
         raise BundleError(
@@ -202,7 +209,7 @@ def _read_exit(path: Path, entry: dict[str, Any], spec: ModelSpec) -> ExitSpec:
             expected=f"an integer exit_layer, and a draft_vocab of null or 2..{spec.vocab_size}",
             remedy=_REEXPORT,
         )
-    return ExitSpec(layer, vocab)
+    return ExitSpec(layer, vocab) if version < 3 else ExitSpec.from_json(entry)
 
 
 def required_files(plan: SplitPlan) -> set[str]:

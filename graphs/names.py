@@ -12,6 +12,7 @@ HIDDEN_STATES = "hidden_states"
 SEQLENS_K = "seqlens_k"
 TOTAL_SEQUENCE_LENGTH = "total_sequence_length"
 NUM_ROWS = "num_rows"
+EXIT_STATE = "exit_state"
 
 # Graph outputs
 HIDDEN_STATES_OUT = "hidden_states_out"
@@ -20,6 +21,9 @@ TOP_PROB = "top_prob"
 MARGIN = "margin"
 ENTROPY = "entropy"
 LOGITS = "logits"
+GATE = "gate"
+EXIT_STATE_OUT = "exit_state_out"
+FINAL_STATE = "final_state"
 
 # Files of a bundle
 MANIFEST_FILE = "bundle.json"
@@ -62,6 +66,7 @@ def draft_vocab_file(exit_layer: int) -> str:
 EMBED_TOKENS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+UNIT_NORM = "unit_norm.weight"  # ones: where something is divided by its root mean square and nothing else
 ROPE_COS = "rope.cos"
 ROPE_SIN = "rope.sin"
 

@@ -6,7 +6,10 @@ scales of the activations' type. Heads are stored padded to the width that the a
 
 from __future__ import annotations
 
+import math
+
 from shortstack.graphs import names
+from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, exit_parts, head_rows
 from shortstack.graphs.kv_map import producers
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
@@ -71,44 +74,66 @@ def vocabulary_bytes(manifest: Manifest, name: str) -> int:
 
 
 def exit_head(manifest: Manifest, exit_spec: ExitSpec) -> str | None:
-    """Return the name of an exit's own head matrix; None if it uses the final head's."""
+    """Return the name of an exit's own head matrix [rows, ...]; None if it uses the final head's."""
+    if exit_spec.head == "low_rank":
+        return names.exit_weight(exit_spec.exit_layer, "head.up.weight")
     own = names.exit_weight(exit_spec.exit_layer, "head.weight")
-    return own if exit_spec.draft_vocab is not None or own in manifest.precision.weights else None
+    is_own = exit_spec.head == "own" or exit_spec.draft_vocab is not None or own in manifest.precision.weights
+    return own if is_own else None
 
 
 def exit_head_bytes(manifest: Manifest, exit_spec: ExitSpec) -> int:
     """Return what an exit's own head matrix takes, without its id map; 0 if it uses the final head's."""
     own, spec = exit_head(manifest, exit_spec), manifest.spec
-    return 0 if own is None else matrix_bytes(manifest, own, exit_spec.draft_vocab or spec.vocab_size, spec.hidden_size)
+    width = exit_spec.head_rank or spec.hidden_size
+    return 0 if own is None else matrix_bytes(manifest, own, head_rows(spec, exit_spec), width)
+
+
+def exit_branch_bytes(manifest: Manifest, exit_spec: ExitSpec) -> int:
+    """Return what else an exit has of its own: branch, norm, gate, and the projection of a low-rank head."""
+    spec, value_bytes = manifest.spec, BYTES_PER_VALUE[manifest.dtype]
+    matrices, taken = exit_matrices(spec, exit_spec), 0
+    for part, shape in exit_parts(spec, exit_spec).items():
+        if part in matrices and part not in ROWS:
+            taken += matrix_bytes(manifest, names.exit_weight(exit_spec.exit_layer, part), *matrices[part])
+        elif part not in (*ROWS, HEAD_IDS):
+            taken += math.prod(shape) * value_bytes
+    return taken
 
 
 def read_bytes(manifest: Manifest, exit_spec: ExitSpec | None) -> int:
-    """Return the weights that a head reads for one position, the norm before it included; None is the final head."""
+    """Return the weights that a head reads for one position, norm and branch included; None is the final head."""
     norm = manifest.spec.hidden_size * BYTES_PER_VALUE[manifest.dtype]
-    own = 0 if exit_spec is None else exit_head_bytes(manifest, exit_spec)
-    return norm + (own or vocabulary_bytes(manifest, final_head(manifest.spec)))
+    if exit_spec is None:
+        return norm + vocabulary_bytes(manifest, final_head(manifest.spec))
+    head = exit_head_bytes(manifest, exit_spec) or vocabulary_bytes(manifest, final_head(manifest.spec))
+    norm = norm if exit_spec.norm == "final" else 0  # one of its own is part of the branch
+    return norm + exit_branch_bytes(manifest, exit_spec) + head
 
 
 def draft_heads_bytes(manifest: Manifest) -> int:
-    """Return what the exits' own heads and their id maps take.
+    """Return what the exits have of their own: heads, their id maps and all else.
 
     Heads of the same rows and format are one tensor, but for those in blocks that were rounded for the inputs of each
     exit. bundle.json does not say which: the size of weights.data does.
     """
-    each = [(e, exit_head(manifest, e), exit_head_bytes(manifest, e)) for e in manifest.plan.exits]
-    own = [(e, name, size) for e, name, size in each if name is not None]
+    exits = manifest.plan.exits
+    each = [(e, exit_head(manifest, e), exit_head_bytes(manifest, e)) for e in exits]
     formats = manifest.precision.weights
     # Two trimmed heads have the same rows exactly when their id maps are the same file.
-    rows = {e: manifest.files[names.draft_vocab_file(e.exit_layer)].sha256 if e.draft_vocab else "" for e, _, _ in own}
-    maps = {rows[e]: e.draft_vocab * ID_BYTES for e, _, _ in own if e.draft_vocab}
+    rows = {e: manifest.files[names.draft_vocab_file(e.exit_layer)].sha256 if e.draft_vocab else "" for e in exits}
+    fixed = sum({rows[e]: e.draft_vocab * ID_BYTES for e in exits if e.draft_vocab}.values())
+    fixed += sum(exit_branch_bytes(manifest, e) for e in exits)
+    fixed += sum(size for e, _, size in each if e.head != "shared")
+    own = [(e, name, size) for e, name, size in each if name is not None and e.head == "shared"]
     shared = sum({(rows[e], formats.get(name)): size for e, name, size in own}.values())
     if not any(name in formats for _, name, _ in own):
-        return shared + sum(maps.values())
+        return fixed + shared
     apart = sum(size for _, _, size in own)
     if names.first_rows(final_head(manifest.spec)) in formats:  # nothing is left to tell by
-        return apart + sum(maps.values())
-    left = manifest.files[names.WEIGHTS_FILE].bytes - sum(maps.values()) - _without_exits(manifest)
-    return sum(maps.values()) + min(shared, apart, key=lambda heads: abs(left - heads))
+        return fixed + apart
+    left = manifest.files[names.WEIGHTS_FILE].bytes - fixed - _without_exits(manifest)
+    return fixed + min(shared, apart, key=lambda heads: abs(left - heads))
 
 
 def other_bytes(manifest: Manifest) -> int:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from shortstack.runtime.inspect_bytes import BYTES_PER_VALUE
 from shortstack.runtime.inspect_report import HeadReport, LayerReport, Report, SegmentReport
-from shortstack.runtime.inspect_words import layers, quantity, ranges, size
+from shortstack.runtime.inspect_words import branch_words, layers, quantity, ranges, size
 
 SEGMENT_COLOURS = 6
 
@@ -238,7 +238,8 @@ def _exit(picture: Picture, report: Report, head: HeadReport, y: float) -> None:
     stored = f", {head.stored_as}" + ("" if head.owns_weights else ", the final head's own weights")
     complete = " · KV-complete" if head.kv_complete else ""
     title = (
-        f"exit after {head.exit_layer} layers{complete}\nnorm and LM head, {rows}{stored}: {size(head.weight_bytes)}\n"
+        f"exit after {head.exit_layer} layers{complete}\n"
+        f"{branch_words(head)}norm and LM head, {rows}{stored}: {size(head.weight_bytes)}\n"
         f"predicted draft cost {head.draft_cost:.3f} of a plain step"
     )
     width = max(3.0, _RIGHT_WIDTH * head.rows / spec.vocab_size)

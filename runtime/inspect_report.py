@@ -55,8 +55,9 @@ class HeadReport:
         kv_complete: Nothing above it owns a cache. True of the final head.
         stored_as: How its matrix is stored: a type of floats, or blocks.
         owns_weights: Its matrix is no other head's and not the embedding; exits of equal ones share theirs.
-        weight_bytes: What it reads for one position, norm included.
+        weight_bytes: What it reads for one position, norm and branch included.
         draft_cost: Predicted cost of one draft step that ends here, in plain steps; 1 for the final head.
+        exit_spec: What kind of exit it is; None for the final head.
     """
 
     exit_layer: int
@@ -67,6 +68,7 @@ class HeadReport:
     owns_weights: bool
     weight_bytes: int
     draft_cost: float
+    exit_spec: ExitSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class WeightReport:
         embedding: The token embedding, also the LM head of a tied model.
         layers: All decoder layers.
         lm_head: An untied LM head.
-        draft_heads: The exits' own heads, with the id maps of trimmed ones; equal ones are stored once.
+        draft_heads: What exits have of their own, with the id maps of trimmed heads; equal heads are stored once.
         other: Rotary tables and the final norm.
         stored: Size of weights.data.
     """
@@ -300,6 +302,7 @@ def _head(manifest: Manifest, end: int, exit_spec: ExitSpec | None) -> HeadRepor
         owns_weights=own is not None or (exit_spec is None and not spec.tie_word_embeddings),
         weight_bytes=read,
         draft_cost=round((below + read) / (layers_bytes(manifest) + read_bytes(manifest, None)), 6),
+        exit_spec=exit_spec,
     )
 
 

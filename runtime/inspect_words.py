@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from shortstack.graphs import names
 from shortstack.graphs.contract import Port
+from shortstack.graphs.exit_parts import exit_matrices
+from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.inspect_report import HeadReport, Report
 
 _CACHE_PORT = re.compile(rf"(\D+)(\d+)\.({'|'.join(names.KV_PARTS)})")
@@ -65,7 +67,25 @@ def head_words(head: HeadReport, vocab_size: int) -> str:
     trimmed = head.rows != vocab_size
     kind = f"trimmed head, {head.rows:,} of {vocab_size:,} rows" if trimmed else "full head"
     own = ", its own" if head.owns_weights and not trimmed else ""
-    return f"exit after {head.exit_layer} layer{'s' * (head.exit_layer != 1)}, {kind}{own}"
+    return f"exit after {head.exit_layer} layer{'s' * (head.exit_layer != 1)}, {branch_words(head)}{kind}{own}"
+
+
+def branch_words(head: HeadReport) -> str:
+    """Return what an exit has besides final norm and head: ``linear branch of token and state, own norm, ``."""
+    exit_spec = head.exit_spec
+    if exit_spec is None:
+        return ""
+    words = []
+    if exit_spec.branch != "none":
+        seen = [name for name, sees in (("token", exit_spec.sees_token), ("state", exit_spec.sees_state)) if sees]
+        words.append(f"{exit_spec.branch} branch" + (f" that sees {' and '.join(seen)}" if seen else ""))
+    if exit_spec.norm != "final":
+        words.append("its own norm" if exit_spec.norm == "own" else "no norm")
+    if exit_spec.has_gate:
+        words.append("gate")
+    if exit_spec.head == "low_rank":
+        words.append(f"rank {exit_spec.head_rank}")
+    return "".join(f"{word}, " for word in words)
 
 
 def model_words(report: Report) -> str:
@@ -88,13 +108,22 @@ def precision_words(report: Report) -> str:
     if not counts:
         return f"{report.dtype} activations{cache}"
     vocabulary = {names.EMBED_TOKENS} if report.spec.tie_word_embeddings else {names.EMBED_TOKENS, names.LM_HEAD}
-    exits = {names.exit_weight(h.exit_layer, "head.weight") for h in report.exits if h.owns_weights}
+    exits = {name for head in report.exits for name in _own_matrices(head, report.spec)}
     layers = {names.layer_weight(layer.layer, part) for layer in report.layers for part in names.LAYER_MATRICES}
     if floats := len((vocabulary | exits | layers) - precision.weights.keys()):
         counts[report.dtype] = floats
     (most, count), *others = counts.most_common()
     words = [f"{count} {'matrix' if count == 1 else 'matrices'} {most}", *(f"{n} {kind}" for kind, n in others)]
     return f"{report.dtype} activations{cache}; {'; '.join(words)}"
+
+
+def _own_matrices(head: HeadReport, spec: ModelSpec) -> set[str]:
+    """Return the names of an exit's own matrices, rows of the LM head that it shares included."""
+    assert head.exit_spec is not None
+    parts = set(exit_matrices(spec, head.exit_spec))
+    if head.owns_weights and head.exit_spec.head != "low_rank":
+        parts.add("head.weight")
+    return {names.exit_weight(head.exit_layer, part) for part in parts}
 
 
 def facts(report: Report) -> list[tuple[str, str]]:

@@ -58,6 +58,11 @@ def norm(g: GraphBuilder, spec: ModelSpec, x: Residual, weight: str, name: str) 
     return out, total
 
 
+def unit_rms(g: GraphBuilder, spec: ModelSpec, x: ir.Value, name: str) -> ir.Value:
+    """Append x / rms(x) over the last dimension: a norm whose weight is ones."""
+    return norm(g, spec, Residual(x), names.UNIT_NORM, name)[0]
+
+
 def settle(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
     """Append the additions that turn a residual into one tensor [batch, seq, hidden]."""
     total = x.stream
@@ -94,23 +99,29 @@ def decoder_layer(
         names.layer_weight(layer, "post_attention_norm.weight"),
         f"{node}/post_attention_norm",
     )
-    return Residual(stream, *_gated_mlp(g, spec, layer, normed)), presents
+    mlp = gated_mlp(g, normed, names.layer_weight(layer, "mlp"), f"{node}/mlp", has_bias=spec.mlp_bias)
+    return Residual(stream, *mlp), presents
 
 
-def _gated_mlp(g: GraphBuilder, spec: ModelSpec, layer: int, normed: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """Append ``down(silu(gate(x)) * up(x))``; the down projection's bias is returned, not added."""
-    node = f"/model/layers.{layer}/mlp"
+def gated_mlp(
+    g: GraphBuilder, x: ir.Value, weights: str, node: str, *, has_bias: bool
+) -> tuple[ir.Value, ir.Value | None]:
+    """Append ``down(silu(gate(x)) * up(x))``; the down projection's bias is returned, not added.
 
-    def weight(part: str) -> str:
-        return names.layer_weight(layer, f"mlp.{part}.weight")
-
-    gate = project(g, normed, weight("gate_proj"), f"{node}/gate_proj")
-    up = project(g, normed, weight("up_proj"), f"{node}/up_proj")
-    if spec.mlp_bias:
-        gate = g.op("Add", [gate, g.weight(names.layer_weight(layer, "mlp.gate_proj.bias"))], f"{node}/gate_proj/Add")
-        up = g.op("Add", [up, g.weight(names.layer_weight(layer, "mlp.up_proj.bias"))], f"{node}/up_proj/Add")
+    Args:
+        g: The graph.
+        x: [batch, seq, inputs].
+        weights: What the names of its weights begin with, such as ``model.layers.3.mlp``.
+        node: Prefix of the node names.
+        has_bias: Whether its projections have biases.
+    """
+    gate = project(g, x, f"{weights}.gate_proj.weight", f"{node}/gate_proj")
+    up = project(g, x, f"{weights}.up_proj.weight", f"{node}/up_proj")
+    if has_bias:
+        gate = g.op("Add", [gate, g.weight(f"{weights}.gate_proj.bias")], f"{node}/gate_proj/Add")
+        up = g.op("Add", [up, g.weight(f"{weights}.up_proj.bias")], f"{node}/up_proj/Add")
     # QuickGelu with alpha 1 is x * sigmoid(x): SiLU in one node.
     active = g.op("QuickGelu", [gate], f"{node}/act_fn/QuickGelu", domain=MICROSOFT, alpha=1.0)
     product = g.op("Mul", [active, up], f"{node}/Mul")
-    out = project(g, product, weight("down_proj"), f"{node}/down_proj")
-    return out, g.weight(names.layer_weight(layer, "mlp.down_proj.bias")) if spec.mlp_bias else None
+    out = project(g, product, f"{weights}.down_proj.weight", f"{node}/down_proj")
+    return out, g.weight(f"{weights}.down_proj.bias") if has_bias else None

@@ -1,10 +1,10 @@
-"""An exit node or the final head: from normalised hidden states to token, confidence and logits.
+"""The head of an exit node or of the whole model: from normalised hidden states to token, confidence and logits.
 
 ::
 
-    normed [batch, seq, hidden]
-      └─ the last num_rows positions                 [batch, rows, hidden]; none at all for num_rows = 0
-           └─ product with the LM head               [batch * rows, vocab]
+    [batch, seq, hidden]
+      └─ the last num_rows positions, normalised     [batch, rows, hidden]; none at all for num_rows = 0
+           └─ product with the head                  [batch * rows, vocab]; of a low-rank head, two products
                 ├─ TopK 2                            token, through the id map of a trimmed head
                 └─ Softmax                           top_prob, margin, entropy
 
@@ -17,44 +17,53 @@ import onnx_ir as ir
 
 from shortstack.graphs import names
 from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.matrix import head_product
+from shortstack.graphs.ir.matrix import head_product, project
 
 _TO_THE_END = 2**62
+
+
+def last_rows(g: GraphBuilder, x: ir.Value, num_rows: ir.Value, node: str) -> ir.Value:
+    """Append the slice of the last ``num_rows`` positions: [batch, seq, ...] -> [batch, rows, ...].
+
+    Args:
+        g: The graph.
+        x: What to slice.
+        num_rows: How many positions, int64 []; may be 0.
+        node: Name of the slice.
+    """
+    seq = g.op("Shape", [x], f"{node}/seq", start=1, end=2)
+    first = g.op("Sub", [seq, num_rows], f"{node}/first_row")  # seq - num_rows, so that 0 rows means none, not all
+    return g.op("Slice", [x, first, g.constant([_TO_THE_END]), g.constant([1])], node)
 
 
 def head(
     g: GraphBuilder,
     normed: ir.Value,
-    num_rows: ir.Value,
     hidden_size: int,
     node: str,
     *,
     weight: str,
     id_map: str | None,
+    down: str | None = None,
 ) -> dict[str, ir.Value]:
     """Append a head.
 
     Args:
         g: The graph.
-        normed: Normalised hidden states [batch, seq, hidden].
-        num_rows: How many trailing positions to evaluate, int64 [].
+        normed: Normalised hidden states of the rows to evaluate, [batch, rows, hidden].
         hidden_size: Width of ``normed``.
         node: Prefix of the node names.
-        weight: Name of the LM head's weight [vocab, hidden].
+        weight: Name of the head's weight [vocab, hidden], or [vocab, rank] of a low-rank one.
         id_map: Name of the row-to-token-id map int64 [vocab] of a trimmed head; None when rows are token ids.
+        down: Name of the projection from hidden to rank of a low-rank head; None for any other.
 
     Returns:
         The outputs by port name.
     """
-    seq = g.op("Shape", [normed], f"{node}/seq", start=1, end=2)
-    first = g.op("Sub", [seq, num_rows], f"{node}/first_row")  # seq - num_rows, so that 0 rows means none, not all
-    tail = g.op(
-        "Slice",
-        [normed, first, g.constant([_TO_THE_END]), g.constant([1])],
-        f"{node}/last_rows",
-    )  # [batch, rows, hidden]
-    batch_rows = g.op("Shape", [tail], f"{node}/batch_rows", start=0, end=2)
-    flat = g.op("Reshape", [tail, g.constant([-1, hidden_size])], f"{node}/flatten")  # [batch * rows, hidden]
+    batch_rows = g.op("Shape", [normed], f"{node}/batch_rows", start=0, end=2)
+    flat = g.op("Reshape", [normed, g.constant([-1, hidden_size])], f"{node}/flatten")  # [batch * rows, hidden]
+    if down is not None:
+        flat = project(g, flat, down, f"{node}/down")  # [batch * rows, rank]
     logits = head_product(g, flat, weight, node)  # [batch * rows, vocab]
 
     best, best_row = g.ops("TopK", [logits, g.constant([2])], f"{node}/TopK", ("/values", "/indices"), axis=-1)

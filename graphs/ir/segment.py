@@ -3,8 +3,8 @@
 ::
 
     input_ids ─ Gather ┐
-                       ├─ layers [start, end) ─┬─ sum ──────────── hidden_states_out   (all but the last)
-    hidden_states ─────┘                       └─ norm ─ head ──── token, confidence, logits
+                       ├─ layers [start, end) ─┬─ sum ─────────────────── hidden_states_out   (all but the last)
+    hidden_states ─────┘                       └─ exit node, or norm ─ head ─ token, confidence, logits
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.contract import segment_contract
 from shortstack.graphs.errors import UnsupportedError
-from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle
+from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle, unit_rms
 from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.head import head
+from shortstack.graphs.ir.exit import Seen, check_supported, exit_node, full_head
+from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.matrix import embed
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import producers
@@ -47,7 +48,7 @@ def segment_model(
         kv_cache: Type of the cache.
 
     Raises:
-        UnsupportedError: A layer attends to another layer's cache.
+        UnsupportedError: A layer attends to another layer's cache, or an exit has a cache of its own.
     """
     layers = range(segment.start, segment.end)
     if producers(spec.kv_map, segment.start, segment.end) != tuple(layers):
@@ -55,7 +56,9 @@ def segment_model(
             "the model shares K,V between layers", found=list(spec.kv_map), remedy="export a model without kv_map"
         )
     exit_spec = plan.exit_of(segment)
-    contract = segment_contract(spec, segment, exit_spec, dtype, kv_cache)
+    if exit_spec is not None:
+        check_supported(exit_spec)
+    contract = segment_contract(spec, segment, exit_spec, dtype, kv_cache, has_final_state=plan.has_state)
     g = GraphBuilder(f"layers [{segment.start}, {segment.end})", store)
     inputs = {port.name: g.input(port) for port in contract.inputs}
 
@@ -73,16 +76,16 @@ def segment_model(
         x, presents = decoder_layer(g, spec, layer, x, lengths, kv_cache, spare_row=spare_row)
         outputs |= presents
 
-    full_head = names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
-    node, weight, id_map = "/lm_head", full_head, None
+    num_rows = inputs[names.NUM_ROWS]
     if exit_spec is not None:
-        node = f"/exits.{exit_spec.exit_layer}"
-        outputs[names.HIDDEN_STATES_OUT] = boundary = settle(g, x, f"{node}/hidden_states_out")
-        x = Residual(boundary)
-        if g.has_weight(own := names.exit_weight(exit_spec.exit_layer, "head.weight")):
-            weight = own
-        if exit_spec.draft_vocab is not None:
-            id_map = names.exit_weight(exit_spec.exit_layer, "head.ids")
-    normed, _ = norm(g, spec, x, names.FINAL_NORM, f"{node}/norm")
-    outputs |= head(g, normed, inputs[names.NUM_ROWS], spec.hidden_size, node, weight=weight, id_map=id_map)
+        outputs[names.HIDDEN_STATES_OUT] = boundary = settle(g, x, f"/exits.{exit_spec.exit_layer}/hidden_states_out")
+        seen = Seen(boundary, x.stream, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE))
+        outputs |= exit_node(g, spec, exit_spec, seen, num_rows)
+        return g.finish(contract, outputs, f"shortstack {__version__}")
+    normed, stream = norm(g, spec, x, names.FINAL_NORM, "/lm_head/norm")
+    if plan.has_state:
+        last = last_rows(g, stream, num_rows, "/final_state/last_rows")
+        outputs[names.FINAL_STATE] = unit_rms(g, spec, last, "/final_state")
+    rows = last_rows(g, normed, num_rows, "/lm_head/last_rows")
+    outputs |= head(g, rows, spec.hidden_size, "/lm_head", weight=full_head(spec), id_map=None)
     return g.finish(contract, outputs, f"shortstack {__version__}")

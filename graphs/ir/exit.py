@@ -1,0 +1,160 @@
+"""An exit node: from what the stack holds at a boundary to a prediction, on the last ``num_rows`` positions only.
+
+::
+
+    hidden_states_out ─ last rows ─┬─ branch ─┬─ norm ─ head ── token, confidence, logits
+    middle, ids ─────── last rows ─┤          └─ unit ───────── exit_state_out
+    exit_state ────────────────────┘
+    hidden_states_out ─ last rows ─ unit ─ gate ─────────────── gate
+
+The formulas are those of :class:`shortstack.graphs.plan.ExitSpec`. Rows are taken first, so that a prompt, which wants
+no prediction of an exit, pays for none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from shortstack.graphs import names
+from shortstack.graphs.errors import UnsupportedError
+from shortstack.graphs.exit_parts import MLP_NORM
+from shortstack.graphs.ir.block import Residual, gated_mlp, norm, settle, unit_rms
+from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.head import head, last_rows
+from shortstack.graphs.ir.matrix import embed, project
+from shortstack.graphs.plan import ExitSpec, SplitPlan
+from shortstack.graphs.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What an exit may read.
+
+    Attributes:
+        hidden: The residual stream at the boundary, [batch, seq, hidden].
+        middle: The residual stream between attention and MLP of the layer below the boundary, [batch, seq, hidden].
+        ids: Token ids [batch, seq]; None where the segment has none.
+        state: States of the positions before the rows, [batch, rows, hidden]; None where the segment has none.
+    """
+
+    hidden: ir.Value
+    middle: ir.Value
+    ids: ir.Value | None
+    state: ir.Value | None
+
+
+def check_supported(exit_spec: ExitSpec) -> None:
+    """Check that an exit's graph can be built.
+
+    Raises:
+        UnsupportedError: It is a layer with a cache of its own.
+    """
+    if exit_spec.branch == "block":
+        raise UnsupportedError(
+            f"the exit after {exit_spec.exit_layer} layers has a block, a layer with a cache of its own",
+            expected="branch none, linear or mlp",
+            remedy="leave that exit out of the folder, or train one of another branch there",
+        )
+
+
+def uses_unit_norm(plan: SplitPlan) -> bool:
+    """Whether a graph of the plan divides something by its root mean square and nothing else."""
+    return any(e.branch == "linear" or e.has_gate for e in plan.exits)
+
+
+def full_head(spec: ModelSpec) -> str:
+    """Return the name of the model's LM head: the embedding where they are tied."""
+    return names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
+
+
+def exit_node(
+    g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, seen: Seen, num_rows: ir.Value
+) -> dict[str, ir.Value]:
+    """Append an exit node.
+
+    Args:
+        g: The graph.
+        spec: The model.
+        exit_spec: The exit.
+        seen: What it may read.
+        num_rows: How many trailing positions to evaluate, int64 [].
+
+    Returns:
+        The outputs by port name.
+    """
+    node = f"/exits.{exit_spec.exit_layer}"
+    hidden = last_rows(g, seen.hidden, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]
+    if exit_spec.branch == "linear":
+        x = _linear(g, spec, exit_spec, hidden, seen, num_rows)
+    elif exit_spec.branch == "mlp":
+        x = _mlp(g, spec, exit_spec, last_rows(g, seen.middle, num_rows, f"{node}/middle"))
+    else:
+        x = Residual(hidden)
+
+    outputs: dict[str, ir.Value] = {}
+    if exit_spec.sees_state or exit_spec.norm == "none":
+        x = Residual(settle(g, x, f"{node}/branch"))
+    if exit_spec.sees_state:
+        outputs[names.EXIT_STATE_OUT] = unit_rms(g, spec, x.stream, f"{node}/state")
+    if exit_spec.has_gate:
+        outputs[names.GATE] = _gate(g, spec, exit_spec, hidden)
+    if exit_spec.norm == "none":
+        normed = x.stream
+    else:
+        own = names.exit_weight(exit_spec.exit_layer, "norm.weight")
+        normed, _ = norm(g, spec, x, own if exit_spec.norm == "own" else names.FINAL_NORM, f"{node}/norm")
+    return outputs | _head(g, spec, exit_spec, normed)
+
+
+def _linear(
+    g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, hidden: ir.Value, seen: Seen, num_rows: ir.Value
+) -> Residual:
+    """Append W u + b, and the gated MLP of u if there is one."""
+    depth, node = exit_spec.exit_layer, f"/exits.{exit_spec.exit_layer}/linear"
+    parts = [unit_rms(g, spec, hidden, f"{node}/unit_hidden")]
+    if exit_spec.sees_token:
+        assert seen.ids is not None
+        ids = last_rows(g, seen.ids, num_rows, f"{node}/last_ids")  # [batch, rows]
+        parts.append(unit_rms(g, spec, embed(g, ids, names.EMBED_TOKENS, f"{node}/embed_tokens"), f"{node}/unit_token"))
+    if exit_spec.sees_state:
+        assert seen.state is not None
+        parts.append(seen.state)
+    u = parts[0] if len(parts) == 1 else g.op("Concat", parts, f"{node}/Concat", axis=-1)  # [batch, rows, inputs]
+    x = Residual(
+        project(g, u, names.exit_weight(depth, "linear.weight"), node),
+        bias=g.weight(names.exit_weight(depth, "linear.bias")),
+    )
+    x = Residual(settle(g, x, node))
+    if exit_spec.linear_mlp:
+        x = Residual(x.stream, *gated_mlp(g, u, names.exit_weight(depth, "linear"), f"{node}/mlp", has_bias=False))
+    return x
+
+
+def _mlp(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, middle: ir.Value) -> Residual:
+    """Append m + MLP(norm(m)), beside the MLP of the layer below (EE-LLM, https://arxiv.org/abs/2312.04916)."""
+    depth, node = exit_spec.exit_layer, f"/exits.{exit_spec.exit_layer}/mlp"
+    normed, _ = norm(g, spec, Residual(middle), names.exit_weight(depth, MLP_NORM), f"{node}/norm")
+    return Residual(middle, *gated_mlp(g, normed, names.exit_weight(depth, "mlp"), node, has_bias=spec.mlp_bias))
+
+
+def _gate(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, hidden: ir.Value) -> ir.Value:
+    """Append sigmoid(w unit(h) + b), [batch, rows]."""
+    depth, node = exit_spec.exit_layer, f"/exits.{exit_spec.exit_layer}/gate"
+    score = project(
+        g, unit_rms(g, spec, hidden, f"{node}/unit"), names.exit_weight(depth, "gate.weight"), node
+    )  # [batch, rows, 1]
+    score = g.op("Add", [score, g.weight(names.exit_weight(depth, "gate.bias"))], f"{node}/Add")
+    return g.op("Sigmoid", [g.op("Squeeze", [score, g.constant([-1])], f"{node}/Squeeze")], f"{node}/Sigmoid")
+
+
+def _head(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, normed: ir.Value) -> dict[str, ir.Value]:
+    depth = exit_spec.exit_layer
+    id_map = names.exit_weight(depth, "head.ids") if exit_spec.draft_vocab is not None else None
+    weight, down = names.exit_weight(depth, "head.weight"), None
+    if exit_spec.head == "low_rank":
+        weight, down = names.exit_weight(depth, "head.up.weight"), names.exit_weight(depth, "head.down.weight")
+    elif not g.has_weight(weight):
+        weight = full_head(spec)
+    return head(g, normed, spec.hidden_size, f"/exits.{depth}", weight=weight, id_map=id_map, down=down)
