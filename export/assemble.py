@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,17 +12,21 @@ import onnx_ir as ir
 from tokenizers import Tokenizer
 
 from shortstack import __version__
+from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
-from shortstack.export.block_plan import BlockPlan, plan_blocks
-from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.block_plan import REQUANTIZED_FORMAT, BlockPlan, plan_blocks
+from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.draft_vocab import choose_draft_vocab
+from shortstack.export.exits import Array, read_exits
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors
-from shortstack.export.weights import store_draft_heads, store_weights
+from shortstack.export.weights import store_exits, store_weights
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
 from shortstack.graphs.errors import CheckpointError, RequestError
+from shortstack.graphs.exit_parts import HEAD_IDS
+from shortstack.graphs.ir.exit import check_supported
 from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.manifest import Manifest
@@ -49,9 +54,11 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
     """
     check_free(request.out, request.overwrite)  # before a download, not after
     with progress_stages() as stage:
-        checkpoint = open_checkpoint(request.checkpoint, revision=request.revision)
+        checkpoint = _open(request)
         arch, spec = resolve(checkpoint)
-        plan = SplitPlan(spec.num_hidden_layers, tuple(ExitSpec(e, request.draft_vocab) for e in request.exit_layers))
+        plan, exit_weights = _plan(request, spec)
+        for exit_spec in plan.exits:
+            check_supported(exit_spec)
         max_length = _max_length(request, spec)
         blocks = BlockPlan()
         if request.keep_blocks:
@@ -64,18 +71,22 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
                 remedy="save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
             )
         _check_tokenizer(checkpoint.source, files[names.TOKENIZER_FILE])
-        ids = None
-        if request.draft_vocab is not None:
+        draft_vocabs = {names.exit_weight(e.exit_layer, HEAD_IDS) for e in plan.exits if e.draft_vocab is not None}
+        if chosen := draft_vocabs - exit_weights.keys():
+            assert request.draft_vocab is not None
             ids = choose_draft_vocab(files, request.draft_text, request.draft_vocab, spec.vocab_size)
+            exit_weights |= dict.fromkeys(chosen, ids)
         tensors = ModelTensors(checkpoint, arch, spec, blocks)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
             with WeightStore(folder) as store:
                 advance = stage("Writing weights", spec.num_hidden_layers)
                 store_weights(tensors, request.dtype, max_length, store, advance)
-                if ids is not None:
-                    store_draft_heads(tensors, plan.boundaries, ids, request.dtype, store)
-                    for exit_layer in plan.boundaries:
-                        np.save(folder / names.draft_vocab_file(exit_layer), ids, allow_pickle=False)
+                own_format = REQUANTIZED_FORMAT if store.formats else None
+                store_exits(tensors, plan, exit_weights, request.dtype, store, own_format)
+            for exit_spec in plan.exits:
+                if exit_spec.draft_vocab is not None:
+                    ids = exit_weights[names.exit_weight(exit_spec.exit_layer, HEAD_IDS)]
+                    np.save(folder / names.draft_vocab_file(exit_spec.exit_layer), ids, allow_pickle=False)
             advance = stage("Building graphs", len(plan.segments))
             for segment in plan.segments:
                 model = segment_model(spec, plan, segment, request.dtype, store)
@@ -92,7 +103,7 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
                 dtype=request.dtype,
                 max_length=max_length,
                 files=describe_files(folder),
-                source_name=Path(checkpoint.source).name if Path(checkpoint.source).exists() else checkpoint.source,
+                source_name=_source_name(request),
                 source_sha256=source_sha256,
                 tools={"shortstack": __version__, **{p: version(p) for p in ("numpy", "onnx", "onnx-ir")}},
                 precision=Precision(store.formats),
@@ -100,6 +111,39 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
             advance(1)
             write_manifest(folder, manifest)
     return open_bundle(request.out)
+
+
+def _plan(request: ExportSpec, spec: ModelSpec) -> tuple[SplitPlan, dict[str, Array]]:
+    """Return the exits, and the weights that those of a folder bring along."""
+    trained, weights = ((), {}) if request.exits is None else read_exits(request.exits, spec)
+    if twice := sorted({e.exit_layer for e in trained} & set(request.exit_layers)):
+        raise RequestError(
+            f"--exit-layer {twice[0]} is also the depth of an exit in {request.exits}",
+            remedy=f"leave out --exit-layer {twice[0]}",
+        )
+    exits = []
+    for exit_spec in (*trained, *(ExitSpec(e) for e in request.exit_layers)):
+        is_whole = exit_spec.head == "shared" and exit_spec.draft_vocab is None
+        exits.append(replace(exit_spec, draft_vocab=request.draft_vocab) if is_whole else exit_spec)
+    if request.draft_vocab is not None and tuple(exits) == trained:
+        raise RequestError(
+            "--draft-vocab trims exit heads that are the LM head, and no exit has a whole one",
+            remedy="leave it out: the heads of these exits were chosen when they were trained",
+        )
+    return SplitPlan(spec.num_hidden_layers, tuple(sorted(exits, key=lambda e: e.exit_layer))), weights
+
+
+def _open(request: ExportSpec) -> Checkpoint:
+    checkpoint = open_checkpoint(request.checkpoint, revision=request.revision)
+    return checkpoint if request.adapter is None else AdaptedCheckpoint(checkpoint, request.adapter)
+
+
+def _source_name(request: ExportSpec) -> str:
+    """Return what a bundle says it was made from: names, without the folders they lie in."""
+    path = Path(request.checkpoint).expanduser()
+    name = path.name if path.exists() else request.checkpoint
+    folders = [folder for folder in (request.adapter, request.exits) if folder is not None]
+    return " + ".join((name, *(folder.resolve().name for folder in folders)))
 
 
 def _check_tokenizer(source: str, content: bytes) -> None:

@@ -23,10 +23,18 @@ from shortstack.graphs.errors import RequestError
     help="Cut after E layers and put an exit there; may be given more than once. Without it the model stays whole.",
 )
 @click.option(
+    "--exits",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Cut where this folder's trained exits are (exits.json, exits.safetensors) and put them there. Exits that lie "
+    "beside the checkpoint are used only if named so. --exit-layer adds plain exits at other depths.",
+)
+@click.option(
     "--draft-vocab",
     type=int,
     metavar="N",
-    help="Trim the exit heads to the N most useful token ids. Output stays the same after verification.",
+    help="Trim exit heads that are the whole LM head to the N most useful token ids. Output stays the same after "
+    "verification.",
 )
 @click.option(
     "--draft-text",
@@ -40,6 +48,12 @@ from shortstack.graphs.errors import RequestError
     is_flag=True,
     help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
 )
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Merge this LoRA adapter, as peft saves it. With --keep-blocks, quantized matrices it changes become int8.",
+)
 @click.option("--max-length", type=int, metavar="C", help="Longest context in tokens.  [default: the model's own]")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
@@ -48,10 +62,12 @@ def export(
     checkpoint: str,
     out: Path,
     exit_layers: tuple[int, ...],
+    exits: Path | None,
     draft_vocab: int | None,
     draft_text: Path | None,
     dtype: str,
     keep_blocks: bool,
+    adapter: Path | None,
     max_length: int | None,
     revision: str | None,
     overwrite: bool,
@@ -77,6 +93,8 @@ def export(
             max_length=max_length,
             revision=revision,
             overwrite=overwrite,
+            adapter=adapter,
+            exits=exits,
         ),
         plans.append,
     )

@@ -2,7 +2,8 @@
 
 Three comparisons, each on real text:
 
-1. teacher-forced: logits of every exit and of the final head, at every position;
+1. teacher-forced: logits of every exit and of the final head, at every position; an exit with weights of its own is
+   compared with the PyTorch twin, since transformers has none;
 2. layer by layer: the keys and values that each layer left in the cache, and the hidden states at each cut, which name
    the first layer that went wrong;
 3. greedy: continuations token by token, plain and self-speculative. A fork counts as one unless the reference's own
@@ -17,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from shortstack.export.parity_exits import TwinExits, check_exits, columns, random_states, teach_exits
 from shortstack.export.parity_reference import Reference
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.runtime.draft_length import DraftPolicy
-from shortstack.runtime.draft_vocab import read_draft_vocab
 from shortstack.runtime.model import Model, Strategy
-from shortstack.runtime.teach import Array, Teacher, teach
+from shortstack.runtime.teach import Array, Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,7 @@ def compare(
     texts: Sequence[Sequence[int]],
     *,
     greedy_tokens: int,
+    exits: TwinExits | None = None,
     advance: Callable[[float], None] = lambda _: None,
 ) -> ParityReport:
     """Compare a loaded bundle with the reference.
@@ -197,12 +199,14 @@ def compare(
         reference: transformers' model.
         texts: Token ids of each text; greedy continuations start from them.
         greedy_tokens: Tokens of each continuation; 0 compares logits only.
+        exits: The exits that the bundle was exported with, if they have weights of their own.
         advance: Called with 1 after each text.
 
     Raises:
-        RequestError: They are not the same model.
+        RequestError: They are not the same model, or exits with weights of their own are not given.
     """
     manifest = model.bundle.manifest
+    check_exits(manifest, exits)
     _check_same_model(manifest.spec, reference.spec)
     depths = (*manifest.plan.boundaries, manifest.spec.num_hidden_layers)
     report = ParityReport(tolerance_of(manifest), texts=len(texts))
@@ -210,10 +214,13 @@ def compare(
     layers: dict[str, LayerError] = {}
     for index, text in enumerate(texts):
         theirs = reference.teach(text, depths)
-        ours = teach(model, text)
+        state = random_states(model, text)
+        ours = teach_exits(model, text, state)
+        twins = {} if exits is None else exits.logits(model, text, state)
         report.positions += len(text)
         for depth in depths:
-            heads[depth].append((ours.heads[depth], _columns(model, depth, theirs.heads[depth])))
+            expected = twins[depth] if depth in twins else columns(model, depth, theirs.heads[depth])
+            heads[depth].append((ours.heads[depth], expected))
         for error in _layer_errors(ours, theirs, index):
             if error.what not in layers or error.relative > layers[error.what].relative:
                 layers[error.what] = error
@@ -236,13 +243,6 @@ def _check_same_model(bundle: ModelSpec, checkpoint: ModelSpec) -> None:
             f"the bundle was made from another model: {'; '.join(differences)}",
             remedy="give the checkpoint that the bundle was made from",
         )
-
-
-def _columns(model: Model, depth: int, logits: Array) -> Array:
-    """Return the reference's logits for the rows of a trimmed head."""
-    exits = {e.exit_layer: e for e in model.bundle.manifest.plan.exits}
-    ids = read_draft_vocab(model.bundle, exits[depth]) if depth in exits else None
-    return logits if ids is None else logits[:, ids]
 
 
 def _head_error(depth: int, pairs: list[tuple[Array, Array]]) -> HeadError:

@@ -19,6 +19,19 @@ from shortstack.graphs.errors import ParityError, RequestError
 @click.option(
     "--greedy-tokens", type=int, default=32, show_default=True, help="Length of greedy continuations; 0: none."
 )
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="The LoRA adapter that was merged into the bundle; it is added to the reference, too.",
+)
+@click.option(
+    "--exits",
+    "exits_folder",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="The trained exits that the bundle was exported with; they are compared with PyTorch's.",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -28,6 +41,8 @@ def parity(
     count: int,
     text_file: Path | None,
     greedy_tokens: int,
+    adapter: Path | None,
+    exits_folder: Path | None,
     revision: str | None,
     threads: int | None,
     as_json: bool,
@@ -35,6 +50,7 @@ def parity(
     """Compare BUNDLE with transformers' PyTorch model of CHECKPOINT; exits with 1 when they differ."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; read when tqdm is imported
     from shortstack.export.parity import compare
+    from shortstack.export.parity_exits import check_exits, load_twin_exits
     from shortstack.export.parity_reference import Reference
     from shortstack.progress import progress_stages
     from shortstack.runtime.model import load
@@ -49,9 +65,12 @@ def parity(
     ]
     with progress_stages() as stage:
         advance = stage("Loading the reference", 1)
-        reference = Reference(checkpoint, revision)
+        exits = None if exits_folder is None else load_twin_exits(checkpoint, exits_folder, revision, adapter)
+        check_exits(model.bundle.manifest, exits)
+        reference = Reference(checkpoint, revision, adapter)
         advance(1)
-        report = compare(model, reference, texts, greedy_tokens=greedy_tokens, advance=stage("Comparing", len(texts)))
+        advance = stage("Comparing", len(texts))
+        report = compare(model, reference, texts, greedy_tokens=greedy_tokens, exits=exits, advance=advance)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.graphs.errors import CheckpointError
@@ -21,6 +22,7 @@ class Reference:
     Args:
         source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.
         revision: Branch, tag or commit of a hub id.
+        adapter: A LoRA adapter to add to its weights, as peft saves it.
 
     Attributes:
         spec: What shortstack reads from the same config.
@@ -29,13 +31,15 @@ class Reference:
         CheckpointError: It is not a checkpoint that shortstack exports, or transformers cannot load it.
     """
 
-    def __init__(self, source: str, revision: str | None = None) -> None:
+    def __init__(self, source: str, revision: str | None = None, adapter: Path | None = None) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         # Our own reader first: it says what is wrong with a folder, refuses pickles, and checks names and shapes.
-        _, self.spec = resolve(open_checkpoint(source, revision=revision))
+        checkpoint = open_checkpoint(source, revision=revision)
+        _, self.spec = resolve(checkpoint)
+        adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()
         arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
         name = source
@@ -53,6 +57,9 @@ class Reference:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"transformers cannot load {source}: {error}") from None
         self._model.eval()
+        if adapted is not None:
+            for touched in adapted.touched:
+                self._model.get_parameter(touched).data += torch.from_numpy(adapted.delta(touched))
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
 
     @torch.no_grad()

@@ -19,14 +19,18 @@ class ExportSpec:
         checkpoint: A folder, a GGUF file or a hub id.
         out: The bundle to write.
         exit_layers: Depths at which to cut, each the number of layers run before the exit; may be empty.
-        draft_vocab: Rows of every exit head, trimmed to the most frequent token ids; None keeps the whole LM head.
+        exits: A folder of trained exits, which bring their depths along; None for exits without weights of their own.
+        draft_vocab: Rows of every exit head that is the LM head, trimmed to the most frequent token ids; None keeps it
+            whole. Trained exits with heads of their own, or trimmed when they were trained, stay as they are.
         draft_text: The text whose token frequencies choose the rows; None takes the one that ships with shortstack.
         dtype: Type of weights, activations and cache.
         keep_blocks: Store what a GGUF file holds in blocks of Q4_0 or Q8_0 in the same blocks, and its other quantized
-            matrices in int8; by default all become ``dtype``.
+            matrices, those that the adapter changes among them, in int8, as matrices of the exits' own; by default all
+            become ``dtype``.
         max_length: Longest context in tokens; None takes the model's own.
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.
+        adapter: A LoRA adapter to merge, as peft saves it.
     """
 
     checkpoint: str
@@ -39,12 +43,14 @@ class ExportSpec:
     max_length: int | None = None
     revision: str | None = None
     overwrite: bool = False
+    adapter: Path | None = None
+    exits: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.draft_vocab is not None and not self.exit_layers:
+        if self.draft_vocab is not None and not self.exit_layers and self.exits is None:
             raise RequestError(
                 "--draft-vocab trims the head of an exit, and there is no exit",
-                remedy="add --exit-layer E",
+                remedy="add --exit-layer E or --exits FOLDER",
             )
         if self.max_length is not None and self.max_length < 2:
             raise RequestError("--max-length", found=self.max_length, expected="2 or more tokens")

@@ -3,11 +3,12 @@
 - a projection stored as floats is [in, out], as MatMul takes it; in blocks it is [out, in], as MatMulNBits does.
 - the embedding stays [vocab, hidden]: Gather and the head's Gemm both take it so, and a tied head is the same tensor.
 - a trimmed exit head is rows of the LM head, in floats or in blocks as that one is; exits share it.
+- what an exit has of its own is stored like the model's: projections [in, out], heads [rows, in].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,13 @@ import numpy.typing as npt
 from shortstack.export.rope import rope_tables
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.graphs import names
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, ROWS, exit_matrices, exit_parts
+from shortstack.graphs.ir.blocks import BlockTensor, nearest
 from shortstack.graphs.ir.cast import cast
+from shortstack.graphs.ir.exit import full_head, uses_unit_norm
 from shortstack.graphs.ir.weights import WeightStore
-from shortstack.graphs.precision import SPARE_ROWS
+from shortstack.graphs.plan import ExitSpec, SplitPlan
+from shortstack.graphs.precision import SPARE_ROWS, BlockFormat
 from shortstack.graphs.spec import DType
 
 _STORED_AS_ROWS = (names.EMBED_TOKENS, names.LM_HEAD)
@@ -91,28 +95,79 @@ def _store_layer(
             put_vector(f"mlp.{part}.bias", tensors.vector(f"{part}.bias", layer))
 
 
-def store_draft_heads(
-    tensors: ModelTensors, exit_layers: tuple[int, ...], ids: npt.NDArray[np.int64], dtype: DType, store: WeightStore
+def store_exits(
+    tensors: ModelTensors,
+    plan: SplitPlan,
+    weights: Mapping[str, npt.NDArray[np.generic]],
+    dtype: DType,
+    store: WeightStore,
+    block_format: BlockFormat | None = None,
 ) -> None:
-    """Write the rows of a trimmed head once, after the model, and give every exit its names for them.
+    """Write what the exits have of their own, after the model.
 
     Args:
         tensors: Where the LM head comes from.
-        exit_layers: The exits.
+        plan: The exits.
+        weights: Their weights by :func:`names.exit_weight`, matrices [out, in]; ``head.ids`` of every trimmed head.
+        dtype: Type of what is stored as floats.
+        store: Where the model is already, and where they go.
+        block_format: How to store the exits' own matrices; None as floats.
+
+    Raises:
+        UnsupportedError: A value does not fit ``dtype``.
+    """
+    if uses_unit_norm(plan):
+        store.add(names.UNIT_NORM, np.ones(tensors.spec.hidden_size, dtype))
+    trimmed: dict[tuple[str, bytes], str] = {}
+    for exit_spec in plan.exits:
+        depth = exit_spec.exit_layer
+        matrices = exit_matrices(tensors.spec, exit_spec)
+        for part in exit_parts(tensors.spec, exit_spec):
+            name = names.exit_weight(depth, part)
+            array = weights[name]
+            if part == HEAD_IDS:
+                _store_ids(tensors, exit_spec, np.asarray(array, np.int64), dtype, store, trimmed)
+            elif part in matrices and block_format is not None:
+                store.add_blocks(name, nearest(array.astype(np.float32, copy=False), block_format), dtype)
+            else:
+                is_turned = array.ndim == 2 and part not in ROWS
+                store.add(name, cast(name, (array.T if is_turned else array).astype(np.float32, copy=False), dtype))
+        if exit_spec.branch == "mlp":
+            below = names.layer_weight(depth - 1, "post_attention_norm.weight")
+            store.alias(names.exit_weight(depth, MLP_NORM), below)
+
+
+def _store_ids(
+    tensors: ModelTensors,
+    exit_spec: ExitSpec,
+    ids: npt.NDArray[np.int64],
+    dtype: DType,
+    store: WeightStore,
+    known: dict[tuple[str, bytes], str],
+) -> None:
+    """Write the ids of a trimmed head, and its rows of the LM head if it shares them; equal ones once.
+
+    Args:
+        tensors: Where the LM head comes from.
+        exit_spec: The exit.
         ids: The rows' token ids.
         dtype: Type of what is stored as floats.
-        store: Where the LM head is already, and where the rows go.
+        store: Where they go.
+        known: The name under which a part was stored for the same ids; what is stored here is added.
     """
-    head = names.EMBED_TOKENS if tensors.spec.tie_word_embeddings else names.LM_HEAD
-    first, *others = exit_layers
-    own = names.exit_weight(first, "head.weight")
-    if store.blocks(head) is None:
+    own_ids = names.exit_weight(exit_spec.exit_layer, HEAD_IDS)
+    if (first := known.setdefault((HEAD_IDS, ids.tobytes()), own_ids)) != own_ids:
+        store.alias(own_ids, first)
+    else:
+        store.add(own_ids, ids)
+    if exit_spec.head != "shared":
+        return
+    head, own = full_head(tensors.spec), names.exit_weight(exit_spec.exit_layer, "head.weight")
+    if (first := known.setdefault(("head.weight", ids.tobytes()), own)) != own:
+        store.alias(own, first)
+    elif store.blocks(head) is None:
         store.add(own, store[head].numpy()[ids])
     else:
         matrix = tensors.matrix(head)
         assert isinstance(matrix, BlockTensor)
         store.add_blocks(own, matrix.rows(ids), dtype)
-    store.add(names.exit_weight(first, "head.ids"), ids)
-    for exit_layer in others:
-        for part in ("head.weight", "head.ids"):
-            store.alias(names.exit_weight(exit_layer, part), names.exit_weight(first, part))

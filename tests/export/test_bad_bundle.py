@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shortstack.graphs.errors import (
     ContractError,
     ShortstackError,
 )
+from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime import load
 
 
@@ -138,12 +140,16 @@ def test_a_bundle_json_that_is_none_is_named(bundle: Path, refused: Refused, tex
         refused(command, "bundle.json", "e-export")
 
 
-@pytest.mark.parametrize("version", [0, 3, 99, "1", None, 1.5, True, [1]])
+@pytest.mark.parametrize("version", [0, 4, 99, "1", None, 1.5, True, [1]])
 def test_another_format_version_is_named(bundle: Path, refused: Refused, version: object) -> None:
     forge(bundle, format_version=version)
     for command in commands(bundle):
         refused(
-            command, "bundle.json: field format_version", repr(version), "expected 1 or 2", "install the shortstack"
+            command,
+            "bundle.json: field format_version",
+            repr(version),
+            "expected 1 or 2 or 3",
+            "install the shortstack",
         )
 
 
@@ -159,24 +165,40 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str
     "max_length-text": (lambda _: {"max_length": "64"}, ("field max_length", "'64'")),
     "max_length-bool": (lambda _: {"max_length": True}, ("field max_length", "True")),
     "max_length-beyond": (lambda _: {"max_length": 1025}, ("field max_length", "found 1025")),
-    "exits-outside": (lambda _: {"exits": [{"exit_layer": 4, "draft_vocab": None}]}, ("bundle.json", "found 4")),
+    "exits-outside": (lambda _: {"exits": [asdict(ExitSpec(4))]}, ("bundle.json", "found 4")),
     "exits-unsorted": (lambda data: {"exits": data["exits"][::-1]}, ("bundle.json", "[3, 1]")),
     "exits-text": (lambda _: {"exits": "none"}, ("bundle.json",)),
     "exits-moved": (
-        lambda _: {"exits": [{"exit_layer": 2, "draft_vocab": None}]},
+        lambda _: {"exits": [asdict(ExitSpec(2))]},
         ("field files does not list", "layers-00-02.onnx"),
     ),
     "draft_vocab": (
-        lambda _: {"exits": [{"exit_layer": e, "draft_vocab": 63} for e in (1, 3)]},
+        lambda _: {"exits": [asdict(ExitSpec(e, 63)) for e in (1, 3)]},
         ("does not match its contract", "logits"),
     ),
     "draft_vocab-text": (
-        lambda _: {"exits": [{"exit_layer": e, "draft_vocab": "64"} for e in (1, 3)]},
+        lambda _: {"exits": [asdict(ExitSpec(e)) | {"draft_vocab": "64"} for e in (1, 3)]},
         ("bundle.json", "draft_vocab"),
     ),
     "draft_vocab-0": (
-        lambda _: {"exits": [{"exit_layer": e, "draft_vocab": 0} for e in (1, 3)]},
+        lambda _: {"exits": [asdict(ExitSpec(e, 0)) for e in (1, 3)]},
         ("bundle.json", "draft_vocab"),
+    ),
+    "exits-without-fields": (
+        lambda _: {"exits": [{"exit_layer": e, "draft_vocab": 64} for e in (1, 3)]},
+        ("bundle.json", "an exit has the fields"),
+    ),
+    "exits-flag-as-number": (
+        lambda data: {"exits": [e | {"has_gate": 1} for e in data["exits"]]},
+        ("bundle.json", "has_gate is 1"),
+    ),
+    "exits-of-another-kind": (
+        lambda data: {"exits": [e | {"branch": "linear", "sees_state": True} for e in data["exits"]]},
+        ("does not match its contract", "_state"),
+    ),
+    "exits-impossible": (
+        lambda data: {"exits": [e | {"sees_state": True} for e in data["exits"]]},
+        ("field exits", "only a linear branch has sees_state"),
     ),
     "layers": (model_with(num_hidden_layers=5), ("bundle.json", "kv_map")),
     "layers-text": (model_with(num_hidden_layers="4"), ("model.num_hidden_layers", "'4'")),

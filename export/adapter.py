@@ -1,0 +1,246 @@
+"""Merges a LoRA adapter, as peft saves it, into a checkpoint while its tensors are read: W + s B A.
+
+::
+
+    adapter_config.json         rank, alpha, rsLoRA, patterns: read in adapter_config.py
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight [rank, in]
+                                base_model.model.<module>.lora_B.weight [out, rank]
+
+The folder is treated as untrusted: both files must lie in it, every shape is checked against the checkpoint before
+anything is computed, pickles are never opened. Neither peft nor torch is needed. The sum is made in float32, whatever
+the base is stored in, so a quantized base is dequantized first, and what becomes of the sum is the exporter's choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from shortstack.export.adapter_config import MERGE_REMEDY, LoraSettings, read_settings
+from shortstack.export.arch import resolve
+from shortstack.export.checkpoint import Checkpoint, Config, Progress
+from shortstack.export.checkpoint.checkpoint import StoredBlocks, hash_files
+from shortstack.export.checkpoint.hf import member  # its import of ml_dtypes lets safetensors return bfloat16
+from shortstack.export.sources import matrix_sources
+from shortstack.graphs import names
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_MAX_LISTED = 8
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("lora_magnitude_vector", MERGE_REMEDY),  # DoRA
+    ("lora_embedding_", "train without the embedding in target_modules, or " + MERGE_REMEDY),
+    (".lora_B.bias", MERGE_REMEDY),
+    ("base_layer.weight", "save it again with peft's `save_pretrained(FOLDER, save_embedding_layers=False)`"),
+    ("embed_tokens.weight", "save it again with peft's `save_pretrained(FOLDER, save_embedding_layers=False)`"),
+)
+"""What else peft puts into the file, by a part of its name, and what to do about it."""
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The names of the two tensors of one matrix in the adapter's file, and the scale of their product."""
+
+    a: str
+    b: str
+    scale: float
+
+
+class AdaptedCheckpoint:
+    """A checkpoint with an adapter merged into it; the methods are those of ``Checkpoint``.
+
+    Args:
+        base: The checkpoint that the adapter was trained on, in whatever format.
+        folder: The adapter.
+
+    Attributes:
+        source: Both names.
+        touched: Names of the matrices that the adapter changes, in the order of the file's module names.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or outside the folder, or the adapter's tensors do not fit the
+            checkpoint.
+        UnsupportedError: It is an adapter of another kind.
+    """
+
+    def __init__(self, base: Checkpoint, folder: Path) -> None:
+        self.source = f"{base.source} + {folder}"
+        self._base = base
+        self._config_file, self._weights_file = _files(folder)
+        settings = read_settings(self._config_file)
+        self._tensors = _open(self._weights_file)
+        self._factors = self._check(_modules(self._weights_file, self._tensors), settings)
+        self.touched: tuple[str, ...] = tuple(self._factors)
+
+    @property
+    def folder_or_file(self) -> Path:
+        """Where the base lies on disk."""
+        return self._base.folder_or_file
+
+    @property
+    def config(self) -> Config:
+        """The base's config."""
+        return self._base.config
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all tensors: those of the base."""
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data."""
+        return self._base.shape(name)
+
+    def tensor(self, name: str) -> Floats:
+        """Read one tensor, merged, as C-contiguous float32."""
+        value = self._base.tensor(name)
+        if name not in self._factors:
+            return value
+        with np.errstate(over="ignore", invalid="ignore"):
+            merged = value + self.delta(name)
+        if not np.isfinite(merged).all():
+            raise CheckpointError(f"{self.source}: {name} is not finite when merged", remedy="train the adapter again")
+        return merged
+
+    def delta(self, name: str) -> Floats:
+        """Return what is added to a touched matrix, [out, in]."""
+        factors = self._factors[name]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return (self._read(factors.b) @ self._read(factors.a)) * np.float32(factors.scale)
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """Return how a tensor is quantized, without reading its data; None if it is stored as floats.
+
+        What the adapter changes has no blocks any more that could be kept: its kind says so.
+        """
+        stored = self._base.blocks(name)
+        if stored is None or name not in self._factors:
+            return stored
+        return StoredBlocks(f"{stored.kind} with adapter", _no_blocks)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the content of the base's tokenizer files."""
+        return self._base.files()
+
+    def digest(self, progress: Progress | None = None) -> str:
+        """Return the SHA-256 over the base's digest and that of the adapter's two files."""
+        base = self._base.digest(progress)
+        adapter = hash_files((self._config_file, self._weights_file), label=True)
+        return hashlib.sha256(f"{base}\0{adapter}".encode()).hexdigest()
+
+    def _check(self, modules: dict[str, dict[str, str]], settings: LoraSettings) -> dict[str, _Factors]:
+        """Return the factors of each touched matrix, all of them compared with the checkpoint."""
+        if not modules:
+            raise CheckpointError(f"{self._weights_file} holds no tensors", remedy="save the adapter again")
+        problems: list[str] = []
+        found: dict[str, _Factors] = {}
+        for module, factors in modules.items():
+            name = f"{module}.weight"
+            if name not in self._linear_layers:
+                problems.append(f"{module} is no linear layer of {self._base.source}")
+            elif absent := {"A", "B"} - factors.keys():
+                problems.append(f"{module} lacks lora_{absent.pop()}")
+            elif wrong := self._misshapen(name, factors, settings.rank_of(module)):
+                problems.append(f"{module}: {wrong}")
+            else:
+                found[name] = _Factors(factors["A"], factors["B"], settings.scale_of(module))
+                problems += [f"{f} is not finite" for f in factors.values() if not np.isfinite(self._read(f)).all()]
+        if problems:
+            listed = "; ".join(problems[:_MAX_LISTED])
+            more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+            raise CheckpointError(
+                f"{self._weights_file} does not fit: {listed}{more}",
+                remedy="name the checkpoint that the adapter was trained on; a tied LM head is part of the embedding, "
+                "which no adapter may change",
+            )
+        return found
+
+    @cached_property
+    def _linear_layers(self) -> frozenset[str]:
+        arch, spec = resolve(self._base)
+        sources = matrix_sources(arch, spec)
+        return frozenset(t for name, source in sources.items() for t in source.tensors if name != names.EMBED_TOKENS)
+
+    def _misshapen(self, name: str, factors: dict[str, str], rank: int) -> str:
+        rows, columns = self._base.shape(name)
+        shapes = [list(self._tensors.get_slice(factors[factor]).get_shape()) for factor in "AB"]
+        wanted = [[rank, columns], [rows, rank]]
+        return "" if shapes == wanted else f"lora_A, lora_B found {shapes}, expected {wanted} for rank {rank}"
+
+    def _read(self, name: str) -> Floats:
+        stored = str(self._tensors.get_slice(name).get_dtype())
+        if stored not in _DTYPES:
+            raise UnsupportedError(
+                f"{self._weights_file}: tensor {name}", found=f"type {stored}", expected=f"one of {', '.join(_DTYPES)}"
+            )
+        try:
+            with np.errstate(over="ignore"):
+                return np.asarray(self._tensors.get_tensor(name), dtype=np.float32)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{self._weights_file}: tensor {name} cannot be read ({error})") from None
+
+
+def _no_blocks() -> NoReturn:
+    raise AssertionError("a merged matrix has no blocks")
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    """Return an adapter's config and its weights."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder", expected=f"one with {CONFIG_FILE}", remedy="check the path")
+    config_file = member(folder, CONFIG_FILE)
+    if config_file is None:
+        raise CheckpointError(
+            f"{folder} has no {CONFIG_FILE}", remedy="name a folder that peft's save_pretrained wrote"
+        )
+    weights_file = member(folder, WEIGHTS_FILE)
+    if weights_file is not None:
+        return config_file, weights_file
+    if any(folder.glob("adapter_model.*")):
+        raise UnsupportedError(
+            f"{folder} holds its weights only as a pickle, which may run code",
+            expected=WEIGHTS_FILE,
+            remedy="load an adapter you trust with peft, and save it with save_pretrained(FOLDER)",
+        )
+    raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}", remedy="finish the download, or save the adapter again")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is not a complete safetensors file ({error})", remedy="download it again, or save it again"
+        ) from None
+
+
+def _modules(file: Path, tensors: Any) -> dict[str, dict[str, str]]:
+    """Return the tensors of each module, as {module: {"A": tensor, "B": tensor}}."""
+    modules: dict[str, dict[str, str]] = {}
+    others: list[str] = []
+    for name in sorted(tensors.keys()):
+        if match := _FACTOR.fullmatch(name):
+            modules.setdefault(match["module"], {})[match["factor"]] = name
+        else:
+            others.append(name)
+    if others:
+        more = f" and {len(others) - _MAX_LISTED} more" if len(others) > _MAX_LISTED else ""
+        raise UnsupportedError(
+            f"{file} holds more than the factors of linear layers",
+            found=", ".join(others[:_MAX_LISTED]) + more,
+            expected="base_model.model.<module>.lora_A.weight and .lora_B.weight only",
+            remedy=next((remedy for part, remedy in _KINDS if part in others[0]), MERGE_REMEDY),
+        )
+    return modules

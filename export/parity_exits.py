@@ -1,0 +1,153 @@
+"""The other side of a parity check for exits with weights of their own: the PyTorch twin, fed what the graphs are.
+
+transformers knows no exits. The model below an exit is compared with transformers all the same, so that the twin stands
+for nothing but the exit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from shortstack.export.adapter import AdaptedCheckpoint
+from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.twin.exits import ExitNode, load_exits
+from shortstack.export.twin.folder import twin_of
+from shortstack.export.twin.model import Twin
+from shortstack.graphs import names
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.plan import ExitSpec
+from shortstack.runtime.draft_vocab import read_draft_vocab
+from shortstack.runtime.model import Model
+from shortstack.runtime.teach import Array, Teacher, teach
+
+
+@dataclass(frozen=True, slots=True)
+class TwinExits:
+    """Trained exits and the model that they are for.
+
+    Attributes:
+        twin: The model.
+        nodes: Its exits, by depth.
+    """
+
+    twin: Twin
+    nodes: Mapping[int, ExitNode]
+
+    @torch.no_grad()
+    def logits(self, model: Model, tokens: Sequence[int], state: Array) -> dict[int, Array]:
+        """Return what the twin says of each exit, in the columns of the bundle's heads, [seq, rows] by depth.
+
+        Args:
+            model: The bundle.
+            tokens: The text.
+            state: What exits that see states are fed, [seq, hidden].
+        """
+        ids = torch.tensor([list(tokens)])
+        found = self.twin.boundaries(ids, set(self.nodes))
+        embeddings = self.twin.model.embed_tokens(ids)
+        results = {}
+        for exit_spec in model.bundle.manifest.plan.exits:
+            if (node := self.nodes.get(exit_spec.exit_layer)) is None:
+                continue
+            out = node(found[exit_spec.exit_layer], embeddings, torch.from_numpy(state)[None], self.twin)
+            logits = out.logits[0].numpy()
+            was_trimmed = node.ids is not None  # when it was trained, not by the export
+            results[exit_spec.exit_layer] = logits if was_trimmed else columns(model, exit_spec.exit_layer, logits)
+        return results
+
+
+def load_twin_exits(source: str, folder: Path, revision: str | None = None, adapter: Path | None = None) -> TwinExits:
+    """Load the twin of a checkpoint and the exits of a folder; errors as of the export."""
+    checkpoint = open_checkpoint(source, revision=revision)
+    twin = twin_of(checkpoint if adapter is None else AdaptedCheckpoint(checkpoint, adapter)).eval()
+    return TwinExits(twin, {node.exit_spec.exit_layer: node.eval() for node in load_exits(folder, twin.spec)})
+
+
+def check_exits(manifest: Manifest, exits: TwinExits | None) -> None:
+    """Check that a reference is there for every exit of a bundle that has weights of its own.
+
+    Raises:
+        RequestError: One is missing, or is of another kind.
+    """
+    nodes = {} if exits is None else exits.nodes
+    for exit_spec in manifest.plan.exits:
+        node = nodes.get(exit_spec.exit_layer)
+        if node is None and not exit_spec.is_plain:
+            raise RequestError(
+                f"the exit after {exit_spec.exit_layer} layers has weights of its own, and there is nothing to compare "
+                "it with",
+                remedy="name the folder that the bundle was exported with: --exits FOLDER",
+            )
+        if node is not None and _trained(exit_spec, node) != node.exit_spec:
+            raise RequestError(
+                f"the exit after {exit_spec.exit_layer} layers is another one in the folder of exits",
+                found=node.exit_spec,
+                expected=exit_spec,
+                remedy="name the folder that the bundle was exported with: --exits FOLDER",
+            )
+
+
+def _trained(exit_spec: ExitSpec, node: ExitNode) -> ExitSpec:
+    """Return an exit as it was before an export trimmed its shared head."""
+    return replace(exit_spec, draft_vocab=None) if node.ids is None and exit_spec.head == "shared" else exit_spec
+
+
+def columns(model: Model, depth: int, logits: Array) -> Array:
+    """Return the reference's logits for the rows of a trimmed head."""
+    exits = {e.exit_layer: e for e in model.bundle.manifest.plan.exits}
+    ids = read_draft_vocab(model.bundle, exits[depth]) if depth in exits else None
+    return logits if ids is None else logits[:, ids]
+
+
+def random_states(model: Model, tokens: Sequence[int]) -> Array:
+    """Return states [seq, hidden] to feed: random, since the formula must hold for any; the same for the same text."""
+    shape = (len(tokens), model.bundle.manifest.spec.hidden_size)
+    return np.random.default_rng(list(tokens)).standard_normal(shape).astype(np.float32)
+
+
+def teach_exits(model: Model, tokens: Sequence[int], state: Array) -> Teacher:
+    """Return what :func:`teach` does, exits being fed the tokens and the states [seq, hidden] that they see."""
+    manifest = model.bundle.manifest
+    inputs = {
+        names.INPUT_IDS: np.asarray([tokens], dtype=np.int64),
+        names.EXIT_STATE: state[None].astype(manifest.dtype),
+    }
+    fed = copy.copy(model)
+    fed.sessions = [
+        _FedSession(
+            session, {p.name: inputs[p.name] for p in manifest.contract(segment).inputs[1:] if p.name in inputs}
+        )
+        for segment, session in zip(manifest.plan.segments, model.sessions, strict=True)
+    ]
+    return teach(fed, tokens)
+
+
+class _FedSession:
+    """A session that is fed inputs which its caller does not know of.
+
+    Args:
+        session: The session.
+        inputs: Those inputs, by name.
+    """
+
+    def __init__(self, session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> None:
+        self._session = session
+        self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+        self._keep = inputs  # OrtValues over numpy memory do not own it
+        self.run_with_iobinding = session.run_with_iobinding
+
+    def io_binding(self) -> Any:
+        """Return a binding of the session with those inputs bound."""
+        binding = self._session.io_binding()
+        for name, value in self._values.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding

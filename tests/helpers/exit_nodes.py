@@ -1,0 +1,140 @@
+"""Exits with random weights, written as a folder of trained ones, and the graphs of their bundles run by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+
+from shortstack.export.twin.exits import ExitNode, save_exits, states_before
+from shortstack.export.twin.folder import load_twin
+from shortstack.export.twin.layer import unit_rms
+from shortstack.export.twin.model import Twin
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle, open_bundle
+from shortstack.graphs.contract import Port
+from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.spec import ModelSpec
+from shortstack.threads import make_thread_pool
+
+Array = npt.NDArray[np.float32]
+
+
+def random_exit(spec: ModelSpec, exit_spec: ExitSpec) -> ExitNode:
+    """An exit whose every weight counts: none is zero, one or an identity."""
+    node = ExitNode(spec, exit_spec)
+    with torch.no_grad():
+        for name, parameter in node.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+        if node.head.ids is not None:
+            node.head.ids.copy_(torch.randperm(spec.vocab_size)[: len(node.head.ids)].sort().values)
+    return node
+
+
+def write_random_exits(checkpoint: Path, folder: Path, *exits: ExitSpec) -> tuple[Twin, tuple[ExitNode, ...]]:
+    """Write exits for a checkpoint, in float32; return the twin and them."""
+    twin = load_twin(str(checkpoint)).eval()
+    nodes = tuple(random_exit(twin.spec, exit_spec) for exit_spec in exits)
+    save_exits(folder, twin.spec, nodes, dtype=np.float32)
+    return twin, nodes
+
+
+def run_graphs(folder: Path, tokens: npt.NDArray[np.int64], rows: int, state: Array) -> list[dict[str, Array]]:
+    """Run every graph of a bundle on whole texts [batch, seq], nothing cached; return the outputs of each by name.
+
+    Args:
+        folder: The bundle.
+        tokens: The texts.
+        rows: ``num_rows``.
+        state: What exits that see states are fed, [batch, rows, hidden].
+    """
+    bundle = open_bundle(folder)
+    batch, seq = tokens.shape
+    capacity = seq + 1
+    feeds: dict[str, np.ndarray] = {
+        names.INPUT_IDS: tokens,
+        names.SEQLENS_K: np.full(batch, seq - 1, np.int32),
+        names.TOTAL_SEQUENCE_LENGTH: np.array(seq, np.int32),
+        names.NUM_ROWS: np.array(rows),
+    }
+    results = []
+    for segment in bundle.manifest.plan.segments:
+        contract = bundle.manifest.contract(segment)
+        session = session_of(bundle, segment.index)
+        for port in contract.inputs:
+            if port.name == names.EXIT_STATE:
+                feeds[port.name] = state.astype(port.dtype)
+            elif port.name not in feeds:
+                feeds[port.name] = _empty(port, batch, capacity)
+        wanted = [port.name for port in contract.outputs]
+        found = session.run(wanted, {port.name: feeds[port.name] for port in contract.inputs})
+        results.append(dict(zip(wanted, found, strict=True)))
+        if not segment.is_last:
+            feeds[names.HIDDEN_STATES] = results[-1][names.HIDDEN_STATES_OUT]
+    return results
+
+
+def session_of(bundle: Bundle, index: int) -> ort.InferenceSession:
+    """Open one graph, in the threads that all sessions of a process share."""
+    make_thread_pool()
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    path = bundle.graph_path(bundle.manifest.plan.segments[index])
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _empty(port: Port, batch: int, capacity: int) -> np.ndarray:
+    sizes = {"batch": batch, "capacity": capacity}
+    return np.zeros([d if isinstance(d, int) else sizes[d] for d in port.shape], port.dtype)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the twin says one exit should give, all positions: logits, its guess of the state, confidence."""
+
+    logits: Array
+    state: Array | None
+    gate: Array | None
+
+
+@torch.no_grad()
+def expected_exits(
+    twin: Twin, nodes: Sequence[ExitNode], tokens: npt.NDArray[np.int64], state: Array
+) -> list[Expected]:
+    """What the twin says of each exit; ``state`` [batch, seq, hidden] is fed to those that see states."""
+    ids = torch.from_numpy(tokens)
+    found = twin.boundaries(ids, {node.exit_spec.exit_layer for node in nodes})
+    results = []
+    for node in nodes:
+        boundary = found[node.exit_spec.exit_layer]
+        out = node(boundary, twin.model.embed_tokens(ids), torch.from_numpy(state), twin)
+        results.append(
+            Expected(
+                out.logits.numpy(),
+                None if out.state is None else out.state.numpy(),
+                None if out.gate is None else out.gate.numpy(),
+            )
+        )
+    return results
+
+
+@torch.no_grad()
+def true_states(twin: Twin, tokens: npt.NDArray[np.int64]) -> Array:
+    """The model's state of every position, [batch, seq, hidden]."""
+    depth = twin.spec.num_hidden_layers
+    hidden = twin.boundaries(torch.from_numpy(tokens), (depth,))[depth].hidden
+    return np.asarray(unit_rms(hidden, twin.spec.rms_norm_eps).numpy())
+
+
+def before(states: Array) -> Array:
+    """The same states, each moved one position on."""
+    return np.asarray(states_before(torch.from_numpy(states)).numpy())
