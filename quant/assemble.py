@@ -108,6 +108,10 @@ def _write(walk: Walk, dtype: DType, folder: Path, request: QuantizeSpec, stage:
         known: dict[str, str] = {}
         for rounded in walk.heads():
             _store(rounded, dtype, store, errors, known)
+        for rounded in walk.exits():
+            _store(rounded, dtype, store, errors)
+        if names.UNIT_NORM in source:
+            store.add(names.UNIT_NORM, source.floats(names.UNIT_NORM).astype(dtype))
         store.add(names.FINAL_NORM, cast(names.FINAL_NORM, source.floats(names.FINAL_NORM), dtype))
         for name, fill in ((names.ROPE_COS, 1.0), (names.ROPE_SIN, 0.0)):
             table = source.floats(name)  # of a bundle before format 2, without the spare row

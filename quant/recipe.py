@@ -1,8 +1,8 @@
 """What a quantized bundle is to be: a recipe, and the assignment of one format to each matrix that comes of it.
 
 A recipe speaks of parts, an assignment of matrices. A layer's matrix has one entry in an assignment, and a bundle
-stores it once: there is no way to say that a draft runs another layer than its verification. Only an exit's head may
-have a format of its own, since what it proposes is judged by the final head.
+stores it once: there is no way to say that a draft runs another layer than its verification. Only an exit's own
+matrices may have formats of their own, since what it proposes is judged by the final head.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.exit_parts import ROWS, exit_matrices
 from shortstack.graphs.plan import SplitPlan
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.graphs.spec import ModelSpec
@@ -36,7 +37,8 @@ class Recipe:
         first_rows: How many rows of the LM head, from the first, have another format: byte-pair merges are numbered by
             falling frequency, so these are the tokens that matter most.
         first_rows_format: Which; None where ``first_rows`` is 0.
-        draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head.
+        draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head. What else exits have of
+            their own is int8 where ``weights`` are in blocks.
         parts: Formats of single matrices of every layer, by names.LAYER_MATRICES.
         layers: Formats of all matrices of single layers, negative numbers counted from the top. Wins over ``parts``.
         kv_cache: Element type of the cache.
@@ -75,11 +77,13 @@ class Assignment:
         matrices: By name: embedding, untied LM head, every layer matrix. None: floats.
         draft_heads: By depth, exits whose head is a tensor of its own.
         first_rows: Rows of the LM head that have another format, and which; None where all have one.
+        exit_matrices: By name: what exits have of their own besides, branches and the parts of low-rank heads.
     """
 
     matrices: Mapping[str, Format]
     draft_heads: Mapping[int, Format]
     first_rows: tuple[int, BlockFormat] | None = None
+    exit_matrices: Mapping[str, Format] = field(default_factory=dict)
 
 
 def parse_format(name: str, block_size: int, is_symmetric: bool) -> Format:
@@ -118,13 +122,21 @@ def assign(recipe: Recipe, spec: ModelSpec, plan: SplitPlan) -> Assignment:
     if not spec.tie_word_embeddings:
         matrices[names.LM_HEAD] = recipe.head
     draft_heads: dict[int, Format] = {}
+    exit_formats: dict[str, Format] = {}
+    # A branch is small beside the layers below it, and rounding it costs accepted drafts: 8 bits.
+    branch = None if recipe.weights is None else BlockFormat(8, recipe.weights.block_size)
     for exit_spec in plan.exits:
-        is_trimmed, follows = exit_spec.draft_vocab is not None, recipe.draft_head == "as head"
+        depth_of_exit = exit_spec.exit_layer
+        follows = recipe.draft_head == "as head"
+        is_own = exit_spec.head == "own" or (exit_spec.head == "shared" and exit_spec.draft_vocab is not None)
         wanted_head = recipe.head if isinstance(recipe.draft_head, str) else recipe.draft_head
-        if is_trimmed or (not follows and wanted_head != recipe.head):
-            draft_heads[exit_spec.exit_layer] = wanted_head
+        if is_own or (exit_spec.head == "shared" and not follows and wanted_head != recipe.head):
+            draft_heads[depth_of_exit] = wanted_head
+        for part in exit_matrices(spec, exit_spec):
+            if part != "head.weight":
+                exit_formats[names.exit_weight(depth_of_exit, part)] = wanted_head if part in ROWS else branch
     first_rows = None
     # Of a small vocabulary all rows are first ones: then there is nothing to tell apart.
     if recipe.first_rows_format is not None and recipe.head is not None and recipe.first_rows < spec.vocab_size:
         first_rows = (recipe.first_rows, recipe.first_rows_format)
-    return Assignment(matrices, draft_heads, first_rows)
+    return Assignment(matrices, draft_heads, first_rows, exit_formats)

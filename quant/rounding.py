@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
+from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, exit_parts
 from shortstack.graphs.kv_map import producers
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.layers import LayerGraph, Taps, Weight
@@ -69,12 +70,15 @@ class Walk:
 
     def layers(self) -> Iterator[Rounded]:
         """Round layer after layer."""
-        spec = self.source.spec
+        spec, plan = self.source.spec, self.source.bundle.manifest.plan
+        # Other exits' heads multiply something else than the stream behind the final norm: they are rounded unseen.
+        bare = {e.exit_layer for e in plan.exits if e.branch == "none" and e.norm == "final"}
+        heads = bare & self.assignment.draft_heads.keys()
         if self.rows is not None:
             self.hidden = self.source.floats(names.EMBED_TOKENS)[self.rows]
         for layer in range(spec.num_hidden_layers):
             yield self._layer(layer)
-            if layer + 1 in self.assignment.draft_heads and self.hidden is not None and self.method.uses_text:
+            if layer + 1 in heads and self.hidden is not None and self.method.uses_text:
                 self._exit_stats[layer + 1] = self._head_stats()
 
     def heads(self) -> Iterator[Rounded]:
@@ -99,6 +103,21 @@ class Walk:
             yield self._matrices(
                 {own: weight}, {own: wanted_head}, {own: seen} if (seen := self._exit_stats.get(depth)) else {}
             )
+
+    def exits(self) -> Iterator[Rounded]:
+        """Round what exits have of their own besides heads; biases, norms and gates stay floats."""
+        source = self.source
+        for exit_spec in source.bundle.manifest.plan.exits:
+            for part in exit_parts(source.spec, exit_spec):
+                name = names.exit_weight(exit_spec.exit_layer, part)
+                wanted = self.assignment.exit_matrices.get(name)
+                if wanted is not None:
+                    yield self._matrices({name: source.matrix(name)}, {name: wanted}, {})
+                elif part not in ("head.weight", HEAD_IDS):
+                    yield Rounded({name: source.floats(name)}, {})
+            if exit_spec.branch == "mlp":
+                name = names.exit_weight(exit_spec.exit_layer, MLP_NORM)
+                yield Rounded({name: source.floats(name)}, {})
 
     def _layer(self, layer: int) -> Rounded:
         source, spec = self.source, self.source.spec

@@ -173,7 +173,7 @@ def search(
     for unit in everything:
         for name in unit.matrices:
             matrices[name] = formats[chosen[name]][name] if name in chosen else None
-    return Assignment(matrices, assignment.draft_heads)
+    return Assignment(matrices, assignment.draft_heads, exit_matrices=assignment.exit_matrices)
 
 
 def cheapest_mix(

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError, RequestError
+from shortstack.graphs.exit_parts import ROWS
 from shortstack.graphs.ir.read import read_tensors
 from shortstack.graphs.spec import ModelSpec
 
@@ -68,7 +69,7 @@ class Source:
     def matrix(self, name: str) -> Floats:
         """Return a matrix as [out, in], in float32."""
         stored = self.floats(name)
-        is_rows = name in _STORED_AS_ROWS or name.startswith("exits.")
+        is_rows = name in _STORED_AS_ROWS or (name.startswith("exits.") and name.endswith(ROWS))
         return stored if is_rows else np.ascontiguousarray(stored.T)
 
     def layer(self, layer: int) -> dict[str, Floats]:

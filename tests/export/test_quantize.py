@@ -333,6 +333,7 @@ def first_format(source: Path, out: Path) -> Path:
         onnx.save(model, path)
     data: dict[str, Any] = replace(manifest, files=describe_files(out)).to_json()
     del data["precision"]
+    data["exits"] = [{"exit_layer": e.exit_layer, "draft_vocab": e.draft_vocab} for e in manifest.plan.exits]
     data["format_version"] = 1
     data["digest"] = manifests._digest(data)
     (out / names.MANIFEST_FILE).write_text(json.dumps(data), encoding="utf-8")
