@@ -254,12 +254,16 @@ class Model:
             )
         return ids
 
-    def exclusive_stack(self) -> Stack:
-        """Return the uncut stack for direct use; the generation before is over and its cache forgotten."""
+    def exclusive_stack(self, exit_layer: int | None = None) -> Stack:
+        """Return a stack for direct use; the generation before is over and its cache forgotten.
+
+        Args:
+            exit_layer: Which exit drafts; None is the uncut stack.
+        """
         if self._stream is not None:
             self._stream.supersede()
         self._sequence.rewind(0)
-        return self._stack(None)
+        return self._stack(exit_layer)
 
     def _drafting_exit(self, strategy: Strategy, exit_layer: int | None) -> int | None:
         """Return the exit that drafts, None for plain decoding, if the bundle has what is asked for."""

@@ -106,6 +106,7 @@ def _round(
     ended = time.perf_counter()
 
     sequence.commit(1)
+    stack.keep_state(len(verdict.tokens) - 1)  # the row that predicted the newest token sits just before it
     is_bonus = len(verdict.tokens) > len(drafts)
     stats.count_round(len(drafts), verdict.accepted)
     stats.bonus += is_bonus

@@ -2,14 +2,19 @@
 
 A *round* lays its positions out in rows of small buffers that all graphs share::
 
-    row              0    1    2   ...  window - 1
-    ids   [1, w+1]   x0   d1   d2  ...              token ids; row r's draft writes its token to row r + 1
-    hidden[1, w, h]  ·    ·    ·                    per boundary: what the segment below left for the one above
-    final [1, w]     p1   p2   p3                   what the final head says after row r
+    row               0    1    2   ...  window - 1
+    ids   [1, w+1]    x0   d1   d2  ...              token ids; row r's draft writes its token to row r + 1
+    state [1, w+1, h] s    g1   g2  ...              the state of the position before each row, as far as known
+    hidden[1, w, h]   ·    ·    ·                    per boundary: what the segment below left for the one above
+    final [1, w]      p1   p2   p3                   what the final head says after row r
 
 Row r sits at position ``past + r`` of the sequence. Drafting runs the lower segments on one row; verifying runs the
 upper segments once on all rows. Nothing is copied between the graphs: each writes where the next one reads. Knows
 nothing about acceptance, sampling or text.
+
+States are kept where the drafting exit sees them. s is the whole model's; row r's draft leaves the exit's guess of its
+own position's state in row r + 1. Then verifying, which ends the round, leaves the whole model's state of row r's own
+position in row r, and :meth:`Stack.keep_state` moves the one before the newest token to row 0: the only copy.
 """
 
 from __future__ import annotations
@@ -43,15 +48,24 @@ class Head:
         entropy: Entropy in nats [rows].
         logits: [rows, vocab]; empty until sampling asks for it.
         ids: Token id of each logit column of a trimmed head, ascending int64; None when columns are token ids.
+        gate: What the exit's confidence gate says, 0..1 [rows]; None without a gate.
     """
 
-    def __init__(self, rows: int, vocab: int, dtype: np.dtype[np.floating], ids: npt.NDArray[np.int64] | None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        vocab: int,
+        dtype: np.dtype[np.floating],
+        ids: npt.NDArray[np.int64] | None,
+        has_gate: bool = False,
+    ) -> None:
         self.token = np.zeros(rows, np.int64)
         self.top_prob = np.zeros(rows, dtype)
         self.margin = np.zeros(rows, dtype)
         self.entropy = np.zeros(rows, dtype)
         self.logits = np.zeros((0, vocab), dtype)
         self.ids = ids
+        self.gate = np.zeros(rows, dtype) if has_gate else None
 
     def outputs(self, start: int, end: int, with_logits: bool) -> dict[str, Tensor]:
         """Return views on rows ``[start, end)``, by output name, shaped as the contract says."""
@@ -63,6 +77,8 @@ class Head:
             names.MARGIN: self.margin[None, start:end],
             names.ENTROPY: self.entropy[None, start:end],
         }
+        if self.gate is not None:
+            views[names.GATE] = self.gate[None, start:end]
         if with_logits:
             views[names.LOGITS] = self.logits[None, start:end]
         return views
@@ -107,6 +123,10 @@ class Decoder(Protocol):
         """Run the upper segments on rows 0..rows-1, the final head on each."""
         ...
 
+    def keep_state(self, row: int) -> None:
+        """Say which row of the last :meth:`verify` predicted what is now the newest token; row 0 without a call."""
+        ...
+
 
 class Stack:
     """The :class:`Decoder` over a bundle's sessions.
@@ -136,17 +156,22 @@ class Stack:
         self._kv_map = manifest.spec.kv_map
         self._lower = 0 if exit_layer is None else manifest.plan.boundaries.index(exit_layer) + 1
         dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
-        ids = read_draft_vocab(bundle, manifest.plan.exits[self._lower - 1]) if self._lower else None
+        self._exits = [manifest.plan.exit_of(segment) for segment in self._segments]
+        drafting = self._exits[self._lower - 1] if self._lower else None
+        ids = read_draft_vocab(bundle, drafting) if drafting else None
         vocab = manifest.spec.vocab_size if ids is None else len(ids)
         self.window = WINDOW_ROWS
         self.max_length = manifest.max_length
         self.final = Head(WINDOW_ROWS, manifest.spec.vocab_size, dtype, None)
-        self.exit = Head(WINDOW_ROWS, vocab, dtype, ids)
+        self.exit = Head(WINDOW_ROWS, vocab, dtype, ids, has_gate=drafting is not None and drafting.has_gate)
         self._ids = np.zeros((1, WINDOW_ROWS + 1), np.int64)
         self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input: no copy
         self._hidden_size = manifest.spec.hidden_size
         self._dtype = dtype
         self._hidden = [np.zeros((1, WINDOW_ROWS, self._hidden_size), dtype) for _ in self._segments[1:]]
+        self._has_state = drafting is not None and drafting.sees_state
+        # Without the rows if the drafting exit sees no state: other exits of the bundle are bound to none of them.
+        self._states = np.zeros((1, WINDOW_ROWS + 1 if self._has_state else 0, self._hidden_size), dtype)
         self._seqlens_k = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._num_rows = [np.array(rows, np.int64) for rows in range(WINDOW_ROWS + 1)]
@@ -165,7 +190,7 @@ class Stack:
             for segment in self._segments:
                 above = np.empty((1, rows, self._hidden_size), self._dtype)
                 head = self.final.outputs(0, 1, with_logits) if segment.is_last and is_end else {}
-                self._plan(segment.index, below, above, head, num_rows=1 if head else 0).run()
+                self._plan(segment.index, 0, chunk, below, above, head, num_rows=1 if head else 0).run()
                 below = above
 
     def put(self, row: int, token: int) -> None:
@@ -188,22 +213,36 @@ class Stack:
             is_last = index == len(self._segments) - 1
             self._run(index, 0, rows, rows if is_last else 0, with_logits and is_last)
 
+    def keep_state(self, row: int) -> None:
+        """See :meth:`Decoder.keep_state`."""
+        if row and self._has_state:
+            self._states[0, 0] = self._states[0, row]
+
     def _run(self, index: int, start: int, end: int, num_rows: int, with_logits: bool) -> None:
         """Run a segment on rows ``[start, end)`` of the round, through a plan that is built at its first use."""
         key = (index, start, end, num_rows, with_logits)
         plan = self._plans.get(key)
         if plan is None:
-            below = self._ids if index == 0 else self._hidden[index - 1]
+            ids = self._ids[:, start:end]
+            below = ids if index == 0 else self._hidden[index - 1][:, start:end]
             above = None if index == len(self._segments) - 1 else self._hidden[index][:, start:end]
             head = (self.final if above is None else self.exit).outputs(start, end, with_logits) if num_rows else {}
-            plan = self._plan(index, below[:, start:end], above, head, num_rows)
+            plan = self._plan(index, start, ids, below, above, head, num_rows)
             self._plans[key] = plan
         plan.run()
 
     def _plan(
-        self, index: int, below: np.ndarray, above: np.ndarray | None, head: dict[str, Tensor], num_rows: int
+        self,
+        index: int,
+        start: int,
+        ids: np.ndarray,
+        below: np.ndarray,
+        above: np.ndarray | None,
+        head: dict[str, Tensor],
+        num_rows: int,
     ) -> Plan:
-        segment = self._segments[index]
+        """Bind one run of a segment; ``head`` is what its head writes, for ``num_rows`` rows from row ``start`` on."""
+        segment, exit_spec = self._segments[index], self._exits[index]
         inputs: dict[str, Tensor] = {
             names.INPUT_IDS if segment.is_first else names.HIDDEN_STATES: below,
             names.SEQLENS_K: self._seqlens_k,
@@ -213,6 +252,14 @@ class Stack:
         outputs: dict[str, Tensor] = dict(head)
         if not segment.is_last and above is not None:
             outputs[names.HIDDEN_STATES_OUT] = above
+        if exit_spec is not None and exit_spec.sees_token:
+            inputs[names.INPUT_IDS] = ids
+        if exit_spec is not None and exit_spec.sees_state:
+            inputs[names.EXIT_STATE] = self._states[:, start : start + num_rows]
+            if num_rows:
+                outputs[names.EXIT_STATE_OUT] = self._states[:, start + 1 : start + 1 + num_rows]
+        if segment.is_last and num_rows and self._has_state:
+            outputs[names.FINAL_STATE] = self._states[:, start : start + num_rows]
         for part in names.KV_PARTS:
             for layer in producers(self._kv_map, segment.start, segment.end):
                 inputs[names.past(layer, part)] = outputs[names.present(layer, part)] = self._cache.buffer(layer, part)

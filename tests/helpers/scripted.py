@@ -9,7 +9,8 @@
 A prediction is a function of the exact text before it, so a loop that looks at the wrong text says something else. The
 cache keeps, for the layers below the exit and for those above it, which text the row of each position was computed
 from. A run reads every row below its own and fails with "hole" where there is none and with "stale" where it belongs to
-another text; rows above are never looked at, as in attention with a length.
+another text; rows above are never looked at, as in attention with a length. A proposing draft also reads the state of
+the position before its own: the whole model's for row 0, the exit's guess for the others.
 """
 
 from __future__ import annotations
@@ -145,6 +146,13 @@ class Call(NamedTuple):
     with_head: bool = True
 
 
+class State(NamedTuple):
+    """Whose state a row holds: of the last token of a text, by the whole model or by the exit's guess."""
+
+    text: Prefix
+    is_guess: bool
+
+
 class ScriptedError(Exception):
     """A run was told to fail."""
 
@@ -190,6 +198,7 @@ class ScriptedDecoder:
 
     Attributes:
         calls: What was run, in order.
+        kept_rows: What :meth:`keep_state` was told, in order.
         fails_at: Index of the run that writes garbage to its rows and raises :class:`ScriptedError`; None for none.
         delays_s: Extra seconds of some runs, by their index.
         clock: Goes forward with each run.
@@ -212,6 +221,7 @@ class ScriptedDecoder:
         self.cache = cache or ScriptedCache()
         self.clock = ScriptedClock()
         self.calls: list[Call] = []
+        self.kept_rows: list[int] = []
         self.fails_at: int | None = None
         self.delays_s: dict[int, float] = {}
         exit_vocab = model.vocab_size if model.draft_ids is None else len(model.draft_ids)
@@ -220,6 +230,7 @@ class ScriptedDecoder:
         self._ids = np.zeros(window + 1, np.int64)
         self.exit.token = self._ids[1:]
         self._hidden: list[Prefix | None] = [None] * window
+        self._states: list[State | None] = [None] * (window + 1)
         self._is_cut = is_cut
         self._draft_s = draft_s
         self._verify_s = verify_s
@@ -234,6 +245,7 @@ class ScriptedDecoder:
             text = text.then(self._checked(token))
             self.cache.lower[position] = self.cache.upper[position] = text
         self._poison_final()
+        self._states = [State(text, is_guess=False), *[None] * self.window]
         self._say(self.final, 0, self.model.final(text), with_logits)
 
     def put(self, row: int, token: int) -> None:
@@ -247,9 +259,12 @@ class ScriptedDecoder:
             assert not with_head, "a stack without an exit cannot propose"
             return
         self.clock.now_s += self._draft_s
-        text = self._read(self.cache.lower, position).then(self._checked(int(self._ids[row])))
+        before = self._read(self.cache.lower, position)
+        text = before.then(self._checked(int(self._ids[row])))
         self.cache.lower[position] = self._hidden[row] = text
         if with_head:
+            assert self._states[row] == State(before, is_guess=row > 0), f"row {row} drafts from {self._states[row]}"
+            self._states[row + 1] = State(text, is_guess=True)
             self._say(self.exit, row, self.model.exit(text), with_logits)
 
     def verify(self, rows: int, past: int, with_logits: bool) -> None:
@@ -261,6 +276,7 @@ class ScriptedDecoder:
         if not self._is_cut:
             assert self._read(self.cache.lower, past) is text, "the layer groups hold different texts"
         self._poison_final()
+        self._states = [None] * (self.window + 1)
         for row in range(rows):
             if self._is_cut:
                 hidden = self._hidden[row]
@@ -271,7 +287,13 @@ class ScriptedDecoder:
                 text = text.then(self._checked(int(self._ids[row])))
                 self.cache.lower[past + row] = text
             self.cache.upper[past + row] = text
+            self._states[row] = State(text, is_guess=False)
             self._say(self.final, row, self.model.final(text), with_logits)
+
+    def keep_state(self, row: int) -> None:
+        assert self.calls[-1].kind == "verify", f"a state of {self.calls[-1]}"
+        self.kept_rows.append(row)
+        self._states = [self._states[row], *[None] * self.window]
 
     def _begin(self, call: Call, *written: dict[int, Prefix]) -> None:
         self.clock.now_s += self.delays_s.get(len(self.calls), 0.0)
