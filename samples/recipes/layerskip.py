@@ -12,7 +12,8 @@ trimmed head will hold.
 
 OUT afterwards::
 
-    adapter/ or model/      for ``shortstack export``: ``--adapter OUT/adapter``, or OUT/model as the checkpoint
+    adapter/ or model/      for ``shortstack export``: ``--adapter OUT/adapter --exits OUT/adapter``, or OUT/model with
+                            ``--exits OUT/model``; an exit is the shared norm and head, or rows of it
     report.json             tokens, time, settings, and the quality of every depth before and after
     training.png
     state.pt                the run itself; the same command goes on where it stopped
@@ -30,15 +31,18 @@ import click
 import torch
 from torch import nn
 
+from shortstack.export.twin.exits import ExitNode, save_exits
 from shortstack.export.twin.folder import save_twin
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.spec import ModelSpec
 from shortstack.samples.recipes.training.command import recipe_command
 from shortstack.samples.recipes.training.data import Batches, Example
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
 from shortstack.samples.recipes.training.low_rank import adapter_tensors, add_lora, save_adapter
 from shortstack.samples.recipes.training.measure import DepthQuality, measure_depths
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast, pick_device
-from shortstack.samples.recipes.training.report import write_report
+from shortstack.samples.recipes.training.report import depth_lines, write_report
 from shortstack.samples.recipes.training.schedules import Curriculum, ExitCurriculum, Scale, exit_weights, layer_dropout
 from shortstack.samples.recipes.training.source import Source, open_source
 from shortstack.samples.recipes.training.stack_loss import ExitVocab, stack_loss
@@ -110,7 +114,18 @@ def train(
     last = twin.spec.num_hidden_layers
     use_bf16 = is_bf16_fast(device)
     twin.to(device)
-    before = measure_depths(twin, held_out, recipe.measured_layers, device, use_bf16=use_bf16)
+    batches = Batches(examples, recipe.batch_size, loop.seed)
+    curriculum = ExitCurriculum(recipe.exit_layers, recipe.curriculum, recipe.every, last)
+    vocab = None
+    if recipe.exit_vocab is not None:
+        said = [token for example in examples for token in example.ids[example.start :]]
+        vocab = ExitVocab.most_frequent(said, recipe.exit_vocab, twin.spec.vocab_size).to(device)
+
+    def measure() -> dict[int, DepthQuality]:
+        ids = None if vocab is None else vocab.ids
+        return measure_depths(twin, held_out, recipe.measured_layers, device, use_bf16=use_bf16, exit_ids=ids)
+
+    before = measure()
     teacher = source.copy().to(device).eval().requires_grad_(False) if recipe.distill else None
     lora = None
     if recipe.lora_rank:
@@ -118,16 +133,8 @@ def train(
         if use_bf16:
             _shrink_frozen(twin)
         twin.to(device)
-    batches = Batches(examples, recipe.batch_size, loop.seed)
-    curriculum = ExitCurriculum(recipe.exit_layers, recipe.curriculum, recipe.every, last)
-    vocab = None
-    if recipe.exit_vocab is not None:
-        said = [token for example in examples for token in example.ids[example.start :]]
-        vocab = ExitVocab.most_frequent(said, recipe.exit_vocab, twin.spec.vocab_size).to(device)
-    tokens_at_full_depth = 0
 
     def loss_of(step: int, index: int) -> StepLoss:
-        nonlocal tokens_at_full_depth
         batch = batches[index].to(device)
         is_full = step % recipe.full_depth_every == 0
         enabled = curriculum.enabled(step, loop.steps) if is_full else recipe.exit_layers
@@ -139,23 +146,23 @@ def train(
             loss, parts = stack_loss(twin, batch, weights, vocab, teacher if is_full else None, recipe.distill)
         return StepLoss(loss, parts, batch.tokens)
 
-    def measure() -> dict[str, float]:
-        found = measure_depths(twin, held_out, recipe.measured_layers, device, use_bf16=use_bf16)
-        return _lines(found, last)
-
-    history = run(twin, loss_of, measure, loop, out, settings)
-    after = measure_depths(twin, held_out, recipe.measured_layers, device, use_bf16=use_bf16)
+    history = run(twin, loss_of, lambda: depth_lines(measure(), last), loop, out, settings)
+    after = measure()
     if lora is not None:
-        save_adapter(out / "adapter", lora, adapter_tensors(twin), source.name)
+        save_adapter(made := out / "adapter", lora, adapter_tensors(twin), source.name)
     else:
-        shutil.rmtree(out / "model", ignore_errors=True)
-        save_twin(twin, out / "model", source.files)
+        shutil.rmtree(made := out / "model", ignore_errors=True)
+        save_twin(twin, made, source.files)
+    save_exits(made, twin.spec, [_plain_exit(twin.spec, depth, vocab) for depth in recipe.exit_layers])
     return write_report(out, "LayerSkip", settings, history, before, after)
 
 
-def _lines(found: Mapping[int, DepthQuality], last: int) -> dict[str, float]:
-    lines = {f"agreement at {depth}": quality.agreement for depth, quality in found.items() if depth != last}
-    return lines | {"accuracy of the last layer": found[last].accuracy}
+def _plain_exit(spec: ModelSpec, exit_layer: int, vocab: ExitVocab | None) -> ExitNode:
+    """Return the exit that was trained: the shared final norm and head, or the rows of it that it learnt."""
+    node = ExitNode(spec, ExitSpec(exit_layer, draft_vocab=None if vocab is None else len(vocab.ids)))
+    if vocab is not None:
+        node.head.ids = vocab.ids
+    return node
 
 
 def _shrink_frozen(twin: nn.Module) -> None:
@@ -187,7 +194,7 @@ def _shrink_frozen(twin: nn.Module) -> None:
 def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     """Train CHECKPOINT's stack to exit early; write adapter or model, report and picture to OUT."""
     exits = tuple(sorted(set(options["exit_layers"])))
-    source = open_source(common.checkpoint, from_scratch=common.from_scratch)
+    source = open_source(common.checkpoint, from_scratch=common.from_scratch, adapter=common.adapter)
     depth = source.twin.spec.num_hidden_layers
     if any(exit_layer >= depth for exit_layer in (*exits, *options["report_layers"])):
         raise RequestError(

@@ -26,6 +26,7 @@ class Common:
 
     Attributes:
         checkpoint: Where to start.
+        adapter: A LoRA adapter to merge first.
         out: The run's folder.
         data: JSON lines to train on.
         held_out: JSON lines to measure on; None takes ``held_out_rows`` off the end of ``data``.
@@ -40,6 +41,7 @@ class Common:
     """
 
     checkpoint: str
+    adapter: Path | None
     out: Path
     data: Path
     held_out: Path | None
@@ -81,7 +83,8 @@ class Common:
         """Return what the run depends on, as plain data without folders."""
         loop = {k: v for k, v in asdict(self.loop).items() if k not in ("save_every", "measure_every")}
         mine = asdict(self) | {"checkpoint": Path(self.checkpoint).name, "data": self.data.name, **loop}
-        mine["held_out"] = None if self.held_out is None else self.held_out.name
+        for name in ("held_out", "adapter"):
+            mine[name] = None if mine[name] is None else mine[name].name
         for name in ("loop", "out", "device"):
             del mine[name]
         return mine | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
@@ -90,6 +93,7 @@ class Common:
 _OPTIONS = (
     click.argument("checkpoint"),
     click.argument("out", type=click.Path(path_type=Path, file_okay=False)),
+    click.option("--adapter", type=click.Path(path_type=Path), help="Merge this LoRA adapter into CHECKPOINT first."),
     click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines to train on."),
     click.option("--held-out", type=click.Path(path_type=Path), help="JSON lines to measure on [the end of --data]."),
     click.option("--held-out-rows", type=click.IntRange(1), default=200, show_default=True, help="Rows to measure on."),

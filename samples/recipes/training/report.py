@@ -52,3 +52,9 @@ def write_report(
     os.replace(partial, out / "report.json")
     draw(history, out / "training.png", recipe)
     return report
+
+
+def depth_lines(found: Mapping[int, DepthQuality], last: int) -> dict[str, float]:
+    """Return what a picture shows of a measurement: each exit's agreement, and the accuracy of layer ``last``."""
+    lines = {f"agreement at {depth}": quality.agreement for depth, quality in found.items() if depth != last}
+    return lines | {"accuracy of the last layer": found[last].accuracy}

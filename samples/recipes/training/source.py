@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.checkpoint import TOKENIZER_FILES
@@ -18,7 +19,7 @@ from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
-from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.errors import CheckpointError, RequestError
 
 _INITIAL_STD = 0.02  # of normal weights, as transformers draws them
 
@@ -48,21 +49,26 @@ class Source:
         return twin
 
 
-def open_source(checkpoint: str, *, from_scratch: bool) -> Source:
+def open_source(checkpoint: str, *, from_scratch: bool, adapter: Path | None = None) -> Source:
     """Open what a recipe starts from.
 
     Args:
         checkpoint: A folder, a GGUF file or a hub id; from scratch a folder with ``config.json`` and the tokenizer.
         from_scratch: Draw random weights.
+        adapter: A LoRA adapter to merge first.
 
     Raises:
         CheckpointError: It cannot be read, or has no tokenizer.
         UnsupportedError: It is of a kind this version does not know.
     """
+    if from_scratch and adapter is not None:
+        raise RequestError("--adapter", expected="no --from-scratch: there is nothing to merge it into")
     if from_scratch:
         twin, files = _fresh(Path(checkpoint))
     else:
         opened = open_checkpoint(checkpoint)
+        if adapter is not None:
+            opened = AdaptedCheckpoint(opened, adapter)
         twin, files = twin_of(opened), opened.files()
     if names.TOKENIZER_FILE not in files:
         raise CheckpointError(f"{checkpoint} has no {names.TOKENIZER_FILE}", remedy="save the tokenizer beside it")

@@ -1,0 +1,202 @@
+"""The recipes that train a stack, on tiny models: they learn, they resume, and what they write is exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from helpers.tiny_models import BASE, TinyBundles
+from shortstack.export.adapter import AdaptedCheckpoint
+from shortstack.export.assemble import export_bundle
+from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.spec import ExportSpec
+from shortstack.export.twin.exits import load_exits
+from shortstack.export.twin.folder import load_twin, twin_of
+from shortstack.runtime import load
+from shortstack.runtime.teach import teach
+from shortstack.samples.recipes import ee_llm, layerskip, new_model
+from shortstack.samples.recipes.training import loop
+
+WORDS = ("red", "green", "blue", "stone", "river", "cloud")
+LOGITS = 5e-4
+"""Bundle against twin after training, float32; tiny models' logits reach 10. Measured: at most 4e-5."""
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(autouse=True)
+def quick(one_torch_thread: Callable[[], None]) -> None:
+    one_torch_thread()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task that a tiny model learns in a few steps: say a word again."""
+    file = tmp_path_factory.mktemp("data") / "words.jsonl"
+    rows = [{"say": f"{a} {b}", "said": f"[{b} {a}]"} for a in WORDS for b in WORDS]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def call(command: click.Command, *arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(command, [str(a) for a in arguments] + ["--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+def options(data: Path, steps: int = 6) -> list[object]:
+    templates = ["--prompt", "{say}\\n", "--completion", "{said}"]
+    return ["--data", data, *templates, "--steps", steps, "--batch-size", 8, "--held-out-rows", 6, "--lr", 1e-3]
+
+
+def test_layerskip_lowers_the_loss_at_exits_and_on_top(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    report = call(
+        layerskip.main, checkpoint, tmp_path / "run", "--exit-layer", 1, "--exit-layer", 2, *options(data, 40)
+    )
+    before, after = report["held_out_before"], report["held_out_after"]
+    for depth in ("1", "2", "4"):
+        assert after[depth]["perplexity"] < 0.7 * before[depth]["perplexity"], depth
+    assert after["4"]["agreement"] == 1.0
+    assert report["tokens"] > 0
+    assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
+    export_bundle(ExportSpec(str(tmp_path / "run" / "model"), tmp_path / "bundle", (2,)))
+    ids = np.random.randint(3, BASE.vocab, 20).tolist()
+    with torch.no_grad():
+        expected = load_twin(str(tmp_path / "run" / "model")).eval()(torch.tensor([ids]))[0].numpy()
+    assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < LOGITS
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    fixed = ["--exit-layer", 2, "--p-max", 0.3, "--save-every", 2, *options(data, 6)]
+    call(layerskip.main, checkpoint, tmp_path / "whole", *fixed)
+
+    save = loop.save_state
+
+    def killed_after_the_second(file: Path, step: int, *rest: Any) -> None:
+        save(file, step, *rest)
+        if step == 4:
+            raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_state", killed_after_the_second)
+        with pytest.raises(KilledError):
+            call(layerskip.main, checkpoint, tmp_path / "stopped", *fixed)
+    assert not (tmp_path / "stopped" / "model").exists()
+    call(layerskip.main, checkpoint, tmp_path / "stopped", *fixed)
+    whole, stopped = (load_twin(str(tmp_path / name / "model")).state_dict() for name in ("whole", "stopped"))
+    for name, value in whole.items():
+        assert torch.equal(value, stopped[name]), name
+
+
+def test_other_settings_do_not_continue_a_run(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    call(layerskip.main, checkpoint, tmp_path / "run", "--exit-layer", 2, *options(data, 2))
+    state = (tmp_path / "run" / loop.STATE_FILE).read_bytes()
+    result = CliRunner().invoke(
+        layerskip.main, [str(a) for a in (checkpoint, tmp_path / "run", "--exit-layer", 1, *options(data, 2))]
+    )
+    assert result.exit_code == 2
+    assert "exit_layers = [2]" in result.stderr
+    assert "exit_layers = [1]" in result.stderr
+    assert (tmp_path / "run" / loop.STATE_FILE).read_bytes() == state
+
+
+def test_an_adapter_is_exported_as_it_was_trained(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    lora = ["--lora-rank", 2, "--lora-rank-below", 4, "--full-depth-every", 2, "--exit-vocab", 64, "--distill", 0.5]
+    report = call(layerskip.main, checkpoint, tmp_path / "run", "--exit-layer", 2, *lora, *options(data, 30))
+    assert report["held_out_after"]["2"]["perplexity"] < report["held_out_before"]["2"]["perplexity"]
+    adapter = tmp_path / "run" / "adapter"
+    merged = twin_of(AdaptedCheckpoint(open_checkpoint(str(checkpoint)), adapter)).eval()
+    original = load_twin(str(checkpoint)).state_dict()
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, original[name])}
+    assert len(changed) == 7 * BASE.layers
+    export_bundle(ExportSpec(str(checkpoint), tmp_path / "bundle", (2,), adapter=adapter))
+    ids = np.random.randint(3, BASE.vocab, 20).tolist()
+    with torch.no_grad():
+        expected = merged(torch.tensor([ids]))[0].numpy()
+    assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < LOGITS
+
+
+def test_from_scratch_starts_with_a_tokenizer_of_its_own(data: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text(
+        "".join(json.dumps({"prompt": f"{a} {b} {i}", "completion": f"{b}{a}{i * i}"}) + "\n" for i in range(40)
+                for a in WORDS for b in WORDS), encoding="utf-8",
+    )  # fmt: skip
+    shape = ["--vocab", 320, "--layers", 3, "--hidden", 32, "--heads", 2, "--kv-heads", 1]
+    result = CliRunner().invoke(new_model.main, [str(a) for a in (tmp_path / "new", "--data", many, *shape)])
+    assert result.exit_code == 0, result.output
+    assert "320 tokens" in result.output
+    report = call(
+        layerskip.main, tmp_path / "new", tmp_path / "run", "--from-scratch", "--data", many, "--exit-layer", 1,
+        "--exit-layer", 2, "--steps", 40, "--lr", 3e-3, "--held-out-rows", 20, "--warmup-steps", 2,
+    )  # fmt: skip
+    assert report["held_out_before"]["3"]["perplexity"] > 250  # nothing is known of 320 tokens
+    assert report["held_out_after"]["3"]["perplexity"] < 100
+    export_bundle(ExportSpec(str(tmp_path / "run" / "model"), tmp_path / "bundle", (1,)))
+    assert load(tmp_path / "bundle").generate("red blue 3\n", max_new_tokens=4).tokens
+
+
+@pytest.mark.parametrize("kind", list(ee_llm.KINDS))
+@pytest.mark.parametrize("head", ["shared", "own"])
+def test_ee_llm_trains_stack_and_exits_as_one(
+    tiny_bundles: TinyBundles, data: Path, tmp_path: Path, kind: str, head: str
+) -> None:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    weights = [
+        "--exit-weight",
+        0.25,
+        "--exit-weight",
+        0.5,
+        "--weight-start",
+        0.1,
+        "--weight-steps",
+        5,
+        "--token-weighted",
+    ]
+    exits = ["--exit-layer", 1, "--exit-layer", 3, "--kind", kind, "--head", head]
+    report = call(ee_llm.main, checkpoint, tmp_path / "run", *exits, *weights, "--token-weighted", *options(data, 30))
+    before, after = report["held_out_before"], report["held_out_after"]
+    assert after["1"]["perplexity"] < before["1"]["perplexity"]
+    assert after["4"]["perplexity"] < before["4"]["perplexity"]
+    nodes = load_exits(tmp_path / "run" / "model", load_twin(str(tmp_path / "run" / "model")).spec)
+    assert [node.exit_spec.exit_layer for node in nodes] == [1, 3]
+    if kind != "block":  # its own cache is for multi-exit bundles
+        model = tmp_path / "run" / "model"
+        export_bundle(ExportSpec(str(model), tmp_path / "bundle", exits=model))
+        assert load(tmp_path / "bundle").exit_layers == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--exit-layer", 9], "below the 4 layers"),
+        (["--exit-layer", 1, "--prompt", "{nothing}"], "Name fields of the rows"),
+        (["--exit-layer", 1, "--held-out-rows", 30], "Lower --held-out-rows"),
+        (["--exit-layer", 1, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_wrong_requests_are_told_what_to_do(
+    tiny_bundles: TinyBundles, data: Path, tmp_path: Path, arguments: list[object], says: str
+) -> None:
+    result = CliRunner().invoke(
+        layerskip.main,
+        [str(a) for a in (tiny_bundles.checkpoint(BASE), tmp_path / "run", *options(data, 2), *arguments)],
+    )
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not (tmp_path / "run").exists()
