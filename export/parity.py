@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from shortstack.export.parity_exits import TwinExits, check_exits, columns, random_states, teach_exits
+from shortstack.export.parity_exits import TwinExits, check_exits, columns, random_states
 from shortstack.export.parity_reference import Reference
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.runtime.draft_length import DraftPolicy
 from shortstack.runtime.model import Model, Strategy
-from shortstack.runtime.teach import Array, Teacher
+from shortstack.runtime.teach import Array, Teacher, teach
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ def compare(
     for index, text in enumerate(texts):
         theirs = reference.teach(text, depths)
         state = random_states(model, text)
-        ours = teach_exits(model, text, state)
+        ours = teach(model, text, state)
         twins = {} if exits is None else exits.logits(model, text, state)
         report.positions += len(text)
         for depth in depths:

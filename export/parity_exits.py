@@ -6,14 +6,11 @@ for nothing but the exit.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 from shortstack.export.adapter import AdaptedCheckpoint
@@ -21,13 +18,12 @@ from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.twin.exits import ExitNode, load_exits
 from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.model import Twin
-from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime.draft_vocab import read_draft_vocab
 from shortstack.runtime.model import Model
-from shortstack.runtime.teach import Array, Teacher, teach
+from shortstack.runtime.teach import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,42 +108,3 @@ def random_states(model: Model, tokens: Sequence[int]) -> Array:
     """Return states [seq, hidden] to feed: random, since the formula must hold for any; the same for the same text."""
     shape = (len(tokens), model.bundle.manifest.spec.hidden_size)
     return np.random.default_rng(list(tokens)).standard_normal(shape).astype(np.float32)
-
-
-def teach_exits(model: Model, tokens: Sequence[int], state: Array) -> Teacher:
-    """Return what :func:`teach` does, exits being fed the tokens and the states [seq, hidden] that they see."""
-    manifest = model.bundle.manifest
-    inputs = {
-        names.INPUT_IDS: np.asarray([tokens], dtype=np.int64),
-        names.EXIT_STATE: state[None].astype(manifest.dtype),
-    }
-    fed = copy.copy(model)
-    fed.sessions = [
-        _FedSession(
-            session, {p.name: inputs[p.name] for p in manifest.contract(segment).inputs[1:] if p.name in inputs}
-        )
-        for segment, session in zip(manifest.plan.segments, model.sessions, strict=True)
-    ]
-    return teach(fed, tokens)
-
-
-class _FedSession:
-    """A session that is fed inputs which its caller does not know of.
-
-    Args:
-        session: The session.
-        inputs: Those inputs, by name.
-    """
-
-    def __init__(self, session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> None:
-        self._session = session
-        self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
-        self._keep = inputs  # OrtValues over numpy memory do not own it
-        self.run_with_iobinding = session.run_with_iobinding
-
-    def io_binding(self) -> Any:
-        """Return a binding of the session with those inputs bound."""
-        binding = self._session.io_binding()
-        for name, value in self._values.items():
-            binding.bind_ortvalue_input(name, value)
-        return binding

@@ -15,13 +15,12 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import ShortstackError
 from shortstack.progress import Stage
 from shortstack.quant.quality import Quality, Side
-from shortstack.quant.quality_teach import teach_exits
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.quant.texts import Texts
 from shortstack.runtime.draft_length import DraftPolicy
 from shortstack.runtime.draft_vocab import read_draft_vocab
 from shortstack.runtime.model import Model
-from shortstack.runtime.teach import Teacher
+from shortstack.runtime.teach import Teacher, teach
 
 Floats = npt.NDArray[np.float32]
 WORST = 5
@@ -101,7 +100,7 @@ def judge(
     advance = stage("Comparing on held-out text", len(rows))
     tally = _Tally(tuple(_draft_ids(bundle) for bundle in (source, result)))
     for row in rows:
-        tally.add(row, (teach_exits(models[0], row.tolist()), teach_exits(models[1], row.tolist())))
+        tally.add(row, (teach(models[0], row.tolist()), teach(models[1], row.tolist())))
         advance(1)
     advance = stage("Continuing prompts", len(texts.prompts))
     continued = _Continued()

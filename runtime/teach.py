@@ -34,8 +34,25 @@ class Teacher:
     values: list[Array]
 
 
-def teach(model: Model, tokens: Sequence[int]) -> Teacher:
-    """Run one text, through buffers of its own; the model's cache and generation are left alone."""
+def teach(model: Model, tokens: Sequence[int], states: Array | None = None) -> Teacher:
+    """Run one text, through buffers of its own; the model's cache and generation are left alone.
+
+    Args:
+        model: The bundle.
+        tokens: The text.
+        states: What exits that see states are fed, the states of the positions before, [seq, hidden]. None feeds them
+            the model's own, as the first draft of a round is fed, and zeros at the first position; takes two runs.
+    """
+    if states is None and model.bundle.manifest.plan.has_state:
+        shape = (len(tokens), model.bundle.manifest.spec.hidden_size)
+        final = np.empty((1, *shape), model.bundle.manifest.dtype)
+        _teach(model, tokens, np.zeros(shape, np.float32), final)
+        states = np.concatenate([np.zeros((1, shape[1]), np.float32), final[0, :-1].astype(np.float32)])
+    return _teach(model, tokens, states, None)
+
+
+def _teach(model: Model, tokens: Sequence[int], states: Array | None, final_state: Tensor | None) -> Teacher:
+    """Run one text; the model's states are written to ``final_state`` [1, seq, hidden]."""
     manifest, rows = model.bundle.manifest, len(tokens)
     spec, dtype = manifest.spec, np.dtype(manifest.dtype)
     cache = KVCache(
@@ -49,6 +66,9 @@ def teach(model: Model, tokens: Sequence[int]) -> Teacher:
     cache.reserve(rows, 0)
     heads, hidden = {}, {}
     below: Tensor = np.asarray([tokens], dtype=np.int64)
+    exit_inputs: dict[str, Tensor] = {names.INPUT_IDS: below}
+    if states is not None:
+        exit_inputs[names.EXIT_STATE] = states[None].astype(dtype)
     lengths = np.array([rows - 1], np.int32), np.array(rows, np.int32)
     for segment, session in zip(manifest.plan.segments, model.sessions, strict=True):
         contract = manifest.contract(segment)
@@ -60,10 +80,13 @@ def teach(model: Model, tokens: Sequence[int]) -> Teacher:
             names.TOTAL_SEQUENCE_LENGTH: lengths[1],
             names.NUM_ROWS: np.array(rows, np.int64),
         }
+        inputs |= {port.name: exit_inputs[port.name] for port in contract.inputs[1:] if port.name in exit_inputs}
         outputs: dict[str, Tensor] = {names.LOGITS: (logits := np.empty((1, rows, vocab), dtype))}
         for layer in range(segment.start, segment.end):
             for part in names.KV_PARTS:
                 inputs[names.past(layer, part)] = outputs[names.present(layer, part)] = cache.buffer(layer, part)
+        if segment.is_last and final_state is not None:
+            outputs[names.FINAL_STATE] = final_state
         if not segment.is_last:
             outputs[names.HIDDEN_STATES_OUT] = below = np.empty((1, rows, spec.hidden_size), dtype)
         Plan(session, inputs, outputs, model.device).run()

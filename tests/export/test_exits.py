@@ -30,10 +30,10 @@ from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import MLP_NORM, exit_matrices
 from shortstack.graphs.plan import ExitSpec
-from shortstack.quant.quality_teach import teach_exits
 from shortstack.runtime import DraftPolicy, load
 from shortstack.runtime.inspect_cli import inspect
 from shortstack.runtime.inspect_report import build_report
+from shortstack.runtime.teach import teach
 
 # float32, for logits with a standard deviation of about 2; without a norm they reach 20, and the error grows with them.
 MAX_ABS = 1e-4
@@ -218,7 +218,7 @@ def test_the_quality_report_feeds_exits_what_they_see(tiny_bundles: TinyBundles,
     twin, nodes, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *OWN)
     tokens = np.random.randint(3, SPECULATOR.vocab, size=(1, 30))
     states = exit_nodes.before(exit_nodes.true_states(twin, tokens))
-    found = teach_exits(load(bundle), tokens[0].tolist()).heads
+    found = teach(load(bundle), tokens[0].tolist()).heads
     for node, expected in zip(nodes, exit_nodes.expected_exits(twin, nodes, tokens, states), strict=True):
         scale = max(1.0, float(expected.logits.std()) / USUAL_DEVIATION)
         ours = found[node.exit_spec.exit_layer]
