@@ -1,46 +1,102 @@
-"""`make demo`: fetch the default model, cut it, and decode one prompt plainly and self-speculatively.
+"""`make demo`: what trained exits do. Commands, parsed by a stack that learnt to draft; a question, for a draft head.
 
-Steps that are done are not redone. The bundle stays in the cache folder, beside the model.
+The default model is fetched, cut with the shipped checkpoints and decoded plainly and self-speculatively. Steps that
+are done are not redone: the bundles stay in the cache folder, beside the model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from shortstack.graphs.errors import ShortstackError
+from shortstack.graphs.errors import RequestError, ShortstackError
 from shortstack.graphs.manifest import FORMAT_VERSION
 from shortstack.graphs.names import MANIFEST_FILE
 from shortstack.samples.fetch_model import default_model_path
 
-EXIT_LAYER = 24
-DRAFT_VOCAB = 4096
-PROMPT = "Explain how a bicycle stays upright."
+CHECKPOINTS = Path(__file__).with_name("checkpoints")
+QUESTION = "Explain how a bicycle stays upright."
 
 
-def main(prompt: str = PROMPT) -> int:
+@dataclass(frozen=True, slots=True)
+class Showing:
+    """One bundle and what it is asked.
+
+    Attributes:
+        checkpoint: Folder in samples/checkpoints.
+        has_adapter: It changes the model, not only adds exits.
+        prompts: What to ask.
+        options: Of ``generate``.
+    """
+
+    checkpoint: str
+    has_adapter: bool
+    prompts: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+SHOWINGS = (
+    Showing(
+        "smollm2-135m-commands",
+        True,
+        ("Play some slow piano music by Erik Satie on Spotify\n", "Will it snow in Tromso on Friday at 9 am\n"),
+        ("--raw", "--draft-tokens", "8"),
+    ),
+    Showing("smollm2-135m-draft-head", False, (QUESTION,), ("--draft-tokens", "2")),
+)
+
+
+def main(question: str = QUESTION) -> int:
     """Run the demo; returns the exit code of the last command."""
     try:
         gguf = default_model_path()
+        for showing in SHOWINGS:
+            if not (CHECKPOINTS / showing.checkpoint).is_dir():
+                raise RequestError(
+                    f"{CHECKPOINTS / showing.checkpoint} is not there: an installed package has no checkpoints",
+                    remedy="run `make demo` in a clone of the repository",
+                )
     except ShortstackError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    bundle = gguf.parent / f"SmolLM2-135M-Instruct-e{EXIT_LAYER}-v{DRAFT_VOCAB}-f{FORMAT_VERSION}"
-    if not (bundle / MANIFEST_FILE).is_file():
-        cut = ("--exit-layer", str(EXIT_LAYER), "--draft-vocab", str(DRAFT_VOCAB))
-        code = _run("export", str(gguf), str(bundle), *cut)
+    for showing in SHOWINGS:
+        code = _show(gguf, showing, question)
         if code:
             return code
-    return _run("generate", str(bundle), prompt, "--compare")
+    return 0
+
+
+def _show(gguf: Path, showing: Showing, question: str) -> int:
+    trained = CHECKPOINTS / showing.checkpoint
+    weights = b"".join(file.read_bytes() for file in sorted(trained.glob("*.safetensors")))
+    bundle = gguf.parent / f"{showing.checkpoint}-f{FORMAT_VERSION}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    if not (bundle / MANIFEST_FILE).is_file():
+        adapter = ("--adapter", str(trained)) if showing.has_adapter else ()
+        code = _run("export", str(gguf), str(bundle), *adapter, "--exits", str(trained))
+        if code:
+            return code
+    for prompt in showing.prompts:
+        code = _run("generate", str(bundle), question if prompt == QUESTION else prompt, "--compare", *showing.options)
+        if code:
+            return code
+    return 0
 
 
 def _run(*arguments: str) -> int:
     """Run one command in a process of its own, saying first how to run it by hand."""
-    home = str(Path.home())
-    line = " ".join(f"'{a}'" if " " in a else a.replace(home, "~", 1) for a in arguments)
-    print(f"$ shortstack {line}", flush=True)
+    print(f"$ shortstack {' '.join(map(_quoted, arguments))}", flush=True)
     return subprocess.run([sys.executable, "-m", "shortstack", *arguments], check=False).returncode
+
+
+def _quoted(argument: str) -> str:
+    """Return an argument as a shell takes it, home and checkout folders shortened."""
+    short = argument.replace(str(CHECKPOINTS.parents[1]) + "/", "").replace(str(Path.home()), "~", 1)
+    if "\n" in short:
+        return "$'" + short.replace("'", "\\'").replace("\n", "\\n") + "'"
+    return f"'{short}'" if " " in short else short
 
 
 if __name__ == "__main__":
