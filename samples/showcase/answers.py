@@ -4,9 +4,10 @@ r"""Exact answers, acceptance and speed of a bundle on prompts with known answer
 
     python -m shortstack.samples.showcase.answers BUNDLE --data dev.jsonl --prompt '{utterance}\n' --answer '{parse}'
 
-Each prompt is decoded plainly, self-speculatively with every draft length, and by plain early exit at every threshold,
-one after the other, so that slow spells of the machine fall on all of them alike. Times are of decoding after the
-prompt, summed over all prompts.
+With ``--chat`` prompts go through the bundle's chat template; without ``--answer`` nothing is known and only speed,
+acceptance and sameness are measured. Each prompt is decoded plainly, self-speculatively with every draft length, and by
+plain early exit at every threshold, one after the other, so that slow spells of the machine fall on all of them alike.
+Times are of decoding after the prompt, summed over all prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,11 @@ def measure(
     model: Model,
     rows: Sequence[tuple[str, str]],
     exit_layer: int | None,
-    draft_lengths: Sequence[int],
+    policies: Mapping[str, DraftPolicy],
     thresholds: Sequence[float],
     max_new_tokens: int,
+    *,
+    is_chat: bool = False,
 ) -> Answers:
     """Decode every prompt in every way.
 
@@ -95,21 +98,20 @@ def measure(
         model: The bundle.
         rows: Prompts and their answers.
         exit_layer: Which exit drafts; None takes the lowest.
-        draft_lengths: Fixed draft lengths to try; the adaptive rule with the longest is tried besides.
+        policies: How to draft, by name.
         thresholds: Of plain early exit.
         max_new_tokens: Tokens to generate at most.
+        is_chat: Prompts are a user's turn of the bundle's chat template.
     """
     if not model.exit_layers:
         raise RequestError("the bundle has no exit", remedy="export it with --exit-layer E")
     chosen = model.exit_layers[0] if exit_layer is None else exit_layer
-    policies = {f"draft {k}": DraftPolicy(k) for k in draft_lengths}
-    policies[f"adaptive, at most {max(draft_lengths)}"] = DraftPolicy(max(draft_lengths), is_adaptive=True)
     plain = Tally("plain")
     drafting = {name: Tally(name) for name in policies}
     early = {threshold: Tally(f"exit at p >= {threshold}") for threshold in thresholds}
     end = model.tokenizer.eos_token_ids
     for number, (prompt, answer) in enumerate([rows[0], *rows]):  # the first one twice: its first time is a warm-up
-        ids = model.encode(prompt)
+        ids = model.encode([{"role": "user", "content": prompt}] if is_chat else prompt)
         reference = model.generate(ids, max_new_tokens=max_new_tokens)
         if number:
             plain.right += reference.text.strip() == answer
@@ -150,6 +152,14 @@ def measure(
     return Answers(len(rows), [plain, *drafting.values(), *early.values()])
 
 
+def draft_policies(lengths: Sequence[int], confidence: float, has_bonus: bool) -> dict[str, DraftPolicy]:
+    """Return fixed lengths, and the adaptive rule with the longest of them."""
+    found = {f"draft {k}": DraftPolicy(k, confidence, has_bonus=has_bonus) for k in lengths}
+    most = max(lengths)
+    found[f"adaptive, at most {most}"] = DraftPolicy(most, confidence, is_adaptive=True, has_bonus=has_bonus)
+    return found
+
+
 def read_rows(file: Path, prompt: str, answer: str, count: int | None) -> list[tuple[str, str]]:
     """Read prompts and answers, spread evenly over the file if ``count`` is less than it has.
 
@@ -175,20 +185,21 @@ def read_rows(file: Path, prompt: str, answer: str, count: int | None) -> list[t
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines.")
 @click.option("--prompt", default="{prompt}\\n", show_default=True, help="Template of a prompt over a row's fields.")
-@click.option("--answer", default="{completion}", show_default=True, help="Template of its answer.")
+@click.option("--answer", default="", help="Template of its answer [none is known].")
+@click.option("--chat", "is_chat", is_flag=True, help="Prompts go through the chat template.")
+@click.option("--bonus", is_flag=True, help="Give the last drafted token a row of its own.")
+@click.option("--confidence", type=click.FloatRange(0, 1), default=0.0, help="End drafts after a less likely token.")
 @click.option("--rows", type=click.IntRange(1), help="How many prompts, evenly spread [all].")
 @click.option("--exit-layer", type=int, help="Which exit drafts [the lowest].")
 @click.option("--draft", "draft_lengths", type=click.IntRange(1, 15), multiple=True, help="Drafts [2, 4, 6, 8].")
-@click.option(
-    "--threshold", "thresholds", type=float, multiple=True, help="Of early exit [0.5, 0.8, 0.95, 0.99]."
-)
+@click.option("--threshold", "thresholds", type=float, multiple=True, help="Of early exit [none].")
 @click.option("--max-new-tokens", type=click.IntRange(2), default=96, show_default=True, help="At most so many.")
 @click.option("--threads", type=click.IntRange(1), help="Threads [all cores].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(
     bundle: Path, data: Path, prompt: str, answer: str, rows: int | None, exit_layer: int | None,
     draft_lengths: tuple[int, ...], thresholds: tuple[float, ...], max_new_tokens: int, threads: int | None,
-    as_json: bool,
+    is_chat: bool, bonus: bool, confidence: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure BUNDLE on prompts with known answers."""
     try:
@@ -197,9 +208,10 @@ def main(
             load(bundle, threads=threads),
             chosen,
             exit_layer,
-            draft_lengths or (2, 4, 6, 8),
-            thresholds or (0.5, 0.8, 0.95, 0.99),
+            draft_policies(draft_lengths or (2, 4, 6, 8), confidence, bonus),
+            thresholds,
             max_new_tokens,
+            is_chat=is_chat,
         ).to_json()
     except ShortstackError as error:
         click.echo(f"error: {error}", err=True)
@@ -214,7 +226,7 @@ def main(
         count = found["prompts"]
         table.add_row(
             way["name"],
-            f"{way['right'] / count:.3f}",
+            f"{way['right'] / count:.3f}" if answer else "",
             f"{way['same'] / count:.3f}",
             f"{way['alpha']:.3f}" if way["judged"] else "",
             f"{way['drafted'] / way['tokens']:.2f}" if way["drafted"] and not way["judged"] else "",
