@@ -153,7 +153,8 @@ def train(
     else:
         shutil.rmtree(made := out / "model", ignore_errors=True)
         save_twin(twin, made, source.files)
-    save_exits(made, twin.spec, [_plain_exit(twin.spec, depth, vocab) for depth in recipe.exit_layers])
+    if recipe.exit_layers:
+        save_exits(made, twin.spec, [_plain_exit(twin.spec, depth, vocab) for depth in recipe.exit_layers])
     return write_report(out, "LayerSkip", settings, history, before, after)
 
 

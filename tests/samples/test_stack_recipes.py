@@ -131,6 +131,14 @@ def test_an_adapter_is_exported_as_it_was_trained(tiny_bundles: TinyBundles, dat
     assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < LOGITS
 
 
+def test_without_exits_it_is_plain_fine_tuning(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    report = call(layerskip.main, checkpoint, tmp_path / "run", "--report-layer", 2, "--p-max", 0, *options(data, 20))
+    assert report["held_out_after"]["4"]["perplexity"] < 0.7 * report["held_out_before"]["4"]["perplexity"]
+    assert report["held_out_after"]["2"].keys() == report["held_out_after"]["4"].keys()
+    assert not (tmp_path / "run" / "model" / "exits.json").exists()
+
+
 def test_from_scratch_starts_with_a_tokenizer_of_its_own(data: Path, tmp_path: Path) -> None:
     many = tmp_path / "many.jsonl"
     many.write_text(

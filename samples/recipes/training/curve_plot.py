@@ -1,0 +1,70 @@
+"""``curve.png``: acceptance of the first draft against the cost of a draft, over lines of equal predicted speed-up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from shortstack.samples.bench.figures import expected_tokens
+from shortstack.samples.recipes.training.draft_cost import Costs
+
+_LEVELS = (1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
+_MOST_DRAFTS = 6
+
+
+def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -> None:
+    """Draw the exits.
+
+    Args:
+        entries: Of ``curve.json``.
+        costs: What judging costs, for the lines of equal speed-up.
+        file: The PNG to write, beside and then renamed.
+    """
+    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    right = max(entry["draft_cost"] for entry in entries) * 1.05
+    f, alpha = np.meshgrid(np.linspace(0.01, right, 160), np.linspace(0.0, 0.95, 160))
+    lines = axes.contour(f, alpha, fastest(f, alpha, costs), levels=_LEVELS, colors="0.75", linewidths=0.8)
+    axes.clabel(lines, fmt="%.2fx", fontsize=8)
+    curves: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        curves.setdefault((entry["kind"], entry["spec"]["draft_vocab"]), []).append(entry)
+    kinds = list(dict.fromkeys(kind for kind, _ in curves))
+    vocabs = sorted({vocab or 0 for _, vocab in curves})
+    markers = dict(zip(vocabs, "osD^vP*X", strict=False))
+    for (kind, vocab), points in curves.items():
+        points.sort(key=lambda entry: int(entry["spec"]["exit_layer"]))
+        axes.plot(
+            [entry["draft_cost"] for entry in points],
+            [entry["alphas"][0] for entry in points],
+            color=f"C{kinds.index(kind) % 10}",
+            marker=markers.get(vocab or 0, "o"),
+            markersize=8 if kind.startswith("trained") else 4,
+            label=f"{kind}; {vocab or 'all'} tokens",
+        )
+        for entry in points:
+            place = (entry["draft_cost"], entry["alphas"][0])
+            axes.annotate(str(entry["spec"]["exit_layer"]), place, (2, 3), textcoords="offset points", fontsize=6)
+    axes.set_xlabel("cost of a draft, in plain steps (numbers: layers below the exit)")
+    axes.set_ylabel("acceptance of the first draft")
+    axes.set_title("draft sources over lines of equal speed-up, predicted for equal acceptance of every draft")
+    axes.set_ylim(0, 0.95)
+    axes.legend(frameon=False, fontsize=7, loc="upper right")
+    partial = file.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=110)
+    plt.close(figure)
+    os.replace(partial, file)
+
+
+def fastest(f: Any, alpha: Any, costs: Costs) -> Any:
+    """Return the speed-up of the best draft length where each draft costs ``f`` and is accepted with ``alpha``."""
+    speeds = [expected_tokens(alpha, k + 1) / (k * f + costs.judging(k + 1)) for k in range(1, _MOST_DRAFTS + 1)]
+    return np.max(speeds, axis=0)
