@@ -26,26 +26,26 @@ class Showing:
     """One bundle and what it is asked.
 
     Attributes:
-        checkpoint: Folder in samples/checkpoints.
-        has_adapter: It changes the model, not only adds exits.
+        exits: Folder of the exits in samples/checkpoints; also names the bundle.
+        adapter: Folder of the adapter, if the model is changed.
         prompts: What to ask.
         options: Of ``generate``.
     """
 
-    checkpoint: str
-    has_adapter: bool
+    exits: str
+    adapter: str | None
     prompts: tuple[str, ...]
     options: tuple[str, ...]
 
 
 SHOWINGS = (
     Showing(
+        "smollm2-135m-commands-exit",
         "smollm2-135m-commands",
-        True,
         ("Play some slow piano music by Erik Satie on Spotify\n", "Will it snow in Tromso on Friday at 9 am\n"),
         ("--raw", "--draft-tokens", "8"),
     ),
-    Showing("smollm2-135m-draft-head", False, (QUESTION,), ("--draft-tokens", "2")),
+    Showing("smollm2-135m-draft-head", None, (QUESTION,), ("--draft-tokens", "2")),
 )
 
 
@@ -54,9 +54,9 @@ def main(question: str = QUESTION) -> int:
     try:
         gguf = default_model_path()
         for showing in SHOWINGS:
-            if not (CHECKPOINTS / showing.checkpoint).is_dir():
+            if not (CHECKPOINTS / showing.exits).is_dir():
                 raise RequestError(
-                    f"{CHECKPOINTS / showing.checkpoint} is not there: an installed package has no checkpoints",
+                    f"{CHECKPOINTS / showing.exits} is not there: an installed package has no checkpoints",
                     remedy="run `make demo` in a clone of the repository",
                 )
     except ShortstackError as error:
@@ -70,12 +70,12 @@ def main(question: str = QUESTION) -> int:
 
 
 def _show(gguf: Path, showing: Showing, question: str) -> int:
-    trained = CHECKPOINTS / showing.checkpoint
-    weights = b"".join(file.read_bytes() for file in sorted(trained.glob("*.safetensors")))
-    bundle = gguf.parent / f"{showing.checkpoint}-f{FORMAT_VERSION}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    trained = [CHECKPOINTS / name for name in (showing.adapter, showing.exits) if name is not None]
+    weights = b"".join(file.read_bytes() for folder in trained for file in sorted(folder.glob("*.safetensors")))
+    bundle = gguf.parent / f"{showing.exits}-f{FORMAT_VERSION}-{hashlib.sha256(weights).hexdigest()[:8]}"
     if not (bundle / MANIFEST_FILE).is_file():
-        adapter = ("--adapter", str(trained)) if showing.has_adapter else ()
-        code = _run("export", str(gguf), str(bundle), *adapter, "--exits", str(trained))
+        adapter = () if showing.adapter is None else ("--adapter", str(CHECKPOINTS / showing.adapter))
+        code = _run("export", str(gguf), str(bundle), *adapter, "--exits", str(CHECKPOINTS / showing.exits))
         if code:
             return code
     for prompt in showing.prompts:
