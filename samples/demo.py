@@ -43,9 +43,9 @@ SHOWINGS = (
         "smollm2-135m-commands-exit",
         "smollm2-135m-commands",
         ("Play some slow piano music by Erik Satie on Spotify\n", "Will it snow in Tromso on Friday at 9 am\n"),
-        ("--raw", "--draft-tokens", "8"),
+        ("--raw", "--draft-tokens", "8", "--confidence", "0.5"),
     ),
-    Showing("smollm2-135m-draft-head", None, (QUESTION,), ("--draft-tokens", "2")),
+    Showing("smollm2-135m-draft-head", None, (QUESTION,), ("--draft-tokens", "2", "--bonus", "--confidence", "0.3")),
 )
 
 
