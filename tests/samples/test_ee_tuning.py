@@ -120,7 +120,8 @@ def test_spans_are_answers_with_the_states_before_them(rows: list[Example], feat
     whole = load_spans(features, [4, 5], DEPTHS, whole_rows=True)
     length = len(rows[4].ids) - rows[4].start
     assert batch.ids[0, :length].tolist() == list(rows[4].ids[rows[4].start :])
-    assert int(batch.counts[0].sum()) == int(whole.counts[0].sum()) == length
+    assert int(batch.counts[0].sum()) == int(whole.counts[0].sum()) == length - 1
+    assert not batch.counts[0, length - 1]  # nothing is drafted behind the end of an answer
     torch.testing.assert_close(batch.state_before[batch.counts], whole.state_before[whole.counts])
     torch.testing.assert_close(whole.state_before[whole.counts], states_before(whole.state)[whole.counts])
 
@@ -160,9 +161,9 @@ def test_the_loss_of_one_position_is_the_divergence_by_hand(twin: Twin, features
     wanted = (twin.state(batch.state[0]) @ head.T).log_softmax(-1)
     divergence = (wanted.exp() * (wanted - said)).sum(-1)
     found = exit_loss(node, twin, batch, ExitLossSpec())
-    torch.testing.assert_close(found.loss, divergence.mean())
+    torch.testing.assert_close(found.loss, divergence[:-1].mean())
     weighted = exit_loss(node, twin, batch, ExitLossSpec(is_token_weighted=True))
-    torch.testing.assert_close(weighted.loss, (divergence * said.exp().amax(-1)).mean())
+    torch.testing.assert_close(weighted.loss, (divergence * said.exp().amax(-1))[:-1].mean())
     text = exit_loss(node, twin, batch, ExitLossSpec(target="text"))
     following = batch.ids[0, 1:]
     nats = -said[:-1].gather(-1, following[:, None])
@@ -228,11 +229,11 @@ def test_drafts_are_those_of_decoding_one_by_one(
     for row in (0, 10):
         example, base = rows[row], int(features.starts[row])
         found = twin.boundaries(torch.tensor([example.ids]), (1,))[1]
-        for start in range(example.start, len(example.ids)):
+        for start in range(example.start, len(example.ids) - 1):
             state = torch.from_numpy(features.state[base + start - 1]).float()
             for draft in range(3):
                 at = start + draft
-                if at >= len(example.ids) or not drafts.is_usable[position, draft]:
+                if at >= len(example.ids) - 1 or not drafts.is_usable[position, draft]:
                     break
                 here = torch.tensor([[example.ids[at]]])
                 part = type(found)(found.hidden[:, at : at + 1], found.middle[:, at : at + 1])

@@ -27,7 +27,7 @@ class SpanBatch:
         state: What the whole model holds, float [batch, seq, hidden].
         state_before: The same of the positions before; zeros before a row's first.
         targets: What the whole model says next, int64 [batch, seq].
-        counts: Positions of answers, bool [batch, seq]; padding is not among them.
+        counts: Positions of answers, the last one left out, bool [batch, seq]; padding is not among them.
         boundaries: By depth, what the stack holds there.
         lengths: Positions of each span without padding.
     """
@@ -65,7 +65,8 @@ def load_spans(features: Features, rows: Sequence[int], depths: Sequence[int], *
 
     counts = torch.zeros(len(rows), width, dtype=torch.bool)
     for place, row in enumerate(rows):
-        counts[place, int(features.answer_starts[row]) - begins[place] : lengths[place]] = True
+        first = int(features.answer_starts[row]) - begins[place]
+        counts[place, first : max(lengths[place] - 1, first + 1)] = True  # nothing is drafted behind the last token
     return SpanBatch(
         ids=padded(features.tokens),
         state=padded(features.state),
