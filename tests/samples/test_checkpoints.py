@@ -53,7 +53,7 @@ def test_the_recipe_makes_shallow_drafts_worth_it(tmp_path: Path) -> None:
     alphas = {}
     for name in ("commands-tiny", "commands-tiny-plain"):
         export_bundle(ExportSpec(str(CHECKPOINTS / name), tmp_path / name, (2,)))
-        alphas[name] = drafted(load(tmp_path / name, threads=1), COMMANDS, 2, 3)
+        alphas[name] = drafted(load(tmp_path / name), COMMANDS, 2, 3)
     assert alphas["commands-tiny"] > alphas["commands-tiny-plain"] + 0.15, alphas
 
 

@@ -25,7 +25,7 @@ def bundle(tiny_bundles: TinyBundles) -> Path:
 
 @pytest.fixture(scope="module")
 def model(bundle: Path) -> Model:
-    return load(bundle, threads=1)
+    return load(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_it_stops_at_the_end_of_a_text(model: Model) -> None:
 
 def test_answers_are_counted(bundle: Path, data: Path) -> None:
     line = [str(bundle), "--data", str(data), "--prompt", "{say}\\n", "--answer", "{said}", "--draft", "2"]
-    line += ["--threshold", "1.5", "--max-new-tokens", "8", "--threads", "1", "--json"]
+    line += ["--threshold", "1.5", "--max-new-tokens", "8", "--json"]
     result = CliRunner().invoke(answers.main, line, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     ways = {way["name"]: way for way in json.loads(result.stdout)["ways"]}
