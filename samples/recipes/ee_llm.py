@@ -32,12 +32,12 @@ from torch.nn import functional
 
 from shortstack.export.twin.exits import ExitNode, save_exits
 from shortstack.export.twin.folder import save_twin
-from shortstack.export.twin.layer import Layer
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import Branch, ExitSpec, Norm
 from shortstack.samples.recipes.training.command import recipe_command
 from shortstack.samples.recipes.training.data import Batch, Batches, Example
+from shortstack.samples.recipes.training.exit_start import copy_from_model
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
 from shortstack.samples.recipes.training.measure import exit_stream, measure_depths
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast, pick_device
@@ -92,19 +92,8 @@ class StackWithExits(nn.Module):
 def _new_exit(twin: Twin, spec: ExitSpec, is_fresh: bool) -> ExitNode:
     """Make an exit that starts as EE-LLM's: copied from a trained model, its own random start in a fresh one."""
     node = ExitNode(twin.spec, spec)
-    if is_fresh:
-        return node
-    below = twin.model.layers[spec.exit_layer - 1]
-    assert isinstance(below, Layer)
-    if spec.norm == "own":
-        node.norm.load_state_dict(twin.model.norm.state_dict())
-    if spec.branch == "mlp":
-        node.mlp.load_state_dict(below.mlp.state_dict())
-    if spec.branch == "block":
-        node.block.load_state_dict(twin.model.layers[-1].state_dict())
-    if spec.head == "own":
-        with torch.no_grad():
-            node.head.weight.copy_(twin.head_weight)
+    if not is_fresh:
+        copy_from_model(node, twin)
     return node
 
 

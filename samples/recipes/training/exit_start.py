@@ -53,6 +53,17 @@ def new_exit(
     if start == "random":
         _draw(node)
         return node
+    copy_from_model(node, twin)
+    if exit_spec.branch == "linear":
+        fit_linear(node, twin, features, rows, advance=advance)
+    _fit_low_rank_head(node, twin, features, rows)
+    return node
+
+
+@torch.no_grad()
+def copy_from_model(node: ExitNode, twin: Twin) -> None:
+    """Start an exit's own norm, MLP, block and head as EE-LLM does: as the model's; see :func:`new_exit`."""
+    exit_spec = node.exit_spec
     last = twin.model.layers[-1]
     below = twin.model.layers[exit_spec.exit_layer - 1]
     assert isinstance(last, Layer)
@@ -63,22 +74,18 @@ def new_exit(
         node.mlp.load_state_dict(below.mlp.state_dict())
     if exit_spec.branch == "block":
         node.block.load_state_dict(last.state_dict())
-    if exit_spec.branch == "linear":
-        fit_linear(node, twin, features, rows, advance=advance)
-    _copy_head(node, twin, features, rows)
-    return node
+    if exit_spec.head == "own":
+        node.head.weight.copy_(twin.head_weight if node.ids is None else twin.head_weight[node.ids])
 
 
-def _copy_head(node: ExitNode, twin: Twin, features: Features, rows: Sequence[int]) -> None:
-    weight = twin.head_weight if node.ids is None else twin.head_weight[node.ids]
-    if node.exit_spec.head == "own":
-        node.head.weight.copy_(weight)
+def _fit_low_rank_head(node: ExitNode, twin: Twin, features: Features, rows: Sequence[int]) -> None:
     if node.exit_spec.head == "low_rank":
         answers = np.concatenate([np.arange(features.answer_starts[row], features.starts[row + 1]) for row in rows])
         chosen = np.sort(np.random.default_rng(0).permutation(answers)[:_HEAD_POSITIONS])
         y = torch.from_numpy(features.state[chosen]).float()
         if node.exit_spec.norm != "none":
             y = twin.state(y)
+        weight = twin.head_weight if node.ids is None else twin.head_weight[node.ids]
         down, up = low_rank_factors(weight, y, node.exit_spec.head_rank)
         node.head.down.weight.copy_(down)
         node.head.up.weight.copy_(up)
