@@ -17,8 +17,8 @@ num_rows                all          int64 []                          the head 
                                                                        it
 exit_state              exits that   float [batch, rows, hidden]       states of the positions before the rows
                         see states
-past {j} key/value      producers    float or int8 [batch, kv_heads,   bound as past *and* present
-                        inside       capacity, head_dim]
+past {j} key/value      producers    float or int8 [batch, kv_heads,   bound as past *and* present; {j} is
+                        inside       capacity, head_dim]               ``exits.E`` for the block of an exit
 present {j} key/value   producers    same                              the same buffer, updated in place
                         inside
 shared {j} key/value    consumers    same                              read only: a producer below the cut
@@ -96,6 +96,20 @@ def cache_type(dtype: DType, kv_cache: KVType) -> CacheType:
     return "int8" if kv_cache == "int8" else dtype
 
 
+def cache_types(
+    spec: ModelSpec, segment: Segment, exit_spec: ExitSpec | None, dtype: DType, kv_cache: KVType = "float"
+) -> dict[names.CacheOwner, CacheType]:
+    """Return the element types of the caches that a segment writes, by owner; arguments as :func:`segment_contract`.
+
+    The cache of an exit's block is never int8: it is one layer's, and has no calibrated scales.
+    """
+    kv = cache_type(dtype, kv_cache)
+    types: dict[names.CacheOwner, CacheType] = dict.fromkeys(producers(spec.kv_map, segment.start, segment.end), kv)
+    if exit_spec is not None and exit_spec.branch == "block":
+        types[names.exit_block(exit_spec.exit_layer)] = cache_type(dtype, "float")
+    return types
+
+
 def segment_contract(
     spec: ModelSpec,
     segment: Segment,
@@ -122,7 +136,7 @@ def segment_contract(
     cache = ("batch", spec.num_key_value_heads, "capacity", spec.cache_head_dim)
     vocab = spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab
     kv = cache_type(dtype, kv_cache)
-    owned = producers(spec.kv_map, segment.start, segment.end)
+    owned = cache_types(spec, segment, exit_spec, dtype, kv_cache)
     first = (
         Port(names.INPUT_IDS, "int64", ("batch", "seq"))
         if segment.is_first
@@ -135,7 +149,7 @@ def segment_contract(
         Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
         Port(names.NUM_ROWS, "int64", ()),
         *([Port(names.EXIT_STATE, dtype, state)] if sees_state else []),
-        *(Port(names.past(j, part), kv, cache) for j in owned for part in names.KV_PARTS),
+        *(Port(names.past(j, part), own, cache) for j, own in owned.items() for part in names.KV_PARTS),
         *(
             Port(names.shared(j, part), kv, cache)
             for j in borrowed(spec.kv_map, segment.start, segment.end)
@@ -152,7 +166,7 @@ def segment_contract(
         *([Port(names.GATE, dtype, ("batch", "rows"))] if exit_spec is not None and exit_spec.has_gate else []),
         *([Port(names.EXIT_STATE_OUT, dtype, state)] if sees_state else []),
         *([Port(names.FINAL_STATE, dtype, state)] if segment.is_last and has_final_state else []),
-        *(Port(names.present(j, part), kv, cache) for j in owned for part in names.KV_PARTS),
+        *(Port(names.present(j, part), own, cache) for j, own in owned.items() for part in names.KV_PARTS),
     ]
     return GraphContract(tuple(inputs), tuple(outputs))
 

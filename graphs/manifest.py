@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.graphs import names
-from shortstack.graphs.contract import CacheType, GraphContract, Port, cache_type, segment_contract
+from shortstack.graphs.contract import CacheType, GraphContract, Port, cache_type, cache_types, segment_contract
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.precision import Precision
@@ -71,9 +71,13 @@ class Manifest:
             has_final_state=self.plan.has_state,
         )
 
+    def cache_types(self, segment: Segment) -> dict[names.CacheOwner, CacheType]:
+        """Return the element types of the caches that one of the plan's segments writes, by owner."""
+        return cache_types(self.spec, segment, self.plan.exit_of(segment), self.dtype, self.precision.kv_cache)
+
     @property
     def cache_type(self) -> CacheType:
-        """Element type of the cache buffers."""
+        """Element type of the layers' cache buffers."""
         return cache_type(self.dtype, self.precision.kv_cache)
 
     @property

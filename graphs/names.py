@@ -6,6 +6,8 @@ bumps :data:`FORMAT_VERSION` of :mod:`shortstack.graphs.manifest`.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 # Graph inputs
 INPUT_IDS = "input_ids"
 HIDDEN_STATES = "hidden_states"
@@ -35,16 +37,22 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 QUALITY_FILE = "quality.json"  # how a quantized bundle compares with its source
 
 KV_PARTS = ("key", "value")
+CacheOwner: TypeAlias = int | str  # a producer layer, or the block of an exit: what :func:`exit_block` returns
 
 
-def past(layer: int, part: str) -> str:
-    """Return the input that carries a producer's cache before the run; ``part`` is ``key`` or ``value``."""
-    return f"past_key_values.{layer}.{part}"
+def exit_block(exit_layer: int) -> str:
+    """Return the owner of the cache that the block of an exit has."""
+    return f"exits.{exit_layer}"
 
 
-def present(layer: int, part: str) -> str:
-    """Return the output that carries a producer's cache after the run: the same buffer as :func:`past`."""
-    return f"present.{layer}.{part}"
+def past(owner: CacheOwner, part: str) -> str:
+    """Return the input that carries an owner's cache before the run; ``part`` is ``key`` or ``value``."""
+    return f"past_key_values.{owner}.{part}"
+
+
+def present(owner: CacheOwner, part: str) -> str:
+    """Return the output that carries an owner's cache after the run: the same buffer as :func:`past`."""
+    return f"present.{owner}.{part}"
 
 
 def shared(layer: int, part: str) -> str:

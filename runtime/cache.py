@@ -1,14 +1,14 @@
-"""The KV buffers of all layers.
+"""The KV buffers of a model.
 
-Each producer layer has one full-capacity buffer for keys and one for values, [1, kv_heads, capacity, head_dim], bound
-as past and as present: a run writes its rows in place. Rolling back is passing a smaller length to the next run; rows
-beyond it are never read and are overwritten later. Capacity grows in chunks, so memory follows the text and not the
-longest context.
+Each owner, a producer layer or the block of an exit, has one full-capacity buffer for keys and one for values,
+[1, kv_heads, capacity, head_dim], bound as past and as present: a run writes its rows in place. Rolling back is passing
+a smaller length to the next run; rows beyond it are never read and are overwritten later. Capacity grows in chunks, so
+memory follows the text and not the longest context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +16,7 @@ import onnxruntime as ort
 from shortstack.graphs import names
 from shortstack.graphs.contract import CacheType
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.names import CacheOwner
 from shortstack.graphs.precision import SPARE_ROWS
 from shortstack.runtime.session import Device
 
@@ -26,12 +27,10 @@ class KVCache:
     """KV buffers of one sequence.
 
     Args:
-        layers: The producer layers.
+        owners: Element type of each owner's buffers, and where they are.
         kv_heads: Key/value heads.
         head_dim: Width of one head in the buffers.
-        dtype: Element type.
         max_length: The longest context, in positions.
-        device: Where the buffers are.
 
     Attributes:
         capacity: Positions that the buffers hold now, the spare row not counted.
@@ -39,21 +38,19 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: Sequence[int], kv_heads: int, head_dim: int, dtype: CacheType, max_length: int, device: Device
+        self, owners: Mapping[CacheOwner, tuple[CacheType, Device]], kv_heads: int, head_dim: int, max_length: int
     ) -> None:
-        self._layers = tuple(layers)
+        self._owners = dict(owners)
         self._kv_heads = kv_heads
         self._head_dim = head_dim
-        self._dtype = np.dtype(dtype)
-        self._device = device
-        self._buffers: dict[tuple[int, str], ort.OrtValue] = {}
+        self._buffers: dict[tuple[CacheOwner, str], ort.OrtValue] = {}
         self.max_length = max_length
         self.capacity = 0
         self.generation = 0
 
-    def buffer(self, layer: int, part: str) -> ort.OrtValue:
-        """Return the buffer of a layer's ``key`` or ``value``."""
-        return self._buffers[layer, part]
+    def buffer(self, owner: CacheOwner, part: str) -> ort.OrtValue:
+        """Return the buffer of an owner's ``key`` or ``value``."""
+        return self._buffers[owner, part]
 
     def reserve(self, positions: int, keep: int) -> None:
         """Make room for ``positions`` positions, and keep the first ``keep`` rows of what is there.
@@ -74,12 +71,10 @@ class KVCache:
         capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length) + SPARE_ROWS
         shape = (1, self._kv_heads, capacity, self._head_dim)
         self.generation += 1  # first, so that nothing stays bound to the old buffers if memory runs out on the way
-        for layer in self._layers:
+        for owner, (dtype, device) in self._owners.items():
             for part in names.KV_PARTS:
-                new = np.zeros(shape, self._dtype)
+                new = np.zeros(shape, dtype)
                 if keep:
-                    new[:, :, :keep] = self._buffers[layer, part].numpy()[:, :, :keep]
-                self._buffers[layer, part] = ort.OrtValue.ortvalue_from_numpy(
-                    new, self._device.kind, self._device.index
-                )
+                    new[:, :, :keep] = self._buffers[owner, part].numpy()[:, :, :keep]
+                self._buffers[owner, part] = ort.OrtValue.ortvalue_from_numpy(new, device.kind, device.index)
         self.capacity = capacity - SPARE_ROWS

@@ -19,7 +19,6 @@ from typing import Literal
 
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.kv_map import producers
 from shortstack.runtime.cache import KVCache
 from shortstack.runtime.choice import make_choice
 from shortstack.runtime.draft_length import DraftLength, DraftPolicy
@@ -102,14 +101,12 @@ class Model:
             self.sessions, self.device = open_sessions(bundle, providers, threads)
             self.tokenizer = tokenizer.result()
         spec = bundle.manifest.spec
-        self.cache = KVCache(
-            producers(spec.kv_map, 0, spec.num_hidden_layers),
-            spec.num_key_value_heads,
-            spec.cache_head_dim,
-            bundle.manifest.cache_type,
-            bundle.manifest.max_length,
-            self.device,
-        )
+        owners = {
+            owner: (cache_type, self.device)
+            for segment in bundle.manifest.plan.segments
+            for owner, cache_type in bundle.manifest.cache_types(segment).items()
+        }
+        self.cache = KVCache(owners, spec.num_key_value_heads, spec.cache_head_dim, bundle.manifest.max_length)
         self._stacks: dict[int | None, Stack] = {}
         # What was learned about costs and acceptance outlives a generation, so that the next one starts with it.
         self._lengths: dict[tuple[int, DraftPolicy], DraftLength] = {}

@@ -28,7 +28,7 @@ import onnxruntime as ort
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
-from shortstack.graphs.kv_map import borrowed, producers
+from shortstack.graphs.kv_map import borrowed
 from shortstack.runtime.cache import KVCache
 from shortstack.runtime.draft_vocab import read_draft_vocab
 from shortstack.runtime.plan import Plan, Tensor
@@ -154,6 +154,7 @@ class Stack:
         self._cache = cache
         self._device = device
         self._kv_map = manifest.spec.kv_map
+        self._owners = [tuple(manifest.cache_types(segment)) for segment in self._segments]
         self._lower = 0 if exit_layer is None else manifest.plan.boundaries.index(exit_layer) + 1
         dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
         self._exits = [manifest.plan.exit_of(segment) for segment in self._segments]
@@ -261,8 +262,8 @@ class Stack:
         if segment.is_last and num_rows and self._has_state:
             outputs[names.FINAL_STATE] = self._states[:, start : start + num_rows]
         for part in names.KV_PARTS:
-            for layer in producers(self._kv_map, segment.start, segment.end):
-                inputs[names.past(layer, part)] = outputs[names.present(layer, part)] = self._cache.buffer(layer, part)
+            for owner in self._owners[index]:
+                inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = self._cache.buffer(owner, part)
             for layer in borrowed(self._kv_map, segment.start, segment.end):
                 inputs[names.shared(layer, part)] = self._cache.buffer(layer, part)
         return Plan(self._sessions[index], inputs, outputs, self._device)

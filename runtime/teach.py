@@ -55,14 +55,12 @@ def _teach(model: Model, tokens: Sequence[int], states: Array | None, final_stat
     """Run one text; the model's states are written to ``final_state`` [1, seq, hidden]."""
     manifest, rows = model.bundle.manifest, len(tokens)
     spec, dtype = manifest.spec, np.dtype(manifest.dtype)
-    cache = KVCache(
-        range(spec.num_hidden_layers),
-        spec.num_key_value_heads,
-        spec.cache_head_dim,
-        manifest.cache_type,
-        rows,
-        model.device,
-    )
+    owners = {
+        owner: (cache_type, model.device)
+        for segment in manifest.plan.segments
+        for owner, cache_type in manifest.cache_types(segment).items()
+    }
+    cache = KVCache(owners, spec.num_key_value_heads, spec.cache_head_dim, rows)
     cache.reserve(rows, 0)
     heads, hidden = {}, {}
     below: Tensor = np.asarray([tokens], dtype=np.int64)
@@ -82,9 +80,9 @@ def _teach(model: Model, tokens: Sequence[int], states: Array | None, final_stat
         }
         inputs |= {port.name: exit_inputs[port.name] for port in contract.inputs[1:] if port.name in exit_inputs}
         outputs: dict[str, Tensor] = {names.LOGITS: (logits := np.empty((1, rows, vocab), dtype))}
-        for layer in range(segment.start, segment.end):
+        for owner in manifest.cache_types(segment):
             for part in names.KV_PARTS:
-                inputs[names.past(layer, part)] = outputs[names.present(layer, part)] = cache.buffer(layer, part)
+                inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = cache.buffer(owner, part)
         if segment.is_last and final_state is not None:
             outputs[names.FINAL_STATE] = final_state
         if not segment.is_last:
