@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shortstack.runtime.draft_length import DraftPolicy
+    from shortstack.runtime.early_exit.expression import parse_criterion
+    from shortstack.runtime.early_exit.policy import ExitPolicy
     from shortstack.runtime.model import Model, Result, load
     from shortstack.runtime.sampling import SamplingParams
+    from shortstack.runtime.session import Placement
 
-__all__ = ["DraftPolicy", "Model", "Result", "SamplingParams", "load"]
+__all__ = ["DraftPolicy", "ExitPolicy", "Model", "Placement", "Result", "SamplingParams", "load", "parse_criterion"]
 
 _HOMES = {
     "DraftPolicy": "draft_length",
+    "ExitPolicy": "early_exit.policy",
     "Model": "model",
+    "Placement": "session",
     "Result": "model",
     "SamplingParams": "sampling",
     "load": "model",
+    "parse_criterion": "early_exit.expression",
 }
 
 

@@ -10,31 +10,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.cache import KVCache
-from shortstack.runtime.choice import make_choice
+from shortstack.runtime.choice import Choice, make_choice
 from shortstack.runtime.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.early_exit.ascent import Ascent, FlushAscent
+from shortstack.runtime.early_exit.auto import AutoAscent, WayCosts
+from shortstack.runtime.early_exit.loop import EarlyExit
+from shortstack.runtime.early_exit.pending import PendingCap
+from shortstack.runtime.early_exit.pipeline import PipelineAscent
+from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.plain import plain
 from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.session import open_sessions
+from shortstack.runtime.session import Placement, open_sessions
 from shortstack.runtime.speculative import speculative
 from shortstack.runtime.stack import Stack
-from shortstack.runtime.step import Stats
+from shortstack.runtime.step import Stats, Step
 from shortstack.runtime.stop import StopStrings
 from shortstack.runtime.stream import FinishReason, Stream
 from shortstack.runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-Strategy = Literal["plain", "self-speculative"]
+Strategy = Literal["plain", "self-speculative", "early-exit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ def load(
     *,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
+    upper: Placement | None = None,
     verify_hashes: bool = False,
 ) -> Model:
     """Load a bundle.
@@ -67,6 +74,7 @@ def load(
         path: The bundle's folder.
         providers: Execution providers in order of preference: ``cpu``, ``cuda``, or onnxruntime's names. None: CPU.
         threads: Threads of the process's one pool. None: all usable cores.
+        upper: Where all segments but the lowest compute, for early exit as a pipeline. None: where the lowest does.
         verify_hashes: Check every file's sha256 first.
 
     Raises:
@@ -75,7 +83,7 @@ def load(
         RequestError: An unknown provider.
     """
     bundle = open_bundle(path, verify_hashes=verify_hashes)
-    return Model(bundle, providers=providers, threads=threads)
+    return Model(bundle, providers=providers, threads=threads, upper=upper)
 
 
 class Model:
@@ -85,31 +93,41 @@ class Model:
         bundle: The bundle.
         providers: See :func:`load`.
         threads: See :func:`load`.
+        upper: See :func:`load`.
 
     Attributes:
         bundle: The bundle.
         tokenizer: Its tokenizer.
         cache: Its KV buffers.
         sessions: Its graphs, bottom to top.
-        device: Where the cache lives.
+        devices: Where each graph's cache lives.
     """
 
-    def __init__(self, bundle: Bundle, *, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        upper: Placement | None = None,
+    ) -> None:
         self.bundle = bundle
         with ThreadPoolExecutor(1) as pool:  # onnxruntime packs weights meanwhile
             tokenizer = pool.submit(Tokenizer.load, bundle.folder)
-            self.sessions, self.device = open_sessions(bundle, providers, threads)
+            self.sessions, self.devices = open_sessions(bundle, providers, threads, upper)
             self.tokenizer = tokenizer.result()
         spec = bundle.manifest.spec
         owners = {
-            owner: (cache_type, self.device)
+            owner: (cache_type, self.devices[segment.index])
             for segment in bundle.manifest.plan.segments
             for owner, cache_type in bundle.manifest.cache_types(segment).items()
         }
         self.cache = KVCache(owners, spec.num_key_value_heads, spec.cache_head_dim, bundle.manifest.max_length)
-        self._stacks: dict[int | None, Stack] = {}
+        self._stacks: dict[tuple[int, ...], Stack] = {}
         # What was learned about costs and acceptance outlives a generation, so that the next one starts with it.
         self._lengths: dict[tuple[int, DraftPolicy], DraftLength] = {}
+        self._caps: dict[tuple[int | None, tuple[int, ...]], PendingCap] = {}
+        self._ways: dict[tuple[int, ...], WayCosts] = {}
         self._sequence = TokenSequence()
         self._stream: Stream | None = None
 
@@ -126,6 +144,7 @@ class Model:
         strategy: Strategy = "plain",
         exit_layer: int | None = None,
         draft: DraftPolicy | None = None,
+        exits: ExitPolicy | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
@@ -137,10 +156,12 @@ class Model:
             prompt: Chat messages (``[{"role": "user", "content": ...}]``) go through the bundle's chat template, a
                 string goes in as it is, token ids go in untouched.
             max_new_tokens: Tokens to generate at most.
-            strategy: ``plain``, or ``self-speculative``: the same output, drafted by an exit.
+            strategy: ``plain``; ``self-speculative``: the same output, drafted by an exit; or ``early-exit``: a token
+                leaves at the first exit that is sure of it, as ``exits`` says.
             exit_layer: Which exit drafts; None takes the lowest.
             draft: How many tokens to draft; None drafts adaptively, four at most, but always four where ``sampling``
                 has a seed: what is drafted decides how draws are used, and adaptive lengths follow the clock.
+            exits: When tokens leave early; needed by ``early-exit``, and for it alone.
             sampling: Temperature and the rest; None is greedy.
             stop: Strings that end the text; they are not part of it.
             ignore_eos: Go on after an end-of-sequence token.
@@ -150,15 +171,22 @@ class Model:
             An iterator over :class:`~shortstack.runtime.stream.Token`; closing it early leaves the model usable.
 
         Raises:
-            RequestError: An empty or too long prompt, an unknown strategy or exit.
+            RequestError: An empty or too long prompt, an unknown strategy or exit, an exit policy that this bundle
+                cannot follow.
         """
         ids = self.encode(prompt)
-        drafting = self._drafting_exit(strategy, exit_layer)
+        used = self._exits_used(strategy, exit_layer, exits)
         if max_new_tokens < 1:
             raise RequestError("max_new_tokens", found=max_new_tokens, expected="1 or more")
         sampling = sampling or SamplingParams()
         stop_strings = StopStrings(stop)
-        stack = self._stack(drafting)
+        if exits is not None and exits.verify == "rollback" and not sampling.is_greedy:
+            raise RequestError(
+                "verify rollback is a rule for greedy decoding",
+                found=f"temperature {sampling.temperature}",
+                remedy="set the temperature to 0, or verify exact",
+            )
+        stack = self._stack(used)
         # Every check is behind us: from here on the generation before is over.
         if self._stream is not None:
             self._stream.supersede()
@@ -167,11 +195,13 @@ class Model:
         stats = Stats(prompt=len(ids), reused=self._sequence.restart(ids))
         limit = min(max_new_tokens, self.cache.max_length - len(ids))
         choice = make_choice(sampling)
-        if drafting is None:
+        if exits is not None:
+            steps = self._early_exit(stack, choice, stats, limit, exits, is_repeatable=sampling.is_repeatable)
+        elif not used:
             steps = plain(stack, self._sequence, choice, stats, limit)
         else:
             policy = draft or DraftPolicy(is_adaptive=not sampling.is_repeatable)
-            length = self._lengths.setdefault((drafting, policy), DraftLength(policy))
+            length = self._lengths.setdefault((used[0], policy), DraftLength(policy))
             steps = speculative(stack, self._sequence, choice, stats, limit, length)
         self._stream = Stream(
             steps,
@@ -192,6 +222,7 @@ class Model:
         strategy: Strategy = "plain",
         exit_layer: int | None = None,
         draft: DraftPolicy | None = None,
+        exits: ExitPolicy | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
@@ -204,6 +235,7 @@ class Model:
             strategy=strategy,
             exit_layer=exit_layer,
             draft=draft,
+            exits=exits,
             sampling=sampling,
             stop=stop,
             ignore_eos=ignore_eos,
@@ -251,22 +283,65 @@ class Model:
             )
         return ids
 
-    def exclusive_stack(self, exit_layer: int | None = None) -> Stack:
+    def exclusive_stack(self, exit_layers: int | Sequence[int] | None = None) -> Stack:
         """Return a stack for direct use; the generation before is over and its cache forgotten.
 
         Args:
-            exit_layer: Which exit drafts; None is the uncut stack.
+            exit_layers: Which exits it uses; None is the uncut stack.
         """
         if self._stream is not None:
             self._stream.supersede()
         self._sequence.rewind(0)
-        return self._stack(exit_layer)
+        wanted = () if exit_layers is None else (exit_layers,) if isinstance(exit_layers, int) else exit_layers
+        return self._stack(tuple(wanted))
 
-    def _drafting_exit(self, strategy: Strategy, exit_layer: int | None) -> int | None:
-        """Return the exit that drafts, None for plain decoding, if the bundle has what is asked for."""
+    def _early_exit(
+        self,
+        stack: Stack,
+        choice: Choice,
+        stats: Stats,
+        limit: int,
+        policy: ExitPolicy,
+        *,
+        is_repeatable: bool,
+    ) -> Iterator[Step]:
+        """Start the loop of early exit; what was learned about costs is shared by all generations."""
+        used = stack.depths[:-1]
+        # Where verification draws at random, what is drafted must not follow the clock.
+        fixed = policy.max_pending or (stack.window if is_repeatable else None)
+        cap = self._caps.setdefault((fixed, used), PendingCap(stack.window, fixed))
+
+        def flush() -> Ascent:
+            return FlushAscent(stack, stats, cap, recomputes=policy.kv_policy == "recompute")
+
+        def pipeline() -> Ascent:
+            return PipelineAscent(stack, stats)
+
+        ascent: Ascent
+        if policy.kv_policy == "auto":
+            ascent = AutoAscent({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))
+        else:
+            ascent = pipeline() if policy.kv_policy == "pipeline" else flush()
+        return EarlyExit(stack, self._sequence, choice, stats, limit, policy, ascent, cap).steps()
+
+    def _exits_used(self, strategy: Strategy, exit_layer: int | None, policy: ExitPolicy | None) -> tuple[int, ...]:
+        """Return the exits that a strategy uses, none for plain decoding, if the bundle has what is asked for."""
         exits = self.exit_layers
-        if strategy not in ("plain", "self-speculative"):
-            raise RequestError("strategy", found=repr(strategy), expected="'plain' or 'self-speculative'")
+        if strategy not in get_args(Strategy):
+            expected = " or ".join(repr(name) for name in get_args(Strategy))
+            raise RequestError("strategy", found=repr(strategy), expected=expected)
+        if (policy is not None) != (strategy == "early-exit"):
+            raise RequestError(
+                f"strategy {strategy!r}: exits",
+                found="an exit policy" if policy is not None else "no exit policy",
+                expected="an ExitPolicy with the strategy 'early-exit', and with no other",
+            )
+        if policy is not None:
+            if exit_layer is not None:
+                raise RequestError(
+                    "exit_layer names the exit that drafts", remedy="set ExitPolicy.exit_layers for early exit"
+                )
+            return policy.exits_in(self.bundle.manifest.plan)
         if exit_layer is not None and exit_layer not in exits:
             raise RequestError(
                 "exit_layer is not an exit of this bundle",
@@ -279,10 +354,10 @@ class Model:
                 "self-speculation needs an exit, and this bundle has none",
                 remedy="re-export with --exit-layer E, or use the plain strategy",
             )
-        return None if strategy == "plain" else exit_layer or exits[0]
+        return () if strategy == "plain" else (exit_layer or exits[0],)
 
-    def _stack(self, drafting: int | None) -> Stack:
-        """Return the stack that drafts with this exit, made once: it holds the prebuilt plans."""
-        if drafting not in self._stacks:
-            self._stacks[drafting] = Stack(self.bundle, self.sessions, self.cache, self.device, drafting)
-        return self._stacks[drafting]
+    def _stack(self, used: tuple[int, ...]) -> Stack:
+        """Return the stack that uses these exits, made once: it holds the prebuilt plans."""
+        if used not in self._stacks:
+            self._stacks[used] = Stack(self.bundle, self.sessions, self.cache, self.devices, used)
+        return self._stacks[used]

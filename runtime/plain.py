@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 
 from shortstack.runtime.choice import Choice
+from shortstack.runtime.decoder import Decoder
 from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.stack import Decoder
 from shortstack.runtime.step import Stats, Step
 
 
@@ -59,5 +59,5 @@ def plain(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats,
             return
         token = (full_step if index else prefill)(stack, sequence, choice, stats)
         sequence.append(token)
-        stats.emitted += 1
-        yield Step(token, from_draft=False)
+        stats.count_emitted(stack.num_layers)
+        yield Step(token, False, stack.num_layers, float(stack.final.top_prob[0]))

@@ -43,6 +43,26 @@ class Device:
         return self.kind == "cpu"
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where some of the segments compute.
+
+    Attributes:
+        providers: Execution providers in order of preference: ``cpu``, ``cuda``, or onnxruntime's names.
+        threads: Threads of a pool of their own, so that they can run beside the others; None shares the process's pool.
+
+    Raises:
+        RequestError: Less than one thread.
+    """
+
+    providers: tuple[str, ...] = ("cpu",)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise RequestError("threads of the upper segments", found=self.threads, expected="1 or more")
+
+
 def resolve_providers(providers: Sequence[str] | None) -> list[str]:
     """Return onnxruntime's names for the providers asked for, in order, CPU last.
 
@@ -64,32 +84,43 @@ def resolve_providers(providers: Sequence[str] | None) -> list[str]:
 
 
 def open_sessions(
-    bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None
-) -> tuple[list[ort.InferenceSession], Device]:
+    bundle: Bundle,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    upper: Placement | None = None,
+) -> tuple[list[ort.InferenceSession], list[Device]]:
     """Open one session per segment.
 
     Args:
         bundle: The bundle.
         providers: Execution providers, by onnxruntime's name or ``cpu``, ``cuda``; None takes the CPU.
         threads: Threads of the pool; None takes the number of usable cores. Counts at the first call of a process.
+        upper: Where all segments but the lowest compute; None: where the lowest does.
 
     Returns:
-        The sessions, bottom to top, and the device of their cache.
+        The sessions, bottom to top, and the device of each one's cache.
 
     Raises:
         RequestError: An unknown provider, or another thread count than the process already has.
         BundleError: onnxruntime cannot load a graph.
         ContractError: A graph does not match the contract.
     """
-    names = resolve_providers(providers)
+    lower_names = resolve_providers(providers)
+    upper_names = resolve_providers(upper.providers) if upper is not None else lower_names
     make_thread_pool(threads)
     sessions: list[ort.InferenceSession] = []
+    devices: list[Device] = []
     # Top to bottom. Packing a head's weight reads all of it from the file; the top session lets go of those pages once
     # it has packed, the bottom one keeps them for the embedding, so the other way round a tied weight peaks twice.
     for segment in reversed(bundle.manifest.plan.segments):
         path = bundle.graph_path(segment)
+        names = lower_names if segment.is_first else upper_names
         options = ort.SessionOptions()
         options.use_per_session_threads = False
+        if upper is not None and upper.threads is not None and not segment.is_first:
+            options.use_per_session_threads = True
+            options.intra_op_num_threads = upper.threads
+            options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:
             session = ort.InferenceSession(str(path), options, providers=names)
@@ -108,7 +139,8 @@ def open_sessions(
         found = GraphContract(_ports(session.get_inputs()), _ports(session.get_outputs()))
         check_ports(str(path), found, bundle.manifest.contract(segment))
         sessions.insert(0, session)
-    return sessions, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu")
+        devices.insert(0, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu"))
+    return sessions, devices
 
 
 def _ports(arguments: Sequence[Any]) -> tuple[Port, ...]:

@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterator
 
 from shortstack.runtime.choice import Choice, Verdict
+from shortstack.runtime.decoder import Decoder
 from shortstack.runtime.draft_length import DraftLength
 from shortstack.runtime.plain import full_step, prefill
 from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.stack import Decoder
 from shortstack.runtime.step import Stats, Step
 
 
@@ -52,8 +52,8 @@ def speculative(
         return
     token = prefill(stack, sequence, choice, stats)
     sequence.append(token)
-    stats.emitted += 1
-    yield Step(token, from_draft=False)
+    stats.count_emitted(stack.num_layers)
+    yield Step(token, False, stack.num_layers, float(stack.final.top_prob[0]))
     left = max_new_tokens - 1
     while left and len(sequence) < stack.max_length:
         # Each row emits at most one token, so rows are capped by what the request and the context still take.
@@ -65,8 +65,11 @@ def speculative(
                 sequence.commit(1)
             sequence.append(token)
             stats.discarded -= 1
-            stats.emitted += 1
-            yield Step(token, from_draft=index < verdict.accepted)
+            is_accepted = index < verdict.accepted
+            depth = stack.exit_layer if is_accepted else stack.num_layers
+            head = stack.exit if is_accepted else stack.final
+            stats.count_emitted(depth)
+            yield Step(token, is_accepted, depth, float(head.top_prob[index]))
         left -= len(verdict.tokens)
 
 

@@ -1,5 +1,12 @@
 """The segments of one model over one cache: prefill, draft one position, verify several. Batch 1.
 
+A stack is used with some of the bundle's exits, which part its segments into *levels*, bottom to top: a level is what
+lies between two of these exits, and its last segment ends in its head::
+
+    segments    0    |    1    |    2    |    3            a bundle with exits after 4, 8 and 12 layers
+    exits            4         8        12       final
+    levels        0       |         1         |   2        the stack that uses exits 4 and 12: heads 4, 12, final
+
 A *round* lays its positions out in rows of small buffers that all graphs share::
 
     row               0    1    2   ...  window - 1
@@ -8,8 +15,8 @@ A *round* lays its positions out in rows of small buffers that all graphs share:
     hidden[1, w, h]   ·    ·    ·                    per boundary: what the segment below left for the one above
     final [1, w]      p1   p2   p3                   what the final head says after row r
 
-Row r sits at position ``past + r`` of the sequence. Drafting runs the lower segments on one row; verifying runs the
-upper segments once on all rows. Nothing is copied between the graphs: each writes where the next one reads. Knows
+Row r sits at position ``past + r`` of the sequence. Drafting runs the lowest level on one row; verifying runs the
+highest once on all rows. Nothing is copied between the graphs: each writes where the next one reads. Knows
 nothing about acceptance, sampling or text.
 
 States are kept where the drafting exit sees them. s is the whole model's; row r's draft leaves the exit's guess of its
@@ -20,16 +27,16 @@ position in row r, and :meth:`Stack.keep_state` moves the one before the newest 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.kv_map import borrowed
 from shortstack.runtime.cache import KVCache
+from shortstack.runtime.decoder import Head
 from shortstack.runtime.draft_vocab import read_draft_vocab
 from shortstack.runtime.plan import Plan, Tensor
 from shortstack.runtime.session import Device
@@ -38,106 +45,16 @@ WINDOW_ROWS = 16
 PREFILL_ROWS = 256
 
 
-class Head:
-    """What one head said, row by row.
-
-    Attributes:
-        token: Most likely token, int64 [rows].
-        top_prob: Its probability [rows].
-        margin: Its probability minus the next one's [rows].
-        entropy: Entropy in nats [rows].
-        logits: [rows, vocab]; empty until sampling asks for it.
-        ids: Token id of each logit column of a trimmed head, ascending int64; None when columns are token ids.
-        gate: What the exit's confidence gate says, 0..1 [rows]; None without a gate.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        vocab: int,
-        dtype: np.dtype[np.floating],
-        ids: npt.NDArray[np.int64] | None,
-        has_gate: bool = False,
-    ) -> None:
-        self.token = np.zeros(rows, np.int64)
-        self.top_prob = np.zeros(rows, dtype)
-        self.margin = np.zeros(rows, dtype)
-        self.entropy = np.zeros(rows, dtype)
-        self.logits = np.zeros((0, vocab), dtype)
-        self.ids = ids
-        self.gate = np.zeros(rows, dtype) if has_gate else None
-
-    def outputs(self, start: int, end: int, with_logits: bool) -> dict[str, Tensor]:
-        """Return views on rows ``[start, end)``, by output name, shaped as the contract says."""
-        if with_logits and not len(self.logits):
-            self.logits = np.zeros((len(self.token), self.logits.shape[1]), self.logits.dtype)
-        views: dict[str, Tensor] = {
-            names.TOKEN: self.token[None, start:end],
-            names.TOP_PROB: self.top_prob[None, start:end],
-            names.MARGIN: self.margin[None, start:end],
-            names.ENTROPY: self.entropy[None, start:end],
-        }
-        if self.gate is not None:
-            views[names.GATE] = self.gate[None, start:end]
-        if with_logits:
-            views[names.LOGITS] = self.logits[None, start:end]
-        return views
-
-
-class Decoder(Protocol):
-    """What the decoding loops need of a stack; tests script it."""
-
-    @property
-    def window(self) -> int:
-        """Rows of one round at most."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Positions of the longest context."""
-        ...
-
-    @property
-    def final(self) -> Head:
-        """What the final head said in the last :meth:`prefill` (row 0) or :meth:`verify`."""
-        ...
-
-    @property
-    def exit(self) -> Head:
-        """What the drafting exit said, by row."""
-        ...
-
-    def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
-        """Run all layers over ``tokens`` at positions ``past``...; the final head sees the last one."""
-        ...
-
-    def put(self, row: int, token: int) -> None:
-        """Set the token of a row."""
-        ...
-
-    def draft(self, row: int, past: int, with_head: bool, with_logits: bool) -> None:
-        """Run the lower segments on one row; with the head, its token becomes the next row's."""
-        ...
-
-    def verify(self, rows: int, past: int, with_logits: bool) -> None:
-        """Run the upper segments on rows 0..rows-1, the final head on each."""
-        ...
-
-    def keep_state(self, row: int) -> None:
-        """Say which row of the last :meth:`verify` predicted what is now the newest token; row 0 without a call."""
-        ...
-
-
 class Stack:
-    """The :class:`Decoder` over a bundle's sessions.
+    """The :class:`~shortstack.runtime.decoder.LeveledDecoder` over a bundle's sessions.
 
     Args:
         bundle: The bundle.
         sessions: Its sessions, bottom to top.
         cache: The KV buffers.
-        device: Where the sessions compute.
-        exit_layer: Which exit drafts: the number of layers run before it. None for an uncut stack, where a "draft" runs
-            nothing and verifying runs every segment.
+        devices: Where each session computes.
+        exit_layers: The exits that are used, each by the number of layers run before it, ascending. Without any the
+            stack is uncut: a "draft" runs nothing and verifying runs every segment.
     """
 
     def __init__(
@@ -145,92 +62,143 @@ class Stack:
         bundle: Bundle,
         sessions: Sequence[ort.InferenceSession],
         cache: KVCache,
-        device: Device,
-        exit_layer: int | None,
+        devices: Sequence[Device],
+        exit_layers: Sequence[int] = (),
     ) -> None:
         manifest = bundle.manifest
         self._segments = manifest.plan.segments
         self._sessions = sessions
         self._cache = cache
-        self._device = device
+        self._devices = devices
         self._kv_map = manifest.spec.kv_map
         self._owners = [tuple(manifest.cache_types(segment)) for segment in self._segments]
-        self._lower = 0 if exit_layer is None else manifest.plan.boundaries.index(exit_layer) + 1
-        dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
         self._exits = [manifest.plan.exit_of(segment) for segment in self._segments]
-        drafting = self._exits[self._lower - 1] if self._lower else None
-        ids = read_draft_vocab(bundle, drafting) if drafting else None
-        vocab = manifest.spec.vocab_size if ids is None else len(ids)
+        edges = [0, *(manifest.plan.boundaries.index(layer) + 1 for layer in exit_layers), len(self._segments)]
+        self._levels = [range(start, end) for start, end in pairwise(edges)]
+        dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
         self.window = WINDOW_ROWS
         self.max_length = manifest.max_length
+        self.num_layers = manifest.spec.num_hidden_layers
+        self.depths = (*exit_layers, self.num_layers)
+        self.exit_layer = exit_layers[0] if exit_layers else 0
+        used = [self._exits[level[-1]] for level in self._levels[:-1]]
+        self.heads: list[Head] = []
+        for exit_spec in used:
+            assert exit_spec is not None
+            ids = read_draft_vocab(bundle, exit_spec)
+            vocab = manifest.spec.vocab_size if ids is None else len(ids)
+            self.heads.append(Head(WINDOW_ROWS, vocab, dtype, ids, has_gate=exit_spec.has_gate))
         self.final = Head(WINDOW_ROWS, manifest.spec.vocab_size, dtype, None)
-        self.exit = Head(WINDOW_ROWS, vocab, dtype, ids, has_gate=drafting is not None and drafting.has_gate)
+        self.exit = self.heads[0] if used else Head(WINDOW_ROWS, manifest.spec.vocab_size, dtype, None)
+        self.heads.append(self.final)
         self._ids = np.zeros((1, WINDOW_ROWS + 1), np.int64)
         self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input: no copy
         self._hidden_size = manifest.spec.hidden_size
         self._dtype = dtype
         self._hidden = [np.zeros((1, WINDOW_ROWS, self._hidden_size), dtype) for _ in self._segments[1:]]
-        self._has_state = drafting is not None and drafting.sees_state
-        # Without the rows if the drafting exit sees no state: other exits of the bundle are bound to none of them.
+        self._has_state = any(exit_spec is not None and exit_spec.sees_state for exit_spec in used)
+        # Without the rows if no exit in use sees a state: other exits of the bundle are bound to none of them.
         self._states = np.zeros((1, WINDOW_ROWS + 1 if self._has_state else 0, self._hidden_size), dtype)
-        self._seqlens_k = np.zeros(1, np.int32)
-        self._total = np.zeros((), np.int32)
+        # Of each segment its own, since levels may run at the same time.
+        self._seqlens_k = [np.zeros(1, np.int32) for _ in self._segments]
+        self._total = [np.zeros((), np.int32) for _ in self._segments]
         self._num_rows = [np.array(rows, np.int64) for rows in range(WINDOW_ROWS + 1)]
         self._plans: dict[tuple[int, int, int, int, bool], Plan] = {}
         self._generation = -1
+        self._prompt: list[np.ndarray] = []
 
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
-        """See :meth:`Decoder.prefill`; long prompts run in chunks."""
-        self._reserve(past + len(tokens), past)
+        """See :meth:`~Decoder.prefill`; long prompts run in chunks."""
+        self.reserve(past + len(tokens), past)
         for start in range(0, len(tokens), PREFILL_ROWS):
             chunk = np.asarray([tokens[start : start + PREFILL_ROWS]], dtype=np.int64)  # [1, rows]
-            rows = chunk.shape[1]
-            is_end = start + rows == len(tokens)
-            self._set_lengths(past + start, rows)
-            below: np.ndarray = chunk
-            for segment in self._segments:
-                above = np.empty((1, rows, self._hidden_size), self._dtype)
-                head = self.final.outputs(0, 1, with_logits) if segment.is_last and is_end else {}
-                self._plan(segment.index, 0, chunk, below, above, head, num_rows=1 if head else 0).run()
-                below = above
+            is_end = start + chunk.shape[1] == len(tokens)
+            self._prefill_chunk(range(len(self._segments)), chunk, chunk, past + start, is_end, with_logits)
+
+    def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_logits: bool) -> None:
+        """See :meth:`LeveledDecoder.prefill_level`."""
+        self.reserve(past + len(tokens), past + (len(tokens) if level else 0))
+        kept = self._prompt if level else []
+        self._prompt = []
+        for index, start in enumerate(range(0, len(tokens), PREFILL_ROWS)):
+            chunk = np.asarray([tokens[start : start + PREFILL_ROWS]], dtype=np.int64)
+            below = kept[index] if level else chunk
+            is_end = start + chunk.shape[1] == len(tokens)
+            above = self._prefill_chunk(self._levels[level], chunk, below, past + start, is_end, with_logits)
+            if level < len(self._levels) - 1:
+                self._prompt.append(above)
 
     def put(self, row: int, token: int) -> None:
-        """See :meth:`Decoder.put`."""
+        """See :meth:`~Decoder.put`."""
         self._ids[0, row] = token
 
     def draft(self, row: int, past: int, with_head: bool, with_logits: bool) -> None:
-        """See :meth:`Decoder.draft`."""
-        self._reserve(past + row + 1, past + row)
-        self._set_lengths(past + row, 1)
-        for index in range(self._lower):
-            is_exit = with_head and index == self._lower - 1
-            self._run(index, row, row + 1, 1 if is_exit else 0, with_logits and is_exit)
+        """See :meth:`~Decoder.draft`."""
+        if len(self._levels) > 1:
+            self.reserve(past + row + 1, past + row)
+            self.run(0, row, row + 1, past, 1 if with_head else 0, with_logits)
 
     def verify(self, rows: int, past: int, with_logits: bool) -> None:
-        """See :meth:`Decoder.verify`."""
-        self._reserve(past + rows, past + (rows if self._lower else 0))
-        self._set_lengths(past, rows)
-        for index in range(self._lower, len(self._segments)):
-            is_last = index == len(self._segments) - 1
-            self._run(index, 0, rows, rows if is_last else 0, with_logits and is_last)
+        """See :meth:`~Decoder.verify`."""
+        self.reserve(past + rows, past + (rows if len(self._levels) > 1 else 0))
+        self.run(len(self._levels) - 1, 0, rows, past, rows, with_logits)
+
+    def run(self, level: int, start: int, end: int, past: int, num_rows: int, with_logits: bool) -> None:
+        """See :meth:`LeveledDecoder.run`; plans are built at their first use."""
+        segments = self._levels[level]
+        for index in segments:
+            has_head = num_rows > 0 and index == segments[-1]
+            key = (index, start, end, num_rows if has_head else 0, with_logits and has_head)
+            plan = self._plans.get(key)
+            if plan is None:
+                plan = self._plans[key] = self._round_plan(*key, self.heads[level])
+            self._set_lengths(index, past + start, end - start)
+            plan.run()
+
+    def reserve(self, positions: int, keep: int) -> None:
+        """See :meth:`LeveledDecoder.reserve`."""
+        if positions > self._cache.capacity or self._generation != self._cache.generation:
+            self._plans.clear()  # before the cache grows: plans hold its old buffers
+            self._cache.reserve(positions, keep)
+            self._generation = self._cache.generation
+
+    def hidden(self, level: int, row: int) -> np.ndarray:
+        """See :meth:`LeveledDecoder.hidden`."""
+        return self._hidden[self._levels[level][-1]][0, row]  # type: ignore[no-any-return]
 
     def keep_state(self, row: int) -> None:
-        """See :meth:`Decoder.keep_state`."""
+        """See :meth:`~Decoder.keep_state`."""
         if row and self._has_state:
             self._states[0, 0] = self._states[0, row]
 
-    def _run(self, index: int, start: int, end: int, num_rows: int, with_logits: bool) -> None:
-        """Run a segment on rows ``[start, end)`` of the round, through a plan that is built at its first use."""
-        key = (index, start, end, num_rows, with_logits)
-        plan = self._plans.get(key)
-        if plan is None:
-            ids = self._ids[:, start:end]
-            below = ids if index == 0 else self._hidden[index - 1][:, start:end]
-            above = None if index == len(self._segments) - 1 else self._hidden[index][:, start:end]
-            head = (self.final if above is None else self.exit).outputs(start, end, with_logits) if num_rows else {}
-            plan = self._plan(index, start, ids, below, above, head, num_rows)
-            self._plans[key] = plan
-        plan.run()
+    @property
+    def sees_state(self) -> bool:
+        """Whether an exit in use sees states."""
+        return self._has_state
+
+    def _prefill_chunk(
+        self, segments: range, ids: np.ndarray, below: np.ndarray, past: int, is_end: bool, with_logits: bool
+    ) -> np.ndarray:
+        """Run segments over a chunk of a prompt, at its end also the head of the last one; return what it leaves."""
+        rows = ids.shape[1]
+        for index in segments:
+            above = np.empty((1, rows, self._hidden_size), self._dtype)
+            head: dict[str, Tensor] = {}
+            if is_end and index == segments[-1]:
+                level = next(i for i, level in enumerate(self._levels) if index in level)
+                head = self.heads[level].outputs(0, 1, with_logits)
+            self._set_lengths(index, past, rows)
+            self._plan(index, 0, ids, below, above, head, num_rows=1 if head else 0).run()
+            below = above
+        return below
+
+    def _round_plan(self, index: int, start: int, end: int, num_rows: int, with_logits: bool, head: Head) -> Plan:
+        """Bind a segment to rows ``[start, end)`` of the round."""
+        ids = self._ids[:, start:end]
+        below = ids if index == 0 else self._hidden[index - 1][:, start:end]
+        above = None if index == len(self._segments) - 1 else self._hidden[index][:, start:end]
+        outputs = head.outputs(end - num_rows, end, with_logits) if num_rows else {}
+        return self._plan(index, end - num_rows, ids, below, above, outputs, num_rows)
 
     def _plan(
         self,
@@ -246,8 +214,8 @@ class Stack:
         segment, exit_spec = self._segments[index], self._exits[index]
         inputs: dict[str, Tensor] = {
             names.INPUT_IDS if segment.is_first else names.HIDDEN_STATES: below,
-            names.SEQLENS_K: self._seqlens_k,
-            names.TOTAL_SEQUENCE_LENGTH: self._total,
+            names.SEQLENS_K: self._seqlens_k[index],
+            names.TOTAL_SEQUENCE_LENGTH: self._total[index],
             names.NUM_ROWS: self._num_rows[num_rows],
         }
         outputs: dict[str, Tensor] = dict(head)
@@ -266,14 +234,8 @@ class Stack:
                 inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = self._cache.buffer(owner, part)
             for layer in borrowed(self._kv_map, segment.start, segment.end):
                 inputs[names.shared(layer, part)] = self._cache.buffer(layer, part)
-        return Plan(self._sessions[index], inputs, outputs, self._device)
+        return Plan(self._sessions[index], inputs, outputs, self._devices[index])
 
-    def _set_lengths(self, past: int, rows: int) -> None:
-        self._seqlens_k[0] = past + rows - 1
-        self._total[...] = past + rows
-
-    def _reserve(self, positions: int, keep: int) -> None:
-        if positions > self._cache.capacity or self._generation != self._cache.generation:
-            self._plans.clear()  # before the cache grows: plans hold its old buffers
-            self._cache.reserve(positions, keep)
-            self._generation = self._cache.generation
+    def _set_lengths(self, index: int, past: int, rows: int) -> None:
+        self._seqlens_k[index][0] = past + rows - 1
+        self._total[index][...] = past + rows

@@ -2,7 +2,7 @@
 
 Accounting identity, at every moment between two steps and after any end::
 
-    emitted + discarded == prefilled + plain + accepted + corrected + bonus
+    emitted + discarded == prefilled + plain + exited + accepted + corrected + bonus
     drafted             == accepted + rejected
 """
 
@@ -19,10 +19,16 @@ class Step:
     Attributes:
         token: Its id.
         from_draft: The exit proposed it and the whole model accepted it.
+        exit_layer: Layers run before the head that named it; all of the model's for the final head.
+        confidence: Probability that this head gave its most likely token.
+        pending: Positions that waited for the layers above when it was decided, its own included; 0 where none did.
     """
 
     token: int
     from_draft: bool
+    exit_layer: int
+    confidence: float
+    pending: int = 0
 
 
 @dataclass(slots=True)
@@ -36,6 +42,8 @@ class Stats:
         discarded: Decided, but not handed over: the rest of a round inside which the caller stopped, or is still.
         prefilled: Decided by the prefill run (0 or 1).
         plain: Decided by full runs without a draft.
+        exited: Decided by an exit, without verification.
+        exits: Emitted tokens by the depth of the head that named them.
         drafted: Proposed by the exit.
         accepted: Drafted ones that the whole model agreed with, up to the first it did not.
         rejected: The other drafted ones.
@@ -46,7 +54,8 @@ class Stats:
         accepted_at: Accepted tokens by position in their round, from 0.
         prefill_s: Seconds of the prefill.
         draft_s: Seconds in the lower segments.
-        verify_s: Seconds in the upper segments.
+        verify_s: Seconds in the upper segments; with a pipeline, beside those in the lower ones.
+        settle_s: Seconds in which the upper segments caught up at the end.
         elapsed_s: Seconds from the request to the last token, the caller's own time included.
         first_token_s: Seconds from the request to the first token.
         draft_runs: Rows run through the lower segments.
@@ -60,6 +69,8 @@ class Stats:
     discarded: int = 0
     prefilled: int = 0
     plain: int = 0
+    exited: int = 0
+    exits: dict[int, int] = field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
     rejected: int = 0
@@ -71,11 +82,17 @@ class Stats:
     prefill_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
+    settle_s: float = 0.0
     elapsed_s: float = 0.0
     first_token_s: float = 0.0
     draft_runs: int = 0
     verify_runs: int = 0
     predicted_gain: float = 0.0
+
+    def count_emitted(self, depth: int) -> None:
+        """Count one token handed over, named by the head after ``depth`` layers."""
+        self.emitted += 1
+        self.exits[depth] = self.exits.get(depth, 0) + 1
 
     def count_round(self, drafted: int, accepted: int) -> None:
         """Count one judged draft."""
@@ -93,7 +110,7 @@ class Stats:
     @property
     def is_balanced(self) -> bool:
         """Whether the accounting identity holds."""
-        decided = self.prefilled + self.plain + self.accepted + self.corrected + self.bonus
+        decided = self.prefilled + self.plain + self.exited + self.accepted + self.corrected + self.bonus
         return self.emitted + self.discarded == decided and self.drafted == self.accepted + self.rejected
 
     @property
@@ -114,8 +131,13 @@ class Stats:
     @property
     def tokens_per_round(self) -> float:
         """Tokens decided per run of the upper segments, the prefill left out."""
-        decided = self.plain + self.accepted + self.corrected + self.bonus
+        decided = self.plain + self.exited + self.accepted + self.corrected + self.bonus
         return decided / self.verify_runs if self.verify_runs else 0.0
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Mean depth of the heads that named the emitted tokens; 0 before the first."""
+        return sum(depth * count for depth, count in self.exits.items()) / self.emitted if self.emitted else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -125,5 +147,5 @@ class Stats:
 
     def to_json(self) -> dict[str, Any]:
         """Return counts and derived figures as JSON-ready data."""
-        derived = ("acceptance", "alpha", "tokens_per_round", "tokens_per_s")
+        derived = ("acceptance", "alpha", "tokens_per_round", "mean_exit_layer", "tokens_per_s")
         return asdict(self) | {name: getattr(self, name) for name in derived}

@@ -24,11 +24,17 @@ class Token:
         id: Its id.
         text: Text that became certain with it; empty while characters or a possible stop string are incomplete.
         from_draft: The exit proposed it and the whole model accepted it.
+        exit_layer: Layers run before the head that named it; all of the model's for the final head.
+        confidence: Probability that this head gave its most likely token.
+        pending: Positions that waited for the layers above when it was decided; 0 where none did.
     """
 
     id: int
     text: str
     from_draft: bool
+    exit_layer: int
+    confidence: float
+    pending: int
 
 
 class Stream(Iterator[Token]):
@@ -102,7 +108,7 @@ class Stream(Iterator[Token]):
             elif len(self.token_ids) == self._limit:
                 text += self._end(self._limit_reason)
         self.text += text
-        return Token(step.token, text, step.from_draft)
+        return Token(step.token, text, step.from_draft, step.exit_layer, step.confidence, step.pending)
 
     def cancel(self) -> None:
         """End the generation before the next token; may be called from another thread."""

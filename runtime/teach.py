@@ -56,7 +56,7 @@ def _teach(model: Model, tokens: Sequence[int], states: Array | None, final_stat
     manifest, rows = model.bundle.manifest, len(tokens)
     spec, dtype = manifest.spec, np.dtype(manifest.dtype)
     owners = {
-        owner: (cache_type, model.device)
+        owner: (cache_type, model.devices[segment.index])
         for segment in manifest.plan.segments
         for owner, cache_type in manifest.cache_types(segment).items()
     }
@@ -87,7 +87,7 @@ def _teach(model: Model, tokens: Sequence[int], states: Array | None, final_stat
             outputs[names.FINAL_STATE] = final_state
         if not segment.is_last:
             outputs[names.HIDDEN_STATES_OUT] = below = np.empty((1, rows, spec.hidden_size), dtype)
-        Plan(session, inputs, outputs, model.device).run()
+        Plan(session, inputs, outputs, model.devices[segment.index]).run()
         heads[segment.end] = logits[0].astype(np.float32)
         if not segment.is_last:
             hidden[segment.end] = below[0].astype(np.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shortstack.runtime.stack import Decoder
+from shortstack.runtime.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)

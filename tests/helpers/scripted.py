@@ -3,7 +3,7 @@
 ::
 
     model   = ScriptedModel(seed=7, vocab_size=8, agreement=0.6)     what the final head and the exit say to a text
-    decoder = ScriptedDecoder(model, window=8, max_length=32)        runtime.stack.Decoder; decoder.cache checks reads
+    decoder = ScriptedDecoder(model, window=8, max_length=32)        runtime.decoder.Decoder; decoder.cache checks reads
     with scripted_time(decoder): ...                                 the loops measure decoder.clock, not the machine
 
 A prediction is a function of the exact text before it, so a loop that looks at the wrong text says something else. The
@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.runtime import plain, speculative, stream
-from shortstack.runtime.stack import Head
+from shortstack.runtime.decoder import Head
 
 _SPREAD = 2.5  # logits lie in -2.5..2.5: the best of eight tokens has about 0.4 on average
 
@@ -185,7 +185,7 @@ class ScriptedClock:
 
 
 class ScriptedDecoder:
-    """A :class:`shortstack.runtime.stack.Decoder`.
+    """A :class:`shortstack.runtime.decoder.Decoder`.
 
     Args:
         model: What it says.
@@ -218,6 +218,8 @@ class ScriptedDecoder:
         self.model = model
         self.window = window
         self.max_length = max_length
+        self.num_layers = 2
+        self.exit_layer = int(is_cut)
         self.cache = cache or ScriptedCache()
         self.clock = ScriptedClock()
         self.calls: list[Call] = []
@@ -246,7 +248,7 @@ class ScriptedDecoder:
             self.cache.lower[position] = self.cache.upper[position] = text
         self._poison_final()
         self._states = [State(text, is_guess=False), *[None] * self.window]
-        self._say(self.final, 0, self.model.final(text), with_logits)
+        say(self.final, 0, self.model.final(text), with_logits)
 
     def put(self, row: int, token: int) -> None:
         self._ids[row] = self._checked(token)
@@ -265,7 +267,7 @@ class ScriptedDecoder:
         if with_head:
             assert self._states[row] == State(before, is_guess=row > 0), f"row {row} drafts from {self._states[row]}"
             self._states[row + 1] = State(text, is_guess=True)
-            self._say(self.exit, row, self.model.exit(text), with_logits)
+            say(self.exit, row, self.model.exit(text), with_logits)
 
     def verify(self, rows: int, past: int, with_logits: bool) -> None:
         assert 1 <= rows <= self.window, f"{rows} rows of a window of {self.window}"
@@ -288,7 +290,7 @@ class ScriptedDecoder:
                 self.cache.lower[past + row] = text
             self.cache.upper[past + row] = text
             self._states[row] = State(text, is_guess=False)
-            self._say(self.final, row, self.model.final(text), with_logits)
+            say(self.final, row, self.model.final(text), with_logits)
 
     def keep_state(self, row: int) -> None:
         assert self.calls[-1].kind == "verify", f"a state of {self.calls[-1]}"
@@ -327,12 +329,14 @@ class ScriptedDecoder:
         if len(self.final.logits):
             self.final.logits[:] = np.nan
 
-    def _say(self, head: Head, row: int, logits: npt.NDArray[np.float32], with_logits: bool) -> None:
-        head.outputs(row, row + 1, with_logits)  # allocates the logits when they are first asked for
-        best, head.top_prob[row], head.margin[row], head.entropy[row] = _summary(logits.tobytes())
-        head.token[row] = best if head.ids is None else head.ids[best]
-        if len(head.logits):
-            head.logits[row] = logits if with_logits else np.nan
+
+def say(head: Head, row: int, logits: npt.NDArray[np.float32], with_logits: bool) -> None:
+    """Write what a head says to a row."""
+    head.outputs(row, row + 1, with_logits)  # allocates the logits when they are first asked for
+    best, head.top_prob[row], head.margin[row], head.entropy[row] = _summary(logits.tobytes())
+    head.token[row] = best if head.ids is None else head.ids[best]
+    if len(head.logits):
+        head.logits[row] = logits if with_logits else np.nan
 
 
 @lru_cache(maxsize=4096)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from shortstack.runtime.choice import Choice, GreedyChoice, SampledChoice, Verdict, make_choice
+from shortstack.runtime.decoder import Head
 from shortstack.runtime.sampling import SamplingParams
-from shortstack.runtime.stack import Head
 
 VOCAB = 4
 

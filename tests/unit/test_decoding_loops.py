@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from helpers.scripted import Call, ScriptedCache, ScriptedDecoder, ScriptedError, ScriptedModel, scripted_time
+from helpers.scripted_texts import GREEDY, SAMPLINGS, VOCAB, examples, models, prompts
 from shortstack.runtime.choice import make_choice
 from shortstack.runtime.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.plain import plain
@@ -21,18 +22,6 @@ from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.sequence import TokenSequence
 from shortstack.runtime.speculative import speculative
 from shortstack.runtime.step import Stats, Step
-
-VOCAB = 8
-GREEDY = SamplingParams()
-SAMPLINGS = (
-    GREEDY,
-    SamplingParams(repetition_penalty=1.7),  # greedy through logits
-    SamplingParams(temperature=0.8, top_p=0.9, seed=1),
-)
-
-
-def examples(count: int) -> settings:
-    return settings(deadline=None, derandomize=True, max_examples=count)
 
 
 class ScriptedLength(DraftLength):
@@ -71,13 +60,6 @@ def fixed(k: int, *, bonus: bool = False, confidence: float = 0.0) -> Wanted:
 
 PLAIN = Wanted(None)
 
-models = st.builds(
-    ScriptedModel,
-    seed=st.integers(0, 2**32),
-    vocab_size=st.just(VOCAB),
-    agreement=st.sampled_from([0.0, 0.3, 0.7, 0.9, 1.0]) | st.lists(st.booleans(), min_size=1, max_size=9),
-    draft_ids=st.none() | st.sets(st.integers(0, VOCAB - 1), min_size=1),
-)
 policies = st.builds(
     DraftPolicy,
     max_draft_tokens=st.integers(1, 6),
@@ -88,7 +70,6 @@ policies = st.builds(
 drafting = st.builds(Wanted, policies) | st.builds(
     Wanted, st.lists(st.integers(0, 15), min_size=1, max_size=6).map(tuple), st.booleans()
 )
-prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9)
 
 
 def assert_consistent(decoder: ScriptedDecoder, sequence: TokenSequence, stats: Stats) -> None:

@@ -279,7 +279,7 @@ def test_a_loop_with_something_to_release_is_closed_at_every_end(tokenizer: Toke
     def steps() -> Iterator[Step]:
         try:
             while True:
-                yield Step(0, from_draft=False)
+                yield Step(0, False, exit_layer=1, confidence=1.0)
         finally:
             released.append(True)
 

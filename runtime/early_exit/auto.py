@@ -1,0 +1,99 @@
+"""Rounds by flush or by pipeline, whichever takes less time per token here; the other is tried again now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from shortstack.runtime.early_exit.ascent import Ascent
+
+Way = Literal["flush", "pipeline"]
+_WEIGHT = 0.2  # of one round in a running mean
+_FIRST_WAIT_ROUNDS = 8
+_LAST_WAIT_ROUNDS = 256
+
+
+class WayCosts:
+    """Seconds per row that each way was measured to take; outlives a generation."""
+
+    def __init__(self) -> None:
+        self._row_s: dict[Way, float] = {}
+        self._rounds_left = _FIRST_WAIT_ROUNDS
+        self._wait_rounds = _FIRST_WAIT_ROUNDS
+
+    @property
+    def best(self) -> Way:
+        """The cheaper way so far."""
+        return min(self._row_s, key=lambda way: self._row_s[way], default="flush")
+
+    def choose(self) -> Way:
+        """Return the way for the next round."""
+        for way in get_args(Way):
+            if way not in self._row_s:
+                return way  # type: ignore[no-any-return]
+        if self._rounds_left:
+            self._rounds_left -= 1
+            return self.best
+        self._wait_rounds = min(2 * self._wait_rounds, _LAST_WAIT_ROUNDS)
+        self._rounds_left = self._wait_rounds
+        return "pipeline" if self.best == "flush" else "flush"
+
+    def observe(self, way: Way, rows: int, elapsed_s: float) -> None:
+        """Learn what a round of so many rows took."""
+        row_s = elapsed_s / rows
+        old = self._row_s.get(way)
+        self._row_s[way] = row_s if old is None else old + _WEIGHT * (row_s - old)
+
+
+class AutoAscent:
+    """See :class:`~shortstack.runtime.early_exit.ascent.Ascent`; rounds of one row say nothing and are not measured.
+
+    Args:
+        ways: How to make each way; made at its first round.
+        costs: What was learned so far.
+    """
+
+    def __init__(self, ways: dict[Way, Callable[[], Ascent]], costs: WayCosts) -> None:
+        self._make = ways
+        self._costs = costs
+        self._made: dict[Way, Ascent] = {}
+        self._way: Way = "flush"
+        self._rows = 0
+        self._elapsed_s = 0.0
+
+    def begin(self, past: int) -> None:
+        """See :meth:`Ascent.begin`."""
+        if self._rows > 1:
+            self._costs.observe(self._way, self._rows, self._elapsed_s)
+        self._way = self._costs.choose()
+        if self._way not in self._made:
+            self._made[self._way] = self._make[self._way]()
+        self._rows, self._elapsed_s = 0, 0.0
+        self._made[self._way].begin(past)
+
+    def enter(self, row: int, with_logits: bool) -> None:
+        """See :meth:`Ascent.enter`."""
+        started = time.perf_counter()
+        self._made[self._way].enter(row, with_logits)
+        self._rows = row + 1
+        self._elapsed_s += time.perf_counter() - started
+
+    def climb(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+        """See :meth:`Ascent.climb`."""
+        started = time.perf_counter()
+        self._made[self._way].climb(level, row, num_rows, with_logits)
+        self._elapsed_s += time.perf_counter() - started
+
+    def leave(self, level: int, row: int) -> None:
+        """See :meth:`Ascent.leave`."""
+        self._made[self._way].leave(level, row)
+
+    def settle(self, rows: int) -> None:
+        """See :meth:`Ascent.settle`."""
+        self._made[self._way].settle(rows)
+
+    def close(self) -> None:
+        """See :meth:`Ascent.close`."""
+        for ascent in self._made.values():
+            ascent.close()

@@ -1,0 +1,346 @@
+"""When a token may leave at an exit: one small class per criterion, all over what the exit says anyway.
+
+==============================  ======================================================================  ==============
+expression                      a token leaves where                                                    known from
+==============================  ======================================================================  ==============
+``top_prob >= 0.9``             the most likely token has at least this probability                     EE-LLM
+``margin >= 0.5``               ... is ahead of the second by at least this probability                 CALM
+``entropy <= 0.5``              the distribution's entropy, in nats, is at most this                    DeeBERT
+``similarity >= 0.99``          the residual stream points where it did at the exit below               CALM
+``gate >= 0.8``                 the exit's learned gate says so; needs exits with gates                 CALM
+``patience >= 2``               so many exits in a row, this one included, name the same token          PABEE
+``votes >= 3``                  so many of the exits so far, this one included, name this exit's token  voting
+``mean_prob >= 0.8``            the mean over the exits so far of the probability that they give this   averaging
+                                exit's token; 0 for an exit that names another
+``max_depth = 24..8``           the exit's depth has reached a bound that falls linearly from the first SkipDecode
+                                to the last token that may be generated
+``never``, ``always``           never; at the lowest exit
+==============================  ======================================================================  ==============
+
+Sources: EE-LLM https://arxiv.org/abs/2312.04916, CALM https://arxiv.org/abs/2207.07061, DeeBERT
+https://arxiv.org/abs/2004.12993, PABEE https://arxiv.org/abs/2006.04152, SkipDecode https://arxiv.org/abs/2307.02628.
+
+Criteria combine with ``and`` and ``or``. What needs a backward pass or dropout at inference (gradient norms, layer-wise
+relevance propagation, Monte Carlo dropout) cannot be computed from inference graphs and is not here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from shortstack.graphs.errors import RequestError
+from shortstack.runtime.early_exit.reading import Reading
+
+Need = Literal["gate", "similarity"]
+Measure = Literal["top_prob", "margin", "entropy", "similarity", "gate", "mean_prob"]
+MEASURES: dict[Measure, tuple[str, float]] = {  # the comparison, and the smallest threshold that means something
+    "top_prob": (">=", 0.0),
+    "margin": (">=", 0.0),
+    "entropy": ("<=", 0.0),
+    "similarity": (">=", -1.0),
+    "gate": (">=", 0.0),
+    "mean_prob": (">=", 0.0),
+}
+_DECAYED_SHARE = 0.1  # of a decaying threshold
+
+
+class Criterion(Protocol):
+    """A rule that says whether a token leaves; its ``str`` is the expression that makes it again."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it needs besides what every exit gives."""
+        ...
+
+    @property
+    def least_exits(self) -> int:
+        """How many exits must be in use for it ever to say yes."""
+        ...
+
+    @property
+    def exit_layers(self) -> frozenset[int]:
+        """The exits that it names."""
+        ...
+
+    def leaves(self, reading: Reading) -> bool:
+        """Return whether the token leaves at the exit that said this."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A bound on a measure.
+
+    Attributes:
+        value: The bound.
+        by_exit: Other bounds for some exits, (exit layer, bound), ascending.
+        decay: tau of CALM's decaying threshold, lambda_t = 0.9 lambda + 0.1 lambda exp(-tau t / N) for the t-th of at
+            most N tokens, as its code has it (arXiv 2207.07061, section 4.2): early tokens matter more. None: constant.
+    """
+
+    value: float
+    by_exit: tuple[tuple[int, float], ...] = ()
+    decay: float | None = None
+
+    def at(self, reading: Reading) -> float:
+        """Return the bound for one exit and position."""
+        value = dict(self.by_exit).get(reading.exit_layer, self.value)
+        if self.decay is None:
+            return value
+        falling = math.exp(-self.decay * reading.position / max(reading.max_new_tokens, 1))
+        return (1 - _DECAYED_SHARE) * value + _DECAYED_SHARE * value * falling
+
+    def __str__(self) -> str:
+        exits = ", ".join(f"{layer}: {value!r}" for layer, value in self.by_exit)
+        return f"{self.value!r}" + (f" [{exits}]" if exits else "") + (f" ~ {self.decay!r}" if self.decay else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A measure against a threshold.
+
+    Attributes:
+        measure: What is compared.
+        threshold: With what.
+
+    Raises:
+        RequestError: An unknown measure, or a threshold that is no number or below its range.
+    """
+
+    measure: Measure
+    threshold: Threshold
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise RequestError("exit criterion", found=repr(self.measure), expected=", ".join(MEASURES))
+        comparison, least = MEASURES[self.measure]
+        never = "" if comparison == "<=" else "; above 1 no token leaves"
+        for value in (self.threshold.value, *(value for _, value in self.threshold.by_exit)):
+            if not (math.isfinite(value) and value >= least):
+                raise RequestError(
+                    f"threshold of {self.measure} is out of range", found=value, expected=f"{least:g} or more{never}"
+                )
+        decay = self.threshold.decay
+        if decay is not None and not (math.isfinite(decay) and decay > 0):
+            raise RequestError(f"decay of {self.measure}", found=decay, expected="above 0")
+        if decay is not None and comparison == "<=":
+            raise RequestError(f"{self.measure} has no decay", remedy="leave out the part behind ~")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See :class:`Criterion`."""
+        return frozenset({self.measure}) if self.measure in ("gate", "similarity") else frozenset()
+
+    @property
+    def least_exits(self) -> int:
+        """See :class:`Criterion`; there is no exit below the lowest to be similar to."""
+        return 2 if self.measure == "similarity" else 1
+
+    @property
+    def exit_layers(self) -> frozenset[int]:
+        """See :class:`Criterion`."""
+        return frozenset(layer for layer, _ in self.threshold.by_exit)
+
+    def leaves(self, reading: Reading) -> bool:
+        """See :class:`Criterion`."""
+        value = measured(reading, self.measure)
+        if value is None:
+            return False
+        bound = self.threshold.at(reading)
+        return value <= bound if self.measure == "entropy" else value >= bound
+
+    def __str__(self) -> str:
+        return f"{self.measure} {MEASURES[self.measure][0]} {self.threshold}"
+
+
+def measured(reading: Reading, measure: Measure) -> float | None:
+    """Return the value of a measure; None where the exit does not give it."""
+    if measure == "mean_prob":
+        readings = (*reading.below, reading)
+        return sum(r.top_prob for r in readings if r.token == reading.token) / len(readings)
+    value: float | None = getattr(reading, measure)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """So many exits in a row name the same token.
+
+    Attributes:
+        exits: How many, the last one included.
+    """
+
+    exits: int
+    needs = frozenset[Need]()
+    exit_layers = frozenset[int]()
+
+    def __post_init__(self) -> None:
+        _check_count("patience", self.exits)
+
+    @property
+    def least_exits(self) -> int:
+        """See :class:`Criterion`."""
+        return self.exits
+
+    def leaves(self, reading: Reading) -> bool:
+        """See :class:`Criterion`."""
+        newest = (*reading.below, reading)[-self.exits :]
+        return len(newest) == self.exits and all(r.token == reading.token for r in newest)
+
+    def __str__(self) -> str:
+        return f"patience >= {self.exits}"
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """So many of the exits so far name this exit's token.
+
+    Attributes:
+        votes: How many, this exit's own included.
+    """
+
+    votes: int
+    needs = frozenset[Need]()
+    exit_layers = frozenset[int]()
+
+    def __post_init__(self) -> None:
+        _check_count("votes", self.votes)
+
+    @property
+    def least_exits(self) -> int:
+        """See :class:`Criterion`."""
+        return self.votes
+
+    def leaves(self, reading: Reading) -> bool:
+        """See :class:`Criterion`."""
+        return 1 + sum(r.token == reading.token for r in reading.below) >= self.votes
+
+    def __str__(self) -> str:
+        return f"votes >= {self.votes}"
+
+
+@dataclass(frozen=True, slots=True)
+class MaxDepth:
+    """The exit's depth has reached a bound that falls linearly over the tokens of a request.
+
+    Attributes:
+        first: The bound for the first token.
+        last: The bound for the last one.
+    """
+
+    first: int
+    last: int
+    needs = frozenset[Need]()
+    least_exits = 1
+    exit_layers = frozenset[int]()
+
+    def __post_init__(self) -> None:
+        if not self.first >= self.last >= 1:
+            raise RequestError(
+                "max_depth", found=f"{self.first}..{self.last}", expected="two depths of 1 or more, falling"
+            )
+
+    def leaves(self, reading: Reading) -> bool:
+        """See :class:`Criterion`."""
+        share = reading.position / max(reading.max_new_tokens - 1, 1)
+        return reading.exit_layer >= self.first + (self.last - self.first) * min(share, 1.0)
+
+    def __str__(self) -> str:
+        return f"max_depth = {self.first}..{self.last}"
+
+
+@dataclass(frozen=True, slots=True)
+class Never:
+    """No token leaves."""
+
+    needs = frozenset[Need]()
+    least_exits = 1
+    exit_layers = frozenset[int]()
+
+    def leaves(self, reading: Reading) -> bool:
+        """See :class:`Criterion`."""
+        return False
+
+    def __str__(self) -> str:
+        return "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Always:
+    """Every token leaves at the lowest exit."""
+
+    needs = frozenset[Need]()
+    least_exits = 1
+    exit_layers = frozenset[int]()
+
+    def leaves(self, reading: Reading) -> bool:
+        """See :class:`Criterion`."""
+        return True
+
+    def __str__(self) -> str:
+        return "always"
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """Every one of several criteria says yes."""
+
+    criteria: tuple[Criterion, ...]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See :class:`Criterion`."""
+        return frozenset[Need]().union(*(c.needs for c in self.criteria))
+
+    @property
+    def least_exits(self) -> int:
+        """See :class:`Criterion`."""
+        return max(c.least_exits for c in self.criteria)
+
+    @property
+    def exit_layers(self) -> frozenset[int]:
+        """See :class:`Criterion`."""
+        return frozenset[int]().union(*(c.exit_layers for c in self.criteria))
+
+    def leaves(self, reading: Reading) -> bool:
+        """See :class:`Criterion`."""
+        return all(c.leaves(reading) for c in self.criteria)
+
+    def __str__(self) -> str:
+        return " and ".join(f"({c})" if isinstance(c, AnyOf) else str(c) for c in self.criteria)
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """At least one of several criteria says yes."""
+
+    criteria: tuple[Criterion, ...]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See :class:`Criterion`."""
+        return frozenset[Need]().union(*(c.needs for c in self.criteria))
+
+    @property
+    def least_exits(self) -> int:
+        """See :class:`Criterion`."""
+        return min(c.least_exits for c in self.criteria)
+
+    @property
+    def exit_layers(self) -> frozenset[int]:
+        """See :class:`Criterion`."""
+        return frozenset[int]().union(*(c.exit_layers for c in self.criteria))
+
+    def leaves(self, reading: Reading) -> bool:
+        """See :class:`Criterion`."""
+        return any(c.leaves(reading) for c in self.criteria)
+
+    def __str__(self) -> str:
+        return " or ".join(str(c) for c in self.criteria)
+
+
+def _check_count(name: str, count: int) -> None:
+    if count < 1:
+        raise RequestError(f"exit criterion {name}", found=count, expected="1 or more")

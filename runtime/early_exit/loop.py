@@ -1,0 +1,343 @@
+"""Early exit: a token leaves at the first exit that is sure of it; the layers above catch up with pending rows later.
+
+One round without verification, exits after 4 and 12 layers; ``n`` marks where a level's cache was filled::
+
+    row          0       1       2       3
+    level 0      run     run     run     run          each on its own
+    exit 4       leaves  leaves  unsure  unsure
+    level 1      -       -       0 1 2   3            one run fills what is missing
+    exit 12                      leaves  unsure
+    level 2      -       -       -       0 1 2 3      the round ends: every cache is exact
+    final                                decides
+
+The prompt runs full depth, so the first token is always the whole model's (unless ``prefill_exit``). A round is ended
+by a row that no exit is sure of, or when so many rows are pending that waiting longer does not pay (:mod:`.pending`):
+then the levels above catch up, and no decision changes. So what is generated does not depend on when they do. Pending
+rows that are left when the iteration stops are filled then, and the cache can be handed on.
+
+With verification nothing is emitted before the whole model has judged it: the round is self-speculative decoding whose
+drafts come from any exit and end where the criterion says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shortstack.runtime.choice import Choice, Verdict
+from shortstack.runtime.decoder import Head, LeveledDecoder
+from shortstack.runtime.early_exit.ascent import Ascent
+from shortstack.runtime.early_exit.criteria import Criterion
+from shortstack.runtime.early_exit.pending import PendingCap
+from shortstack.runtime.early_exit.policy import ExitPolicy
+from shortstack.runtime.early_exit.reading import Reading, read
+from shortstack.runtime.plain import prefill
+from shortstack.runtime.sequence import TokenSequence
+from shortstack.runtime.step import Stats, Step
+
+Observer = Callable[[Reading, bool], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a row's token was decided.
+
+    Attributes:
+        level: Of the head that decides; the last one is the final head's.
+        reading: What the exit said; None for the final head.
+    """
+
+    level: int
+    reading: Reading | None
+
+
+class EarlyExit:
+    """One generation; iterate over :meth:`steps`.
+
+    Args:
+        stack: The model.
+        sequence: The prompt, at least one token not cached; grows by what is emitted.
+        choice: How tokens are chosen.
+        stats: Counts what is done.
+        max_new_tokens: How many to emit at most.
+        policy: How tokens leave; its exits are those of the stack.
+        ascent: How rows get up the levels; closed at the end.
+        cap: How many rows may be pending.
+        observe: Called with what an exit said and whether the whole model named the same token, for every token that
+            left; makes the final head look at all pending rows. None: nobody wants to know.
+    """
+
+    def __init__(
+        self,
+        stack: LeveledDecoder,
+        sequence: TokenSequence,
+        choice: Choice,
+        stats: Stats,
+        max_new_tokens: int,
+        policy: ExitPolicy,
+        ascent: Ascent,
+        cap: PendingCap,
+        observe: Observer | None = None,
+    ) -> None:
+        self._stack = stack
+        self._sequence = sequence
+        self._choice = choice
+        self._stats = stats
+        self._max_new_tokens = max_new_tokens
+        self._policy = policy
+        self._criterion: Criterion = policy.criterion
+        self._with_similarity = "similarity" in policy.criterion.needs
+        self._ascent = ascent
+        self._cap = cap
+        self._observe = observe
+        self._last = len(stack.heads) - 1
+        self._left: list[Reading] = []  # what the exits said of the round's pending rows
+        self._prompt: _PendingPrompt | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """Yield one step per token; whatever stops the iteration, all tokens but the newest are cached afterwards."""
+        try:
+            if self._max_new_tokens > 0:
+                yield self._first()
+                yield from self._unverified() if self._policy.verify == "none" else self._verified()
+        except GeneratorExit:
+            self._settle()
+            raise
+        else:
+            self._settle()
+        finally:
+            self._ascent.close()
+
+    def _first(self) -> Step:
+        """Decide the first token from the prompt."""
+        if self._policy.prefill_exit and (step := self._leave_from_prompt()) is not None:
+            return step
+        return self._emit(prefill(self._stack, self._sequence, self._choice, self._stats), self._last, 0, 0)
+
+    def _leave_from_prompt(self) -> Step | None:
+        """Run the prompt up to the first exit that is sure; None if that is none, and everything is run then."""
+        started = time.perf_counter()
+        prompt = _PendingPrompt(self._stack, self._sequence.tokens[self._sequence.cached :], self._sequence.cached)
+        below: list[Reading] = []
+        for level in range(self._last):
+            prompt.raise_to(level, self._choice.needs_logits)
+            reading = self._read(level, 0, below)
+            if self._criterion.leaves(reading):
+                self._prompt = prompt
+                self._stats.prefill_s += time.perf_counter() - started
+                self._stats.exited += 1
+                token = self._choice.pick(self._stack.heads[level], 0, self._sequence.tokens)
+                return self._emit(token, level, 0, len(prompt.tokens))
+            below.append(reading)
+        prompt.raise_to(self._last, self._choice.needs_logits)
+        token = self._choice.pick(self._stack.final, 0, self._sequence.tokens)
+        self._sequence.commit(len(prompt.tokens))
+        self._stats.prefill_s += time.perf_counter() - started
+        self._stats.prefilled += 1
+        return self._emit(token, self._last, 0, 0)
+
+    def _unverified(self) -> Iterator[Step]:
+        """Emit what leaves at once."""
+        while self._has_room():
+            if len(self._left) >= self._cap.rows:
+                self._catch_up()
+            row = len(self._left)
+            if row == 0:
+                self._ascent.begin(len(self._sequence) - 1)
+            self._stack.put(row, self._sequence.tokens[-1])
+            decision = self._decide(row)
+            if decision.reading is None:
+                self._climb_to_the_top(row, 1 if self._observe is None else row + 1)
+                token = self._choice.pick(self._stack.final, row, self._sequence.tokens)
+                self._label()
+                self._left.clear()
+                self._sequence.commit(row + 1)
+                self._stack.keep_state(row)
+                self._stats.plain += 1
+                yield self._emit(token, decision.level, row, 0)
+            else:
+                token = self._choice.pick(self._stack.heads[decision.level], row, self._sequence.tokens)
+                self._ascent.leave(decision.level, row)
+                self._left.append(decision.reading)
+                self._stats.exited += 1
+                yield self._emit(token, decision.level, row, row + 1)
+
+    def _verified(self) -> Iterator[Step]:
+        """Emit what the whole model has judged."""
+        while self._has_room():
+            first = len(self._sequence)
+            rows = min(self._cap.rows, self._max_new_tokens - self._stats.emitted, self._stack.max_length - first)
+            context = list(self._sequence.tokens)
+            drafts: list[int] = []
+            levels: list[int] = []
+            self._ascent.begin(first - 1)
+            self._stack.put(0, context[-1])
+            for row in range(rows):
+                decision = self._decide(row)
+                if decision.reading is None:
+                    break
+                self._left.append(decision.reading)
+                drafts.append(self._choice.propose(self._stack.heads[decision.level], row, context))
+                levels.append(decision.level)
+                context.append(drafts[-1])
+                self._stack.put(row + 1, drafts[-1])
+            self._climb_to_the_top(row, row + 1)
+            self._label()
+            verdict = self._judge(row + 1, drafts)
+            confidences = [reading.top_prob for reading in self._left]
+            self._left.clear()
+            self._sequence.commit(1)
+            self._stack.keep_state(len(verdict.tokens) - 1)
+            self._count(len(drafts), verdict)
+            for index, token in enumerate(verdict.tokens):
+                if index:
+                    self._sequence.commit(1)
+                self._sequence.append(token)
+                self._stats.discarded -= 1
+                is_accepted = index < verdict.accepted
+                level = levels[index] if is_accepted else self._last
+                self._stats.count_emitted(self._stack.depths[level])
+                confidence = confidences[index] if is_accepted else float(self._stack.final.top_prob[index])
+                yield Step(token, is_accepted, self._stack.depths[level], confidence, len(drafts))
+
+    def _decide(self, row: int) -> Decision:
+        """Run a row up to the first exit that is sure of it; at the last level it has not been run yet."""
+        with_logits = self._choice.needs_logits
+        self._raise_prompt(0)
+        self._ascent.enter(row, with_logits)
+        below: list[Reading] = []
+        for level in range(self._last):
+            if level:
+                self._raise_prompt(level)
+                self._ascent.climb(level, row, 1, with_logits)
+            reading = self._read(level, row, below)
+            if self._criterion.leaves(reading):
+                return Decision(level, reading)
+            below.append(reading)
+        return Decision(self._last, None)
+
+    def _climb_to_the_top(self, row: int, num_rows: int) -> None:
+        """Run every level on all rows up to this one, the final head on the last ``num_rows``."""
+        self._raise_prompt(self._last)
+        for level in range(1, self._last):
+            self._ascent.climb(level, row, 0, False)
+        with_logits = self._choice.needs_logits or self._policy.verify == "rollback"
+        self._ascent.climb(self._last, row, num_rows, with_logits)
+
+    def _catch_up(self) -> None:
+        """Have every level run on what is pending, and start a new round behind it."""
+        rows = len(self._left)
+        self._raise_prompt(self._last)
+        if self._observe is None:
+            self._ascent.settle(rows)
+        else:
+            self._climb_to_the_top(rows - 1, rows)
+            self._label()
+        self._left.clear()
+        self._sequence.commit(rows)
+        self._stack.keep_state(rows)  # the exit's guess, as the next row would have seen it without catching up
+
+    def _read(self, level: int, row: int, below: Sequence[Reading]) -> Reading:
+        return read(
+            self._stack,
+            level,
+            row,
+            below,
+            position=self._stats.emitted + (len(self._left) if self._policy.verify != "none" else 0),
+            max_new_tokens=self._max_new_tokens,
+            with_similarity=self._with_similarity,
+        )
+
+    def _judge(self, rows: int, drafts: Sequence[int]) -> Verdict:
+        if self._policy.verify == "exact":
+            return self._choice.judge(self._stack.final, rows, drafts, self._sequence.tokens)
+        return judge_likely(self._stack.final, rows, drafts, self._policy.rollback_below)
+
+    def _label(self) -> None:
+        """Tell the observer which of the pending rows the whole model agrees with."""
+        if self._observe is not None:
+            for row, reading in enumerate(self._left):
+                self._observe(reading, reading.token == int(self._stack.final.token[row]))
+
+    def _count(self, drafted: int, verdict: Verdict) -> None:
+        """Count one judged round, in the words of self-speculation."""
+        stats, decided = self._stats, len(verdict.tokens)
+        stats.discarded += decided  # until they are handed over
+        if not drafted:
+            stats.plain += 1
+            return
+        is_bonus = decided > drafted
+        stats.count_round(drafted, verdict.accepted)
+        stats.bonus += is_bonus
+        stats.corrected += decided - verdict.accepted - is_bonus
+
+    def _emit(self, token: int, level: int, row: int, pending: int) -> Step:
+        self._sequence.append(token)
+        depth = self._stack.depths[level]
+        self._stats.count_emitted(depth)
+        confidence = float(self._stack.heads[level].top_prob[row])
+        return Step(token, False, depth, confidence, pending)
+
+    def _has_room(self) -> bool:
+        return self._stats.emitted < self._max_new_tokens and len(self._sequence) < self._stack.max_length
+
+    def _raise_prompt(self, level: int) -> None:
+        """Run a prompt that left early through a level, before the rows behind it run there."""
+        if self._prompt is not None:
+            self._prompt.raise_to(level, False)
+            if level == self._last:
+                self._sequence.commit(len(self._prompt.tokens))
+                self._prompt = None
+
+    def _settle(self) -> None:
+        """Fill what is pending in every level."""
+        started = time.perf_counter()
+        self._raise_prompt(self._last)
+        if self._left:
+            self._catch_up()
+        self._stats.settle_s += time.perf_counter() - started
+
+
+class _PendingPrompt:
+    """A prompt that has not been through all levels yet."""
+
+    def __init__(self, stack: LeveledDecoder, tokens: Sequence[int], past: int) -> None:
+        self._stack = stack
+        self._past = past
+        self._levels = 0
+        self.tokens = tokens
+
+    def raise_to(self, level: int, with_logits: bool) -> None:
+        """Run the levels up to this one that it has not been through."""
+        while self._levels <= level:
+            self._stack.prefill_level(self._levels, self.tokens, self._past, with_logits)
+            self._levels += 1
+
+
+def judge_likely(head: Head, rows: int, drafts: Sequence[int], least: float) -> Verdict:
+    """Accept drafts up to the first that the whole model gives less than ``least``; there its own best token follows.
+
+    The rule of FREE (arXiv 2310.05424, section 3.3) with a probability in place of its loss: -log p >
+    rho is p < e^-rho.
+
+    Args:
+        head: The final head, with logits in rows 0..rows-1.
+        rows: As many as there are drafts, or one more for the token behind the last.
+        drafts: The tokens that left.
+        least: The probability.
+    """
+    accepted = 0
+    for row, token in enumerate(drafts):
+        if int(head.token[row]) != token and _probability(head.logits[row], token) < least:
+            break
+        accepted += 1
+    own = head.token[accepted : min(accepted + 1, rows)].tolist()
+    return Verdict((*drafts[:accepted], *own), accepted)
+
+
+def _probability(logits: np.ndarray, token: int) -> float:
+    shifted = logits.astype(np.float64) - float(logits.max())
+    return float(np.exp(shifted[token]) / np.exp(shifted).sum())

@@ -1,0 +1,148 @@
+"""Pipelined early exit: a thread per level above the lowest, each running on rows that the level below has left.
+
+EE-LLM's second method on one machine, with exact keys and values: while the caller's thread runs the lowest level on
+the next token, the levels above catch up with the ones before, several rows in one run where they have fallen behind::
+
+    caller     enter 0   enter 1   enter 2   climb 2 ........ enter 3
+    level 1       .      [run 0]   [  run 1, 2 with head  ]
+    level 2       .         .      [run 0]   .    [run 1, 2 with head]
+
+A level may run on a row once the row below was let through: by :meth:`leave`, by :meth:`climb`, or by the thread of the
+level below for a row that has left already. What a thread raises is raised in the caller, at its next step. Sessions of
+the levels should have threads of their own (:class:`shortstack.runtime.session.Placement`); on one shared pool the
+levels merely take turns.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from shortstack.runtime.decoder import LeveledDecoder
+from shortstack.runtime.early_exit.ascent import reserve_round
+from shortstack.runtime.step import Stats
+
+
+class PipelineAscent:
+    """See :class:`~shortstack.runtime.early_exit.ascent.Ascent`.
+
+    Args:
+        stack: The model.
+        stats: Counts what is done.
+    """
+
+    def __init__(self, stack: LeveledDecoder, stats: Stats) -> None:
+        self._stack = stack
+        self._stats = stats
+        levels = len(stack.heads)
+        self._last = levels - 1
+        self._past = 0
+        # All below is guarded by the condition. Rows [done, ready) of a level may be run by its thread.
+        self._changed = threading.Condition()
+        self._ready = [0] * levels
+        self._done = [0] * levels
+        self._wanted: list[tuple[int, int, bool] | None] = [None] * levels  # row, num_rows, with_logits of a head
+        self._error: BaseException | None = None
+        self._is_closing = False
+        self._threads = [
+            threading.Thread(target=self._work, args=(level,), name=f"shortstack level {level}", daemon=True)
+            for level in range(1, levels)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def begin(self, past: int) -> None:
+        """See :meth:`Ascent.begin`."""
+        with self._changed:
+            self._raise_error()
+            assert self._done[1:] == self._ready[1:], "a round begins when all levels have caught up"
+            reserve_round(self._stack, past)
+            self._past = past
+            self._ready = [0] * len(self._ready)
+            self._done = [0] * len(self._done)
+
+    def enter(self, row: int, with_logits: bool) -> None:
+        """See :meth:`Ascent.enter`."""
+        with self._changed:
+            self._raise_error()
+        started = time.perf_counter()
+        self._stack.run(0, row, row + 1, self._past, 1, with_logits)
+        self._stats.draft_s += time.perf_counter() - started
+        self._stats.draft_runs += 1
+
+    def climb(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+        """See :meth:`Ascent.climb`; returns when the level's thread has done it."""
+        with self._changed:
+            if num_rows:
+                self._wanted[level] = (row, num_rows, with_logits)
+            self._ready[level] = row + 1
+            self._changed.notify_all()
+            self._wait_for(level, row + 1)
+            self._wanted[level] = None
+
+    def leave(self, level: int, row: int) -> None:
+        """See :meth:`Ascent.leave`."""
+        with self._changed:
+            self._raise_error()
+            self._ready[level + 1] = max(self._ready[level + 1], row + 1)
+            self._changed.notify_all()
+
+    def settle(self, rows: int) -> None:
+        """See :meth:`Ascent.settle`."""
+        for level in range(1, self._last + 1):
+            self.climb(level, rows - 1, 0, False)
+
+    def close(self) -> None:
+        """See :meth:`Ascent.close`; a run that has begun is waited for."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _wait_for(self, level: int, rows: int) -> None:
+        while self._done[level] < rows:
+            self._raise_error()
+            self._changed.wait()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self, level: int) -> None:
+        """Run a level on rows as they become ready, until the ascent is closed."""
+        try:
+            while (work := self._next_work(level)) is not None:
+                start, end, num_rows, with_logits = work
+                started = time.perf_counter()
+                self._stack.run(level, start, end, self._past, num_rows, with_logits)
+                elapsed_s = time.perf_counter() - started
+                with self._changed:
+                    self._done[level] = end
+                    if level < self._last:
+                        # Whether a row with a head climbs on is the caller's decision.
+                        passed = end - 1 if num_rows else end
+                        self._ready[level + 1] = max(self._ready[level + 1], passed)
+                    self._stats.verify_s += elapsed_s
+                    self._stats.verify_runs += level == self._last
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _next_work(self, level: int) -> tuple[int, int, int, bool] | None:
+        """Wait for rows to run; return ``(start, end, num_rows, with_logits)``, or None at the end."""
+        with self._changed:
+            while self._ready[level] <= self._done[level]:
+                if self._is_closing or self._error is not None:
+                    return None
+                self._changed.wait()
+            if self._is_closing or self._error is not None:
+                return None
+            start, end = self._done[level], self._ready[level]
+            wanted = self._wanted[level]
+            if wanted is not None and wanted[0] == end - 1:
+                return start, end, wanted[1], wanted[2]
+            return start, end, 0, False

@@ -1,0 +1,113 @@
+"""What a caller asks of early exit: when tokens leave, who checks them, and how the layers above catch up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.plan import SplitPlan
+from shortstack.runtime.early_exit.criteria import Criterion
+
+Verify = Literal["none", "rollback", "exact"]
+KVPolicy = Literal["flush", "pipeline", "auto", "recompute"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitPolicy:
+    """How tokens leave early.
+
+    Attributes:
+        criterion: When a token leaves at an exit.
+        exit_layers: The exits in use, ascending, each by the number of layers run before it; None: all of the bundle.
+        verify: ``none``: what leaves is emitted at once, and the layers above only fill their cache (EE-LLM, CALM).
+            ``rollback``: the whole model sees pending tokens before they are emitted, and takes back from the first one
+            on that it gives less than ``rollback_below`` (FREE, https://arxiv.org/abs/2310.05424). ``exact``: it takes
+            back from the first one on that it would not have chosen, which makes the output that of plain decoding.
+        rollback_below: The probability below which ``rollback`` takes a token back, 0..1.
+        kv_policy: How the layers above catch up. ``flush``: in one run over all pending positions, when a token does
+            not leave. ``pipeline``: on threads of their own, while the layers below start the next token. ``auto``:
+            whichever of the two is measured to be faster. ``recompute``: as EE-LLM does it, running pending tokens
+            through the lower layers again; for comparison.
+        max_pending: Positions that may wait for the layers above, 16 at most; changes no unverified token. None: chosen
+            from the measured costs of runs over several rows.
+        prefill_exit: The prompt may leave early, too: the first token comes sooner, and the rest of the prompt's layers
+            are run when the first token does not leave.
+
+    Raises:
+        RequestError: A value that does not exist or is out of range, or two that do not go together.
+    """
+
+    criterion: Criterion
+    exit_layers: tuple[int, ...] | None = None
+    verify: Verify = "none"
+    rollback_below: float = 0.0
+    kv_policy: KVPolicy = "flush"
+    max_pending: int | None = None
+    prefill_exit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.verify not in get_args(Verify):
+            raise RequestError("verify", found=repr(self.verify), expected=" or ".join(get_args(Verify)))
+        if self.kv_policy not in get_args(KVPolicy):
+            raise RequestError("kv_policy", found=repr(self.kv_policy), expected=" or ".join(get_args(KVPolicy)))
+        if not 0.0 <= self.rollback_below <= 1.0:
+            raise RequestError("rollback_below", found=self.rollback_below, expected="a probability, 0..1")
+        if self.rollback_below and self.verify != "rollback":
+            raise RequestError(f"rollback_below does nothing with verify {self.verify}", remedy="verify by rollback")
+        if self.max_pending is not None and self.max_pending < 1:
+            raise RequestError("max_pending", found=self.max_pending, expected="1 or more")
+        if self.exit_layers is not None and not self.exit_layers:
+            raise RequestError("exit_layers is empty", remedy="name an exit, or leave it out to use all")
+        if self.verify != "none" and self.kv_policy in ("pipeline", "auto"):
+            raise RequestError(
+                f"kv_policy {self.kv_policy} does not go with verify {self.verify}",
+                expected="flush: tokens to be verified wait for the layers above anyway",
+                remedy="use flush, or verify none",
+            )
+        if self.prefill_exit and (self.verify != "none" or self.kv_policy != "flush"):
+            raise RequestError(
+                "prefill_exit goes with verify none and kv_policy flush only",
+                found=f"verify {self.verify}, kv_policy {self.kv_policy}",
+            )
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        """Return the exits in use in a bundle of this plan.
+
+        Raises:
+            RequestError: The bundle lacks an exit that is named, or an output that the criterion needs.
+        """
+        specs: Mapping[int, object] = {e.exit_layer: e for e in plan.exits}
+        if not specs:
+            raise RequestError(
+                "early exit needs an exit, and this bundle has none", remedy="re-export with --exit-layer E"
+            )
+        wanted = tuple(specs) if self.exit_layers is None else self.exit_layers
+        named = set(wanted) | self.criterion.exit_layers
+        if unknown := sorted(named - specs.keys()):
+            raise RequestError(
+                f"unknown exit {', '.join(map(str, unknown))}",
+                expected=f"one of {list(specs)}",
+                remedy=f"use those, or re-export with {' '.join(f'--exit-layer {layer}' for layer in unknown)}",
+            )
+        used = tuple(sorted(set(wanted)))
+        if self.criterion.least_exits > len(used):
+            raise RequestError(
+                f"exit criterion {self.criterion} needs at least {self.criterion.least_exits} exits in use",
+                found=list(used),
+                remedy="use more exits, or another criterion",
+            )
+        exits = [e for e in plan.exits if e.exit_layer in used]
+        if "gate" in self.criterion.needs and not any(e.has_gate for e in exits):
+            raise RequestError(
+                f"exit criterion {self.criterion} needs a gate",
+                found=f"no gate at the exits after {', '.join(map(str, used))} layers",
+                remedy="train exits with a gate, or use another criterion such as top_prob or margin",
+            )
+        if self.prefill_exit and any(e.sees_state for e in exits):
+            raise RequestError(
+                "prefill_exit does not go with exits that see the whole model's state",
+                remedy="leave prefill_exit out, or use other exits",
+            )
+        return used

@@ -1,0 +1,76 @@
+"""What an exit says of one position: all that a criterion may judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shortstack.runtime.decoder import LeveledDecoder
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one exit says of one position.
+
+    Attributes:
+        exit_layer: Layers run before the exit.
+        token: Its most likely token.
+        top_prob: That token's probability, 0..1.
+        margin: Its probability minus the next one's, 0..1.
+        entropy: Entropy of its distribution in nats.
+        gate: What its learned gate says, 0..1; None without a gate.
+        similarity: Cosine between the residual stream here and at the exit below, -1..1; None at the lowest exit, or
+            where nothing asked for it.
+        position: Tokens generated before this one.
+        max_new_tokens: Tokens that the request may generate.
+        below: What the exits below said of the same position, lowest first.
+    """
+
+    exit_layer: int
+    token: int
+    top_prob: float
+    margin: float
+    entropy: float
+    gate: float | None
+    similarity: float | None
+    position: int
+    max_new_tokens: int
+    below: tuple[Reading, ...]
+
+
+def read(
+    stack: LeveledDecoder,
+    level: int,
+    row: int,
+    below: Sequence[Reading],
+    *,
+    position: int,
+    max_new_tokens: int,
+    with_similarity: bool,
+) -> Reading:
+    """Return what the exit of a level said of a row, which has just been run."""
+    head = stack.heads[level]
+    similarity = None
+    if with_similarity and level:
+        similarity = cosine(stack.hidden(level - 1, row), stack.hidden(level, row))
+    return Reading(
+        exit_layer=stack.depths[level],
+        token=int(head.token[row]),
+        top_prob=float(head.top_prob[row]),
+        margin=float(head.margin[row]),
+        entropy=float(head.entropy[row]),
+        gate=None if head.gate is None else float(head.gate[row]),
+        similarity=similarity,
+        position=position,
+        max_new_tokens=max_new_tokens,
+        below=tuple(below),
+    )
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the cosine between two vectors, in float32; 0 where one of them is zero."""
+    x, y = a.astype(np.float32, copy=False), b.astype(np.float32, copy=False)
+    norms = float(np.sqrt(np.dot(x, x) * np.dot(y, y)))
+    return float(np.dot(x, y)) / norms if norms > 0 else 0.0

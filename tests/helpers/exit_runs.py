@@ -1,0 +1,94 @@
+"""Generations of early exit over scripted levels, checked after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from helpers.scripted_levels import ScriptedLevels
+from helpers.scripted_texts import GREEDY
+from shortstack.runtime.choice import make_choice
+from shortstack.runtime.early_exit.ascent import Ascent, FlushAscent
+from shortstack.runtime.early_exit.auto import AutoAscent, WayCosts
+from shortstack.runtime.early_exit.loop import EarlyExit, Observer
+from shortstack.runtime.early_exit.pending import PendingCap
+from shortstack.runtime.early_exit.pipeline import PipelineAscent
+from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy
+from shortstack.runtime.early_exit.reading import Reading
+from shortstack.runtime.sampling import SamplingParams
+from shortstack.runtime.sequence import TokenSequence
+from shortstack.runtime.step import Stats, Step
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A criterion that follows a script: whether the token at (position, exit) leaves, over and over."""
+
+    leaves_at: Sequence[bool]
+    needs = frozenset[str]()
+    least_exits = 1
+    exit_layers = frozenset[int]()
+
+    def leaves(self, reading: Reading) -> bool:
+        return self.leaves_at[(3 * reading.position + reading.exit_layer // 2) % len(self.leaves_at)]
+
+
+@dataclass
+class Run:
+    """One generation."""
+
+    steps: list[Step]
+    stats: Stats
+    levels: ScriptedLevels
+    sequence: TokenSequence
+
+    @property
+    def tokens(self) -> list[int]:
+        return [step.token for step in self.steps]
+
+
+def ascent_of(kind: KVPolicy, levels: ScriptedLevels, stats: Stats, cap: PendingCap) -> Ascent:
+    if kind == "pipeline":
+        return PipelineAscent(levels, stats)
+    if kind == "auto":
+        ways = {
+            "flush": lambda: FlushAscent(levels, stats, cap),
+            "pipeline": lambda: PipelineAscent(levels, stats),
+        }
+        return AutoAscent(ways, WayCosts())
+    return FlushAscent(levels, stats, cap, recomputes=kind == "recompute")
+
+
+def run(
+    levels: ScriptedLevels,
+    prompt: Sequence[int],
+    policy: ExitPolicy,
+    count: int = 20,
+    *,
+    stop_after: int | None = None,
+    sampling: SamplingParams = GREEDY,
+    observe: Observer | None = None,
+) -> Run:
+    """Decode to the end or ``stop_after`` so many tokens, checking after every step."""
+    stats, sequence = Stats(prompt=len(prompt)), TokenSequence(prompt)
+    cap = PendingCap(levels.window, policy.max_pending)
+    ascent = ascent_of(policy.kv_policy, levels, stats, cap)
+    steps: list[Step] = []
+    choice = make_choice(sampling)
+    iterator = EarlyExit(levels, sequence, choice, stats, count, policy, ascent, cap, observe).steps()
+    for step in iterator:
+        steps.append(step)
+        assert stats.is_balanced
+        assert stats.emitted == len(steps) == sum(stats.exits.values())
+        assert sequence.tokens == [*prompt, *(s.token for s in steps)]
+        if policy.kv_policy in ("flush", "recompute"):  # in a pipeline they are being filled
+            levels_hold(levels, sequence)
+        if len(steps) == stop_after:
+            iterator.close()
+    assert sequence.cached == len(sequence) - 1, "something is still pending"
+    levels_hold(levels, sequence)
+    return Run(steps, stats, levels, sequence)
+
+
+def levels_hold(levels: ScriptedLevels, sequence: TokenSequence) -> None:
+    levels.assert_holds(sequence.tokens[: sequence.cached])
