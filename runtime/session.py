@@ -12,7 +12,7 @@ import onnxruntime as ort
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.graphs.errors import BundleError, RequestError
-from shortstack.threads import make_thread_pool
+from shortstack.threads import make_thread_pool, session_options, usable_cores, use_own_pools
 
 CPU = "CPUExecutionProvider"
 _SHORT_NAMES = {"cpu": CPU, "cuda": "CUDAExecutionProvider", "tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
@@ -49,18 +49,13 @@ class Placement:
 
     Attributes:
         providers: Execution providers in order of preference: ``cpu``, ``cuda``, or onnxruntime's names.
-        threads: Threads of a pool of their own, so that they can run beside the others; None shares the process's pool.
-
-    Raises:
-        RequestError: Less than one thread.
+        threads: Threads of a pool of their own, beside which the other segments get the remaining cores; the process
+            then has no common pool. None shares the process's pool, which suits a pipeline too if it has one thread:
+            then each segment runs on the thread that calls it.
     """
 
     providers: tuple[str, ...] = ("cpu",)
     threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise RequestError("threads of the upper segments", found=self.threads, expected="1 or more")
 
 
 def resolve_providers(providers: Sequence[str] | None) -> list[str]:
@@ -107,6 +102,11 @@ def open_sessions(
     """
     lower_names = resolve_providers(providers)
     upper_names = resolve_providers(upper.providers) if upper is not None else lower_names
+    lower_threads, upper_threads = threads, None
+    if upper is not None and upper.threads is not None:
+        use_own_pools()
+        upper_threads = upper.threads
+        lower_threads = threads or max(1, usable_cores() - upper_threads)
     make_thread_pool(threads)
     sessions: list[ort.InferenceSession] = []
     devices: list[Device] = []
@@ -115,12 +115,7 @@ def open_sessions(
     for segment in reversed(bundle.manifest.plan.segments):
         path = bundle.graph_path(segment)
         names = lower_names if segment.is_first else upper_names
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
-        if upper is not None and upper.threads is not None and not segment.is_first:
-            options.use_per_session_threads = True
-            options.intra_op_num_threads = upper.threads
-            options.inter_op_num_threads = 1
+        options = session_options(lower_threads if segment.is_first else upper_threads)
         options.log_severity_level = 3
         try:
             session = ort.InferenceSession(str(path), options, providers=names)

@@ -37,3 +37,9 @@ Measured on eight tiny models, on text of the kind that the cache was calibrated
 
 QUANTIZED_INT8 = 0.15
 """The same figure for weights in int8 against the bundle that they were rounded from. Measured: at most 0.074."""
+
+FLUSHED_KV = 1e-5
+"""Keys and values after early exit against one full-depth run over the same text, float32, largest difference over the
+largest value of the layer: the same products in runs of other row counts. Required of early exit.
+
+Measured on a random six-layer model: at most 2.1e-6."""
