@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from shortstack.graphs.errors import ShortstackError
 from shortstack.runtime.tokenizer import Tokenizer
 from shortstack.samples.bench.artifacts import PRECISIONS, Precision, open_artifacts
 from shortstack.samples.bench.footprint import MAX_INT4_MB, disk_section, load_section, memory_section
@@ -16,6 +15,7 @@ from shortstack.samples.bench.report import Section, machine, print_report, to_j
 from shortstack.samples.bench.rivals import find_rivals, rival_names
 from shortstack.samples.bench.sections import drafting_section, engines_section
 from shortstack.samples.bench.settings import FULL, QUICK
+from shortstack.samples.command import run_command
 from shortstack.samples.fetch_model import cache_folder, default_model_path
 from shortstack.samples.prompts import prompts
 
@@ -104,16 +104,7 @@ def bench(
 
 def main() -> None:
     """Run the benchmark; a known error is one line and its exit code."""
-    try:
-        bench.main(standalone_mode=False)
-    except ShortstackError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+    run_command(bench)
 
 
 if __name__ == "__main__":

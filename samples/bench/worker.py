@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from shortstack.graphs.errors import ShortstackError
-from shortstack.runtime import DraftPolicy, load
+from shortstack.runtime import DraftPolicy, ExitPolicy, load, parse_criterion
+from shortstack.runtime.early_exit.policy import KVPolicy, Verify
 from shortstack.runtime.plan import Plan
 from shortstack.runtime.stream import Token
 from shortstack.samples.bench.costs import measure_costs
@@ -87,21 +88,39 @@ class Worker:
         return {"tokens": tokens, "elapsed_s": elapsed_s, "cpu_s": cpu_s, "run_s": self._clock.run_s - before_s}
 
     def _decode(
-        self, prompt: list[int], tokens: int, draft: int | None = None, is_adaptive: bool = False
+        self,
+        prompt: list[int],
+        tokens: int,
+        draft: int | None = None,
+        is_adaptive: bool = False,
+        exit_when: str | None = None,
+        exit_layers: list[int] | None = None,
+        kv_policy: KVPolicy = "flush",
+        verify: Verify = "none",
+        ends: bool = False,
     ) -> dict[str, Any]:
-        """Decode plainly, or with drafts of ``draft`` tokens (at most, when adaptive)."""
+        """Decode plainly, with drafts of ``draft`` tokens (at most, when adaptive), or with early exit.
+
+        With ``ends`` an end token ends the text. Catching up at the end of early exit is part of its time.
+        """
+        exits = None
+        if exit_when is not None:
+            layers = None if exit_layers is None else tuple(exit_layers)
+            exits = ExitPolicy(parse_criterion(exit_when), layers, verify, kv_policy=kv_policy)
         result = self._model.generate(
             prompt,
             max_new_tokens=tokens,
-            ignore_eos=True,
-            strategy="plain" if draft is None else "self-speculative",
+            ignore_eos=not ends,
+            strategy="early-exit" if exits is not None else "plain" if draft is None else "self-speculative",
             draft=None if draft is None else DraftPolicy(draft, is_adaptive=is_adaptive),
+            exits=exits,
         )
         stats = result.stats
         return {
             "tokens": result.tokens,
-            "decode_s": stats.elapsed_s - stats.first_token_s,
-            "stats": {"alpha": stats.alpha, "acceptance": stats.acceptance, "tokens_per_round": stats.tokens_per_round},
+            "text": result.text,
+            "decode_s": stats.elapsed_s - stats.first_token_s + stats.settle_s,
+            "stats": stats.to_json(),
         }
 
     def _costs(self, prompt: list[int], rows: list[int], repeats: int) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from shortstack.export.twin.exits import ExitNode
-from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec
 from shortstack.progress import progress_stages
+from shortstack.samples.command import run_command
 from shortstack.samples.recipes.training.closed_form import fit_linear
 from shortstack.samples.recipes.training.curve_plot import draw_curve
 from shortstack.samples.recipes.training.data import read_examples
@@ -237,17 +237,7 @@ def _measured(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command; a known error is one line and its exit code."""
-    try:
-        curve.main(standalone_mode=False)
-    except ShortstackError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command goes on where it was", err=True)
-        sys.exit(130)
+    run_command(curve, when_interrupted="stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shortstack.graphs import names
-from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.graphs.errors import RequestError
 from shortstack.runtime.model import Model, load
+from shortstack.samples.command import run_command
 from shortstack.samples.recipes.self_data_file import RowFile, read_prompts
 from shortstack.samples.recipes.self_data_rows import Row, Writer
 
@@ -271,17 +272,7 @@ def self_data(
 def main() -> None:
     """Run the command; a known error is one line and its exit code."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes a temporary bundle
-    try:
-        self_data.main(standalone_mode=False)
-    except ShortstackError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command, without --overwrite, goes on from here", err=True)
-        sys.exit(130)
+    run_command(self_data, when_interrupted="stopped; the same command, without --overwrite, goes on from here")
 
 
 if __name__ == "__main__":

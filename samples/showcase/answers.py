@@ -13,8 +13,6 @@ Times are of decoding after the prompt, summed over all prompts.
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,10 +22,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.graphs.errors import RequestError
 from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.early_exit.expression import parse_criterion
+from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.model import Model, load
-from shortstack.samples.showcase.early_exit import early_exit
+from shortstack.samples.command import run_command
 
 
 @dataclass(slots=True)
@@ -109,7 +109,6 @@ def measure(
     plain = Tally("plain")
     drafting = {name: Tally(name) for name in policies}
     early = {threshold: Tally(f"exit at p >= {threshold}") for threshold in thresholds}
-    end = model.tokenizer.eos_token_ids
     for number, (prompt, answer) in enumerate([rows[0], *rows]):  # the first one twice: its first time is a warm-up
         ids = model.encode([{"role": "user", "content": prompt}] if is_chat else prompt)
         reference = model.generate(ids, max_new_tokens=max_new_tokens)
@@ -136,19 +135,15 @@ def measure(
                 tally.accepted += stats.accepted
                 tally.judged += stats.accepted + stats.corrected
         for threshold, tally in early.items():
-            stack = model.exclusive_stack(chosen)
-            stack.prefill(ids, 0, False)  # not timed, as it is not above
-            started = time.perf_counter()
-            stack.prefill(ids, 0, False)
-            prefill_s = time.perf_counter() - started
-            started = time.perf_counter()
-            left = early_exit(stack, ids, threshold, end, max_new_tokens)
+            exits = ExitPolicy(parse_criterion(f"top_prob >= {threshold}"), (chosen,))
+            result = model.generate(ids, max_new_tokens=max_new_tokens, strategy="early-exit", exits=exits)
             if number:
-                tally.right += model.tokenizer.decode(left.tokens).strip() == answer
-                tally.same += left.tokens == reference.tokens
-                tally.tokens += len(left.tokens) - 1
-                tally.decode_s += time.perf_counter() - started - prefill_s
-                tally.drafted += left.exited
+                stats = result.stats
+                tally.right += result.text.strip() == answer
+                tally.same += result.tokens == reference.tokens
+                tally.tokens += len(result.tokens) - 1
+                tally.decode_s += stats.draft_s + stats.verify_s + stats.settle_s
+                tally.drafted += stats.exited
     return Answers(len(rows), [plain, *drafting.values(), *early.values()])
 
 
@@ -196,26 +191,21 @@ def read_rows(file: Path, prompt: str, answer: str, count: int | None) -> list[t
 @click.option("--max-new-tokens", type=click.IntRange(2), default=96, show_default=True, help="At most so many.")
 @click.option("--threads", type=click.IntRange(1), help="Threads [all cores].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def main(
+def answers(
     bundle: Path, data: Path, prompt: str, answer: str, rows: int | None, exit_layer: int | None,
     draft_lengths: tuple[int, ...], thresholds: tuple[float, ...], max_new_tokens: int, threads: int | None,
     is_chat: bool, bonus: bool, confidence: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure BUNDLE on prompts with known answers."""
-    try:
-        chosen = read_rows(data, prompt.replace("\\n", "\n"), answer.replace("\\n", "\n"), rows)
-        found = measure(
-            load(bundle, threads=threads),
-            chosen,
-            exit_layer,
-            draft_policies(draft_lengths or (2, 4, 6, 8), confidence, bonus),
-            thresholds,
-            max_new_tokens,
-            is_chat=is_chat,
-        ).to_json()
-    except ShortstackError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    found = measure(
+        load(bundle, threads=threads),
+        read_rows(data, prompt.replace("\\n", "\n"), answer.replace("\\n", "\n"), rows),
+        exit_layer,
+        draft_policies(draft_lengths or (2, 4, 6, 8), confidence, bonus),
+        thresholds,
+        max_new_tokens,
+        is_chat=is_chat,
+    ).to_json()
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -233,6 +223,11 @@ def main(
             f"{way['speed_up']:.2f}x",
         )
     Console().print(table)
+
+
+def main() -> None:
+    """Run the command; a known error is one line and its exit code."""
+    run_command(answers)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from shortstack.runtime import ExitPolicy, Model, Placement, SamplingParams, loa
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.policy import KVPolicy
 from shortstack.runtime.early_exit.reading import Reading
+from shortstack.runtime.teach import teach
 
 EXITS = (1, 2, 3)
 TOKENS = 48
@@ -244,6 +245,21 @@ def test_every_token_says_who_decided_it_and_how_surely(model: Model) -> None:
         assert 0 < token.confidence <= 1
         assert token.exit_layer == 6 or token.confidence >= 0.3
     assert stream.stats.mean_exit_layer == pytest.approx(np.mean([token.exit_layer for token in tokens]))
+
+
+def test_every_token_is_what_its_head_says_of_the_text_so_far(model: Model) -> None:
+    differ = 0
+    for expression in ("top_prob >= 0.2", "margin >= 0.1 and patience >= 2", "always"):
+        policy = ExitPolicy(parse_criterion(expression))
+        ids = prompt(7)
+        stream = model.stream(ids, max_new_tokens=TOKENS, ignore_eos=True, strategy="early-exit", exits=policy)
+        tokens = list(stream)
+        heads = teach(model, [*ids, *(token.id for token in tokens)]).heads
+        for index, token in enumerate(tokens):
+            row = len(ids) - 1 + index
+            assert token.id == heads[token.exit_layer][row].argmax()
+            differ += token.id != heads[SPECULATOR.layers][row].argmax()
+    assert differ, "no token left that the whole model would not have said"
 
 
 def test_upper_layers_on_threads_of_their_own_generate_the_same(tiny_bundles: TinyBundles, model: Model) -> None:
