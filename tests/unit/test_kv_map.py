@@ -140,7 +140,7 @@ def test_a_boundary_inside_a_group_is_refused_with_the_reason() -> None:
     kv_map = placement("sandwich", "middle", 9, 3)  # layers 1..4 run together
     check_boundaries(kv_map, (1, 5, 8))
     for boundary in (2, 3, 4):
-        with pytest.raises(RequestError, match="run together.*above them.*at most 1 or at least 5"):
+        with pytest.raises(RequestError, match=r"run together.*above them.*at most 1 or at least 5"):
             check_boundaries(kv_map, (boundary,))
     check_boundaries(placement("pizza", "bottom", 9, 3), range(1, 9))
 
@@ -175,7 +175,18 @@ def test_maps_that_are_none_are_refused(text: str, says: str) -> None:
         parse_kv_map(text, 9)
 
 
-@pytest.mark.parametrize("text", ["", "0_1i_1", "0__1", "0_2_1", "0_1", "0s_1ss_1", "99999_0_0"])
-def test_strings_that_are_no_layer_types_are_refused(text: str) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "list of layers"),
+        ("0_1i_1", "list of layers"),
+        ("0__1", "list of layers"),
+        ("0s_1ss_1", "list of layers"),
+        ("99999_0_0", "list of layers"),
+        ("0_2_1", "owns no K,V"),
+        ("0_1", "2 entries"),
+    ],
+)
+def test_strings_that_are_no_layer_types_are_refused(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
         parse_layer_types(text, 3)
