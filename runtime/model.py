@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,9 +22,10 @@ from shortstack.graphs.errors import RequestError
 from shortstack.runtime.cache import KVCache
 from shortstack.runtime.choice import Choice, make_choice
 from shortstack.runtime.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.early_exit.adaptive import Adaptive, AdaptiveThreshold
 from shortstack.runtime.early_exit.ascent import Ascent, FlushAscent
 from shortstack.runtime.early_exit.auto import AutoAscent, WayCosts
-from shortstack.runtime.early_exit.loop import EarlyExit
+from shortstack.runtime.early_exit.loop import EarlyExit, Observer
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.pipeline import PipelineAscent
 from shortstack.runtime.early_exit.policy import ExitPolicy
@@ -128,6 +129,7 @@ class Model:
         self._lengths: dict[tuple[int, DraftPolicy], DraftLength] = {}
         self._caps: dict[tuple[int | None, tuple[int, ...]], PendingCap] = {}
         self._ways: dict[tuple[int, ...], WayCosts] = {}
+        self._thresholds: dict[tuple[tuple[int, ...], Adaptive], AdaptiveThreshold] = {}
         self._sequence = TokenSequence()
         self._stream: Stream | None = None
 
@@ -305,8 +307,12 @@ class Model:
         *,
         is_repeatable: bool,
     ) -> Iterator[Step]:
-        """Start the loop of early exit; what was learned about costs is shared by all generations."""
+        """Start the loop of early exit; what was learned about costs and thresholds is shared by all generations."""
         used = stack.depths[:-1]
+        observe: Observer | None = None
+        if isinstance(wanted := policy.criterion, Adaptive):
+            learned = self._thresholds.setdefault((used, wanted), AdaptiveThreshold(wanted, used))
+            policy, observe = replace(policy, criterion=learned.begin()), learned.observe
         # Where verification draws at random, what is drafted must not follow the clock.
         fixed = policy.max_pending or (stack.window if is_repeatable else None)
         cap = self._caps.setdefault((fixed, used), PendingCap(stack.window, fixed))
@@ -322,7 +328,7 @@ class Model:
             ascent = AutoAscent({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))
         else:
             ascent = pipeline() if policy.kv_policy == "pipeline" else flush()
-        return EarlyExit(stack, self._sequence, choice, stats, limit, policy, ascent, cap).steps()
+        return EarlyExit(stack, self._sequence, choice, stats, limit, policy, ascent, cap, observe).steps()
 
     def _exits_used(self, strategy: Strategy, exit_layer: int | None, policy: ExitPolicy | None) -> tuple[int, ...]:
         """Return the exits that a strategy uses, none for plain decoding, if the bundle has what is asked for."""

@@ -2,6 +2,7 @@
 
 ::
 
+    criterion  = either | ("top_prob" | "margin") ">=" "auto"
     either     = both { "or" both }
     both       = one { "and" one }
     one        = "(" either ")" | measure (">=" | "<=") threshold | "patience >= 2" | "votes >= 2"
@@ -9,7 +10,7 @@
     threshold  = number [ "[" exit ":" number { "," exit ":" number } "]" ] [ "~" decay ]
 
 ``top_prob >= 0.9 [4: 0.95, 8: 0.8] ~ 4`` asks for 0.95 after 4 layers, for 0.8 after 8 and for 0.9 elsewhere, all of
-them falling with CALM's decay of 4.
+them falling with CALM's decay of 4. ``top_prob >= auto`` is learned while decoding (:mod:`.adaptive`) and stands alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import re
 
 from shortstack.graphs.errors import RequestError
+from shortstack.runtime.early_exit.adaptive import AUTO, Adaptive
 from shortstack.runtime.early_exit.criteria import (
     MEASURES,
     All,
@@ -37,6 +39,7 @@ _TOKEN = re.compile(
 _COUNTS: dict[str, type[Patience] | type[Votes]] = {"patience": Patience, "votes": Votes}
 _NAMES = (*MEASURES, *_COUNTS, "max_depth", "never", "always")
 EXAMPLE = "top_prob >= 0.9"
+_DEEPEST = 32  # parentheses within each other
 
 
 def parse_criterion(text: str) -> Criterion:
@@ -48,12 +51,19 @@ def parse_criterion(text: str) -> Criterion:
     parser = _Parser(text)
     criterion = parser.either()
     parser.expect_end()
+    if parser.has_auto and not isinstance(criterion, Adaptive):
+        raise RequestError(
+            f"exit criterion {text!r}: a threshold of {AUTO} does not go with other criteria",
+            remedy=f"leave the others out, or give a number in place of {AUTO}",
+        )
     return criterion
 
 
 class _Parser:
     def __init__(self, text: str) -> None:
         self._text = text
+        self.has_auto = False
+        self._depth = 0
         self._tokens: list[tuple[str, int]] = []
         at = 0
         while text[at:].strip():
@@ -78,8 +88,12 @@ class _Parser:
 
     def one(self) -> Criterion:
         if self._take("("):
+            self._depth += 1
+            if self._depth > _DEEPEST:
+                raise self._error("(", f"parentheses at most {_DEEPEST} deep")
             inner = self.either()
             self._need(")")
+            self._depth -= 1
             return inner
         name = self._next(" or ".join(_NAMES))
         if name == "never":
@@ -97,6 +111,9 @@ class _Parser:
         for measure, (comparison, _) in MEASURES.items():
             if name == measure:
                 self._need(comparison)
+                if self._take(AUTO):
+                    self.has_auto = True
+                    return Adaptive(measure)  # type: ignore[arg-type] # refuses the others
                 return Bound(measure, self._threshold())
         raise self._error(name, " or ".join(_NAMES))
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import SplitPlan
+from shortstack.runtime.early_exit.adaptive import Adaptive
 from shortstack.runtime.early_exit.criteria import Criterion
 
 Verify = Literal["none", "rollback", "exact"]
@@ -65,6 +66,12 @@ class ExitPolicy:
                 f"kv_policy {self.kv_policy} does not go with verify {self.verify}",
                 expected="flush: tokens to be verified wait for the layers above anyway",
                 remedy="use flush, or verify none",
+            )
+        if isinstance(self.criterion, Adaptive) and self.kv_policy in ("pipeline", "auto"):
+            raise RequestError(
+                f"exit criterion {self.criterion} does not go with kv_policy {self.kv_policy}",
+                expected="flush: the threshold is learned from the whole model's head over all pending positions",
+                remedy="use flush, or a threshold that is a number",
             )
         if self.prefill_exit and (self.verify != "none" or self.kv_policy != "flush"):
             raise RequestError(

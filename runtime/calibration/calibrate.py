@@ -1,0 +1,246 @@
+"""The experiment: every prompt is answered by the whole model once, and with early exit once per threshold.
+
+Thresholds are walked from the most conservative on, and the walk ends at the first whose p-value is above epsilon
+(:mod:`.learn_then_test`), so that nothing is spent on thresholds beyond it. A sweep measures the whole grid instead,
+for the curve of quality over speed; the threshold found is the same.
+
+What is promised holds for greedy answers, to prompts such as those of the calibration, of so many tokens at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from shortstack import __version__
+from shortstack.graphs.errors import RequestError
+from shortstack.progress import Advance, Stage
+from shortstack.runtime.calibration.dissimilarity import LOSSES, Answer, Loss, dissimilarity
+from shortstack.runtime.calibration.learn_then_test import TESTS, Test, fewest_prompts, fixed_sequence, p_value
+from shortstack.runtime.calibration.profile import Point, Profile, precision_words
+from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
+from shortstack.runtime.early_exit.criteria import Never
+from shortstack.runtime.early_exit.policy import ExitPolicy
+from shortstack.runtime.model import Model, Result
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSpec:
+    """What to calibrate.
+
+    Attributes:
+        delta: Bound on the mean loss, between 0 and 1.
+        epsilon: Probability that the bound may fail, between 0 and 1.
+        template: The exit criterion with a gap.
+        exit_layers: The exits in use; None: all of the bundle.
+        grid: Thresholds to try, in any order; None: those of the template.
+        loss: What is bounded, see :mod:`.dissimilarity`.
+        test: How it is tested, see :mod:`.learn_then_test`.
+        max_new_tokens: Tokens per answer at most; the first is always the whole model's.
+        is_sweep: Measure all of the grid.
+
+    Raises:
+        RequestError: A value out of range, or two that do not go together.
+    """
+
+    delta: float = 0.1
+    epsilon: float = 0.05
+    template: Template = Template(DEFAULT_TEMPLATE)  # noqa: RUF009 - frozen
+    exit_layers: tuple[int, ...] | None = None
+    grid: tuple[float, ...] | None = None
+    loss: Loss = "text"
+    test: Test = "hoeffding"
+    max_new_tokens: int = 64
+    is_sweep: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("delta", self.delta), ("epsilon", self.epsilon)):
+            if not 0.0 < value < 1.0:
+                raise RequestError(name, found=value, expected="between 0 and 1")
+        if self.loss not in LOSSES:
+            raise RequestError("loss", found=repr(self.loss), expected=" or ".join(LOSSES))
+        if self.test not in TESTS:
+            raise RequestError("test", found=repr(self.test), expected=" or ".join(TESTS))
+        if self.test == "binomial" and self.loss != "any":
+            raise RequestError(
+                f"test binomial does not go with loss {self.loss}",
+                expected="a loss that is 0 or 1",
+                remedy="use loss any, or test hoeffding-bentkus",
+            )
+        if self.max_new_tokens < 2:
+            raise RequestError(
+                "max_new_tokens", found=self.max_new_tokens, expected="2 or more: the first token never leaves early"
+            )
+
+    @property
+    def fewest_prompts(self) -> int:
+        """The fewest prompts with which any threshold can pass."""
+        return fewest_prompts(self.test, self.delta, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the experiment gave.
+
+    Attributes:
+        spec: What was asked.
+        exit_layers: The exits in use, ascending.
+        num_layers: Layers of the model.
+        prompts: How many prompts were used.
+        grid: Thresholds, most conservative first.
+        accepted: How many of them passed.
+        points: What was measured, in the grid's order.
+        losses: Of each point, by prompt.
+    """
+
+    spec: CalibrationSpec
+    exit_layers: tuple[int, ...]
+    num_layers: int
+    prompts: int
+    grid: tuple[float, ...]
+    accepted: int
+    points: tuple[Point, ...]
+    losses: tuple[tuple[float, ...], ...]
+
+    @property
+    def chosen(self) -> Point | None:
+        """The boldest threshold that passed; None: no threshold passes, and the model runs in full."""
+        return self.points[self.accepted - 1] if self.accepted else None
+
+    def profile(self, name: str, model: Model) -> Profile:
+        """Return it as a profile for the model that it was made with."""
+        chosen, spec, manifest = self.chosen, self.spec, model.bundle.manifest
+        mean_exit_layer = float(self.num_layers) if chosen is None else chosen.mean_exit_layer
+        return Profile(
+            name=name,
+            template=spec.template.text,
+            threshold=None if chosen is None else chosen.threshold,
+            criterion=str(Never() if chosen is None else spec.template.at(chosen.threshold)),
+            exit_layers=self.exit_layers,
+            delta=spec.delta,
+            epsilon=spec.epsilon,
+            prompts=self.prompts,
+            loss=spec.loss,
+            test=spec.test,
+            max_new_tokens=spec.max_new_tokens,
+            mean_loss=0.0 if chosen is None else chosen.mean_loss,
+            mean_exit_layer=mean_exit_layer,
+            exited_share=0.0 if chosen is None else chosen.exited_share,
+            predicted_saving=1 - mean_exit_layer / self.num_layers,
+            grid=self.grid,
+            weights_sha256=manifest.weights_sha256,
+            precision=precision_words(manifest),
+            shortstack=__version__,
+            curve=self.points,
+        )
+
+
+def calibrate(
+    model: Model, prompts: Sequence[Sequence[int]], spec: CalibrationSpec, stage: Stage | None = None
+) -> Calibration:
+    """Find the boldest threshold that keeps what ``spec`` asks.
+
+    Args:
+        model: The model.
+        prompts: Token ids, drawn as the prompts that will come are.
+        spec: What to calibrate.
+        stage: Told of progress.
+
+    Raises:
+        RequestError: Too few prompts for any threshold to pass (a sweep measures nevertheless), a criterion that the
+            bundle cannot follow, or a prompt that it cannot take.
+    """
+    exits = ExitPolicy(spec.template.at(1), spec.exit_layers).exits_in(model.bundle.manifest.plan)
+    grid = spec.template.ordered(spec.template.default_grid(len(exits)) if spec.grid is None else spec.grid)
+    policies = [ExitPolicy(spec.template.at(value), exits) for value in grid]
+    for policy in policies:
+        policy.exits_in(model.bundle.manifest.plan)
+    if not prompts or (len(prompts) < spec.fewest_prompts and not spec.is_sweep):
+        raise too_few(len(prompts), spec)
+    experiment = _Experiment(model, prompts, spec, stage or _silent)
+    points: list[Point] = []
+    losses: list[tuple[float, ...]] = []
+
+    def measured(start: int) -> Iterator[float]:
+        for index in range(start, len(grid)):
+            point, found = experiment.measure(policies[index], grid[index], f"{index + 1} of {len(grid)}")
+            points.append(point)
+            losses.append(found)
+            yield point.p_value
+
+    accepted = fixed_sequence(measured(0), spec.epsilon)
+    if spec.is_sweep:
+        for _ in measured(len(points)):
+            pass
+    return Calibration(
+        spec=spec,
+        exit_layers=exits,
+        num_layers=model.bundle.manifest.spec.num_hidden_layers,
+        prompts=len(prompts),
+        grid=grid,
+        accepted=accepted,
+        points=tuple(replace(point, is_accepted=index < accepted) for index, point in enumerate(points)),
+        losses=tuple(losses),
+    )
+
+
+def too_few(prompts: int, spec: CalibrationSpec) -> RequestError:
+    """Return the error that says how many prompts are needed."""
+    tighter = fewest_prompts("hoeffding-bentkus", spec.delta, spec.epsilon)
+    other = f", or --test hoeffding-bentkus, which needs {tighter}" if spec.test == "hoeffding" else ""
+    return RequestError(
+        f"no threshold can pass with so few prompts (test {spec.test}, delta {spec.delta:g}, epsilon {spec.epsilon:g})",
+        found=prompts,
+        expected=f"{spec.fewest_prompts} or more if nothing is lost, several times that if something is",
+        remedy=f"give more prompts, a larger delta or epsilon{other}",
+    )
+
+
+class _Experiment:
+    """Full answers to all prompts, and what early exit makes of them."""
+
+    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], spec: CalibrationSpec, stage: Stage) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._spec = spec
+        self._stage = stage
+        self._full = [_answer(result) for result in self._generate(None, "full answers")]
+
+    def measure(self, policy: ExitPolicy, threshold: float, title: str) -> tuple[Point, tuple[float, ...]]:
+        """Answer all prompts with early exit; return what came out and the loss of each."""
+        results = list(self._generate(policy, f"threshold {threshold:g}, {title}"))
+        pairs = zip(results, self._full, strict=True)
+        losses = tuple(dissimilarity(self._spec.loss, _answer(early), full) for early, full in pairs)
+        stats = [result.stats for result in results]
+        tokens = sum(s.emitted for s in stats)
+        decode_s = sum(s.elapsed_s - s.first_token_s for s in stats)
+        point = Point(
+            threshold=threshold,
+            mean_loss=sum(losses) / len(losses),
+            p_value=p_value(self._spec.test, losses, self._spec.delta),
+            is_accepted=False,
+            mean_exit_layer=sum(depth * count for s in stats for depth, count in s.exits.items()) / tokens,
+            exited_share=sum(s.exited for s in stats) / tokens,
+            tokens=tokens,
+            tokens_per_s=(tokens - len(stats)) / decode_s if decode_s > 0 else None,
+        )
+        return point, losses
+
+    def _generate(self, policy: ExitPolicy | None, title: str) -> Iterator[Result]:
+        advance = self._stage(title, len(self._prompts))
+        for prompt in self._prompts:
+            yield self._model.generate(
+                prompt,
+                max_new_tokens=self._spec.max_new_tokens,
+                strategy="plain" if policy is None else "early-exit",
+                exits=policy,
+            )
+            advance(1)
+
+
+def _answer(result: Result) -> Answer:
+    return Answer(result.tokens, result.text)
+
+
+def _silent(title: str, total: float) -> Advance:
+    return lambda amount: None

@@ -1,0 +1,206 @@
+"""An exit profile: the threshold that was found for one task on one bundle, and all it was found from, as a JSON file.
+
+Layout of the JSON object: every field of :class:`Profile`, ``curve`` as a list of objects with the fields of
+:class:`Point`, and ``format_version``, 1. A profile is for the weights that it was measured on: confidence changes with
+every rounding of them, so thresholds of a float model are none for its quantized twin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.manifest import Manifest
+from shortstack.runtime.calibration.dissimilarity import Loss
+from shortstack.runtime.calibration.learn_then_test import Test
+from shortstack.runtime.calibration.profile_fields import check_fields
+from shortstack.runtime.calibration.template import Template
+from shortstack.runtime.early_exit.criteria import Never
+from shortstack.runtime.early_exit.expression import parse_criterion
+from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy
+
+PROFILE_FILE = "exit-profile.json"
+FORMAT_VERSION = 1
+_MOST_BYTES = 1 << 20
+_RECALIBRATE = "calibrate again on this bundle: `shortstack calibrate BUNDLE --data prompts.jsonl`"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What was measured at one threshold.
+
+    Attributes:
+        threshold: The threshold.
+        mean_loss: Mean over the prompts.
+        p_value: Of "the mean loss is above delta".
+        is_accepted: It and all more conservative ones passed.
+        mean_exit_layer: Mean depth of the heads that named the tokens.
+        exited_share: Share of tokens that left early.
+        tokens: Tokens generated.
+        tokens_per_s: Decoding speed on the machine of the calibration, for information; None where nothing was timed.
+    """
+
+    threshold: float
+    mean_loss: float
+    p_value: float
+    is_accepted: bool
+    mean_exit_layer: float
+    exited_share: float
+    tokens: int
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a calibration found.
+
+    Attributes:
+        name: The task.
+        template: The criterion, ``{}`` where the threshold goes.
+        threshold: The boldest that passed; None where none did.
+        criterion: The criterion with that threshold; ``never`` where none passed.
+        exit_layers: The exits in use, ascending.
+        delta: Bound on the mean loss.
+        epsilon: Probability that the bound does not hold, over the draw of the prompts.
+        prompts: How many prompts it was found with.
+        loss: What was bounded.
+        test: How it was tested.
+        max_new_tokens: Tokens per answer at most.
+        mean_loss: Measured at the threshold; 0 where none passed.
+        mean_exit_layer: Mean depth of the heads that named the tokens, there.
+        exited_share: Share of tokens that left early, there.
+        predicted_saving: 1 - mean_exit_layer / layers: the share of the layers that tokens did not wait for. Time saved
+            where filling caches later costs next to nothing, and less elsewhere.
+        grid: Thresholds that were to be tried, most conservative first.
+        weights_sha256: Identity of the bundle's weights.
+        precision: How they are stored, in words.
+        shortstack: Version that measured it.
+        curve: What was measured, in the order of the grid.
+    """
+
+    name: str
+    template: str
+    threshold: float | None
+    criterion: str
+    exit_layers: tuple[int, ...]
+    delta: float
+    epsilon: float
+    prompts: int
+    loss: Loss
+    test: Test
+    max_new_tokens: int
+    mean_loss: float
+    mean_exit_layer: float
+    exited_share: float
+    predicted_saving: float
+    grid: tuple[float, ...]
+    weights_sha256: str
+    precision: str
+    shortstack: str
+    curve: tuple[Point, ...]
+
+    def policy(self, kv_policy: KVPolicy = "flush") -> ExitPolicy:
+        """Return the exit policy that was calibrated; how caches are filled does not change what is generated."""
+        return ExitPolicy(parse_criterion(self.criterion), self.exit_layers, kv_policy=kv_policy)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        fields = asdict(self)
+        lists = {name: list(fields[name]) for name in ("exit_layers", "grid", "curve")}
+        return {"format_version": FORMAT_VERSION, **fields, **lists}
+
+
+def precision_words(manifest: Manifest) -> str:
+    """Return how a bundle stores weights and cache: ``float32``, ``float32; int4, blocks of 32; KV cache int8``."""
+    formats = sorted({str(wanted) for wanted in manifest.precision.weights.values()})
+    cache = [] if manifest.precision.kv_cache == "float" else [f"KV cache {manifest.precision.kv_cache}"]
+    return "; ".join([manifest.dtype, *formats, *cache])
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write a profile, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(profile.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_profile(path: str | Path) -> Profile:
+    """Read and check a profile, whatever bundle it is for.
+
+    Raises:
+        RequestError: It cannot be read, or has a missing, unknown or wrong field; names all of them.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it is longer than {_MOST_BYTES} bytes")
+        data: Any = json.loads(content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"exit profile {path} cannot be read: {error}", remedy=_RECALIBRATE) from None
+    if not isinstance(data, dict):
+        raise RequestError(f"exit profile {path}", found="no JSON object", remedy=_RECALIBRATE)
+    version = data.pop("format_version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise RequestError(
+            f"exit profile {path}: field format_version",
+            found=repr(version)[:60],
+            expected=FORMAT_VERSION,
+            remedy="calibrate again, or install the shortstack version that wrote it",
+        )
+    if problems := check_fields(data):
+        raise RequestError(f"exit profile {path}: {'; '.join(problems)}", remedy=_RECALIBRATE)
+    points = tuple(Point(**point) for point in data["curve"])
+    tuples = {name: tuple(data[name]) for name in ("exit_layers", "grid")}
+    profile = Profile(**{**data, **tuples, "curve": points})
+    try:
+        template = Template(profile.template)
+        criterion = Never() if profile.threshold is None else template.at(profile.threshold)
+    except RequestError as error:
+        raise RequestError(f"exit profile {path}: {error}") from None
+    if profile.criterion != str(criterion):
+        raise RequestError(
+            f"exit profile {path}: field criterion is not template with threshold, so the file was edited",
+            found=repr(profile.criterion),
+            expected=repr(str(criterion)),
+            remedy=_RECALIBRATE,
+        )
+    return profile
+
+
+def load_profile(path: str | Path, bundle: Bundle) -> Profile:
+    """Read a profile for use with a bundle.
+
+    Raises:
+        RequestError: See :func:`read_profile`; or it was measured on other weights, or for exits that the bundle lacks.
+    """
+    profile = read_profile(path)
+    manifest = bundle.manifest
+    if profile.weights_sha256 != manifest.weights_sha256:
+        raise RequestError(
+            f"exit profile {path} was measured on other weights than those of {bundle.folder}",
+            found=f"{profile.weights_sha256} ({profile.precision})",
+            expected=f"{manifest.weights_sha256} ({precision_words(manifest)})",
+            remedy=_RECALIBRATE,
+        )
+    if profile.precision != precision_words(manifest):
+        raise RequestError(
+            f"exit profile {path} was measured at another precision than that of {bundle.folder}",
+            found=profile.precision,
+            expected=precision_words(manifest),
+            remedy=_RECALIBRATE,
+        )
+    try:
+        profile.policy().exits_in(manifest.plan)
+    except RequestError as error:
+        raise RequestError(f"exit profile {path} does not fit {bundle.folder}: {error}") from None
+    return profile

@@ -1,0 +1,119 @@
+"""Prompts to calibrate on, from a file with one JSON object a line.
+
+============================================  ========================================================================
+line                                          prompt
+============================================  ========================================================================
+``{"prompt": "Why is the sky blue?"}``        a question: through the bundle's chat template, as ``generate`` does
+``{"messages": [{"role", "content"}, ...]}``  a conversation: what stands before its last answer, through the template
+``{"text": "Once upon a time"}``              a beginning, continued as it is
+============================================  ========================================================================
+
+Without a chat template questions go in as they are, and contents of conversations are joined by lines.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shortstack.graphs.errors import RequestError
+from shortstack.runtime.tokenizer import Tokenizer
+
+_EXPECTED = '"prompt" or "text" (strings), or "messages" (a list of {"role", "content"}) with one that is no answer'
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a file holds for one bundle.
+
+    Attributes:
+        ids: Token ids of each prompt, in the file's order.
+        too_long: How many were left out because the bundle's context is not longer than they are.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    too_long: int
+
+
+def read_prompts(path: Path, tokenizer: Tokenizer, max_length: int, limit: int | None = None) -> Prompts:
+    """Read a file of prompts.
+
+    Args:
+        path: The file.
+        tokenizer: The bundle's.
+        max_length: Positions of the bundle's context.
+        limit: How many to use at most, drawn at random, always the same; None: all.
+
+    Raises:
+        RequestError: It cannot be read, holds a line that is no prompt, or no prompt that fits; names the line.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--data {path} cannot be read: {error}", remedy="give a UTF-8 jsonl file") from None
+    prompts = [ids for ids in _encoded(content, path, tokenizer) if ids]
+    fitting = [ids for ids in prompts if len(ids) < max_length]
+    if not fitting:
+        raise RequestError(
+            f"--data {path} has no prompt that fits into the bundle's context of {max_length} tokens",
+            found=f"{len(prompts)} prompts",
+            remedy="give prompts such as will come, one JSON object a line",
+        )
+    if limit is not None and limit < len(fitting):
+        chosen = sorted(random.Random(_SEED).sample(range(len(fitting)), limit))
+        return Prompts(tuple(fitting[index] for index in chosen), len(prompts) - len(fitting))
+    return Prompts(tuple(fitting), len(prompts) - len(fitting))
+
+
+def _encoded(content: str, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            where = f"--data {path}, line {number}"
+            encode = _parse_line(line, where)
+            try:
+                ids = encode(tokenizer)
+            except RequestError as error:  # a chat template that refuses the conversation
+                raise RequestError(f"{where}: {error}") from None
+            yield tuple(ids)
+
+
+def _parse_line(line: str, where: str) -> Callable[[Tokenizer], list[int]]:
+    """Return how a line becomes token ids."""
+    try:
+        entry: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where} is not JSON: {error}", expected=f"an object with {_EXPECTED}") from None
+    if isinstance(entry, dict):
+        if isinstance(text := entry.get("text"), str):
+            return lambda tokenizer: tokenizer.encode(text)
+        if isinstance(prompt := entry.get("prompt"), str):
+            return lambda tokenizer: _encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+        if isinstance(messages := entry.get("messages"), list) and all(map(_is_message, messages)):
+            asked = messages[: _behind_last_question(messages)]
+            if asked:
+                return lambda tokenizer: _encode_chat(tokenizer, asked)
+    raise RequestError(where, found=repr(line[:60]), expected=f"an object with {_EXPECTED}")
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+    )  # fmt: skip
+
+
+def _behind_last_question(messages: list[dict[str, str]]) -> int:
+    """Return how many messages there are up to the last that the model did not say itself."""
+    return next((n for n in range(len(messages), 0, -1) if messages[n - 1]["role"] != "assistant"), 0)
+
+
+def _encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    if tokenizer.has_chat_template:
+        return tokenizer.encode_chat(messages)
+    return tokenizer.encode("\n".join(message["content"] for message in messages))
