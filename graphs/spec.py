@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from shortstack.graphs.errors import BundleError
-from shortstack.graphs.kv_map import identity_kv_map, validate_kv_map
+from shortstack.graphs.kv_map import identity_kv_map, looks_up, validate_kv_map
 
 DType = Literal["float32", "float16"]
 HEAD_DIM_MULTIPLE = 16  # GroupQueryAttention with rotary embedding (onnxruntime 1.32)
@@ -70,6 +70,9 @@ class ModelSpec:
         attention_out_bias: The o projection has a bias.
         mlp_bias: The gate, up and down projections have a bias.
         kv_map: Which layer's K,V each layer uses; producers map to themselves. Length L.
+        windows: How many positions each layer sees, its own included; 0 is all. Length L; empty where no layer has one.
+        masks_diagonal: No layer sees its own position, as in LCKV's released checkpoints; otherwise only those that use
+            the K,V of a layer above them do not.
     """
 
     model_type: str
@@ -89,11 +92,27 @@ class ModelSpec:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     kv_map: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
+    masks_diagonal: bool = False
 
     def __post_init__(self) -> None:
         if not self.kv_map:
             object.__setattr__(self, "kv_map", identity_kv_map(self.num_hidden_layers))
         validate_kv_map(self.kv_map, self.num_hidden_layers)
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for {self.num_hidden_layers} layers")
+        if any(type(window) is not int or window < 0 for window in self.windows):
+            raise ValueError(f"windows {list(self.windows)} are not all 0 or more")
+        if not any(self.windows):
+            object.__setattr__(self, "windows", ())
+
+    def window(self, layer: int) -> int:
+        """Return how many positions a layer sees, its own included; 0 is all."""
+        return self.windows[layer] if self.windows else 0
+
+    def sees_itself(self, layer: int) -> bool:
+        """Return whether a layer sees its own position."""
+        return not (self.masks_diagonal or looks_up(self.kv_map, layer))
 
     @property
     def cache_head_dim(self) -> int:
@@ -104,10 +123,11 @@ class ModelSpec:
         return -(-self.head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON-ready data."""
+        """Return the spec as JSON-ready data; what few models have is left out where it says nothing."""
         data = asdict(self)
         data["kv_map"] = list(self.kv_map)
-        return data
+        data["windows"] = list(self.windows)
+        return {name: value for name, value in data.items() if value or name not in _RARE}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> ModelSpec:
@@ -121,7 +141,7 @@ class ModelSpec:
             BundleError: A field is missing, unknown or of another type.
         """
         known = {f.name: f for f in fields(cls)}
-        missing = sorted(known.keys() - data.keys())
+        missing = sorted(known.keys() - data.keys() - _RARE)
         extra = sorted(data.keys() - known.keys())
         if missing or extra:
             raise BundleError(
@@ -152,13 +172,14 @@ class ModelSpec:
                 expected=f"num_hidden_layers = {data['num_hidden_layers']}",
                 remedy="restore bundle.json or re-export the bundle",
             )
-        if not all(type(layer) is int for layer in data["kv_map"]):
-            raise BundleError(
-                f"{where}.kv_map",
-                found=data["kv_map"],
-                expected="one integer per layer",
-                remedy="restore bundle.json or re-export the bundle",
-            )
+        for name in ("kv_map", "windows"):
+            if not all(type(layer) is int for layer in data.get(name, ())):
+                raise BundleError(
+                    f"{where}.{name}",
+                    found=data[name],
+                    expected="one integer per layer",
+                    remedy="restore bundle.json or re-export the bundle",
+                )
         try:
             scaling = RopeScaling(**data["rope_scaling"])
         except TypeError as error:
@@ -166,13 +187,15 @@ class ModelSpec:
                 f"{where}.rope_scaling: {error}", remedy="restore bundle.json or re-export the bundle"
             ) from None
         try:
-            return cls(**{**data, "rope_scaling": scaling, "kv_map": tuple(data["kv_map"])})
+            maps = {name: tuple(data[name]) for name in ("kv_map", "windows") if name in data}
+            return cls(**{**data, "rope_scaling": scaling, **maps})
         except ValueError as error:
             raise BundleError(
-                f"{where}.kv_map: {error}", remedy="restore bundle.json or re-export the bundle"
+                f"{where}.kv_map or .windows: {error}", remedy="restore bundle.json or re-export the bundle"
             ) from None
 
 
+_RARE = {"windows", "masks_diagonal"}
 _JSON_TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
