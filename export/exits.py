@@ -28,7 +28,8 @@ from shortstack.export.checkpoint.config import parse_json_object
 from shortstack.export.checkpoint.hf import member
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError
-from shortstack.graphs.exit_parts import HEAD_IDS, Shape, exit_parts
+from shortstack.graphs.exit_parts import HEAD_IDS, exit_parts
+from shortstack.graphs.layer_parts import Shape
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 

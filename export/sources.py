@@ -1,11 +1,13 @@
 """What each matrix of a bundle is made of: tensors of the checkpoint, stacked along rows, heads padded or not.
 
-q, k and v are one matrix; every other one is one tensor. Names and numbers only: nothing is read here.
+A *role* is what a tensor of a layer is called here, whatever it is called where it comes from: ``q_proj.weight``. q, k
+and v are one matrix; every other one is one tensor. Names and numbers only: nothing is read here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shortstack.export.arch.architecture import Architecture
@@ -38,24 +40,34 @@ def qkv_heads(spec: ModelSpec) -> dict[str, int]:
     return {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads, "v_proj": spec.num_key_value_heads}
 
 
-def matrix_sources(arch: Architecture, spec: ModelSpec) -> Mapping[str, MatrixSource]:
-    """Return what each matrix of the model is made of, by its name in a bundle; exits excluded."""
+def layer_sources(spec: ModelSpec, tensor_name: Callable[[str], str]) -> dict[str, MatrixSource]:
+    """Return what each matrix of one layer is made of, by part.
+
+    Args:
+        spec: The model.
+        tensor_name: What the tensor of a role is called.
+    """
     is_padded = spec.cache_head_dim != spec.head_dim
     heads = qkv_heads(spec)
+    found = {
+        names.QKV_PROJ: MatrixSource(
+            tuple(tensor_name(f"{role}.weight") for role in heads), row_heads=tuple(heads.values()) if is_padded else ()
+        ),
+        "attn.o_proj.weight": MatrixSource(
+            (tensor_name("o_proj.weight"),), column_heads=spec.num_attention_heads if is_padded else 0
+        ),
+    }
+    for role in ("gate_proj", "up_proj", "down_proj"):
+        found[f"mlp.{role}.weight"] = MatrixSource((tensor_name(f"{role}.weight"),))
+    return found
+
+
+def matrix_sources(arch: Architecture, spec: ModelSpec) -> Mapping[str, MatrixSource]:
+    """Return what each matrix of the model is made of, by its name in a bundle; exits excluded."""
     found = {names.EMBED_TOKENS: MatrixSource((arch.tensor_name("embed_tokens.weight"),))}
     for layer in range(spec.num_hidden_layers):
-        found[names.layer_weight(layer, "attn.qkv_proj.weight")] = MatrixSource(
-            tuple(arch.tensor_name(f"{part}.weight", layer) for part in heads),
-            row_heads=tuple(heads.values()) if is_padded else (),
-        )
-        found[names.layer_weight(layer, "attn.o_proj.weight")] = MatrixSource(
-            (arch.tensor_name("o_proj.weight", layer),),
-            column_heads=spec.num_attention_heads if is_padded else 0,
-        )
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            found[names.layer_weight(layer, f"mlp.{part}.weight")] = MatrixSource(
-                (arch.tensor_name(f"{part}.weight", layer),)
-            )
+        sources = layer_sources(spec, functools.partial(arch.tensor_name, layer=layer))
+        found |= {names.layer_weight(layer, part): source for part, source in sources.items()}
     if not spec.tie_word_embeddings:
         found[names.LM_HEAD] = MatrixSource((arch.tensor_name("lm_head.weight"),))
     return found

@@ -6,6 +6,7 @@ embedding pairs column i with column i + head_dim / 2, so each half of a head is
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from shortstack.graphs.ir.blocks import BlockTensor, nearest
 from shortstack.graphs.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
+QKV_BIAS = "attn.qkv_proj.bias"
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -46,10 +48,9 @@ class ModelTensors:
         """Return a norm's weight or a projection's bias, by role."""
         return self._checkpoint.tensor(self._arch.tensor_name(role, layer))
 
-    def qkv_bias(self, layer: int) -> Floats:
-        """Return the biases of q, k and v, stacked and padded like their rows."""
-        heads = qkv_heads(self.spec).items()
-        return np.concatenate([pad_heads(self.vector(f"{part}.bias", layer), n, self.spec) for part, n in heads])
+    def layer_vector(self, part: str, layer: int) -> Floats:
+        """Return a norm's weight or a projection's bias of one layer, by part, as :func:`packed_vector` does."""
+        return packed_vector(part, lambda role: self.vector(role, layer), self.spec)
 
     def rope_factors(self) -> Floats | None:
         """Return the divisors of the rotary frequencies, [head_dim / 2]; None if the model has none."""
@@ -68,12 +69,7 @@ class ModelTensors:
         return nearest(floats, REQUANTIZED_FORMAT) if name in self._plan.requantized else floats
 
     def _floats(self, source: MatrixSource) -> Floats:
-        parts = [self._checkpoint.tensor(tensor) for tensor in source.tensors]
-        if source.row_heads:
-            parts = [pad_heads(part, n, self.spec) for part, n in zip(parts, source.row_heads, strict=True)]
-        if source.pads_columns:
-            parts = [pad_heads(part.T, source.column_heads, self.spec).T for part in parts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return packed_matrix([self._checkpoint.tensor(tensor) for tensor in source.tensors], source, self.spec)
 
     def _kept(self, source: MatrixSource) -> BlockTensor:
         stored = [self._checkpoint.blocks(tensor) for tensor in source.tensors]
@@ -86,6 +82,28 @@ class ModelTensors:
             codes = [pad_heads(c, n, self.spec, zero) for c, n in zip(codes, source.row_heads, strict=True)]
             scales = [pad_heads(s, n, self.spec) for s, n in zip(scales, source.row_heads, strict=True)]
         return BlockTensor(block_format, np.concatenate(codes), np.concatenate(scales), None)
+
+
+def packed_matrix(parts: Sequence[Floats], source: MatrixSource, spec: ModelSpec) -> Floats:
+    """Return a matrix [out, in] made of the tensors that its source lists, in that order."""
+    if source.row_heads:
+        parts = [pad_heads(part, n, spec) for part, n in zip(parts, source.row_heads, strict=True)]
+    if source.pads_columns:
+        parts = [pad_heads(part.T, source.column_heads, spec).T for part in parts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def packed_vector(part: str, vector: Callable[[str], Floats], spec: ModelSpec) -> Floats:
+    """Return a norm's weight or a projection's bias of a layer; those of q, k and v stacked and padded like their rows.
+
+    Args:
+        part: Its name in :mod:`shortstack.graphs.layer_parts`.
+        vector: Gives a tensor of the layer by role.
+        spec: The model.
+    """
+    if part == QKV_BIAS:
+        return np.concatenate([pad_heads(vector(f"{role}.bias"), n, spec) for role, n in qkv_heads(spec).items()])
+    return vector(part.removeprefix("attn.").removeprefix("mlp."))
 
 
 def pad_heads(array: npt.NDArray[Number], heads: int, spec: ModelSpec, fill: int = 0) -> npt.NDArray[Number]:

@@ -3,7 +3,7 @@
 - a projection stored as floats is [in, out], as MatMul takes it; in blocks it is [out, in], as MatMulNBits does.
 - the embedding stays [vocab, hidden]: Gather and the head's Gemm both take it so, and a tied head is the same tensor.
 - a trimmed exit head is rows of the LM head, in floats or in blocks as that one is; exits share it.
-- what an exit has of its own is stored like the model's: projections [in, out], heads [rows, in].
+- what an exit has of its own is stored like the model's: projections [in, out], heads [rows, in], a block as a layer.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from shortstack.export.exit_block import pack_block
 from shortstack.export.rope import rope_tables
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.graphs import names
-from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, ROWS, exit_matrices, exit_parts
+from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, ROWS, exit_matrices, stored_parts
 from shortstack.graphs.ir.blocks import BlockTensor, nearest
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.exit import full_head, uses_unit_norm
 from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.layer_parts import layer_parts
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.precision import SPARE_ROWS, BlockFormat
 from shortstack.graphs.spec import DType
@@ -73,26 +75,12 @@ def store_weights(
 def _store_layer(
     tensors: ModelTensors, layer: int, put: Callable[[str, Floats], None], put_matrix: Callable[[str], None]
 ) -> None:
-    spec = tensors.spec
-
-    def put_vector(part: str, array: Floats) -> None:
-        put(names.layer_weight(layer, part), array)
-
-    def put_projection(part: str) -> None:
-        put_matrix(names.layer_weight(layer, part))
-
-    put_vector("input_norm.weight", tensors.vector("input_norm.weight", layer))
-    put_projection("attn.qkv_proj.weight")
-    if spec.qkv_bias:
-        put_vector("attn.qkv_proj.bias", tensors.qkv_bias(layer))
-    put_projection("attn.o_proj.weight")
-    if spec.attention_out_bias:
-        put_vector("attn.o_proj.bias", tensors.vector("o_proj.bias", layer))
-    put_vector("post_attention_norm.weight", tensors.vector("post_attention_norm.weight", layer))
-    for part in ("gate_proj", "up_proj", "down_proj"):
-        put_projection(f"mlp.{part}.weight")
-        if spec.mlp_bias:
-            put_vector(f"mlp.{part}.bias", tensors.vector(f"{part}.bias", layer))
+    for part in layer_parts(tensors.spec):
+        name = names.layer_weight(layer, part)
+        if part in names.LAYER_MATRICES:
+            put_matrix(name)
+        else:
+            put(name, tensors.layer_vector(part, layer))
 
 
 def store_exits(
@@ -108,7 +96,8 @@ def store_exits(
     Args:
         tensors: Where the LM head comes from.
         plan: The exits.
-        weights: Their weights by :func:`names.exit_weight`, matrices [out, in]; ``head.ids`` of every trimmed head.
+        weights: Their weights by :func:`names.exit_weight` of what :func:`exit_parts` lists, matrices [out, in];
+            ``head.ids`` of every trimmed head.
         dtype: Type of what is stored as floats.
         store: Where the model is already, and where they go.
         block_format: How to store the exits' own matrices; None as floats.
@@ -122,9 +111,12 @@ def store_exits(
     for exit_spec in plan.exits:
         depth = exit_spec.exit_layer
         matrices = exit_matrices(tensors.spec, exit_spec)
-        for part in exit_parts(tensors.spec, exit_spec):
+        own = weights
+        if exit_spec.branch == "block":
+            own = {**weights, **pack_block(tensors.spec, depth, weights)}
+        for part in stored_parts(tensors.spec, exit_spec):
             name = names.exit_weight(depth, part)
-            array = weights[name]
+            array = own[name]
             if part == HEAD_IDS:
                 _store_ids(tensors, exit_spec, np.asarray(array, np.int64), dtype, store, trimmed)
             elif part in matrices and block_format is not None:

@@ -19,20 +19,22 @@ gate.weight, gate.bias      [1, hidden], [1]       a gate
 ==========================  =====================  =================================================
 
 A matrix is [out, in]. A whole name is :func:`names.exit_weight` of depth and part. In a bundle, matrices stored as
-floats are turned to [in, out], :data:`ROWS` excepted; an MLP exit has :data:`MLP_NORM` besides.
+floats are turned to [in, out], :data:`ROWS` excepted; an MLP exit has :data:`MLP_NORM` besides; a block is stored as
+layers are (:func:`stored_parts`).
 """
 
 from __future__ import annotations
 
+from shortstack.graphs.layer_parts import Shape, layer_parts
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 
-Shape = tuple[int, ...]
 HEAD_IDS = "head.ids"
 ROWS = ("head.weight", "head.up.weight")  # one row per logit, stored so in a bundle too
 GATE_MATRIX = "gate.weight"  # one row: never in blocks
 # The norm before an MLP exit, as the model has it: quantization may scale that of the layer.
 MLP_NORM = "mlp.input_norm.weight"
+BLOCK = "block"  # what the parts of a block begin with
 
 
 def head_rows(spec: ModelSpec, exit_spec: ExitSpec) -> int:
@@ -46,7 +48,7 @@ def linear_inputs(spec: ModelSpec, exit_spec: ExitSpec) -> int:
 
 
 def exit_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
-    """Return the shape of each weight that the exit has of its own, by part; ``head.ids`` is among them.
+    """Return the shape of each weight that a trained exit has of its own, by part; ``head.ids`` is among them.
 
     A shared head that is trimmed has ``head.ids`` only: its rows are the LM head's.
     """
@@ -61,8 +63,9 @@ def exit_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
     if exit_spec.branch == "mlp":
         parts |= _mlp_parts(spec, "mlp")
     if exit_spec.branch == "block":
-        parts |= _attention_parts(spec, "block.self_attn") | _mlp_parts(spec, "block.mlp")
-        parts |= dict.fromkeys(("block.input_layernorm.weight", "block.post_attention_layernorm.weight"), (hidden,))
+        parts |= _attention_parts(spec, f"{BLOCK}.self_attn") | _mlp_parts(spec, f"{BLOCK}.mlp")
+        norms = (f"{BLOCK}.input_layernorm.weight", f"{BLOCK}.post_attention_layernorm.weight")
+        parts |= dict.fromkeys(norms, (hidden,))
     if exit_spec.norm == "own":
         parts["norm.weight"] = (hidden,)
     if exit_spec.head == "own":
@@ -76,9 +79,21 @@ def exit_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
     return parts
 
 
+def stored_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
+    """Return what a bundle stores of the exit's own weights, by part; matrices [out, in].
+
+    The same as :func:`exit_parts`, but that a block is a layer's: q, k and v in one matrix, heads padded.
+    """
+    parts = exit_parts(spec, exit_spec)
+    if exit_spec.branch != "block":
+        return parts
+    block = {f"{BLOCK}.{part}": shape for part, shape in layer_parts(spec).items()}
+    return block | {part: shape for part, shape in parts.items() if not part.startswith(f"{BLOCK}.")}
+
+
 def exit_matrices(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, tuple[int, int]]:
-    """Return the shapes [out, in] of the exit's own matrices that may be stored in blocks, by part."""
-    parts = exit_parts(spec, exit_spec).items()
+    """Return the shapes [out, in] of the exit's own matrices that a bundle may store in blocks, by part."""
+    parts = stored_parts(spec, exit_spec).items()
     return {part: (shape[0], shape[1]) for part, shape in parts if len(shape) == 2 and part != GATE_MATRIX}
 
 

@@ -119,9 +119,14 @@ LAYER_MATRICES = (
 )
 
 
+def layer_weights(layer: int) -> str:
+    """Return what the names of one layer's weights begin with."""
+    return f"model.layers.{layer}"
+
+
 def layer_weight(layer: int, part: str) -> str:
     """Return a weight of one layer; ``part`` is such as ``attn.qkv_proj.weight``."""
-    return f"model.layers.{layer}.{part}"
+    return f"{layer_weights(layer)}.{part}"
 
 
 def exit_weight(exit_layer: int, part: str) -> str:

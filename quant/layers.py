@@ -23,6 +23,7 @@ import onnxruntime as ort
 
 from shortstack.graphs import names
 from shortstack.graphs.contract import GraphContract, Port
+from shortstack.graphs.ir.attention import Lengths, layer_place
 from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle
 from shortstack.graphs.ir.blocks import BlockTensor
 from shortstack.graphs.ir.builder import GraphBuilder
@@ -76,8 +77,8 @@ class LayerGraph:
                 *(Port(names.past(layer, part), _DTYPE, cache) for part in names.KV_PARTS),
             )
             values = {port.name: g.input(port) for port in inputs}
-            lengths = (values[names.SEQLENS_K], values[names.TOTAL_SEQUENCE_LENGTH])
-            x, outputs = decoder_layer(g, spec, layer, Residual(values[names.HIDDEN_STATES]), lengths)
+            lengths = Lengths(values[names.SEQLENS_K], values[names.TOTAL_SEQUENCE_LENGTH])
+            x, outputs = decoder_layer(g, spec, layer_place(layer), Residual(values[names.HIDDEN_STATES]), lengths)
             outputs[names.HIDDEN_STATES_OUT] = settle(g, x, "/hidden_states_out")
             ports = [Port(names.HIDDEN_STATES_OUT, _DTYPE, hidden)]
             ports += [Port(names.present(layer, part), _DTYPE, cache) for part in names.KV_PARTS]

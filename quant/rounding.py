@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
-from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, exit_parts
+from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, stored_parts
 from shortstack.graphs.kv_map import producers
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.layers import LayerGraph, Taps, Weight
@@ -108,7 +108,7 @@ class Walk:
         """Round what exits have of their own besides heads; biases, norms and gates stay floats."""
         source = self.source
         for exit_spec in source.bundle.manifest.plan.exits:
-            for part in exit_parts(source.spec, exit_spec):
+            for part in stored_parts(source.spec, exit_spec):
                 name = names.exit_weight(exit_spec.exit_layer, part)
                 wanted = self.assignment.exit_matrices.get(name)
                 if wanted is not None:

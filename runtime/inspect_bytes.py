@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 
 from shortstack.graphs import names
-from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, exit_parts, head_rows
-from shortstack.graphs.kv_map import producers
+from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, head_rows, stored_parts
+from shortstack.graphs.layer_parts import layer_parts
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import SPARE_ROWS
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.runtime.inspect_parameters import layer_parameters
 
 BYTES_PER_VALUE: dict[DType, int] = {"float32": 4, "float16": 2}
 ID_BYTES = 8  # an entry of a trimmed head's id map, int64
@@ -37,24 +36,15 @@ def matrix_bytes(manifest: Manifest, name: str, rows: int, width: int) -> int:
 
 def layer_bytes(manifest: Manifest, layer: int) -> int:
     """Return what one layer takes, norms, biases and the scales of an int8 cache included."""
-    spec = manifest.spec
-    hidden, mlp_width, head_dim = spec.hidden_size, spec.intermediate_size, spec.cache_head_dim
-    parameters = layer_parameters(spec, layer, head_dim)
-    queries = spec.num_attention_heads * head_dim
-    shapes = {
-        names.QKV_PROJ: (parameters.qkv // hidden, hidden),
-        "attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (mlp_width, hidden),
-        "mlp.up_proj.weight": (mlp_width, hidden),
-        "mlp.down_proj.weight": (hidden, mlp_width),
-    }
-    matrices = sum(
-        matrix_bytes(manifest, names.layer_weight(layer, part), *shapes[part]) for part in names.LAYER_MATRICES
-    )
-    vectors = (parameters.norms + parameters.biases) * BYTES_PER_VALUE[manifest.dtype]
-    has_scales = manifest.precision.kv_cache == "int8" and layer in producers(spec.kv_map, layer, layer + 1)
-    scales = 2 * spec.num_key_value_heads * head_dim * _KV_SCALE_BYTES if has_scales else 0
-    return matrices + vectors + scales
+    spec, owns_kv = manifest.spec, manifest.spec.kv_map[layer] == layer
+    taken = 0
+    for part, shape in layer_parts(spec, owns_kv=owns_kv).items():
+        if part in names.LAYER_MATRICES:
+            taken += matrix_bytes(manifest, names.layer_weight(layer, part), *shape)
+        else:
+            taken += math.prod(shape) * BYTES_PER_VALUE[manifest.dtype]
+    has_scales = manifest.precision.kv_cache == "int8" and owns_kv
+    return taken + (_kv_values(spec) * _KV_SCALE_BYTES if has_scales else 0)
 
 
 def layers_bytes(manifest: Manifest) -> int:
@@ -93,7 +83,7 @@ def exit_branch_bytes(manifest: Manifest, exit_spec: ExitSpec) -> int:
     """Return what else an exit has of its own: branch, norm, gate, and the projection of a low-rank head."""
     spec, value_bytes = manifest.spec, BYTES_PER_VALUE[manifest.dtype]
     matrices, taken = exit_matrices(spec, exit_spec), 0
-    for part, shape in exit_parts(spec, exit_spec).items():
+    for part, shape in stored_parts(spec, exit_spec).items():
         if part in matrices and part not in ROWS:
             taken += matrix_bytes(manifest, names.exit_weight(exit_spec.exit_layer, part), *matrices[part])
         elif part not in (*ROWS, HEAD_IDS):
@@ -145,9 +135,20 @@ def other_bytes(manifest: Manifest) -> int:
 
 def cache_bytes_per_token(manifest: Manifest, layers: int) -> int:
     """Return what one position takes in the K,V caches of this many layers that own one."""
-    spec = manifest.spec
     value_bytes = 1 if manifest.precision.kv_cache == "int8" else BYTES_PER_VALUE[manifest.dtype]
-    return 2 * spec.num_key_value_heads * spec.cache_head_dim * value_bytes * layers
+    return _kv_values(manifest.spec) * value_bytes * layers
+
+
+def block_cache_bytes_per_token(manifest: Manifest, exit_spec: ExitSpec | None) -> int:
+    """Return what one position takes in the cache of an exit's block, always floats; 0 without a block."""
+    if exit_spec is None or exit_spec.branch != "block":
+        return 0
+    return _kv_values(manifest.spec) * BYTES_PER_VALUE[manifest.dtype]
+
+
+def _kv_values(spec: ModelSpec) -> int:
+    """Return how many numbers are one position's keys and values in one cache."""
+    return 2 * spec.num_key_value_heads * spec.cache_head_dim
 
 
 def _without_exits(manifest: Manifest) -> int:

@@ -42,6 +42,7 @@ def render_html(report: Report) -> str:
         "printable": words.printable,
         "port_lines": words.port_lines,
         "kv_lines": words.kv_lines,
+        "kv_owned": words.kv_owned_words,
         "segment_css": segment_css,
         "coordinate": lambda value: f"{value:.2f}".rstrip("0").rstrip("."),
     }

@@ -206,7 +206,8 @@ def _layer(picture: Picture, layer: LayerReport, y: float, pitch: float, report:
         x += share
     if layer.owns_kv:
         side = min(_CACHE_SIZE, height)
-        cache_bytes = report.cache_bytes_per_token // sum(other.owns_kv for other in report.layers)
+        of_layers = report.cache_bytes_per_token - sum(head.cache_bytes_per_token for head in report.exits)
+        cache_bytes = of_layers // sum(other.owns_kv for other in report.layers)
         cache_title = f"K,V cache of layer {layer.layer}: {size(cache_bytes)} per token\n{kv}"
         picture.rects.append(Rect(_CACHE_X, middle - side / 2, _CACHE_SIZE, side, "kv", cache_title))
     step = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * pitch >= 11)

@@ -26,6 +26,7 @@ from shortstack.graphs.plan import ExitSpec, Segment
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.runtime.inspect_bytes import (
+    block_cache_bytes_per_token,
     cache_bytes_per_token,
     draft_heads_bytes,
     exit_head,
@@ -58,6 +59,8 @@ class HeadReport:
         weight_bytes: What it reads for one position, norm and branch included.
         draft_cost: Predicted cost of one draft step that ends here, in plain steps; 1 for the final head.
         exit_spec: What kind of exit it is; None for the final head.
+        kv_owner: What its own cache is called in the graph, that of a block; None without one.
+        cache_bytes_per_token: What one position takes in that cache.
     """
 
     exit_layer: int
@@ -69,6 +72,8 @@ class HeadReport:
     weight_bytes: int
     draft_cost: float
     exit_spec: ExitSpec | None = None
+    kv_owner: str | None = None
+    cache_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +112,12 @@ class SegmentReport:
         start: First layer.
         end: One past the last layer.
         head: The head that it ends in.
-        kv_owned: Layers inside that own a cache.
+        kv_owned: Layers inside that own a cache; the head may own one too.
         kv_borrowed: Layers outside whose cache layers inside use.
         parameters: Of its layers, with the embedding in the first, and final norm and untied LM head in the last.
         parameter_share: Of the model's parameters; the segments' shares add up to 1.
         graph_bytes: Size of the ONNX file, without weights.
-        cache_bytes_per_token: What one position takes in the caches it owns.
+        cache_bytes_per_token: What one position takes in the caches it owns, its head's included.
         inputs: Tensors into the graph.
         outputs: Tensors out of it.
     """
@@ -271,18 +276,19 @@ def _segment(manifest: Manifest, segment: Segment) -> SegmentReport:
     parameters = sum(layer_parameters(spec, layer).total for layer in range(segment.start, segment.end))
     parameters += model.embedding if segment.is_first else 0
     parameters += model.final_norm + model.lm_head if segment.is_last else 0
+    head = _head(manifest, segment.end, manifest.plan.exit_of(segment))
     return SegmentReport(
         index=segment.index,
         file=file,
         start=segment.start,
         end=segment.end,
-        head=_head(manifest, segment.end, manifest.plan.exit_of(segment)),
+        head=head,
         kv_owned=owned,
         kv_borrowed=borrowed(spec.kv_map, segment.start, segment.end),
         parameters=parameters,
         parameter_share=round(parameters / model.total, 6),
         graph_bytes=manifest.files[file].bytes,
-        cache_bytes_per_token=cache_bytes_per_token(manifest, len(owned)),
+        cache_bytes_per_token=cache_bytes_per_token(manifest, len(owned)) + head.cache_bytes_per_token,
         inputs=contract.inputs,
         outputs=contract.outputs,
     )
@@ -293,16 +299,20 @@ def _head(manifest: Manifest, end: int, exit_spec: ExitSpec | None) -> HeadRepor
     own = None if exit_spec is None else exit_head(manifest, exit_spec)
     read = read_bytes(manifest, exit_spec)
     below = sum(layer_bytes(manifest, layer) for layer in range(end))
+    has_block = exit_spec is not None and exit_spec.branch == "block"
+    is_below_block = any(e.branch == "block" and e.exit_layer > end for e in manifest.plan.exits)
     return HeadReport(
         exit_layer=end,
         is_final=exit_spec is None,
         rows=spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab,
-        kv_complete=is_kv_complete(spec.kv_map, end),
+        kv_complete=is_kv_complete(spec.kv_map, end) and not is_below_block,
         stored_as=_stored_as(manifest, own or final_head(spec)),
         owns_weights=own is not None or (exit_spec is None and not spec.tie_word_embeddings),
         weight_bytes=read,
         draft_cost=round((below + read) / (layers_bytes(manifest) + read_bytes(manifest, None)), 6),
         exit_spec=exit_spec,
+        kv_owner=names.exit_block(end) if has_block else None,
+        cache_bytes_per_token=block_cache_bytes_per_token(manifest, exit_spec),
     )
 
 

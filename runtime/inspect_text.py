@@ -11,6 +11,7 @@ from shortstack.runtime.inspect_words import (
     facts,
     head_words,
     kv_lines,
+    kv_owned_words,
     port_lines,
     precision_note,
     quantity,
@@ -82,7 +83,7 @@ def _segments(report: Report) -> Table:
             Text(segment.file, style=_colour(segment.index)),
             ranges(range(segment.start, segment.end)),
             head_words(segment.head, report.spec.vocab_size),
-            ranges(segment.kv_owned),
+            kv_owned_words(segment),
             ranges(segment.kv_borrowed),
             quantity(segment.parameters),
             f"{segment.parameter_share:.1%}",
@@ -111,9 +112,9 @@ def _kv(report: Report) -> Table:
     table = _table("owner", "in", "used by layers", "in")
     for line in kv_lines(report):
         table.add_row(
-            ranges(line.owners),
+            line.words,
             Text(report.segments[line.segment].file, style=_colour(line.segment)),
-            ranges(line.consumers) if line.consumers else "itself only" if len(line.owners) == 1 else "each its own",
+            ranges(line.consumers) if line.consumers else "itself only" if len(line.owners) <= 1 else "each its own",
             ", ".join(report.segments[i].file for i in sorted({report.layers[j].segment for j in line.consumers})),
         )
     return table

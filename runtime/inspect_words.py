@@ -11,7 +11,7 @@ from shortstack.graphs import names
 from shortstack.graphs.contract import Port
 from shortstack.graphs.exit_parts import exit_matrices
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime.inspect_report import HeadReport, Report
+from shortstack.runtime.inspect_report import HeadReport, Report, SegmentReport
 
 _CACHE_PORT = re.compile(rf"(\D+)(\d+)\.({'|'.join(names.KV_PARTS)})")
 _SHORT_HASH = 12
@@ -76,7 +76,9 @@ def branch_words(head: HeadReport) -> str:
     if exit_spec is None:
         return ""
     words = []
-    if exit_spec.branch != "none":
+    if head.kv_owner is not None:
+        words.append("a layer with a cache of its own")
+    elif exit_spec.branch != "none":
         seen = [name for name, sees in (("token", exit_spec.sees_token), ("state", exit_spec.sees_state)) if sees]
         words.append(f"{exit_spec.branch} branch" + (f" that sees {' and '.join(seen)}" if seen else ""))
     if exit_spec.norm != "final":
@@ -145,11 +147,24 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class KVLine:
-    """Owners of K,V in one segment that nobody else uses, or one owner with its consumers."""
+    """Owners of K,V in one segment that nobody else uses, or one owner with its consumers.
+
+    Attributes:
+        owners: Layers; none for the block of an exit.
+        segment: Index of their segment.
+        consumers: Other layers that use their K,V.
+        block: The block of an exit, in words; empty for layers.
+    """
 
     owners: tuple[int, ...]
     segment: int
     consumers: tuple[int, ...]
+    block: str = ""
+
+    @property
+    def words(self) -> str:
+        """The owners in words."""
+        return self.block or ranges(self.owners)
 
 
 def kv_lines(report: Report) -> list[KVLine]:
@@ -163,7 +178,19 @@ def kv_lines(report: Report) -> list[KVLine]:
             lines[-1] = KVLine((*last.owners, layer.layer), layer.segment, ())
         else:
             lines.append(KVLine((layer.layer,), layer.segment, layer.consumers))
-    return lines
+    blocks = [KVLine((), s.index, (), block_words(s.head)) for s in report.segments if s.head.kv_owner is not None]
+    return sorted((*lines, *blocks), key=lambda line: line.segment)
+
+
+def block_words(head: HeadReport) -> str:
+    """Return what an exit's block is called among the owners of K,V; empty without one."""
+    return "" if head.kv_owner is None else f"exit {head.exit_layer}'s layer"
+
+
+def kv_owned_words(segment: SegmentReport) -> str:
+    """Return who owns K,V in a segment: ``0..7, exit 8's layer``."""
+    owners = [ranges(segment.kv_owned)] if segment.kv_owned or segment.head.kv_owner is None else []
+    return ", ".join((*owners, *filter(None, [block_words(segment.head)])))
 
 
 def precision_note(report: Report) -> str | None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from shortstack.graphs import names
-from shortstack.graphs.ir.attention import attention
+from shortstack.graphs.ir.attention import Lengths, Place, attention
 from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
+from shortstack.graphs.ir.head import last_rows
 from shortstack.graphs.ir.matrix import project
-from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import ModelSpec
 
 
@@ -74,32 +74,38 @@ def settle(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
 
 
 def decoder_layer(
-    g: GraphBuilder,
-    spec: ModelSpec,
-    layer: int,
-    x: Residual,
-    lengths: tuple[ir.Value, ir.Value],
-    kv_cache: KVType = "float",
-    *,
-    spare_row: bool = False,
+    g: GraphBuilder, spec: ModelSpec, place: Place, x: Residual, lengths: Lengths, num_rows: ir.Value | None = None
 ) -> tuple[Residual, dict[str, ir.Value]]:
     """Append one decoder layer.
 
+    Args:
+        g: The graph.
+        spec: The model.
+        place: Which layer, and whose cache it has.
+        x: The residual stream before it, [batch, seq, hidden].
+        lengths: How far the run reaches.
+        num_rows: How many trailing positions are wanted of the layer, int64 []; None for all. Keys and values are
+            written for all of them, and nothing else is computed for those before.
+
     Returns:
-        The residual after the layer, and the layer's present values by port name.
+        The residual after the layer, [batch, rows, hidden], and the layer's present values by port name.
     """
-    node = f"/model/layers.{layer}"
-    normed, stream = norm(g, spec, x, names.layer_weight(layer, "input_norm.weight"), f"{node}/input_norm")
-    out, presents = attention(g, spec, layer, normed, lengths, kv_cache, spare_row=spare_row)
-    bias = g.weight(names.layer_weight(layer, "attn.o_proj.bias")) if spec.attention_out_bias else None
+    node = place.node
+    normed, stream = norm(g, spec, x, place.weight("input_norm.weight"), f"{node}/input_norm")
+    mixed, presents = attention(g, spec, place, normed, lengths)
+    if num_rows is not None:
+        mixed = last_rows(g, mixed, num_rows, f"{node}/attn/last_rows")  # [batch, rows, heads * head_dim]
+        stream = last_rows(g, stream, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]
+    out = project(g, mixed, place.weight("attn.o_proj.weight"), f"{node}/attn/o_proj")
+    bias = g.weight(place.weight("attn.o_proj.bias")) if spec.attention_out_bias else None
     normed, stream = norm(
         g,
         spec,
         Residual(stream, out, bias),
-        names.layer_weight(layer, "post_attention_norm.weight"),
+        place.weight("post_attention_norm.weight"),
         f"{node}/post_attention_norm",
     )
-    mlp = gated_mlp(g, normed, names.layer_weight(layer, "mlp"), f"{node}/mlp", has_bias=spec.mlp_bias)
+    mlp = gated_mlp(g, normed, place.weight("mlp"), f"{node}/mlp", has_bias=spec.mlp_bias)
     return Residual(stream, *mlp), presents
 
 

@@ -7,8 +7,11 @@
     exit_state ────────────────────┘
     hidden_states_out ─ last rows ─ unit ─ gate ─────────────── gate
 
+    hidden_states_out ─ norm ─ qkv ─ attention ─ last rows ─ ... a block instead of a branch of rows
+                                         └────────────────────── its keys and values, of all positions
+
 The formulas are those of :class:`shortstack.graphs.plan.ExitSpec`. Rows are taken first, so that a prompt, which wants
-no prediction of an exit, pays for none.
+no prediction of an exit, pays for none; but a block's later rows attend to keys and values of every position.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from shortstack.graphs import names
-from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.exit_parts import MLP_NORM
-from shortstack.graphs.ir.block import Residual, gated_mlp, norm, settle, unit_rms
+from shortstack.graphs.ir.attention import Lengths, block_place
+from shortstack.graphs.ir.block import Residual, decoder_layer, gated_mlp, norm, settle, unit_rms
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.matrix import embed, project
@@ -35,28 +38,16 @@ class Seen:
     Attributes:
         hidden: The residual stream at the boundary, [batch, seq, hidden].
         middle: The residual stream between attention and MLP of the layer below the boundary, [batch, seq, hidden].
+        lengths: How far the run reaches.
         ids: Token ids [batch, seq]; None where the segment has none.
         state: States of the positions before the rows, [batch, rows, hidden]; None where the segment has none.
     """
 
     hidden: ir.Value
     middle: ir.Value
+    lengths: Lengths
     ids: ir.Value | None
     state: ir.Value | None
-
-
-def check_supported(exit_spec: ExitSpec) -> None:
-    """Check that an exit's graph can be built.
-
-    Raises:
-        UnsupportedError: It is a layer with a cache of its own.
-    """
-    if exit_spec.branch == "block":
-        raise UnsupportedError(
-            f"the exit after {exit_spec.exit_layer} layers has a block, a layer with a cache of its own",
-            expected="branch none, linear or mlp",
-            remedy="leave that exit out of the folder, or train one of another branch there",
-        )
 
 
 def uses_unit_norm(plan: SplitPlan) -> bool:
@@ -82,18 +73,25 @@ def exit_node(
         num_rows: How many trailing positions to evaluate, int64 [].
 
     Returns:
-        The outputs by port name.
+        The outputs by port name, the present values of a block among them.
     """
+    outputs: dict[str, ir.Value] = {}
     node = f"/exits.{exit_spec.exit_layer}"
     hidden = last_rows(g, seen.hidden, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]
     if exit_spec.branch == "linear":
         x = _linear(g, spec, exit_spec, hidden, seen, num_rows)
     elif exit_spec.branch == "mlp":
         x = _mlp(g, spec, exit_spec, last_rows(g, seen.middle, num_rows, f"{node}/middle"))
+    elif exit_spec.branch == "block":
+        # The spare row is what it is for the layers. With an int8 cache they need none, and a block, whose cache is of
+        # floats, has none either: what it says of one row may then differ in the last digits from what it says of
+        # the same row among several. Keys and values do not, and no verified token depends on it.
+        x, outputs = decoder_layer(
+            g, spec, block_place(exit_spec.exit_layer), Residual(seen.hidden), seen.lengths, num_rows
+        )
     else:
         x = Residual(hidden)
 
-    outputs: dict[str, ir.Value] = {}
     if exit_spec.sees_state or exit_spec.norm == "none":
         x = Residual(settle(g, x, f"{node}/branch"))
     if exit_spec.sees_state:

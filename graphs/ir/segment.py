@@ -16,9 +16,10 @@ from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.contract import segment_contract
 from shortstack.graphs.errors import UnsupportedError
+from shortstack.graphs.ir.attention import Lengths, layer_place
 from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle, unit_rms
 from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.exit import Seen, check_supported, exit_node, full_head
+from shortstack.graphs.ir.exit import Seen, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.matrix import embed
 from shortstack.graphs.ir.weights import WeightStore
@@ -45,10 +46,10 @@ def segment_model(
         dtype: Type of activations and cache; the stored weights have it already.
         store: The weights, under the names of :mod:`shortstack.graphs.names`; an exit whose own ``head.weight`` it has
             uses that one, others the final head's.
-        kv_cache: Type of the cache.
+        kv_cache: Type of the layers' cache; an exit's block has one of floats.
 
     Raises:
-        UnsupportedError: A layer attends to another layer's cache, or an exit has a cache of its own.
+        UnsupportedError: A layer attends to another layer's cache.
     """
     layers = range(segment.start, segment.end)
     if producers(spec.kv_map, segment.start, segment.end) != tuple(layers):
@@ -56,8 +57,6 @@ def segment_model(
             "the model shares K,V between layers", found=list(spec.kv_map), remedy="export a model without kv_map"
         )
     exit_spec = plan.exit_of(segment)
-    if exit_spec is not None:
-        check_supported(exit_spec)
     contract = segment_contract(spec, segment, exit_spec, dtype, kv_cache, has_final_state=plan.has_state)
     g = GraphBuilder(f"layers [{segment.start}, {segment.end})", store)
     inputs = {port.name: g.input(port) for port in contract.inputs}
@@ -66,20 +65,20 @@ def segment_model(
         x = Residual(embed(g, inputs[names.INPUT_IDS], names.EMBED_TOKENS, "/model/embed_tokens"))
     else:
         x = Residual(inputs[names.HIDDEN_STATES])
-    lengths = (inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
-    if spare_row := Precision(store.formats, kv_cache).has_spare_row(dtype):
-        one = g.constant(1, np.int32)
-        past_end, total = (g.op("Add", [x, one], f"/model/with_spare_row/{x.name}") for x in lengths)
-        lengths = (past_end, total)
+    lengths = Lengths(inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
+    if Precision(store.formats, kv_cache).has_spare_row(dtype):
+        one, ends = g.constant(1, np.int32), (lengths.past_end, lengths.total)
+        past_end, total = (g.op("Add", [end, one], f"/model/with_spare_row/{end.name}") for end in ends)
+        lengths = Lengths(past_end, total, spare_row=True)
     outputs: dict[str, ir.Value] = {}
     for layer in layers:
-        x, presents = decoder_layer(g, spec, layer, x, lengths, kv_cache, spare_row=spare_row)
+        x, presents = decoder_layer(g, spec, layer_place(layer, kv_cache), x, lengths)
         outputs |= presents
 
     num_rows = inputs[names.NUM_ROWS]
     if exit_spec is not None:
         outputs[names.HIDDEN_STATES_OUT] = boundary = settle(g, x, f"/exits.{exit_spec.exit_layer}/hidden_states_out")
-        seen = Seen(boundary, x.stream, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE))
+        seen = Seen(boundary, x.stream, lengths, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE))
         outputs |= exit_node(g, spec, exit_spec, seen, num_rows)
         return g.finish(contract, outputs, f"shortstack {__version__}")
     normed, stream = norm(g, spec, x, names.FINAL_NORM, "/lm_head/norm")

@@ -205,11 +205,9 @@ def test_heads_of_their_own_are_not_trimmed(folder: Path, refuses: Callable[...,
     refuses("--draft-vocab", "no exit has a whole one", options=("--draft-vocab", "50"))
 
 
-def test_a_block_is_named_as_what_this_version_cannot_export(
-    tiny_bundles: TinyBundles, folder: Path, refuses: Callable[..., None]
-) -> None:
-    exit_nodes.write_random_exits(tiny_bundles.checkpoint(BASE), folder, ExitSpec(2, branch="block"))
-    refuses("the exit after 2 layers has a block", "branch none, linear or mlp")
+def test_a_draft_vocabulary_without_exits_is_refused(checkpoint: Path, refused: Refused, tmp_path: Path) -> None:
+    refused(["export", checkpoint, tmp_path / "out", "--draft-vocab", "50"], "there is no exit", "--exit-layer E")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_float16_value_out_of_range_is_refused_when_it_is_written_and_the_old_folder_stays(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -13,17 +12,15 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from helpers import exit_nodes, gguf_files, tolerances
 from helpers.bad_input import Refused
+from helpers.exit_checks import MAX_ABS, USUAL_DEVIATION, bundle_of, check, check_inspect
 from helpers.quantized import INT4, INT8, QuantizedBundles, recipe, stored_tensors
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
-from shortstack.export.twin.exits import ExitNode
-from shortstack.export.twin.model import Twin
 from shortstack.graphs import manifest as manifests
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
@@ -31,14 +28,8 @@ from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import MLP_NORM, exit_matrices
 from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime import DraftPolicy, load
-from shortstack.runtime.inspect_cli import inspect
-from shortstack.runtime.inspect_report import build_report
 from shortstack.runtime.teach import teach
 
-# float32, for logits with a standard deviation of about 2; without a norm they reach 20, and the error grows with them.
-MAX_ABS = 1e-4
-USUAL_DEVIATION = 2.0
-ROWS = 3
 TIED = next(tiny for tiny in SWITCHES if tiny.name == "all-biases-tied")
 ODD = next(tiny for tiny in SWITCHES if tiny.name == "odd-sizes")
 
@@ -67,46 +58,6 @@ def described(exit_spec: ExitSpec) -> str:
     parts = [exit_spec.branch, exit_spec.norm, exit_spec.head, str(exit_spec.draft_vocab or "full")]
     parts += [name for name in ("linear_mlp", "sees_token", "sees_state", "has_gate") if getattr(exit_spec, name)]
     return "-".join(parts)
-
-
-Made = tuple[Twin, tuple[ExitNode, ...], Path]
-
-
-def bundle_of(tiny: TinyModel, tiny_bundles: TinyBundles, folder: Path, *exits: ExitSpec, **options: Any) -> Made:
-    """Random exits, the twin that they are for, and the bundle of both; options are those of ExportSpec."""
-    checkpoint = tiny_bundles.checkpoint(tiny)
-    twin, nodes = exit_nodes.write_random_exits(checkpoint, folder / "exits", *exits)
-    export_bundle(ExportSpec(str(checkpoint), folder / "bundle", exits=folder / "exits", **options))
-    return twin, nodes, folder / "bundle"
-
-
-def check(twin: Twin, nodes: Sequence[ExitNode], bundle: Path, tiny: TinyModel, tolerance: float = MAX_ABS) -> None:
-    tokens = np.random.randint(3, tiny.vocab, size=(2, 9))
-    state = np.random.standard_normal((2, 9, tiny.hidden)).astype(np.float32)
-    expected = exit_nodes.expected_exits(twin, nodes, tokens, state)
-    true = exit_nodes.true_states(twin, tokens)
-    for rows in (9, ROWS, 1, 0):
-        found = exit_nodes.run_graphs(bundle, tokens, rows, state[:, 9 - rows :])
-        for wanted, node, outputs in zip(expected, nodes, found, strict=False):
-            logits = wanted.logits[:, 9 - rows :]
-            assert outputs[names.LOGITS].shape == logits.shape
-            scale = max(1.0, float(wanted.logits.std()) / USUAL_DEVIATION)
-            np.testing.assert_allclose(outputs[names.LOGITS], logits, atol=tolerance * scale, rtol=0)
-            rows_best = logits.argmax(-1)
-            best = rows_best if node.ids is None else node.ids.numpy()[rows_best]
-            assert (outputs[names.TOKEN] == best).all()
-            assert (names.GATE in outputs) == node.exit_spec.has_gate
-            assert (names.EXIT_STATE_OUT in outputs) == node.exit_spec.sees_state
-            if wanted.gate is not None:
-                np.testing.assert_allclose(outputs[names.GATE], wanted.gate[:, 9 - rows :], atol=tolerance, rtol=0)
-            if wanted.state is not None:
-                np.testing.assert_allclose(
-                    outputs[names.EXIT_STATE_OUT], wanted.state[:, 9 - rows :], atol=tolerance, rtol=0
-                )
-        sees_state = any(node.exit_spec.sees_state for node in nodes)
-        assert (names.FINAL_STATE in found[-1]) == sees_state
-        if sees_state:
-            np.testing.assert_allclose(found[-1][names.FINAL_STATE], true[:, 9 - rows :], atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("exit_spec", KINDS, ids=described)
@@ -177,14 +128,6 @@ def test_inspect_predicts_the_bytes_of_exits(
     exits = (*MIX[:2], ExitSpec(3, branch="linear", norm="own", sees_token=True, sees_state=True))
     *_, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *exits, **options)
     check_inspect(bundle)
-
-
-def check_inspect(bundle: Path) -> None:
-    report = build_report(open_bundle(bundle))
-    assert report.weights.as_predicted, report.weights
-    assert [head.exit_spec for head in report.exits] == list(open_bundle(bundle).manifest.plan.exits)
-    for options in ([], ["--json"], ["--html", str(bundle.parent / "page.html")]):
-        assert CliRunner().invoke(inspect, [str(bundle), *options], catch_exceptions=False).exit_code == 0
 
 
 # Parity
@@ -294,7 +237,11 @@ def test_exits_of_a_bundle_that_keeps_blocks_are_int8(tiny_bundles: TinyBundles,
     file = gguf_files.write(
         tmp_path / "m.gguf", tensors, edit=gguf_files.byte_level, quantization=kind, tiny=SPECULATOR
     )
-    exits = (ExitSpec(2, 64, branch="linear", sees_token=True, sees_state=True, has_gate=True), ExitSpec(4, head="own"))
+    exits = (
+        ExitSpec(1, branch="block"),
+        ExitSpec(2, 64, branch="linear", sees_token=True, sees_state=True, has_gate=True),
+        ExitSpec(4, head="own"),
+    )
     exit_nodes.write_random_exits(checkpoint, tmp_path / "exits", *exits)
     bundle = export_bundle(ExportSpec(str(file), tmp_path / "out", exits=tmp_path / "exits", keep_blocks=True))
     formats = bundle.manifest.precision.weights
@@ -302,7 +249,8 @@ def test_exits_of_a_bundle_that_keeps_blocks_are_int8(tiny_bundles: TinyBundles,
     check_inspect(bundle.folder)
     model = load(bundle.folder)
     plain = model.generate([5, 6, 7], max_new_tokens=24, ignore_eos=True).tokens
-    for depth in (2, 4):
+    assert formats[names.exit_weight(1, "block.attn.qkv_proj.weight")] == INT8
+    for depth in (1, 2, 4):
         drafted = model.generate(
             [5, 6, 7],
             max_new_tokens=24,

@@ -47,39 +47,58 @@ def write_random_exits(checkpoint: Path, folder: Path, *exits: ExitSpec) -> tupl
     return twin, nodes
 
 
-def run_graphs(folder: Path, tokens: npt.NDArray[np.int64], rows: int, state: Array) -> list[dict[str, Array]]:
-    """Run every graph of a bundle on whole texts [batch, seq], nothing cached; return the outputs of each by name.
+class CachedGraphs:
+    """Every graph of a bundle over one cache in plain arrays: texts [batch, seq] in pieces, each from any position on.
 
-    Args:
-        folder: The bundle.
-        tokens: The texts.
-        rows: ``num_rows``.
-        state: What exits that see states are fed, [batch, rows, hidden].
+    Attributes:
+        caches: Keys and values by the name of the input that they go in as.
     """
-    bundle = open_bundle(folder)
+
+    def __init__(self, folder: Path, batch: int, capacity: int) -> None:
+        self.bundle = open_bundle(folder)
+        self._sessions = [session_of(self.bundle, s.index) for s in self.bundle.manifest.plan.segments]
+        self.caches: dict[str, np.ndarray] = {}
+        for segment in self.bundle.manifest.plan.segments:
+            past = {names.past(j, p) for j in self.bundle.manifest.cache_types(segment) for p in names.KV_PARTS}
+            ports = [port for port in self.bundle.manifest.contract(segment).inputs if port.name in past]
+            self.caches |= {port.name: _empty(port, batch, capacity) for port in ports}
+
+    def run(self, tokens: npt.NDArray[np.int64], past: int, rows: int, state: Array) -> list[dict[str, Array]]:
+        """Run a piece; return the outputs of each graph by name.
+
+        Args:
+            tokens: The piece.
+            past: Positions before it.
+            rows: ``num_rows``.
+            state: What exits that see states are fed, [batch, rows, hidden].
+        """
+        batch, seq = tokens.shape
+        feeds: dict[str, np.ndarray] = {
+            names.INPUT_IDS: tokens,
+            names.SEQLENS_K: np.full(batch, past + seq - 1, np.int32),
+            names.TOTAL_SEQUENCE_LENGTH: np.array(past + seq, np.int32),
+            names.NUM_ROWS: np.array(rows),
+        }
+        results = []
+        for segment, session in zip(self.bundle.manifest.plan.segments, self._sessions, strict=True):
+            contract = self.bundle.manifest.contract(segment)
+            feeds[names.EXIT_STATE] = state.astype(self.bundle.manifest.dtype)
+            wanted = [port.name for port in contract.outputs]
+            given = {port.name: (feeds | self.caches)[port.name] for port in contract.inputs}
+            found = dict(zip(wanted, session.run(wanted, given), strict=True))
+            for owner in self.bundle.manifest.cache_types(segment):
+                for part in names.KV_PARTS:
+                    self.caches[names.past(owner, part)] = found[names.present(owner, part)]
+            results.append(found)
+            if not segment.is_last:
+                feeds[names.HIDDEN_STATES] = found[names.HIDDEN_STATES_OUT]
+        return results
+
+
+def run_graphs(folder: Path, tokens: npt.NDArray[np.int64], rows: int, state: Array) -> list[dict[str, Array]]:
+    """Run every graph of a bundle on whole texts [batch, seq], nothing cached; see :meth:`CachedGraphs.run`."""
     batch, seq = tokens.shape
-    capacity = seq + 1
-    feeds: dict[str, np.ndarray] = {
-        names.INPUT_IDS: tokens,
-        names.SEQLENS_K: np.full(batch, seq - 1, np.int32),
-        names.TOTAL_SEQUENCE_LENGTH: np.array(seq, np.int32),
-        names.NUM_ROWS: np.array(rows),
-    }
-    results = []
-    for segment in bundle.manifest.plan.segments:
-        contract = bundle.manifest.contract(segment)
-        session = session_of(bundle, segment.index)
-        for port in contract.inputs:
-            if port.name == names.EXIT_STATE:
-                feeds[port.name] = state.astype(port.dtype)
-            elif port.name not in feeds:
-                feeds[port.name] = _empty(port, batch, capacity)
-        wanted = [port.name for port in contract.outputs]
-        found = session.run(wanted, {port.name: feeds[port.name] for port in contract.inputs})
-        results.append(dict(zip(wanted, found, strict=True)))
-        if not segment.is_last:
-            feeds[names.HIDDEN_STATES] = results[-1][names.HIDDEN_STATES_OUT]
-    return results
+    return CachedGraphs(folder, batch, seq + 1).run(tokens, 0, rows, state)
 
 
 def session_of(bundle: Bundle, index: int) -> ort.InferenceSession:
