@@ -27,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 from shortstack.export.adapter_config import MERGE_REMEDY, LoraSettings, read_settings
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import Checkpoint, Config, Progress
-from shortstack.export.checkpoint.checkpoint import StoredBlocks, hash_files
+from shortstack.export.checkpoint.checkpoint import StoredBlocks, StoredExit, hash_files
 from shortstack.export.checkpoint.hf import member  # its import of ml_dtypes lets safetensors return bfloat16
 from shortstack.export.sources import matrix_sources
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.spec import ModelSpec
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -129,6 +130,10 @@ class AdaptedCheckpoint:
         if stored is None or name not in self._factors:
             return stored
         return StoredBlocks(f"{stored.kind} with adapter", _no_blocks)
+
+    def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
+        """Return the base's exits."""
+        return self._base.exits(spec)
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the base's tokenizer files."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from shortstack.export.arch import resolve
 from shortstack.export.block_plan import REQUANTIZED_FORMAT, BlockPlan, plan_blocks
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.draft_vocab import choose_draft_vocab
-from shortstack.export.exits import Array, read_exits
+from shortstack.export.exit_plan import plan_exits
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors
@@ -26,11 +25,9 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
 from shortstack.graphs.errors import CheckpointError, RequestError
 from shortstack.graphs.exit_parts import HEAD_IDS
-from shortstack.graphs.ir.exit import check_supported
 from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.manifest import Manifest
-from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import ModelSpec
 from shortstack.progress import progress_stages
@@ -56,9 +53,7 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
     with progress_stages() as stage:
         checkpoint = _open(request)
         arch, spec = resolve(checkpoint)
-        plan, exit_weights = _plan(request, spec)
-        for exit_spec in plan.exits:
-            check_supported(exit_spec)
+        plan, exit_weights = plan_exits(request, checkpoint, spec)
         max_length = _max_length(request, spec)
         blocks = BlockPlan()
         if request.keep_blocks:
@@ -111,26 +106,6 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
             advance(1)
             write_manifest(folder, manifest)
     return open_bundle(request.out)
-
-
-def _plan(request: ExportSpec, spec: ModelSpec) -> tuple[SplitPlan, dict[str, Array]]:
-    """Return the exits, and the weights that those of a folder bring along."""
-    trained, weights = ((), {}) if request.exits is None else read_exits(request.exits, spec)
-    if twice := sorted({e.exit_layer for e in trained} & set(request.exit_layers)):
-        raise RequestError(
-            f"--exit-layer {twice[0]} is also the depth of an exit in {request.exits}",
-            remedy=f"leave out --exit-layer {twice[0]}",
-        )
-    exits = []
-    for exit_spec in (*trained, *(ExitSpec(e) for e in request.exit_layers)):
-        is_whole = exit_spec.head == "shared" and exit_spec.draft_vocab is None
-        exits.append(replace(exit_spec, draft_vocab=request.draft_vocab) if is_whole else exit_spec)
-    if request.draft_vocab is not None and tuple(exits) == trained:
-        raise RequestError(
-            "--draft-vocab trims exit heads that are the LM head, and no exit has a whole one",
-            remedy="leave it out: the heads of these exits were chosen when they were trained",
-        )
-    return SplitPlan(spec.num_hidden_layers, tuple(sorted(exits, key=lambda e: e.exit_layer))), weights
 
 
 def _open(request: ExportSpec) -> Checkpoint:

@@ -20,14 +20,16 @@ from shortstack.graphs.errors import RequestError
     type=int,
     multiple=True,
     metavar="E",
-    help="Cut after E layers and put an exit there; may be given more than once. Without it the model stays whole.",
+    help="Cut after E layers and put an exit there; may be given more than once. Without it the model stays whole, or, "
+    "if it was trained with exits (EE-LLM), gets all of them.",
 )
 @click.option(
     "--exits",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     help="Cut where this folder's trained exits are (exits.json, exits.safetensors) and put them there. Exits that lie "
-    "beside the checkpoint are used only if named so. --exit-layer adds plain exits at other depths.",
+    "beside the checkpoint are used only if named so. --exit-layer adds plain exits at other depths. The folder "
+    "takes the place of exits that the checkpoint itself holds.",
 )
 @click.option(
     "--draft-vocab",
@@ -73,7 +75,10 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Cut CHECKPOINT (a folder, a GGUF file or a hub id) at its exits into the ONNX bundle OUT."""
+    """Cut CHECKPOINT at its exits into the ONNX bundle OUT.
+
+    CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id.
+    """
     from shortstack.export.assemble import export_bundle
     from shortstack.export.block_plan import BlockPlan
     from shortstack.export.spec import DTYPES, ExportSpec

@@ -30,7 +30,8 @@ from shortstack.graphs.errors import ParityError, RequestError
     "exits_folder",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="The trained exits that the bundle was exported with; they are compared with PyTorch's.",
+    help="The trained exits that the bundle was exported with; they are compared with PyTorch's. Those that CHECKPOINT "
+    "itself holds (EE-LLM) need not be named.",
 )
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
@@ -65,7 +66,10 @@ def parity(
     ]
     with progress_stages() as stage:
         advance = stage("Loading the reference", 1)
-        exits = None if exits_folder is None else load_twin_exits(checkpoint, exits_folder, revision, adapter)
+        is_trained = any(not exit_spec.is_plain for exit_spec in model.bundle.manifest.plan.exits)
+        exits = None
+        if exits_folder is not None or is_trained:
+            exits = load_twin_exits(checkpoint, exits_folder, revision, adapter)
         check_exits(model.bundle.manifest, exits)
         reference = Reference(checkpoint, revision, adapter)
         advance(1)

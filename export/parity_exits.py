@@ -14,10 +14,13 @@ import numpy as np
 import torch
 
 from shortstack.export.adapter import AdaptedCheckpoint
+from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.checkpoint.checkpoint import StoredExit
 from shortstack.export.twin.exits import ExitNode, load_exits
 from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.model import Twin
+from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
@@ -61,11 +64,29 @@ class TwinExits:
         return results
 
 
-def load_twin_exits(source: str, folder: Path, revision: str | None = None, adapter: Path | None = None) -> TwinExits:
-    """Load the twin of a checkpoint and the exits of a folder; errors as of the export."""
+def load_twin_exits(
+    source: str, folder: Path | None, revision: str | None = None, adapter: Path | None = None
+) -> TwinExits | None:
+    """Load the twin of a checkpoint and the exits of a folder; errors as of the export.
+
+    Without a folder the exits are those that the checkpoint itself holds; None if it holds none.
+    """
     checkpoint = open_checkpoint(source, revision=revision)
+    stored = checkpoint.exits(resolve(checkpoint)[1]) if folder is None else ()
+    if folder is None and not stored:
+        return None
     twin = twin_of(checkpoint if adapter is None else AdaptedCheckpoint(checkpoint, adapter)).eval()
-    return TwinExits(twin, {node.exit_spec.exit_layer: node.eval() for node in load_exits(folder, twin.spec)})
+    nodes = [_node_of(exit_, twin) for exit_ in stored] if folder is None else load_exits(folder, twin.spec)
+    return TwinExits(twin, {node.exit_spec.exit_layer: node.eval() for node in nodes})
+
+
+def _node_of(exit_: StoredExit, twin: Twin) -> ExitNode:
+    node, tensors = ExitNode(twin.spec, exit_.spec), exit_.read()
+    depth = exit_.spec.exit_layer
+    node.load_state_dict(
+        {part: torch.from_numpy(tensors[names.exit_weight(depth, part)]) for part in node.state_dict()}
+    )
+    return node
 
 
 def check_exits(manifest: Manifest, exits: TwinExits | None) -> None:

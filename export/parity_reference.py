@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
-from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.checkpoint import Checkpoint, open_checkpoint
+from shortstack.export.checkpoint.megatron import MegatronCheckpoint
+from shortstack.export.twin.folder import save_twin, twin_of
 from shortstack.graphs.errors import CheckpointError
 from shortstack.runtime.teach import Teacher
 
@@ -32,7 +35,6 @@ class Reference:
     """
 
     def __init__(self, source: str, revision: str | None = None, adapter: Path | None = None) -> None:
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -42,20 +44,10 @@ class Reference:
         adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()
         arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-        name = source
-        if path.is_dir() and not any(path.glob("*.safetensors")) and (found := sorted(path.glob("*.gguf"))):
-            path = found[0]
-        if path.is_file():
-            name, arguments["gguf_file"] = str(path.parent), path.name
-        elif path.is_dir():
-            arguments["use_safetensors"] = True
-        elif revision is not None:
-            arguments["revision"] = revision
-        try:
-            # `weights_only` holds in every loader of transformers 5; safetensors and GGUF hold no pickles anyway.
-            self._model: Any = AutoModelForCausalLM.from_pretrained(name, **arguments)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"transformers cannot load {source}: {error}") from None
+        if isinstance(checkpoint, MegatronCheckpoint):  # transformers reads none
+            self._model: Any = _through_a_folder(checkpoint, arguments)
+        else:
+            self._model = _load(source, revision, path, arguments)
         self._model.eval()
         if adapted is not None:
             for touched in adapted.touched:
@@ -115,3 +107,30 @@ class Reference:
         from transformers import DynamicCache
 
         return DynamicCache(config=self._model.config)
+
+
+def _load(source: str, revision: str | None, path: Path, arguments: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    name = source
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (found := sorted(path.glob("*.gguf"))):
+        path = found[0]
+    if path.is_file():
+        name, arguments["gguf_file"] = str(path.parent), path.name
+    elif path.is_dir():
+        arguments["use_safetensors"] = True
+    elif revision is not None:
+        arguments["revision"] = revision
+    try:
+        # `weights_only` holds in every loader of transformers 5; safetensors and GGUF hold no pickles anyway.
+        return AutoModelForCausalLM.from_pretrained(name, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot load {source}: {error}") from None
+
+
+def _through_a_folder(checkpoint: Checkpoint, arguments: dict[str, Any]) -> Any:
+    """Load what transformers cannot read from a copy that it can; the numbers are those that our own reader found."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the model may still map the files
+        copy = Path(folder) / "model"
+        save_twin(twin_of(checkpoint), copy, {})
+        return _load(str(copy), None, copy, arguments)

@@ -16,10 +16,12 @@ class ExportSpec:
     """One export.
 
     Attributes:
-        checkpoint: A folder, a GGUF file or a hub id.
+        checkpoint: A folder of Hugging Face or Megatron, a GGUF file or a hub id.
         out: The bundle to write.
-        exit_layers: Depths at which to cut, each the number of layers run before the exit; may be empty.
-        exits: A folder of trained exits, which bring their depths along; None for exits without weights of their own.
+        exit_layers: Depths at which to cut, each the number of layers run before the exit; may be empty. Of a
+            checkpoint that holds exits: which of them to take, all if empty.
+        exits: A folder of trained exits, which bring their depths along and take the place of those that the
+            checkpoint holds; None for those, or for exits without weights of their own.
         draft_vocab: Rows of every exit head that is the LM head, trimmed to the most frequent token ids; None keeps it
             whole. Trained exits with heads of their own, or trimmed when they were trained, stay as they are.
         draft_text: The text whose token frequencies choose the rows; None takes the one that ships with shortstack.
@@ -47,10 +49,5 @@ class ExportSpec:
     exits: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.draft_vocab is not None and not self.exit_layers and self.exits is None:
-            raise RequestError(
-                "--draft-vocab trims the head of an exit, and there is no exit",
-                remedy="add --exit-layer E or --exits FOLDER",
-            )
         if self.max_length is not None and self.max_length < 2:
             raise RequestError("--max-length", found=self.max_length, expected="2 or more tokens")

@@ -1,4 +1,4 @@
-"""Checkpoints as they come: a Hugging Face folder, a hub id or a GGUF file, behind one interface."""
+"""Checkpoints as they come: a folder of Hugging Face or Megatron, a hub id or a GGUF file, behind one interface."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
-        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, or a
-            hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``, which is downloaded into the hub's cache. What
-            exists on disk is never looked up on the hub.
+        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, a
+            folder that Megatron or EE-LLM saved to, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``, which
+            is downloaded into the hub's cache. What exists on disk is never looked up on the hub.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -57,7 +57,11 @@ def _open_file(path: Path, source: str) -> Checkpoint:
 
 def _open_folder(path: Path, source: str) -> Checkpoint:
     gguf_files = sorted(path.glob("*.gguf"))
-    if not gguf_files or any(path.glob("*.safetensors")):
+    has_safetensors = any(path.glob("*.safetensors"))
+    is_complete = has_safetensors and (path / "config.json").exists()  # else they may be exits beside the checkpoint
+    if not gguf_files and not is_complete and looks_like_megatron(path):
+        return _megatron(path, source)
+    if not gguf_files or has_safetensors:
         return _hugging_face(path, source)
     if len(gguf_files) > 1:
         listed = ", ".join(file.name for file in gguf_files[:5])
@@ -65,10 +69,22 @@ def _open_folder(path: Path, source: str) -> Checkpoint:
     return _gguf(gguf_files[0], source)
 
 
+def looks_like_megatron(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that Megatron saved, or one iteration of it, complete or not."""
+    patterns = ("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "release/mp_rank_*")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
 def _gguf(file: Path, source: str) -> Checkpoint:
     from shortstack.export.checkpoint.gguf import GgufCheckpoint
 
     return GgufCheckpoint(file, source)
+
+
+def _megatron(folder: Path, source: str) -> Checkpoint:
+    from shortstack.export.checkpoint.megatron import MegatronCheckpoint
+
+    return MegatronCheckpoint(folder, source)
 
 
 def _hugging_face(folder: Path, source: str) -> Checkpoint:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.spec import ModelSpec
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
@@ -34,6 +36,19 @@ class StoredBlocks:
 
     kind: str
     read: Callable[[], BlockTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredExit:
+    """An exit that a model was trained with, in the model's own checkpoint.
+
+    Attributes:
+        spec: What it is.
+        read: Reads its weights, by :func:`shortstack.graphs.names.exit_weight`: float32, C-contiguous, [out, in].
+    """
+
+    spec: ExitSpec
+    read: Callable[[], dict[str, npt.NDArray[np.float32]]]
 
 
 class Checkpoint(Protocol):
@@ -78,6 +93,16 @@ class Checkpoint(Protocol):
 
         Raises:
             CheckpointError: There is no such tensor.
+        """
+
+    def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
+        """Return the exits that the checkpoint itself holds, ascending, without reading their data.
+
+        Args:
+            spec: The model, as its family reads it from the config.
+
+        Raises:
+            CheckpointError: Tensors of an exit are missing or misshapen; lists all of them.
         """
 
     def files(self) -> dict[str, bytes]:

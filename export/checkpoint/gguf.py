@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, hash_files, unknown_tensor
+from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, StoredExit, hash_files, unknown_tensor
 from shortstack.export.checkpoint.config import Config, not_one_of
 from shortstack.export.checkpoint.gguf_blocks import unpack_blocks
 from shortstack.export.checkpoint.gguf_header import Header, TensorInfo, read_header
@@ -24,6 +24,7 @@ from shortstack.export.checkpoint.gguf_tokenizer import tokenizer_files
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.spec import ModelSpec
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -91,6 +92,10 @@ class GgufCheckpoint:
         quantization = self._entry(name)[1].quantization
         values_per_block, _ = gguf.GGML_QUANT_SIZES[quantization]
         return None if values_per_block == 1 else StoredBlocks(quantization.name, partial(self._read_blocks, name))
+
+    def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
+        """Return nothing: the format has no exits."""
+        return ()
 
     def files(self) -> dict[str, bytes]:
         """Return a ``tokenizer.json`` built from the metadata, its config, chat template and generation config."""

@@ -19,12 +19,14 @@ from shortstack.export.checkpoint.checkpoint import (
     TOKENIZER_FILES,
     Progress,
     StoredBlocks,
+    StoredExit,
     hash_files,
     unknown_tensor,
 )
 from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.spec import ModelSpec
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -108,6 +110,10 @@ class HuggingFaceCheckpoint:
         """Return None: what this reader takes is stored as floats."""
         self._shard(name)
         return None
+
+    def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
+        """Return nothing: exits of a transformers model lie in a folder of their own."""
+        return ()
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that exist, and a generation config always."""
