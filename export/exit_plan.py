@@ -20,6 +20,7 @@ from shortstack.export.checkpoint.checkpoint import StoredExit
 from shortstack.export.exits import Array, read_exits
 from shortstack.export.spec import ExportSpec
 from shortstack.graphs.errors import RequestError, UnsupportedError
+from shortstack.graphs.kv_map import check_boundaries
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.spec import ModelSpec
 
@@ -66,7 +67,9 @@ def plan_exits(request: ExportSpec, checkpoint: Checkpoint, spec: ModelSpec) -> 
             "--draft-vocab trims exit heads that are the LM head, and no exit has a whole one",
             remedy="leave it out: the heads of these exits were chosen when they were trained",
         )
-    return SplitPlan(spec.num_hidden_layers, tuple(sorted(exits, key=lambda e: e.exit_layer))), weights
+    plan = SplitPlan(spec.num_hidden_layers, tuple(sorted(exits, key=lambda e: e.exit_layer)))
+    check_boundaries(spec.kv_map, plan.boundaries)
+    return plan, weights
 
 
 def _chosen(stored: Sequence[StoredExit], request: ExportSpec, spec: ModelSpec) -> list[StoredExit]:

@@ -35,20 +35,29 @@ class MatrixSource:
         return self.column_heads > 0
 
 
-def qkv_heads(spec: ModelSpec) -> dict[str, int]:
-    """Return how many heads the rows of q, k and v hold, in the order in which they are stacked."""
-    return {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads, "v_proj": spec.num_key_value_heads}
+def qkv_heads(spec: ModelSpec, *, owns_kv: bool = True) -> dict[str, int]:
+    """Return how many heads the rows of q, k and v hold, in the order in which they are stacked.
+
+    Args:
+        spec: The model.
+        owns_kv: The layer makes its own keys and values; one that uses another layer's has q alone.
+    """
+    heads = {"q_proj": spec.num_attention_heads}
+    return heads | dict.fromkeys(("k_proj", "v_proj"), spec.num_key_value_heads) if owns_kv else heads
 
 
-def layer_sources(spec: ModelSpec, tensor_name: Callable[[str], str]) -> dict[str, MatrixSource]:
+def layer_sources(
+    spec: ModelSpec, tensor_name: Callable[[str], str], *, owns_kv: bool = True
+) -> dict[str, MatrixSource]:
     """Return what each matrix of one layer is made of, by part.
 
     Args:
         spec: The model.
         tensor_name: What the tensor of a role is called.
+        owns_kv: See :func:`qkv_heads`.
     """
     is_padded = spec.cache_head_dim != spec.head_dim
-    heads = qkv_heads(spec)
+    heads = qkv_heads(spec, owns_kv=owns_kv)
     found = {
         names.QKV_PROJ: MatrixSource(
             tuple(tensor_name(f"{role}.weight") for role in heads), row_heads=tuple(heads.values()) if is_padded else ()
@@ -66,7 +75,8 @@ def matrix_sources(arch: Architecture, spec: ModelSpec) -> Mapping[str, MatrixSo
     """Return what each matrix of the model is made of, by its name in a bundle; exits excluded."""
     found = {names.EMBED_TOKENS: MatrixSource((arch.tensor_name("embed_tokens.weight"),))}
     for layer in range(spec.num_hidden_layers):
-        sources = layer_sources(spec, functools.partial(arch.tensor_name, layer=layer))
+        name_in_layer = functools.partial(arch.tensor_name, layer=layer)
+        sources = layer_sources(spec, name_in_layer, owns_kv=spec.kv_map[layer] == layer)
         found |= {names.layer_weight(layer, part): source for part, source in sources.items()}
     if not spec.tie_word_embeddings:
         found[names.LM_HEAD] = MatrixSource((arch.tensor_name("lm_head.weight"),))

@@ -50,7 +50,8 @@ class ModelTensors:
 
     def layer_vector(self, part: str, layer: int) -> Floats:
         """Return a norm's weight or a projection's bias of one layer, by part, as :func:`packed_vector` does."""
-        return packed_vector(part, lambda role: self.vector(role, layer), self.spec)
+        owns_kv = self.spec.kv_map[layer] == layer
+        return packed_vector(part, lambda role: self.vector(role, layer), self.spec, owns_kv=owns_kv)
 
     def rope_factors(self) -> Floats | None:
         """Return the divisors of the rotary frequencies, [head_dim / 2]; None if the model has none."""
@@ -93,16 +94,18 @@ def packed_matrix(parts: Sequence[Floats], source: MatrixSource, spec: ModelSpec
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def packed_vector(part: str, vector: Callable[[str], Floats], spec: ModelSpec) -> Floats:
+def packed_vector(part: str, vector: Callable[[str], Floats], spec: ModelSpec, *, owns_kv: bool = True) -> Floats:
     """Return a norm's weight or a projection's bias of a layer; those of q, k and v stacked and padded like their rows.
 
     Args:
         part: Its name in :mod:`shortstack.graphs.layer_parts`.
         vector: Gives a tensor of the layer by role.
         spec: The model.
+        owns_kv: See :func:`qkv_heads`.
     """
     if part == QKV_BIAS:
-        return np.concatenate([pad_heads(vector(f"{role}.bias"), n, spec) for role, n in qkv_heads(spec).items()])
+        heads = qkv_heads(spec, owns_kv=owns_kv)
+        return np.concatenate([pad_heads(vector(f"{role}.bias"), n, spec) for role, n in heads.items()])
     return vector(part.removeprefix("attn.").removeprefix("mlp."))
 
 

@@ -75,7 +75,7 @@ def store_weights(
 def _store_layer(
     tensors: ModelTensors, layer: int, put: Callable[[str, Floats], None], put_matrix: Callable[[str], None]
 ) -> None:
-    for part in layer_parts(tensors.spec):
+    for part in layer_parts(tensors.spec, owns_kv=tensors.spec.kv_map[layer] == layer):
         name = names.layer_weight(layer, part)
         if part in names.LAYER_MATRICES:
             put_matrix(name)

@@ -187,7 +187,7 @@ class ModelSpec:
                 f"{where}.rope_scaling: {error}", remedy="restore bundle.json or re-export the bundle"
             ) from None
         try:
-            maps = {name: tuple(data[name]) for name in ("kv_map", "windows") if name in data}
+            maps: dict[str, Any] = {name: tuple(data[name]) for name in ("kv_map", "windows") if name in data}
             return cls(**{**data, "rope_scaling": scaling, **maps})
         except ValueError as error:
             raise BundleError(

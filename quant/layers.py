@@ -23,7 +23,7 @@ import onnxruntime as ort
 
 from shortstack.graphs import names
 from shortstack.graphs.contract import GraphContract, Port
-from shortstack.graphs.ir.attention import Lengths, layer_place
+from shortstack.graphs.ir.attention import Caches, Lengths, layer_place
 from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle
 from shortstack.graphs.ir.blocks import BlockTensor
 from shortstack.graphs.ir.builder import GraphBuilder
@@ -78,8 +78,9 @@ class LayerGraph:
             )
             values = {port.name: g.input(port) for port in inputs}
             lengths = Lengths(values[names.SEQLENS_K], values[names.TOTAL_SEQUENCE_LENGTH])
-            x, outputs = decoder_layer(g, spec, layer_place(layer), Residual(values[names.HIDDEN_STATES]), lengths)
-            outputs[names.HIDDEN_STATES_OUT] = settle(g, x, "/hidden_states_out")
+            caches = Caches(g)
+            x = decoder_layer(g, spec, layer_place(spec, layer), Residual(values[names.HIDDEN_STATES]), lengths, caches)
+            outputs = {names.HIDDEN_STATES_OUT: settle(g, x, "/hidden_states_out"), **caches.presents()}
             ports = [Port(names.HIDDEN_STATES_OUT, _DTYPE, hidden)]
             ports += [Port(names.present(layer, part), _DTYPE, cache) for part in names.KV_PARTS]
             if with_taps:

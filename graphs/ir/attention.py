@@ -3,16 +3,29 @@
 ::
 
     normed [batch, seq, hidden]
-      └─ MatMul qkv_proj (+ bias)        [batch, seq, (heads + 2 * kv_heads) * head_dim]
-           └─ GroupQueryAttention        past/present: one buffer, updated in place
+      └─ MatMul qkv_proj (+ bias)        [batch, seq, (heads + 2 * kv_heads) * head_dim]; a consumer has queries alone
+           └─ GroupQueryAttention        past/present: one buffer, updated in place; a consumer reads its producer's
                 └─ mixed values          [batch, seq, heads * head_dim]; the layer multiplies them with o_proj
+
+Which keys a position sees, that of row r of a run being p = past + r, W the layer's window:
+
+=======================================  =======================================================================
+a producer, or a consumer of one below   max(0, p - W + 1) .. p
+a consumer of one above, or where the    max(0, p - W + 1) .. p - 1: the kernel is told of one position less, and of
+diagonal is masked                       the rows' own positions for the rotation; at p = 0 the mixed values are 0
+=======================================  =======================================================================
+
+A run that holds position 0 and has a layer of the second kind must be of one row: the kernel refuses others. A consumer
+above its producer reads what this run has written, one below it what the buffer held before: so a graph that is run
+again on the same rows is one more pass over an iterated group (:mod:`shortstack.graphs.kv_map`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from shortstack.graphs import names
@@ -30,13 +43,19 @@ class Place:
     Attributes:
         weights: What the names of its weights begin with.
         node: Prefix of its node names.
-        owner: Whose cache it reads and writes.
+        owner: Whose cache it reads.
+        owns_kv: It is the one that writes it.
+        sees_itself: A position sees its own key.
+        window: How many positions it sees, its own counted whether it sees it or not; 0 is all.
         kv_scales: Names of the scales of an int8 cache, by :data:`names.KV_PARTS`; empty where the cache is floats.
     """
 
     weights: str
     node: str
     owner: names.CacheOwner
+    owns_kv: bool = True
+    sees_itself: bool = True
+    window: int = 0
     kv_scales: tuple[str, ...] = ()
 
     def weight(self, part: str) -> str:
@@ -44,10 +63,18 @@ class Place:
         return f"{self.weights}.{part}"
 
 
-def layer_place(layer: int, kv_cache: KVType = "float") -> Place:
+def layer_place(spec: ModelSpec, layer: int, kv_cache: KVType = "float") -> Place:
     """Return the place of a layer of the stack, by its number in the full model."""
-    scales = tuple(names.kv_scale(layer, part) for part in names.KV_PARTS) if kv_cache == "int8" else ()
-    return Place(names.layer_weights(layer), f"/model/layers.{layer}", layer, scales)
+    owner = spec.kv_map[layer]
+    return Place(
+        weights=names.layer_weights(layer),
+        node=f"/model/layers.{layer}",
+        owner=owner,
+        owns_kv=owner == layer,
+        sees_itself=spec.sees_itself(layer),
+        window=spec.window(layer),
+        kv_scales=tuple(names.kv_scale(owner, part) for part in names.KV_PARTS) if kv_cache == "int8" else (),
+    )
 
 
 def block_place(exit_layer: int) -> Place:
@@ -71,9 +98,40 @@ class Lengths:
     spare_row: bool = False
 
 
+@dataclass(slots=True)
+class Caches:
+    """The keys and values that a graph's layers read, in the state they are in while it is built.
+
+    Attributes:
+        g: The graph.
+        written: Keys and values by owner, of those that a layer has written already; the others are graph inputs.
+    """
+
+    g: GraphBuilder
+    written: dict[names.CacheOwner, list[ir.Value]] = field(default_factory=dict)
+
+    def of(self, owner: names.CacheOwner) -> list[ir.Value]:
+        """Return keys and values of an owner inside the graph, or borrowed from below it."""
+        if owner in self.written:
+            return self.written[owner]
+        is_inside = self.g.has_input(names.past(owner, names.KV_PARTS[0]))
+        if is_inside:
+            return [self.g.input_named(names.past(owner, part)) for part in names.KV_PARTS]
+        assert isinstance(owner, int)
+        return [self.g.input_named(names.shared(owner, part)) for part in names.KV_PARTS]
+
+    def presents(self) -> dict[str, ir.Value]:
+        """Return all that was written, by port name."""
+        return {
+            names.present(owner, part): value
+            for owner, values in self.written.items()
+            for part, value in zip(names.KV_PARTS, values, strict=True)
+        }
+
+
 def attention(
-    g: GraphBuilder, spec: ModelSpec, place: Place, normed: ir.Value, lengths: Lengths
-) -> tuple[ir.Value, dict[str, ir.Value]]:
+    g: GraphBuilder, spec: ModelSpec, place: Place, normed: ir.Value, lengths: Lengths, caches: Caches
+) -> ir.Value:
     """Append attention without its output projection.
 
     Args:
@@ -82,9 +140,10 @@ def attention(
         place: Which layer.
         normed: The normalised residual stream [batch, seq, hidden].
         lengths: How far the run reaches.
+        caches: What it reads; keys and values that it writes are added.
 
     Returns:
-        The mixed values [batch, seq, heads * head_dim], and the layer's present values by port name.
+        The mixed values [batch, seq, heads * head_dim].
     """
     node = f"{place.node}/attn"
     packed = project(g, normed, place.weight("attn.qkv_proj.weight"), f"{node}/qkv_proj")
@@ -92,35 +151,110 @@ def attention(
         packed = g.op("Add", [packed, g.weight(place.weight("attn.qkv_proj.bias"))], f"{node}/qkv_proj/Add")
     if lengths.spare_row:
         packed = g.op("Pad", [packed, g.constant([0, 0, 0, 0, 1, 0])], f"{node}/spare_row")  # [batch, seq + 1, ...]
-    pasts = [g.input_named(names.past(place.owner, part)) for part in names.KV_PARTS]
+    if place.owns_kv:
+        mixed, *caches.written[place.owner] = _attend(
+            g, spec, place, f"{node}/GroupQueryAttention", [packed, None, None], caches, lengths
+        )
+    if not (place.owns_kv and place.sees_itself):
+        query = packed
+        if place.owns_kv:  # the diagonal is masked: the node above has only written keys and values
+            width = spec.num_attention_heads * spec.cache_head_dim
+            query = g.op("Slice", [packed, g.constant([0]), g.constant([width]), g.constant([2])], f"{node}/query")
+        name = f"{node}/GroupQueryAttention_read" if place.owns_kv else f"{node}/GroupQueryAttention"
+        mixed = _read(g, spec, place, name, query, caches, lengths)
+    if lengths.spare_row:
+        first, end, axis = g.constant([0]), g.constant([-1]), g.constant([1])
+        mixed = g.op("Slice", [mixed, first, end, axis], f"{node}/drop_spare_row")  # [batch, seq, ...]
+    return mixed
+
+
+def _read(
+    g: GraphBuilder, spec: ModelSpec, place: Place, name: str, query: ir.Value, caches: Caches, lengths: Lengths
+) -> ir.Value:
+    """Append attention of queries [batch, rows, heads * head_dim] over what a cache holds, without writing to it."""
+    kv_width = spec.num_key_value_heads * spec.cache_head_dim
+    nothing = [g.constant([0, 0]), g.constant([0, kv_width]), g.constant([1, 2])]
+    empty = g.op("Slice", [query, *nothing], f"{name}/no_new_rows")  # [batch, 0, kv_heads * head_dim]
+    if place.sees_itself:
+        return _attend(g, spec, place, name, [query, empty, empty], caches, lengths)[0]
+    positions = _positions(g, query, lengths)
+    mixed = _attend(g, spec, place, name, [query, empty, empty], caches, _one_less(g, lengths), positions)[0]
+
+    def make_visible() -> ir.Value:
+        after_first = g.op("Greater", [positions, g.constant(0)], "/model/lengths/after_first")
+        return g.op("Unsqueeze", [after_first, g.constant([2])], "/model/lengths/sees_something")  # [batch, rows, 1]
+
+    visible = g.once(("sees_something", lengths.spare_row), make_visible)
+    return g.op("Mul", [mixed, g.op("CastLike", [visible, mixed], f"{name}/mask")], f"{name}/first_position")
+
+
+def _positions(g: GraphBuilder, query: ir.Value, lengths: Lengths) -> ir.Value:
+    """Append the positions of a run's rows, the spare one included, int64 [batch, rows]."""
+
+    def make() -> ir.Value:
+        node = "/model/lengths"
+        rows = g.op("Shape", [query], f"{node}/rows", start=1, end=2)  # [1]
+        scalar = g.op("Squeeze", [rows], f"{node}/row_count")
+        steps = g.op("Range", [g.constant(0), scalar, g.constant(1)], f"{node}/steps")  # [rows]
+        end = g.op("Cast", [lengths.past_end], f"{node}/past_end", to=int(ir.DataType.INT64))
+        first = g.op("Sub", [g.op("Add", [end, g.constant(1)], f"{node}/total"), rows], f"{node}/first")  # [batch]
+        column = g.op("Unsqueeze", [first, g.constant([1])], f"{node}/first_column")  # [batch, 1]
+        return g.op("Add", [column, steps], f"{node}/positions")
+
+    return g.once(("positions", lengths.spare_row), make)
+
+
+def _one_less(g: GraphBuilder, lengths: Lengths) -> Lengths:
+    """Append lengths that count one position less, but never less than a run of one row has."""
+    least = 1 + lengths.spare_row
+
+    def less(value: ir.Value, least: int, name: str) -> ir.Value:
+        one, bound = g.constant(1, np.int32), g.constant(least, np.int32)
+        node = f"/model/lengths/{name}"
+        key = ("one_less", name, lengths.spare_row)
+        return g.once(key, lambda: g.op("Max", [g.op("Sub", [value, one], f"{node}/Sub"), bound], node))
+
+    return Lengths(less(lengths.past_end, least - 1, "past_before"), less(lengths.total, least, "total_before"))
+
+
+def _attend(
+    g: GraphBuilder,
+    spec: ModelSpec,
+    place: Place,
+    name: str,
+    query_key_value: list[ir.Value | None],
+    caches: Caches,
+    lengths: Lengths,
+    positions: ir.Value | None = None,
+) -> list[ir.Value]:
+    """Append the kernel: mixed values, and with packed queries, keys and values also what the cache is afterwards."""
     inputs: list[ir.Value | None] = [
-        packed,
-        None,
-        None,
-        *pasts,
+        *query_key_value,
+        *caches.of(place.owner),
         lengths.past_end,
         lengths.total,
         g.weight(names.ROPE_COS),
         g.weight(names.ROPE_SIN),
     ]
-    quantized: dict[str, Attribute] = {}
-    if place.kv_scales:  # position_ids, attention_bias and head_sink stay empty
-        inputs += [None, None, None, *(g.weight(scale) for scale in place.kv_scales)]
-        quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    mixed, *presents = g.ops(
+    attributes: dict[str, Attribute] = {}
+    if positions is not None or place.kv_scales:
+        inputs.append(positions)
+    if place.kv_scales:  # attention_bias and head_sink stay empty
+        inputs += [None, None, *(g.weight(scale) for scale in place.kv_scales)]
+        attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    if place.window:  # the kernel counts from the position before, where it is told of one less
+        attributes["local_window_size"] = place.window - (positions is not None)
+    writes = query_key_value[1] is None
+    return g.ops(
         "GroupQueryAttention",
         inputs,
-        f"{node}/GroupQueryAttention",
-        ("", "/present_key", "/present_value"),
+        name,
+        ("", "/present_key", "/present_value") if writes else ("",),
         domain=MICROSOFT,
         num_heads=spec.num_attention_heads,
         kv_num_heads=spec.num_key_value_heads,
         scale=1.0 / math.sqrt(spec.head_dim),
         do_rotary=1,
         rotary_interleaved=0,
-        **quantized,
+        **attributes,
     )
-    if lengths.spare_row:
-        first, end, axis = g.constant([0]), g.constant([-1]), g.constant([1])
-        mixed = g.op("Slice", [mixed, first, end, axis], f"{node}/drop_spare_row")  # [batch, seq, ...]
-    return mixed, {names.present(place.owner, part): x for part, x in zip(names.KV_PARTS, presents, strict=True)}

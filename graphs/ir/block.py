@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from shortstack.graphs import names
-from shortstack.graphs.ir.attention import Lengths, Place, attention
+from shortstack.graphs.ir.attention import Caches, Lengths, Place, attention
 from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
 from shortstack.graphs.ir.head import last_rows
 from shortstack.graphs.ir.matrix import project
@@ -74,8 +74,14 @@ def settle(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
 
 
 def decoder_layer(
-    g: GraphBuilder, spec: ModelSpec, place: Place, x: Residual, lengths: Lengths, num_rows: ir.Value | None = None
-) -> tuple[Residual, dict[str, ir.Value]]:
+    g: GraphBuilder,
+    spec: ModelSpec,
+    place: Place,
+    x: Residual,
+    lengths: Lengths,
+    caches: Caches,
+    num_rows: ir.Value | None = None,
+) -> Residual:
     """Append one decoder layer.
 
     Args:
@@ -84,15 +90,16 @@ def decoder_layer(
         place: Which layer, and whose cache it has.
         x: The residual stream before it, [batch, seq, hidden].
         lengths: How far the run reaches.
+        caches: The keys and values of all; those that it writes are added.
         num_rows: How many trailing positions are wanted of the layer, int64 []; None for all. Keys and values are
             written for all of them, and nothing else is computed for those before.
 
     Returns:
-        The residual after the layer, [batch, rows, hidden], and the layer's present values by port name.
+        The residual after the layer, [batch, rows, hidden].
     """
     node = place.node
     normed, stream = norm(g, spec, x, place.weight("input_norm.weight"), f"{node}/input_norm")
-    mixed, presents = attention(g, spec, place, normed, lengths)
+    mixed = attention(g, spec, place, normed, lengths, caches)
     if num_rows is not None:
         mixed = last_rows(g, mixed, num_rows, f"{node}/attn/last_rows")  # [batch, rows, heads * head_dim]
         stream = last_rows(g, stream, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]
@@ -106,7 +113,7 @@ def decoder_layer(
         f"{node}/post_attention_norm",
     )
     mlp = gated_mlp(g, normed, place.weight("mlp"), f"{node}/mlp", has_bias=spec.mlp_bias)
-    return Residual(stream, *mlp), presents
+    return Residual(stream, *mlp)
 
 
 def gated_mlp(

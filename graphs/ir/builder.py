@@ -48,6 +48,10 @@ class GraphBuilder:
         """Return an input that was declared before."""
         return self._inputs[name]
 
+    def has_input(self, name: str) -> bool:
+        """Return whether an input of this name was declared."""
+        return name in self._inputs
+
     def weight(self, name: str) -> ir.Value:
         """Return the initializer that stands for a stored tensor."""
         return self._initializer(self._store[name])

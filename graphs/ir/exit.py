@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import MLP_NORM
-from shortstack.graphs.ir.attention import Lengths, block_place
+from shortstack.graphs.ir.attention import Caches, Lengths, block_place
 from shortstack.graphs.ir.block import Residual, decoder_layer, gated_mlp, norm, settle, unit_rms
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.head import head, last_rows
@@ -46,6 +46,7 @@ class Seen:
     hidden: ir.Value
     middle: ir.Value
     lengths: Lengths
+    caches: Caches
     ids: ir.Value | None
     state: ir.Value | None
 
@@ -86,9 +87,8 @@ def exit_node(
         # The spare row is what it is for the layers. With an int8 cache they need none, and a block, whose cache is of
         # floats, has none either: what it says of one row may then differ in the last digits from what it says of
         # the same row among several. Keys and values do not, and no verified token depends on it.
-        x, outputs = decoder_layer(
-            g, spec, block_place(exit_spec.exit_layer), Residual(seen.hidden), seen.lengths, num_rows
-        )
+        place = block_place(exit_spec.exit_layer)
+        x = decoder_layer(g, spec, place, Residual(seen.hidden), seen.lengths, seen.caches, num_rows)
     else:
         x = Residual(hidden)
 

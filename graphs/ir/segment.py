@@ -16,14 +16,14 @@ from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.contract import segment_contract
 from shortstack.graphs.errors import UnsupportedError
-from shortstack.graphs.ir.attention import Lengths, layer_place
+from shortstack.graphs.ir.attention import Caches, Lengths, layer_place
 from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle, unit_rms
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.exit import Seen, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.matrix import embed
 from shortstack.graphs.ir.weights import WeightStore
-from shortstack.graphs.kv_map import producers
+from shortstack.graphs.kv_map import check_boundaries
 from shortstack.graphs.plan import Segment, SplitPlan
 from shortstack.graphs.precision import KVType, Precision
 from shortstack.graphs.spec import DType, ModelSpec
@@ -49,12 +49,16 @@ def segment_model(
         kv_cache: Type of the layers' cache; an exit's block has one of floats.
 
     Raises:
-        UnsupportedError: A layer attends to another layer's cache.
+        RequestError: A boundary cuts layers apart that run together.
+        UnsupportedError: A layer that does not see its own position has a window of that position alone.
     """
     layers = range(segment.start, segment.end)
-    if producers(spec.kv_map, segment.start, segment.end) != tuple(layers):
+    check_boundaries(spec.kv_map, plan.boundaries)
+    if blind := [layer for layer in layers if spec.window(layer) == 1 and not spec.sees_itself(layer)]:
         raise UnsupportedError(
-            "the model shares K,V between layers", found=list(spec.kv_map), remedy="export a model without kv_map"
+            f"layers {blind} see nothing at all: their window is their own position, which they do not see",
+            found="a window of 1",
+            expected="2 or more",
         )
     exit_spec = plan.exit_of(segment)
     contract = segment_contract(spec, segment, exit_spec, dtype, kv_cache, has_final_state=plan.has_state)
@@ -71,20 +75,20 @@ def segment_model(
         past_end, total = (g.op("Add", [end, one], f"/model/with_spare_row/{end.name}") for end in ends)
         lengths = Lengths(past_end, total, spare_row=True)
     outputs: dict[str, ir.Value] = {}
+    caches = Caches(g)
     for layer in layers:
-        x, presents = decoder_layer(g, spec, layer_place(layer, kv_cache), x, lengths)
-        outputs |= presents
+        x = decoder_layer(g, spec, layer_place(spec, layer, kv_cache), x, lengths, caches)
 
     num_rows = inputs[names.NUM_ROWS]
     if exit_spec is not None:
         outputs[names.HIDDEN_STATES_OUT] = boundary = settle(g, x, f"/exits.{exit_spec.exit_layer}/hidden_states_out")
-        seen = Seen(boundary, x.stream, lengths, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE))
-        outputs |= exit_node(g, spec, exit_spec, seen, num_rows)
+        seen = Seen(boundary, x.stream, lengths, caches, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE))
+        outputs |= exit_node(g, spec, exit_spec, seen, num_rows) | caches.presents()
         return g.finish(contract, outputs, f"shortstack {__version__}")
     normed, stream = norm(g, spec, x, names.FINAL_NORM, "/lm_head/norm")
     if plan.has_state:
         last = last_rows(g, stream, num_rows, "/final_state/last_rows")
         outputs[names.FINAL_STATE] = unit_rms(g, spec, last, "/final_state")
     rows = last_rows(g, normed, num_rows, "/lm_head/last_rows")
-    outputs |= head(g, rows, spec.hidden_size, "/lm_head", weight=full_head(spec), id_map=None)
+    outputs |= head(g, rows, spec.hidden_size, "/lm_head", weight=full_head(spec), id_map=None) | caches.presents()
     return g.finish(contract, outputs, f"shortstack {__version__}")
