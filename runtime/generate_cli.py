@@ -4,47 +4,103 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
-from click.core import ParameterSource
 
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.early_exit.policy import ExitPolicy
+from shortstack.runtime.exit_report.agreement import Agreement, agreement_of
+from shortstack.runtime.generate_options import (
+    Drafting,
+    Exiting,
+    Showing,
+    drafting_options,
+    exiting_options,
+    refuse_idle,
+    sampling_options,
+    showing_options,
+)
 from shortstack.runtime.model import Model, Prompt, Strategy, load
 from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.show import Shown, print_comparison, print_summary, show_stream
+from shortstack.runtime.stream import Stream
 
-_STRATEGIES: tuple[Strategy, ...] = ("plain", "self-speculative")
-_DRAFT_OPTIONS = ("exit_layer", "draft_tokens", "confidence", "fixed_draft", "bonus")
-_SAMPLING_OPTIONS = ("top_k", "top_p", "min_p", "seed")
+if TYPE_CHECKING:
+    from shortstack.runtime.calibration.profile import Profile
+
+_TURNS = 3  # of early exit and plain decoding for a report, since times vary
 _INTERRUPTED = 130  # 128 + SIGINT, what shells report
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate; how is said when it starts."""
+
+    model: Model
+    prompt: Prompt
+    max_new_tokens: int
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    draft_exit: int | None
+    draft: DraftPolicy
+    exits: ExitPolicy | None
+
+    def start(self, strategy: Strategy, exits: ExitPolicy | None = None) -> Stream:
+        """Start generating; ``exits`` instead of the request's own policy, for early exit."""
+        is_early = strategy == "early-exit"
+        return self.model.stream(
+            self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            strategy=strategy,
+            exit_layer=None if is_early else self.draft_exit,
+            draft=self.draft,
+            exits=(exits or self.exits) if is_early else None,
+            sampling=self.sampling,
+            stop=self.stop,
+        )
+
+    def show(self, strategy: Strategy, *, is_quiet: bool, has_title: bool = False, shows_exits: bool = False) -> Shown:
+        """Generate to the end and show it."""
+        return show_stream(
+            strategy,
+            self.start(strategy),
+            self.model.bundle.manifest.spec.num_hidden_layers,
+            exit_layers=self.model.exit_layers,
+            is_quiet=is_quiet,
+            has_title=has_title,
+            shows_exits=shows_exits,
+        )
 
 
 @click.command()
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt")
-@click.option("--strategy", type=click.Choice(_STRATEGIES), help="How to decode.  [default: plain]")
-@click.option("--compare", is_flag=True, help="Decode plainly, then self-speculatively, and compare.")
+@click.option("--strategy", type=click.Choice(get_args(Strategy)), help="How to decode.  [default: plain]")
+@click.option("--compare", is_flag=True, help="Decode plainly, self-speculatively and as --exit-when says; compare.")
 @click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True)
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
 @click.option("--system", help="System message of the chat.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the text before TEXT; may be given more than once.")
-@click.option("--exit-layer", "-e", type=int, metavar="E", help="The exit that drafts.  [default: the lowest]")
-@click.option("--draft-tokens", "-k", type=int, default=4, show_default=True, help="Tokens per draft at most.")
-@click.option("--confidence", type=float, default=0.0, help="End a draft after a token less likely than this.")
-@click.option("--fixed-draft", is_flag=True, help="Always draft that many, instead of adapting to measured costs.")
-@click.option("--bonus", is_flag=True, help="Give the last drafted token a row of its own.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, help="Sample from the K most likely tokens; 0 from all.")
-@click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set with this probability.")
-@click.option("--min-p", type=float, default=0.0, help="Drop tokens less likely than this share of the likeliest.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely.")
-@click.option("--seed", type=int, help="Makes sampling repeatable; implies --fixed-draft.")
+@click.option(
+    "--exit-layer",
+    "-e",
+    "exit_layers",
+    type=int,
+    multiple=True,
+    metavar="E",
+    help="The exit that drafts [default: the lowest]; or those where tokens leave, several times [default: all].",
+)
+@drafting_options
+@exiting_options
+@sampling_options
 @click.option("--provider", "providers", multiple=True, help="Execution provider: cpu, cuda, or onnxruntime's name.")
 @click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
 @click.option("--verify", is_flag=True, help="Check the sha256 of every file first.")
-@click.option("--json", "as_json", is_flag=True, help="Print text, token ids and statistics as JSON.")
+@showing_options
 def generate(
     bundle: str,
     prompt: str,
@@ -54,70 +110,110 @@ def generate(
     raw: bool,
     system: str | None,
     stop: tuple[str, ...],
-    exit_layer: int | None,
-    draft_tokens: int,
-    confidence: float,
-    fixed_draft: bool,
-    bonus: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
+    exit_layers: tuple[int, ...],
+    drafting: Drafting,
+    exiting: Exiting,
+    sampling: SamplingParams,
     providers: tuple[str, ...],
     threads: int | None,
     verify: bool,
-    as_json: bool,
+    showing: Showing,
 ) -> None:
     """Continue PROMPT (- reads it from standard input) with the model in BUNDLE."""
-    if compare and strategy is not None:
-        raise RequestError("--compare runs every strategy", remedy="drop --strategy")
-    if not compare and strategy != "self-speculative":
-        _refuse_given(_DRAFT_OPTIONS, "plain decoding drafts nothing", "add --strategy self-speculative or --compare")
-    if temperature == 0:
-        _refuse_given(_SAMPLING_OPTIONS, "a temperature of 0 is greedy", "add --temperature T with T above 0")
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    # One row emits one token, as a plain step does: an adaptive rule would never choose it.
-    is_adaptive = not fixed_draft and not sampling.is_repeatable and draft_tokens + bonus > 1
-    draft = DraftPolicy(draft_tokens, confidence, is_adaptive=is_adaptive, has_bonus=bonus)
-    model = load(bundle, providers=providers or None, threads=threads, verify_hashes=verify)
+    refuse_idle(strategy, compare, exit_layers, exiting, sampling.temperature, showing)
+    strategies = _strategies(strategy, compare, exiting)
+    if "early-exit" in strategies:
+        exiting.check()
+    draft = drafting.policy(sampling)
+    model = load(bundle, providers=providers or None, threads=threads, upper=exiting.upper, verify_hashes=verify)
+    profile = exiting.load_profile(model)
+    policy = exiting.policy(model, exit_layers, profile) if "early-exit" in strategies else None
+    if profile is not None and profile.threshold is None:
+        click.echo(f"note: {exiting.profile} found no safe threshold, so no token leaves early", err=True)
     text = sys.stdin.read() if prompt == "-" else prompt
-    start = partial(
-        model.stream,
-        _as_prompt(model, text, raw, system),
-        max_new_tokens=max_new_tokens,
-        exit_layer=exit_layer,
-        draft=draft,
-        sampling=sampling,
-        stop=stop,
-    )
+    asked = _as_prompt(model, text, raw, system)
+    draft_exit = min(exit_layers, default=None)
+    request = Request(model, asked, max_new_tokens, sampling, stop, draft_exit, draft, policy)
     shown: list[Shown] = []
-    for name in _STRATEGIES if compare else (strategy or "plain",):
-        shown.append(show_stream(name, start(strategy=name), is_quiet=as_json, has_title=compare))
+    for name in strategies:
+        shown.append(request.show(name, is_quiet=showing.as_json, has_title=compare, shows_exits=showing.show_exits))
         if shown[-1].is_cancelled:
             break
     is_complete = not shown[-1].is_cancelled
-    if as_json:
-        results = [one.to_json() for one in shown]
+    if showing.report is not None and is_complete:
+        _report(request, shown, text, profile, showing)
+    agreement = _agreement(shown) if sampling.is_greedy and is_complete else None
+    if showing.as_json:
+        results = [_as_json(one, showing, agreement) for one in shown]
         click.echo(json.dumps(results if compare else results[0]))
     elif compare and is_complete:
-        print_comparison(shown, is_greedy=sampling.is_greedy)
+        print_comparison(shown, is_greedy=sampling.is_greedy, is_lossy=_is_lossy(policy), agreement=agreement)
     else:
-        print_summary(shown[-1])
+        print_summary(shown[-1], shows_exits=showing.show_exits)
     if not is_complete:
         sys.exit(_INTERRUPTED)
-    if compare and sampling.is_greedy and len({one.token_ids for one in shown}) > 1:
+    lossless = [one for one in shown if one.strategy != "early-exit" or not _is_lossy(policy)]
+    if compare and sampling.is_greedy and len({one.token_ids for one in lossless}) > 1:
         sys.exit(1)
 
 
-def _refuse_given(options: tuple[str, ...], reason: str, remedy: str) -> None:
-    """Refuse options that were given on the command line and would do nothing."""
-    context = click.get_current_context()
-    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise RequestError(f"{flags} would have no effect: {reason}", remedy=remedy)
+def _strategies(strategy: Strategy | None, compare: bool, exiting: Exiting) -> tuple[Strategy, ...]:
+    if not compare:
+        return (strategy or "plain",)
+    return ("plain", "self-speculative", "early-exit") if exiting.is_asked else ("plain", "self-speculative")
+
+
+def _is_lossy(policy: ExitPolicy | None) -> bool:
+    """Whether early exit may say something else than plain decoding."""
+    return policy is not None and policy.verify != "exact"
+
+
+def _agreement(shown: list[Shown]) -> Agreement | None:
+    """Return how far early exit says what plain decoding says, where both ran."""
+    tokens = {one.strategy: one.token_ids for one in shown}
+    if "early-exit" not in tokens or "plain" not in tokens:
+        return None
+    return agreement_of(tokens["early-exit"], tokens["plain"])
+
+
+def _as_json(shown: Shown, showing: Showing, agreement: Agreement | None) -> dict[str, Any]:
+    data = shown.to_json(with_exits=showing.show_exits)
+    if agreement is not None and shown.strategy == "early-exit":
+        data["agreement"] = agreement.to_json()
+    return data
+
+
+def _report(request: Request, shown: list[Shown], prompt: str, profile: Profile | None, showing: Showing) -> None:
+    """Draw the page, running what it needs besides what was shown; early exit and plain decoding take turns."""
+    from shortstack.runtime.exit_report.page import write_page
+    from shortstack.runtime.exit_report.report import build_report
+    from shortstack.runtime.exit_report.sweep import sweep
+
+    assert showing.report is not None
+    policy = request.exits
+    assert policy is not None
+    manifest = request.model.bundle.manifest
+    early = [one for one in shown if one.strategy == "early-exit"]
+    click.echo("decoding for the report ...", err=True)
+    plain = [one for one in shown if one.strategy == "plain"]
+    while len(plain) < _TURNS:
+        if len(early) == len(plain):
+            early.append(_again(request, "early-exit"))
+        plain.append(_again(request, "plain"))
+    run = partial(request.start, "early-exit")
+    layers = manifest.spec.num_hidden_layers
+    points = () if showing.no_sweep else sweep(policy, plain[0].token_ids, layers, run)
+    report = build_report(manifest, prompt, policy, early, plain, sweep=points, profile=profile)
+    write_page(report, showing.report)
+    click.echo(f"report: {showing.report}", err=True)
+
+
+def _again(request: Request, strategy: Strategy) -> Shown:
+    """Generate once more without showing it; what is cut short is no measurement."""
+    shown = request.show(strategy, is_quiet=True)
+    if shown.is_cancelled:
+        raise KeyboardInterrupt
+    return shown
 
 
 def _as_prompt(model: Model, text: str, raw: bool, system: str | None) -> Prompt:

@@ -1,4 +1,4 @@
-"""How a generation looks in a terminal: streamed text with accepted drafts coloured, and one table of figures."""
+"""How a generation looks in a terminal: streamed text with what exits named coloured, and one table of figures."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shortstack.runtime.exit_report.agreement import Agreement
+from shortstack.runtime.show_exits import DepthMarks
 from shortstack.runtime.step import Stats
-from shortstack.runtime.stream import FinishReason, Stream
+from shortstack.runtime.stream import FinishReason, Stream, Token
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-ACCEPTED_COLOUR = "green"
+EXIT_COLOUR = "green"  # of what an exit named
+_LEGENDS = {"self-speculative": "drafted and accepted", "early-exit": "left early"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
@@ -35,7 +38,8 @@ class Shown:
     Attributes:
         strategy: How it was decoded.
         text: The text.
-        token_ids: Its token ids.
+        tokens: Its tokens.
+        layers: Layers of the whole model.
         finish_reason: Why it ended.
         stats: Counts and times.
         peak_rss_bytes: Largest resident memory of the process so far.
@@ -43,19 +47,31 @@ class Shown:
 
     strategy: str
     text: str
-    token_ids: tuple[int, ...]
+    tokens: tuple[Token, ...]
+    layers: int
     finish_reason: FinishReason
     stats: Stats
     peak_rss_bytes: int
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids of the tokens."""
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def exited_share(self) -> float:
+        """Share of the tokens that an exit named."""
+        early = sum(token.exit_layer < self.layers for token in self.tokens)
+        return early / len(self.tokens) if self.tokens else 0.0
 
     @property
     def is_cancelled(self) -> bool:
         """Whether it was ended from outside, so that its length says nothing."""
         return self.finish_reason == "cancelled"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON-ready data."""
-        return {
+    def to_json(self, *, with_exits: bool = False) -> dict[str, Any]:
+        """Return it as JSON-ready data; ``with_exits`` adds where each token was decided."""
+        data = {
             "strategy": self.strategy,
             "text": self.text,
             "tokens": list(self.token_ids),
@@ -63,6 +79,12 @@ class Shown:
             "stats": self.stats.to_json(),
             "peak_rss_bytes": self.peak_rss_bytes,
         }
+        if with_exits:
+            data["exits"] = [
+                {"token": t.id, "exit_layer": t.exit_layer, "confidence": t.confidence, "pending": t.pending}
+                for t in self.tokens
+            ]
+        return data
 
 
 def peak_rss_bytes() -> int:
@@ -77,36 +99,68 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def show_stream(strategy: str, stream: Stream, *, is_quiet: bool, has_title: bool) -> Shown:
-    """Run a generation to its end, printing text as it becomes certain; Ctrl-C ends it and keeps what there is."""
+def show_stream(
+    strategy: str,
+    stream: Stream,
+    layers: int,
+    *,
+    exit_layers: tuple[int, ...] = (),
+    is_quiet: bool,
+    has_title: bool,
+    shows_exits: bool = False,
+) -> Shown:
+    """Run a generation to its end, printing text as it becomes certain; Ctrl-C ends it and keeps what there is.
+
+    Args:
+        strategy: How it decodes.
+        stream: The generation.
+        layers: Layers of the whole model.
+        exit_layers: The bundle's exits.
+        is_quiet: Print nothing.
+        has_title: Print a title before the text, and keep a distance from what follows.
+        shows_exits: Mark each token by the depth of the head that named it, and print a legend.
+    """
+    marks = DepthMarks(exit_layers, layers, _has_colours()) if shows_exits else None
     if has_title and not is_quiet:
-        legend = click.style(" (drafted and accepted)", fg=ACCEPTED_COLOUR) if strategy != "plain" else ""
+        words = _LEGENDS.get(strategy) if marks is None else None
+        legend = click.style(f" ({words})", fg=EXIT_COLOUR) if words else ""
         click.echo(click.style(strategy, bold=True) + legend)
+    tokens: list[Token] = []
     try:
         for token in stream:
+            tokens.append(token)
             if token.text and not is_quiet:
-                _print_piece(token.text, token.from_draft)
+                _print_piece(token, layers, marks)
     except KeyboardInterrupt:
         stream.close()
     if not is_quiet:
         click.echo("\n" if has_title else "")
+        if marks is not None and tokens:
+            click.echo(marks.legend(tokens) + ("\n" if has_title else ""))
     assert stream.finish_reason is not None
-    return Shown(strategy, stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats, peak_rss_bytes())
+    return Shown(strategy, stream.text, tuple(tokens), layers, stream.finish_reason, stream.stats, peak_rss_bytes())
 
 
-def _print_piece(text: str, from_draft: bool) -> None:
+def _has_colours() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _print_piece(token: Token, layers: int, marks: DepthMarks | None) -> None:
     """Print text to a file as it is; to a terminal in colour, without control characters that would steer it."""
-    if not sys.stdout.isatty():
-        click.echo(text, nl=False)
-        return
-    safe = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-    is_coloured = from_draft and not os.environ.get("NO_COLOR")
-    click.echo(click.style(safe, fg=ACCEPTED_COLOUR) if is_coloured else safe, nl=False)
-    sys.stdout.flush()
+    text = token.text
+    if sys.stdout.isatty():
+        text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    if marks is not None:
+        text = marks.mark(text, token.exit_layer)
+    elif token.exit_layer < layers and _has_colours():
+        text = click.style(text, fg=EXIT_COLOUR)
+    click.echo(text, nl=False)
+    if sys.stdout.isatty():
+        sys.stdout.flush()
 
 
-def print_summary(shown: Shown) -> None:
-    """Print one line of figures on stderr."""
+def print_summary(shown: Shown, *, shows_exits: bool = False) -> None:
+    """Print one line of figures on stderr; ``shows_exits`` adds exit depths where they are not the point anyway."""
     stats = shown.stats
     parts = [
         f"{stats.emitted} tokens ({shown.finish_reason})",
@@ -116,12 +170,24 @@ def print_summary(shown: Shown) -> None:
     if stats.drafted:
         parts.append(f"acceptance {stats.acceptance:.0%} of {stats.drafted} drafted")
         parts.append(f"{stats.tokens_per_round:.2f} tokens/round")
+    if shows_exits or shown.strategy == "early-exit":
+        parts.append(f"mean exit depth {stats.mean_exit_layer:.1f} of {shown.layers} layers")
+        parts.append(f"exited {shown.exited_share:.0%}")
     parts.append(f"peak RSS {shown.peak_rss_bytes / 1e6:.0f} MB")
     Console(stderr=True, highlight=False).print(Text(" · ".join(parts), "dim"), soft_wrap=True)
 
 
-def print_comparison(shown: Sequence[Shown], *, is_greedy: bool) -> None:
-    """Print the table that sets the strategies side by side, and whether they said the same."""
+def print_comparison(
+    shown: Sequence[Shown], *, is_greedy: bool, is_lossy: bool = False, agreement: Agreement | None = None
+) -> None:
+    """Print the table that sets the strategies side by side, and whether they said the same.
+
+    Args:
+        shown: The generations, plain decoding first.
+        is_greedy: Whether they were greedy, so that they can be compared.
+        is_lossy: Whether early exit may say something else; then that is no defect.
+        agreement: Between early exit and plain decoding.
+    """
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for one in shown:
@@ -129,11 +195,11 @@ def print_comparison(shown: Sequence[Shown], *, is_greedy: bool) -> None:
     for label, cells in _rows(shown):
         table.add_row(label, *cells)
     if is_greedy:
-        is_same = len({one.token_ids for one in shown}) == 1
-        verdict = Text("yes", "bold green") if is_same else Text("NO", "bold red")
-        table.add_row("identical output", *[""] * (len(shown) - 1), verdict)
+        table.add_row("identical output", "", *(_verdict(one, shown[0], is_lossy) for one in shown[1:]))
     console = Console(highlight=False)
     console.print(table)
+    if agreement is not None and not agreement.is_exact:
+        console.print(f"early exit agrees with plain decoding in the {agreement.words()}", soft_wrap=True)
     for one in shown:
         stats = one.stats
         if 0 < stats.predicted_gain < 1 and stats.plain > stats.rounds:
@@ -143,6 +209,12 @@ def print_comparison(shown: Sequence[Shown], *, is_greedy: bool) -> None:
                 style="dim",
                 soft_wrap=True,
             )
+
+
+def _verdict(one: Shown, plain: Shown, is_lossy: bool) -> Text:
+    if one.token_ids == plain.token_ids:
+        return Text("yes", "bold green")
+    return Text("no", "yellow") if is_lossy and one.strategy == "early-exit" else Text("NO", "bold red")
 
 
 def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
@@ -155,6 +227,9 @@ def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
     def if_drafted(format_value: Any) -> Any:
         return lambda stats: format_value(stats) if stats.drafted else "-"
 
+    def if_split(format_value: Any) -> Any:
+        return lambda stats: format_value(stats) if stats.drafted or stats.exited else "-"
+
     return [
         row("tokens", lambda s: str(s.emitted)),
         row("tokens/s", lambda s: f"{s.tokens_per_s:.1f}"),
@@ -162,7 +237,9 @@ def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
         row("acceptance (accepted/drafted)", if_drafted(lambda s: f"{s.acceptance:.0%} ({s.accepted}/{s.drafted})")),
         row("tokens per round", lambda s: f"{s.tokens_per_round:.2f}"),
         row("plain steps : drafted rounds", lambda s: f"{s.plain} : {s.rounds}"),
-        row("ms per draft row", if_drafted(lambda s: ms(s.draft_s, s.draft_runs))),
+        ("mean exit depth", [f"{one.stats.mean_exit_layer:.1f} of {one.layers}" for one in shown]),
+        ("exited early", [f"{one.exited_share:.0%}" if one.strategy != "plain" else "-" for one in shown]),
+        row("ms per draft row", if_split(lambda s: ms(s.draft_s, s.draft_runs))),
         row("ms per verify (plain: per step)", lambda s: ms(s.verify_s, s.verify_runs)),
         ("peak RSS so far, MB", [f"{one.peak_rss_bytes / 1e6:.0f}" for one in shown]),
     ]

@@ -1,0 +1,112 @@
+"""The same request at other thresholds: the curve of quality over speed that one criterion can reach.
+
+Only a criterion with one threshold has such a curve: one measure, or one among counts and bounds on depth, with the
+same threshold at all exits. It is found and replaced; the rest of the criterion stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from shortstack.runtime.early_exit.criteria import MEASURES, All, AnyOf, Bound, Criterion, Measure
+from shortstack.runtime.early_exit.policy import ExitPolicy
+from shortstack.runtime.exit_report.agreement import agreement_of
+from shortstack.runtime.stream import Stream
+
+Run = Callable[[ExitPolicy], Stream]
+
+_SHARES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+GRIDS: dict[Measure, tuple[float, ...]] = {  # thresholds to try, ascending
+    "top_prob": _SHARES,
+    "margin": _SHARES,
+    "gate": _SHARES,
+    "mean_prob": _SHARES,
+    "entropy": (0.02, 0.05, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0),
+    "similarity": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995),
+}
+_CLOSE = 0.02  # a point of the grid so near to the request's own threshold is left out
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """What one threshold gave.
+
+    Attributes:
+        threshold: The threshold.
+        similarity: To plain decoding: 1 - edit distance over token ids / tokens.
+        mean_exit_layer: Mean depth of the heads that named the tokens.
+        exited_share: Share of tokens that left early.
+        tokens_per_s: Decoding speed.
+        is_chosen: It is the request's own threshold.
+    """
+
+    threshold: float
+    similarity: float
+    mean_exit_layer: float
+    exited_share: float
+    tokens_per_s: float
+    is_chosen: bool
+
+
+def varied_bound(criterion: Criterion) -> Bound | None:
+    """Return the one bound of a criterion that can vary; None where there is none, or more than one."""
+    bounds = list(_bounds(criterion))
+    return bounds[0] if len(bounds) == 1 and not bounds[0].threshold.by_exit else None
+
+
+def with_threshold(criterion: Criterion, value: float) -> Criterion:
+    """Return the criterion with another threshold in its only bound."""
+    if isinstance(criterion, Bound):
+        return replace(criterion, threshold=replace(criterion.threshold, value=value))
+    if isinstance(criterion, All | AnyOf):
+        return replace(criterion, criteria=tuple(with_threshold(each, value) for each in criterion.criteria))
+    return criterion
+
+
+def grid_of(bound: Bound) -> tuple[float, ...]:
+    """Return the thresholds to try, from the fewest early tokens to the most, the bound's own among them."""
+    own = bound.threshold.value
+    grid = [value for value in GRIDS[bound.measure] if abs(value - own) > _CLOSE * max(1.0, abs(own))]
+    is_rising = MEASURES[bound.measure][0] == "<="
+    return tuple(sorted([*grid, own], reverse=not is_rising))
+
+
+def sweep(policy: ExitPolicy, plain: Sequence[int], layers: int, run: Run) -> tuple[SweepPoint, ...]:
+    """Run the request once per threshold.
+
+    Args:
+        policy: The request's own.
+        plain: What plain decoding gave.
+        layers: Layers of the whole model.
+        run: Starts the request with a policy.
+
+    Returns:
+        A point per threshold, from the fewest early tokens to the most; none where no threshold can vary.
+    """
+    bound = varied_bound(policy.criterion)
+    if bound is None:
+        return ()
+    points = []
+    for value in grid_of(bound):
+        stream = run(replace(policy, criterion=with_threshold(policy.criterion, value)))
+        early = sum(token.exit_layer < layers for token in stream)
+        points.append(
+            SweepPoint(
+                threshold=value,
+                similarity=agreement_of(stream.token_ids, plain).similarity,
+                mean_exit_layer=stream.stats.mean_exit_layer,
+                exited_share=early / len(stream.token_ids),
+                tokens_per_s=stream.stats.tokens_per_s,
+                is_chosen=value == bound.threshold.value,
+            )
+        )
+    return tuple(points)
+
+
+def _bounds(criterion: Criterion) -> Iterator[Bound]:
+    if isinstance(criterion, Bound):
+        yield criterion
+    elif isinstance(criterion, All | AnyOf):
+        for each in criterion.criteria:
+            yield from _bounds(each)

@@ -1,0 +1,283 @@
+"""The options of `shortstack generate` by what they are for, each group gathered into one value.
+
+Options that would do nothing are refused: :func:`refuse_idle` knows which go with which strategy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+from click.core import ParameterSource
+
+from shortstack.graphs.errors import RequestError
+from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
+from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy, Verify
+from shortstack.runtime.model import Model, Strategy
+from shortstack.runtime.sampling import SamplingParams
+from shortstack.runtime.session import Placement
+
+if TYPE_CHECKING:
+    from shortstack.runtime.calibration.profile import Profile
+
+Command = Callable[..., Any]
+_ROLLBACK_BELOW = 0.05
+_IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How self-speculation drafts."""
+
+    draft_tokens: int
+    confidence: float
+    fixed_draft: bool
+    bonus: bool
+
+    def policy(self, sampling: SamplingParams) -> DraftPolicy:
+        """Return the draft policy."""
+        # One row emits one token, as a plain step does: an adaptive rule would never choose it.
+        is_adaptive = not self.fixed_draft and not sampling.is_repeatable and self.draft_tokens + self.bonus > 1
+        return DraftPolicy(self.draft_tokens, self.confidence, is_adaptive=is_adaptive, has_bonus=self.bonus)
+
+
+@dataclass(frozen=True, slots=True)
+class Exiting:
+    """How tokens leave early."""
+
+    exit_when: str | None
+    profile: Path | None
+    verify_exits: Verify
+    rollback_below: float | None
+    kv_policy: KVPolicy
+    max_pending: int | None
+    prefill_exit: bool
+    upper_providers: tuple[str, ...]
+    upper_threads: int | None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is said when a token leaves."""
+        return self.exit_when is not None or self.profile is not None
+
+    @property
+    def upper(self) -> Placement | None:
+        """Where the upper segments compute; None: where the lowest does."""
+        if not self.upper_providers and self.upper_threads is None:
+            return None
+        return Placement(self.upper_providers or ("cpu",), self.upper_threads)
+
+    def check(self) -> None:
+        """Refuse what can be refused before a bundle is opened.
+
+        Raises:
+            RequestError: Nothing says when tokens leave, the expression cannot be read, or options do not go together.
+        """
+        if self.exit_when is not None:
+            self._completed(ExitPolicy(parse_criterion(self.exit_when)))
+        elif self.profile is None:
+            raise RequestError(
+                "early exit needs to know when a token may leave",
+                remedy=f"add --exit-when '{EXAMPLE}', or --profile with what `shortstack calibrate` found",
+            )
+
+    def load_profile(self, model: Model) -> Profile | None:
+        """Return the profile that was given, if one was.
+
+        Raises:
+            RequestError: It cannot be read, or is of other weights.
+        """
+        if self.profile is None:
+            return None
+        from shortstack.runtime.calibration.profile import load_profile
+
+        return load_profile(self.profile, model.bundle)
+
+    def policy(self, model: Model, exit_layers: tuple[int, ...], profile: Profile | None) -> ExitPolicy:
+        """Return the exit policy, which this model can follow.
+
+        Raises:
+            RequestError: The bundle lacks an exit or what the criterion needs, or options do not go together.
+        """
+        if profile is not None:
+            policy = profile.policy()
+        else:
+            assert self.exit_when is not None
+            policy = ExitPolicy(parse_criterion(self.exit_when), exit_layers or None)
+        policy = self._completed(policy)
+        policy.exits_in(model.bundle.manifest.plan)
+        return policy
+
+    def _completed(self, policy: ExitPolicy) -> ExitPolicy:
+        below = self.rollback_below
+        if below is None:
+            below = _ROLLBACK_BELOW if self.verify_exits == "rollback" else 0.0
+        return replace(
+            policy,
+            verify=self.verify_exits,
+            rollback_below=below,
+            kv_policy=self.kv_policy,
+            max_pending=self.max_pending,
+            prefill_exit=self.prefill_exit,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Showing:
+    """What is shown besides the text."""
+
+    show_exits: bool
+    report: Path | None
+    no_sweep: bool
+    as_json: bool
+
+
+def gather(group: type, keyword: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options to a command and hands them over as one value of a dataclass."""
+    names = [field.name for field in fields(group)]
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def gathered(**values: Any) -> Any:
+            value = group(**{name: values.pop(name) for name in names})
+            return function(**values, **{keyword: value})
+
+        command: Command = gathered
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+drafting_options = gather(
+    Drafting,
+    "drafting",
+    click.option("--draft-tokens", "-k", type=int, default=4, show_default=True, help="Tokens per draft at most."),
+    click.option("--confidence", type=float, default=0.0, help="End a draft after a token less likely than this."),
+    click.option("--fixed-draft", is_flag=True, help="Always draft that many, instead of adapting to measured costs."),
+    click.option("--bonus", is_flag=True, help="Give the last drafted token a row of its own."),
+)
+exiting_options = gather(
+    Exiting,
+    "exiting",
+    click.option("--exit-when", metavar="RULE", help=f"When a token leaves early, such as '{EXAMPLE}'."),
+    click.option(
+        "--profile", type=click.Path(path_type=Path), help="Leave early as `shortstack calibrate` found it safe."
+    ),
+    click.option(
+        "--verify-exits",
+        type=click.Choice(get_args(Verify)),
+        default="none",
+        show_default=True,
+        help="Whether the whole model checks what left early.",
+    ),
+    click.option(
+        "--rollback-below",
+        type=float,
+        metavar="P",
+        help=f"With --verify-exits rollback: take back what is less likely.  [default: {_ROLLBACK_BELOW}]",
+    ),
+    click.option(
+        "--kv-policy",
+        type=click.Choice(get_args(KVPolicy)),
+        default="flush",
+        show_default=True,
+        help="How the layers above catch up.",
+    ),
+    click.option(
+        "--max-pending", type=int, metavar="N", help="Tokens that may wait for that.  [default: from measured costs]"
+    ),
+    click.option("--prefill-exit", is_flag=True, help="The prompt may leave early, too."),
+    click.option(
+        "--upper-provider", "upper_providers", multiple=True, help="Execution provider of all but the lowest segment."
+    ),
+    click.option("--upper-threads", type=int, help="Threads of their own for all but the lowest segment."),
+)
+sampling_options = gather(
+    SamplingParams,
+    "sampling",
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=int, default=0, help="Sample from the K most likely tokens; 0 from all."),
+    click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set with this probability."),
+    click.option("--min-p", type=float, default=0.0, help="Drop tokens less likely than this share of the likeliest."),
+    click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely."),
+    click.option("--seed", type=int, help="Makes sampling repeatable; implies --fixed-draft."),
+)
+showing_options = gather(
+    Showing,
+    "showing",
+    click.option("--show-exits", is_flag=True, help="Show after how many layers each token was decided."),
+    click.option(
+        "--report",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Also compare with plain decoding, and draw early exit on one page that needs no network.",
+    ),
+    click.option("--no-sweep", is_flag=True, help="With --report: do not try other thresholds."),
+    click.option("--json", "as_json", is_flag=True, help="Print text, token ids and statistics as JSON."),
+)
+
+
+def refuse_idle(
+    strategy: Strategy | None,
+    compare: bool,
+    exit_layers: tuple[int, ...],
+    exiting: Exiting,
+    sampling_temperature: float,
+    showing: Showing,
+) -> None:
+    """Refuse options that were given on the command line and would do nothing.
+
+    Raises:
+        RequestError: There are some; names them and what to do.
+    """
+    drafts = compare or strategy == "self-speculative"
+    exits = strategy == "early-exit" or (compare and exiting.is_asked)
+    exit_names = tuple(field.name for field in fields(Exiting))
+    draft_names = tuple(field.name for field in fields(Drafting))
+    if compare and strategy is not None:
+        raise RequestError("--compare runs every strategy", remedy="drop --strategy")
+    if not drafts and not exits:
+        remedy = "add --strategy self-speculative or --compare"
+        _refuse_given(("exit_layers", *draft_names), "plain decoding drafts nothing", remedy)
+    if not drafts:
+        _refuse_given(draft_names, f"{strategy or 'plain'} decoding does not draft", "drop it, or add --compare")
+    if not exits and not compare:
+        _refuse_given(exit_names, "no token leaves early", "add --strategy early-exit")
+    elif not exits:
+        _refuse_given(exit_names, "nothing says when tokens leave early", f"add --exit-when '{EXAMPLE}'")
+    if len(exit_layers) > 1 and not exits:
+        raise RequestError(
+            "--exit-layer: one exit drafts", found=", ".join(map(str, exit_layers)), remedy="give it once"
+        )
+    if exiting.profile is not None:
+        _refuse_given(
+            ("exit_when", "exit_layers", "prefill_exit"), "the profile says when tokens leave", "drop it, or --profile"
+        )
+    if showing.report is None:
+        _refuse_given(("no_sweep",), "without a report nothing is swept", "add --report FILE")
+    elif not exits:
+        _refuse_given(("report",), "no token leaves early", f"add --strategy early-exit --exit-when '{EXAMPLE}'")
+    elif not showing.report.parent.is_dir() or showing.report.is_dir():
+        raise RequestError(f"--report {showing.report} cannot be written", remedy="choose another file")
+    elif sampling_temperature != 0:
+        raise RequestError(
+            "--report compares greedy decoding", found=f"temperature {sampling_temperature}", remedy="drop one of them"
+        )
+    if sampling_temperature == 0:
+        _refuse_given(_IDLE_WHEN_GREEDY, "a temperature of 0 is greedy", "add --temperature T with T above 0")
+
+
+def _refuse_given(names: tuple[str, ...], reason: str, remedy: str) -> None:
+    context = click.get_current_context()
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        listed = ", ".join(flags[name] for name in given)
+        raise RequestError(f"{listed} would have no effect: {reason}", remedy=remedy)
