@@ -202,6 +202,12 @@ def iterated_groups(kv_map: tuple[int, ...]) -> tuple[IteratedGroup, ...]:
     return tuple(groups)
 
 
+def iterated_producers(kv_map: tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
+    """Return the producers in the iterated groups within ``[start, end)``, ascending."""
+    groups = [group for group in iterated_groups(kv_map) if start <= group.start and group.end <= end]
+    return tuple(layer for group in groups for layer in producers(kv_map, group.start, group.end))
+
+
 def complete_from(kv_map: tuple[int, ...]) -> int:
     """Return the smallest KV-complete depth: nothing from there on owns a cache."""
     return max(kv_map) + 1

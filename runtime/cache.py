@@ -44,6 +44,7 @@ class KVCache:
         self._kv_heads = kv_heads
         self._head_dim = head_dim
         self._buffers: dict[tuple[CacheOwner, str], ort.OrtValue] = {}
+        self._arrays: dict[tuple[CacheOwner, str], np.ndarray] = {}  # the buffers on the host, where they are there
         self.max_length = max_length
         self.capacity = 0
         self.generation = 0
@@ -51,6 +52,25 @@ class KVCache:
     def buffer(self, owner: CacheOwner, part: str) -> ort.OrtValue:
         """Return the buffer of an owner's ``key`` or ``value``."""
         return self._buffers[owner, part]
+
+    def read(self, owner: CacheOwner, start: int, end: int) -> list[np.ndarray]:
+        """Return copies of an owner's keys and values at positions ``[start, end)``, [1, kv_heads, rows, head_dim]."""
+        return [self._host(owner, part)[:, :, start:end].copy() for part in names.KV_PARTS]
+
+    def clear(self, owner: CacheOwner, start: int, end: int) -> None:
+        """Set an owner's keys and values at positions ``[start, end)`` to zero."""
+        for part in names.KV_PARTS:
+            array = self._host(owner, part)
+            array[:, :, start:end] = 0
+            if (owner, part) not in self._arrays:
+                self._buffers[owner, part].update_inplace(array)
+
+    def _host(self, owner: CacheOwner, part: str) -> np.ndarray:
+        """Return a buffer's own array, or a copy of one that is on another device."""
+        if (owner, part) in self._arrays:
+            return self._arrays[owner, part]
+        copy: np.ndarray = self._buffers[owner, part].numpy()
+        return copy
 
     def reserve(self, positions: int, keep: int) -> None:
         """Make room for ``positions`` positions, and keep the first ``keep`` rows of what is there.
@@ -77,4 +97,6 @@ class KVCache:
                 if keep:
                     new[:, :, :keep] = self._buffers[owner, part].numpy()[:, :, :keep]
                 self._buffers[owner, part] = ort.OrtValue.ortvalue_from_numpy(new, device.kind, device.index)
+                if device.is_host:
+                    self._arrays[owner, part] = new
         self.capacity = capacity - SPARE_ROWS

@@ -128,6 +128,11 @@ class LeveledDecoder(Decoder, Protocol):
         """Layers run below each head."""
         ...
 
+    @property
+    def filling_levels(self) -> int:
+        """How many levels, from the bottom, must run on a position so that no cache lacks it; 1 or more."""
+        ...
+
     def run(self, level: int, start: int, end: int, past: int, num_rows: int, with_logits: bool) -> None:
         """Run a level on rows ``[start, end)``, its head on the last ``num_rows`` of them.
 

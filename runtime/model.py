@@ -318,13 +318,21 @@ class Model:
         cap = self._caps.setdefault((fixed, used), PendingCap(stack.window, fixed))
 
         def flush() -> Ascent:
-            return FlushAscent(stack, stats, cap, recomputes=policy.kv_policy == "recompute")
+            return FlushAscent(
+                stack,
+                stats,
+                cap,
+                recomputes=policy.kv_policy == "recompute",
+                fills_all=policy.verify != "none" or observe is not None,
+            )
 
         def pipeline() -> Ascent:
             return PipelineAscent(stack, stats)
 
         ascent: Ascent
-        if policy.kv_policy == "auto":
+        if stack.filling_levels == 1:  # nothing is ever pending: there is nothing to pipeline
+            ascent = flush()
+        elif policy.kv_policy == "auto":
             ascent = AutoAscent({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))
         else:
             ascent = pipeline() if policy.kv_policy == "pipeline" else flush()

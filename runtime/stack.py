@@ -19,6 +19,12 @@ Row r sits at position ``past + r`` of the sequence. Drafting runs the lowest le
 highest once on all rows. Nothing is copied between the graphs: each writes where the next one reads. Knows
 nothing about acceptance, sampling or text.
 
+Where some layers use keys and values of layers above them (:mod:`shortstack.graphs.kv_map`), a segment that holds such
+a group runs over its rows again and again, each run a pass: as often as there are rows in a round, which is exact, and
+over a prompt as :mod:`shortstack.runtime.passes` says. The first token of a text then runs alone.
+
+Where the upper segments own no cache, a prompt runs through them with its last position only.
+
 States are kept where the drafting exit sees them. s is the whole model's; row r's draft leaves the exit's guess of its
 own position's state in row r + 1. Then verifying, which ends the round, leaves the whole model's state of row r's own
 position in row r, and :meth:`Stack.keep_state` moves the one before the newest token to row 0: the only copy.
@@ -26,7 +32,7 @@ position in row r, and :meth:`Stack.keep_state` moves the one before the newest 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -34,10 +40,11 @@ import onnxruntime as ort
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
-from shortstack.graphs.kv_map import borrowed
+from shortstack.graphs.kv_map import borrowed, iterated_producers
 from shortstack.runtime.cache import KVCache
 from shortstack.runtime.decoder import Head
 from shortstack.runtime.draft_vocab import read_draft_vocab
+from shortstack.runtime.passes import PrefillPasses, run_passes
 from shortstack.runtime.plan import Plan, Tensor
 from shortstack.runtime.session import Device
 
@@ -55,6 +62,7 @@ class Stack:
         devices: Where each session computes.
         exit_layers: The exits that are used, each by the number of layers run before it, ascending. Without any the
             stack is uncut: a "draft" runs nothing and verifying runs every segment.
+        prefill_passes: Over a prompt, in models with iterated groups.
     """
 
     def __init__(
@@ -64,17 +72,27 @@ class Stack:
         cache: KVCache,
         devices: Sequence[Device],
         exit_layers: Sequence[int] = (),
+        prefill_passes: PrefillPasses = "converged",
     ) -> None:
         manifest = bundle.manifest
         self._segments = manifest.plan.segments
         self._sessions = sessions
         self._cache = cache
         self._devices = devices
-        self._kv_map = manifest.spec.kv_map
+        spec = manifest.spec
+        self._kv_map = spec.kv_map
+        self._prefill_passes = prefill_passes
+        # By segment, the producers of the iterated groups that it holds.
+        self._iterated = [iterated_producers(spec.kv_map, s.start, s.end) for s in self._segments]
+        self._first_alone = not all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
         self._owners = [tuple(manifest.cache_types(segment)) for segment in self._segments]
         self._exits = [manifest.plan.exit_of(segment) for segment in self._segments]
         edges = [0, *(manifest.plan.boundaries.index(layer) + 1 for layer in exit_layers), len(self._segments)]
         self._levels = [range(start, end) for start, end in pairwise(edges)]
+        # The segments from here on own no cache: nothing is missing where they did not run.
+        writing = [index for index, owners in enumerate(self._owners) if owners]
+        self._stateless = max(writing) + 1
+        self.filling_levels = sum(level.start < self._stateless for level in self._levels)
         dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
         self.window = WINDOW_ROWS
         self.max_length = manifest.max_length
@@ -110,21 +128,19 @@ class Stack:
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
         """See :meth:`~Decoder.prefill`; long prompts run in chunks."""
         self.reserve(past + len(tokens), past)
-        for start in range(0, len(tokens), PREFILL_ROWS):
-            chunk = np.asarray([tokens[start : start + PREFILL_ROWS]], dtype=np.int64)  # [1, rows]
-            is_end = start + chunk.shape[1] == len(tokens)
-            self._prefill_chunk(range(len(self._segments)), chunk, chunk, past + start, is_end, with_logits)
+        for chunk, start in self._chunks(tokens, past):
+            is_end = start + chunk.shape[1] == past + len(tokens)
+            self._prefill_chunk(range(len(self._segments)), chunk, chunk, start, is_end, with_logits)
 
     def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_logits: bool) -> None:
-        """See :meth:`LeveledDecoder.prefill_level`."""
+        """See :meth:`~LeveledDecoder.prefill_level`."""
         self.reserve(past + len(tokens), past + (len(tokens) if level else 0))
         kept = self._prompt if level else []
         self._prompt = []
-        for index, start in enumerate(range(0, len(tokens), PREFILL_ROWS)):
-            chunk = np.asarray([tokens[start : start + PREFILL_ROWS]], dtype=np.int64)
+        for index, (chunk, start) in enumerate(self._chunks(tokens, past)):
             below = kept[index] if level else chunk
-            is_end = start + chunk.shape[1] == len(tokens)
-            above = self._prefill_chunk(self._levels[level], chunk, below, past + start, is_end, with_logits)
+            is_end = start + chunk.shape[1] == past + len(tokens)
+            above = self._prefill_chunk(self._levels[level], chunk, below, start, is_end, with_logits)
             if level < len(self._levels) - 1:
                 self._prompt.append(above)
 
@@ -153,7 +169,8 @@ class Stack:
             if plan is None:
                 plan = self._plans[key] = self._round_plan(*key, self.heads[level])
             self._set_lengths(index, past + start, end - start)
-            plan.run()
+            for _ in range(end - start if self._iterated[index] else 1):
+                plan.run()
 
     def reserve(self, positions: int, keep: int) -> None:
         """See :meth:`LeveledDecoder.reserve`."""
@@ -176,19 +193,39 @@ class Stack:
         """Whether an exit in use sees states."""
         return self._has_state
 
+    def _chunks(self, tokens: Sequence[int], past: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield the ids [1, rows] of a prompt's chunks, and the position of each one's first."""
+        most = 1 if any(self._iterated) and self._prefill_passes == "sequential" else PREFILL_ROWS
+        start = 0
+        while start < len(tokens):
+            rows = 1 if self._first_alone and past + start == 0 else most
+            yield np.asarray([tokens[start : start + rows]], dtype=np.int64), past + start
+            start += rows
+
     def _prefill_chunk(
         self, segments: range, ids: np.ndarray, below: np.ndarray, past: int, is_end: bool, with_logits: bool
     ) -> np.ndarray:
-        """Run segments over a chunk of a prompt, at its end also the head of the last one; return what it leaves."""
-        rows = ids.shape[1]
+        """Run segments over a chunk of a prompt, at its end also the head of the last one; return what it leaves.
+
+        Segments that own no cache run on the prompt's last row only.
+        """
         for index in segments:
+            if index >= self._stateless:
+                if not is_end:
+                    return below
+                past, ids, below = past + ids.shape[1] - 1, ids[:, -1:], below[:, -1:]
+            rows = ids.shape[1]
             above = np.empty((1, rows, self._hidden_size), self._dtype)
             head: dict[str, Tensor] = {}
             if is_end and index == segments[-1]:
                 level = next(i for i, level in enumerate(self._levels) if index in level)
                 head = self.heads[level].outputs(0, 1, with_logits)
             self._set_lengths(index, past, rows)
-            self._plan(index, 0, ids, below, above, head, num_rows=1 if head else 0).run()
+            plan = self._plan(index, 0, ids, below, above, head, num_rows=1 if head else 0)
+            if rows > 1 and self._iterated[index]:
+                run_passes(plan.run, self._cache, self._iterated[index], (past, past + rows), self._prefill_passes)
+            else:
+                plan.run()
             below = above
         return below
 

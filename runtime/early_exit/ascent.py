@@ -11,7 +11,8 @@ pipeline          a thread per level runs on rows as soon as the level below has
 auto              rounds by flush or by pipeline, whichever is measured to be faster (:mod:`.auto`)
 ================  =====================================================================================================
 
-Whatever the way, a level writes the same keys and values.
+Whatever the way, a level writes the same keys and values. Levels above the last one that owns a cache have nothing to
+catch up with: they run on the newest row alone, unless somebody wants their head's word on all rows.
 """
 
 from __future__ import annotations
@@ -63,14 +64,24 @@ class FlushAscent:
         stats: Counts what is done.
         cap: Told what runs of the last level take.
         recomputes: Start every run at the round's first row.
+        fills_all: Levels without a cache run on pending rows, too, because their heads are wanted there.
     """
 
-    def __init__(self, stack: LeveledDecoder, stats: Stats, cap: PendingCap, *, recomputes: bool = False) -> None:
+    def __init__(
+        self,
+        stack: LeveledDecoder,
+        stats: Stats,
+        cap: PendingCap,
+        *,
+        recomputes: bool = False,
+        fills_all: bool = True,
+    ) -> None:
         self._stack = stack
         self._stats = stats
         self._cap = cap
         self._recomputes = recomputes
         self._last = len(stack.heads) - 1
+        self._filling_levels = self._last + 1 if fills_all else stack.filling_levels
         self._filled = [0] * (self._last + 1)
         self._past = 0
 
@@ -95,6 +106,10 @@ class FlushAscent:
             return
         started = time.perf_counter()
         start = 0 if self._recomputes else self._filled[level]
+        if level >= self._filling_levels:
+            if num_rows == 0:
+                return
+            start = 0 if self._recomputes else row + 1 - num_rows
         self._stack.run(level, start, row + 1, self._past, num_rows, with_logits)
         self._filled[level] = row + 1
         elapsed_s = time.perf_counter() - started
@@ -109,7 +124,7 @@ class FlushAscent:
 
     def settle(self, rows: int) -> None:
         """See :meth:`Ascent.settle`."""
-        for level in range(1, self._last + 1):
+        for level in range(1, self._stack.filling_levels):
             self.climb(level, rows - 1, 0, False)
 
     def close(self) -> None:

@@ -94,6 +94,7 @@ class EarlyExit:
         self._cap = cap
         self._observe = observe
         self._last = len(stack.heads) - 1
+        self._leaves_holes = stack.filling_levels > 1  # otherwise nothing is ever pending
         self._left: list[Reading] = []  # what the exits said of the round's pending rows
         self._prompt: _PendingPrompt | None = None
 
@@ -130,7 +131,7 @@ class EarlyExit:
                 self._stats.prefill_s += time.perf_counter() - started
                 self._stats.exited += 1
                 token = self._choice.pick(self._stack.heads[level], 0, self._sequence.tokens)
-                return self._emit(token, level, 0, len(prompt.tokens))
+                return self._emit(token, level, 0, len(prompt.tokens) if self._leaves_holes else 0)
             below.append(reading)
         prompt.raise_to(self._last, self._choice.needs_logits)
         token = self._choice.pick(self._stack.final, 0, self._sequence.tokens)
@@ -142,7 +143,7 @@ class EarlyExit:
     def _unverified(self) -> Iterator[Step]:
         """Emit what leaves at once."""
         while self._has_room():
-            if len(self._left) >= self._cap.rows:
+            if len(self._left) >= (self._cap.rows if self._leaves_holes else self._stack.window):
                 self._catch_up()
             row = len(self._left)
             if row == 0:
@@ -163,7 +164,7 @@ class EarlyExit:
                 self._ascent.leave(decision.level, row)
                 self._left.append(decision.reading)
                 self._stats.exited += 1
-                yield self._emit(token, decision.level, row, row + 1)
+                yield self._emit(token, decision.level, row, row + 1 if self._leaves_holes else 0)
 
     def _verified(self) -> Iterator[Step]:
         """Emit what the whole model has judged."""
@@ -287,8 +288,9 @@ class EarlyExit:
     def _raise_prompt(self, level: int) -> None:
         """Run a prompt that left early through a level, before the rows behind it run there."""
         if self._prompt is not None:
-            self._prompt.raise_to(level, False)
-            if level == self._last:
+            top = self._stack.filling_levels - 1
+            self._prompt.raise_to(min(level, top), False)
+            if level >= top:
                 self._sequence.commit(len(self._prompt.tokens))
                 self._prompt = None
 
