@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
+from shortstack.graphs.kv_map import borrowed, iterated_producers
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.cache import KVCache
 from shortstack.runtime.model import Model
+from shortstack.runtime.passes import run_passes
 from shortstack.runtime.plan import Plan, Tensor
 
 Array = npt.NDArray[np.float32]
@@ -24,7 +26,8 @@ class Teacher:
     Attributes:
         heads: Logits [seq, vocab] by depth: the final norm and LM head on what is left after that many layers.
         hidden: The residual stream [seq, hidden] by depth, before any norm.
-        keys: Rotated keys [kv_heads, seq, head_dim] by layer; empty where the cache holds int8 codes.
+        keys: Rotated keys [kv_heads, seq, head_dim] by layer, of a consumer those of its producer; empty where the
+            cache holds int8 codes.
         values: Values [kv_heads, seq, head_dim] by layer; likewise.
     """
 
@@ -51,7 +54,9 @@ def teach(model: Model, tokens: Sequence[int], states: Array | None = None) -> T
     return _teach(model, tokens, states, None)
 
 
-def _teach(model: Model, tokens: Sequence[int], states: Array | None, final_state: Tensor | None) -> Teacher:
+def _teach(
+    model: Model, tokens: Sequence[int], states: Array | None, final_state: npt.NDArray[np.generic] | None
+) -> Teacher:
     """Run one text; the model's states are written to ``final_state`` [1, seq, hidden]."""
     manifest, rows = model.bundle.manifest, len(tokens)
     spec, dtype = manifest.spec, np.dtype(manifest.dtype)
@@ -62,44 +67,57 @@ def _teach(model: Model, tokens: Sequence[int], states: Array | None, final_stat
     }
     cache = KVCache(owners, spec.num_key_value_heads, spec.cache_head_dim, rows)
     cache.reserve(rows, 0)
-    heads, hidden = {}, {}
-    below: Tensor = np.asarray([tokens], dtype=np.int64)
-    exit_inputs: dict[str, Tensor] = {names.INPUT_IDS: below}
-    if states is not None:
-        exit_inputs[names.EXIT_STATE] = states[None].astype(dtype)
-    lengths = np.array([rows - 1], np.int32), np.array(rows, np.int32)
-    for segment, session in zip(manifest.plan.segments, model.sessions, strict=True):
-        contract = manifest.contract(segment)
-        vocab = next(port.shape[-1] for port in contract.outputs if port.name == names.LOGITS)
+    heads: dict[int, npt.NDArray[np.generic]] = {}
+    hidden: dict[int, npt.NDArray[np.generic]] = {}
+    for segment in manifest.plan.segments:
+        vocab = next(port.shape[-1] for port in manifest.contract(segment).outputs if port.name == names.LOGITS)
         assert isinstance(vocab, int)
-        inputs: dict[str, Tensor] = {
-            contract.inputs[0].name: below,
-            names.SEQLENS_K: lengths[0],
-            names.TOTAL_SEQUENCE_LENGTH: lengths[1],
-            names.NUM_ROWS: np.array(rows, np.int64),
-        }
-        inputs |= {port.name: exit_inputs[port.name] for port in contract.inputs[1:] if port.name in exit_inputs}
-        outputs: dict[str, Tensor] = {names.LOGITS: (logits := np.empty((1, rows, vocab), dtype))}
-        for owner in manifest.cache_types(segment):
+        heads[segment.end] = np.empty((1, rows, vocab), dtype)
+        if not segment.is_last:
+            hidden[segment.end] = np.empty((1, rows, spec.hidden_size), dtype)
+    ids = np.asarray([tokens], dtype=np.int64)
+    fed = None if states is None else states[None].astype(dtype)
+    # A layer that does not see its own position refuses to run on the first one together with others.
+    is_first_alone = rows > 1 and not all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
+    for start, end in ((0, 1), (1, rows)) if is_first_alone else ((0, rows),):
+        lengths = np.array([end - 1], np.int32), np.array(end, np.int32)
+        for segment, session in zip(manifest.plan.segments, model.sessions, strict=True):
+            given: dict[str, Tensor] = {
+                names.INPUT_IDS: ids[:, start:end],
+                names.SEQLENS_K: lengths[0],
+                names.TOTAL_SEQUENCE_LENGTH: lengths[1],
+                names.NUM_ROWS: np.array(end - start, np.int64),
+            }
+            if not segment.is_first:
+                given[names.HIDDEN_STATES] = hidden[segment.start][:, start:end]
+            if fed is not None:
+                given[names.EXIT_STATE] = fed[:, start:end]
+            inputs = {port.name: given[port.name] for port in manifest.contract(segment).inputs if port.name in given}
+            outputs: dict[str, Tensor] = {names.LOGITS: heads[segment.end][:, start:end]}
             for part in names.KV_PARTS:
-                inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = cache.buffer(owner, part)
-        if segment.is_last and final_state is not None:
-            outputs[names.FINAL_STATE] = final_state
-        if not segment.is_last:
-            outputs[names.HIDDEN_STATES_OUT] = below = np.empty((1, rows, spec.hidden_size), dtype)
-        Plan(session, inputs, outputs, model.devices[segment.index]).run()
-        heads[segment.end] = logits[0].astype(np.float32)
-        if not segment.is_last:
-            hidden[segment.end] = below[0].astype(np.float32)
+                for owner in manifest.cache_types(segment):
+                    inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = cache.buffer(owner, part)
+                for layer in borrowed(spec.kv_map, segment.start, segment.end):
+                    inputs[names.shared(layer, part)] = cache.buffer(layer, part)
+            if segment.is_last and final_state is not None:
+                outputs[names.FINAL_STATE] = final_state[:, start:end]
+            if not segment.is_last:
+                outputs[names.HIDDEN_STATES_OUT] = hidden[segment.end][:, start:end]
+            plan = Plan(session, inputs, outputs, model.devices[segment.index])
+            iterated = iterated_producers(spec.kv_map, segment.start, segment.end)
+            if iterated and end - start > 1:
+                run_passes(plan.run, cache, iterated, (start, end), "converged")
+            else:
+                plan.run()
+    found_heads = {depth: logits[0].astype(np.float32) for depth, logits in heads.items()}
+    found_hidden = {depth: stream[0].astype(np.float32) for depth, stream in hidden.items()}
     if manifest.cache_type == "int8":
-        return Teacher(heads, hidden, [], [])
+        return Teacher(found_heads, found_hidden, [], [])
     kv = {
-        part: [
-            _unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec) for layer in range(spec.num_hidden_layers)
-        ]
+        part: [_unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec) for layer in spec.kv_map]
         for part in names.KV_PARTS
     }
-    return Teacher(heads, hidden, kv["key"], kv["value"])
+    return Teacher(found_heads, found_hidden, kv["key"], kv["value"])
 
 
 def _unpadded(array: Array, spec: ModelSpec) -> Array:
