@@ -15,7 +15,7 @@ import onnx_ir as ir
 from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
-from shortstack.graphs.errors import RequestError
+from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.ir.blocks import BlockTensor
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.lint import lint
@@ -23,7 +23,7 @@ from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.precision import SPARE_ROWS, Precision
-from shortstack.graphs.spec import DType
+from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.progress import Stage, progress_stages
 from shortstack.quant.layers import Weight
 from shortstack.quant.method import find_method
@@ -58,6 +58,7 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
     manifest = source.bundle.manifest
     dtype = request.dtype or manifest.dtype
     is_calibrated = method.uses_text or request.recipe.kv_cache == "int8" or request.max_kl is not None
+    _check_walkable(source.spec, is_calibrated)
     texts = _read_texts(source.bundle, request, is_calibrated)
     with progress_stages() as stage:
         assignment = assign(request.recipe, source.spec, manifest.plan)
@@ -77,6 +78,18 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
                 )
                 write_manifest(folder, written)
     return open_bundle(request.out), quality
+
+
+def _check_walkable(spec: ModelSpec, is_calibrated: bool) -> None:
+    """Refuse to calibrate a model whose layers cannot be run one by one."""
+    blind = [layer for layer in range(spec.num_hidden_layers) if not spec.sees_itself(layer)]
+    if is_calibrated and blind:
+        raise UnsupportedError(
+            f"calibration runs layer after layer, and layers {blind} use keys and values that are not there yet",
+            found=f"kv_map {list(spec.kv_map)}",
+            expected="a method that looks at weights only, and a cache of floats",
+            remedy="add --method rtn (or hqq) --kv-cache float, without --max-kl",
+        )
 
 
 def _read_texts(bundle: Bundle, request: QuantizeSpec, is_calibrated: bool) -> Texts:

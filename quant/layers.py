@@ -29,11 +29,14 @@ from shortstack.graphs.ir.blocks import BlockTensor
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.matrix import head_product
 from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.kv_map import consumers
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.threads import make_thread_pool
+from shortstack.threads import make_thread_pool, session_options
 
 Floats = npt.NDArray[np.float32]
 Weight = Floats | BlockTensor
+# Keys and values [texts, kv_heads, seq, head_dim] by ``key`` and ``value``, of producers that other layers use.
+Lent = dict[int, dict[str, Floats]]
 BATCH_ROWS = 2048  # positions of one run: enough to keep the cores busy, little enough to hold every input
 
 _DTYPE: DType = "float32"
@@ -45,7 +48,7 @@ class Taps:
 
     Attributes:
         inputs: What each projection multiplied [texts * seq, width], by the projection's name.
-        cache: Keys and values [texts, kv_heads, seq, head_dim], by ``key`` and ``value``.
+        cache: Keys and values [texts, kv_heads, seq, head_dim], by ``key`` and ``value``; none of a consumer.
     """
 
     inputs: Mapping[str, Floats]
@@ -65,6 +68,10 @@ class LayerGraph:
 
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, Weight], *, with_taps: bool = False) -> None:
         self._spec, self._layer = spec, layer
+        self._owner = owner = spec.kv_map[layer]
+        lender = names.past if owner == layer else names.shared
+        self._cache = {part: lender(owner, part) for part in names.KV_PARTS}
+        self._presents = {part: names.present(owner, part) for part in names.KV_PARTS} if owner == layer else {}
         self._taps: dict[str, str] = {}
         cache = ("batch", spec.num_key_value_heads, "capacity", spec.cache_head_dim)
         hidden = ("batch", "seq", spec.hidden_size)
@@ -74,7 +81,7 @@ class LayerGraph:
                 Port(names.HIDDEN_STATES, _DTYPE, hidden),
                 Port(names.SEQLENS_K, "int32", ("batch",)),
                 Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
-                *(Port(names.past(layer, part), _DTYPE, cache) for part in names.KV_PARTS),
+                *(Port(name, _DTYPE, cache) for name in self._cache.values()),
             )
             values = {port.name: g.input(port) for port in inputs}
             lengths = Lengths(values[names.SEQLENS_K], values[names.TOTAL_SEQUENCE_LENGTH])
@@ -82,7 +89,7 @@ class LayerGraph:
             x = decoder_layer(g, spec, layer_place(spec, layer), Residual(values[names.HIDDEN_STATES]), lengths, caches)
             outputs = {names.HIDDEN_STATES_OUT: settle(g, x, "/hidden_states_out"), **caches.presents()}
             ports = [Port(names.HIDDEN_STATES_OUT, _DTYPE, hidden)]
-            ports += [Port(names.present(layer, part), _DTYPE, cache) for part in names.KV_PARTS]
+            ports += [Port(name, _DTYPE, cache) for name in self._presents.values()]
             if with_taps:
                 for weight, value in g.projected.items():
                     # A value is fetched once, whichever projections share it, and under one name.
@@ -95,29 +102,36 @@ class LayerGraph:
 
         self._session = _session(f"layer {layer}", weights, build)
 
-    def run(self, hidden: Floats, watch: Callable[[Taps], None] | None = None) -> Floats:
+    def run(self, hidden: Floats, watch: Callable[[Taps], None] | None = None, lent: Lent | None = None) -> Floats:
         """Return the residual stream after the layer, [texts, seq, hidden].
 
         Args:
             hidden: The residual stream before it.
             watch: Called with what each batch of texts showed.
+            lent: What the layers below lend; what this one lends to others is added. Not needed where none share.
         """
         spec, seq = self._spec, hidden.shape[1]
         out = np.empty_like(hidden)
         step = max(1, BATCH_ROWS // seq)
         wanted = [names.HIDDEN_STATES_OUT]
+        lends = lent is not None and bool(consumers(spec.kv_map, self._layer))
+        if watch is not None or lends:
+            wanted += self._presents.values()
         if watch is not None:
-            wanted += [names.present(self._layer, part) for part in names.KV_PARTS] + list(
-                dict.fromkeys(self._taps.values())
-            )
+            wanted += dict.fromkeys(self._taps.values())
+        kept: dict[str, list[Floats]] = {part: [] for part in names.KV_PARTS}
         for start in range(0, len(hidden), step):
             batch = hidden[start : start + step]
             empty = np.zeros((len(batch), spec.num_key_value_heads, seq, spec.cache_head_dim), np.float32)
+            caches = dict.fromkeys(names.KV_PARTS, empty)
+            if self._owner != self._layer:
+                assert lent is not None, f"layer {self._layer} uses what layer {self._owner} lends"
+                caches = {part: lent[self._owner][part][start : start + step] for part in names.KV_PARTS}
             feeds = {
                 names.HIDDEN_STATES: batch,
                 names.SEQLENS_K: np.full(len(batch), seq - 1, np.int32),
                 names.TOTAL_SEQUENCE_LENGTH: np.array(seq, np.int32),
-                **{names.past(self._layer, part): empty for part in names.KV_PARTS},
+                **{name: caches[part] for part, name in self._cache.items()},
             }
             found = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
             out[start : start + step] = found[names.HIDDEN_STATES_OUT]
@@ -126,9 +140,15 @@ class LayerGraph:
                 watch(
                     Taps(
                         {weight: flat[port] for weight, port in self._taps.items()},
-                        {part: found[names.present(self._layer, part)] for part in names.KV_PARTS},
+                        {part: found[name] for part, name in self._presents.items()},
                     )
                 )
+            if lends:
+                for part, name in self._presents.items():
+                    kept[part].append(found[name])
+        if lends:
+            assert lent is not None
+            lent[self._layer] = {part: np.concatenate(parts) for part, parts in kept.items()}
         return out
 
 
@@ -163,10 +183,9 @@ def _session(
     build: Callable[[GraphBuilder], tuple[GraphContract, dict[str, ir.Value]]],
 ) -> ort.InferenceSession:
     """Open a graph over weights of its own, through files: a message of protobuf ends at 2 GB."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.use_per_session_threads = False
     make_thread_pool()
+    options = session_options()
+    options.log_severity_level = 3
     with tempfile.TemporaryDirectory(prefix="shortstack-") as folder:
         with WeightStore(Path(folder)) as store:
             for key, weight in weights.items():

@@ -17,7 +17,7 @@ from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, stored_parts
 from shortstack.graphs.kv_map import producers
 from shortstack.graphs.spec import ModelSpec
-from shortstack.quant.layers import LayerGraph, Taps, Weight
+from shortstack.quant.layers import LayerGraph, Lent, Taps, Weight
 from shortstack.quant.method import Method
 from shortstack.quant.methods import METHODS
 from shortstack.quant.methods.awq import scale_layer
@@ -66,6 +66,7 @@ class Walk:
     kv_scales: bool = False
     follows_floats: bool = False
     hidden: Floats | None = field(default=None, init=False)
+    _lent: Lent = field(default_factory=dict, init=False)
     _exit_stats: dict[int, InputStats] = field(default_factory=dict, init=False)
 
     def layers(self) -> Iterator[Rounded]:
@@ -125,7 +126,8 @@ class Walk:
         wanted = {name: f for name in floats if (f := self.assignment.matrices.get(name)) is not None}
         stats: dict[str, InputStats] = {}
         if self.hidden is not None and wanted and self.method.uses_text:
-            stats = dict(_watch_inputs(LayerGraph(spec, layer, floats, with_taps=True), self.hidden, wanted))
+            graph = LayerGraph(spec, layer, floats, with_taps=True)
+            stats = dict(_watch_inputs(graph, self.hidden, wanted, self._lent))
         if self.method.scales_layers and stats:
             floats, stats = _scale(floats, stats, self.assignment, spec, layer)
         weights = {name: np.ascontiguousarray(floats[name].T) for name in wanted}
@@ -140,7 +142,8 @@ class Walk:
                     largest[part] = np.maximum(largest[part], peak) if part in largest else peak
 
             passed_on = source.layer(layer) if self.follows_floats else tensors
-            self.hidden = LayerGraph(spec, layer, passed_on).run(self.hidden, watch if self.kv_scales else None)
+            watching = watch if self.kv_scales else None
+            self.hidden = LayerGraph(spec, layer, passed_on).run(self.hidden, watching, self._lent)
             if self.kv_scales and layer in producers(spec.kv_map, layer, layer + 1):
                 for part, peak in largest.items():
                     scale = np.maximum(peak.reshape(-1) * np.float32(KV_HEADROOM / 127), np.float32(1e-8))
@@ -206,7 +209,9 @@ def _scale(
     )
 
 
-def _watch_inputs(graph: LayerGraph, hidden: Floats, wanted: Mapping[str, Format]) -> Iterator[tuple[str, InputStats]]:
+def _watch_inputs(
+    graph: LayerGraph, hidden: Floats, wanted: Mapping[str, Format], lent: Lent
+) -> Iterator[tuple[str, InputStats]]:
     """Yield the statistics of what each wanted projection multiplies; projections of one input share them."""
     builders: dict[int, InputStatsBuilder] = {}
     same: dict[str, int] = {}
@@ -220,7 +225,7 @@ def _watch_inputs(graph: LayerGraph, hidden: Floats, wanted: Mapping[str, Format
                 builders.setdefault(key, InputStatsBuilder()).add(x)
                 seen.add(key)
 
-    graph.run(hidden, watch)
+    graph.run(hidden, watch, lent)
     finished = {key: builder.finish() for key, builder in builders.items()}
     for name in wanted:
         yield name, finished[same[name]]

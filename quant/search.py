@@ -21,7 +21,7 @@ from shortstack.graphs import names
 from shortstack.graphs.ir.blocks import BlockTensor
 from shortstack.graphs.precision import BlockFormat
 from shortstack.progress import Stage
-from shortstack.quant.layers import HeadGraph, LayerGraph, Weight
+from shortstack.quant.layers import HeadGraph, LayerGraph, Lent, Weight
 from shortstack.quant.method import Method
 from shortstack.quant.recipe import Assignment, Format
 from shortstack.quant.rounding import Walk
@@ -67,6 +67,7 @@ class _Candidates:
     streams: list[Floats] = field(default_factory=list)
     reference: Floats | None = None
     _graphs: dict[int, LayerGraph] = field(default_factory=dict)
+    _lent: Lent = field(default_factory=dict)
 
     def prepare(self, advance: Callable[[float], None]) -> None:
         """Run the float model."""
@@ -74,7 +75,7 @@ class _Candidates:
         self.streams = [self.source.floats(names.EMBED_TOKENS)[self.rows]]
         for layer in range(spec.num_hidden_layers):
             self._graphs[layer] = LayerGraph(spec, layer, self.source.layer(layer))
-            self.streams.append(self._graphs[layer].run(self.streams[-1]))
+            self.streams.append(self._graphs[layer].run(self.streams[-1], lent=self._lent))
             advance(1)
         self.reference = self._log_probs({})
 
@@ -100,13 +101,14 @@ class _Candidates:
         if names.EMBED_TOKENS in mix:  # other rows at the bottom, so everything above is another
             lowest, embedding = 0, self.rounded[mix[names.EMBED_TOKENS]][names.EMBED_TOKENS]
             hidden = embedding.rows(self.rows.reshape(-1)).dequantize().reshape(hidden.shape)
+        lent = {layer: parts for layer, parts in self._lent.items() if layer < lowest}
         for layer in range(lowest, spec.num_hidden_layers):
             graph = self._graphs[layer]
             if layer in changed:
                 floats: dict[str, Weight] = dict(self.source.layer(layer))
                 own = {n: self.rounded[mix[n]][n] for n in floats if n in mix}
                 graph = LayerGraph(spec, layer, floats | own)
-            hidden = graph.run(hidden)
+            hidden = graph.run(hidden, lent=lent)
         head = head_name(self.source)
         weight: Weight = self.rounded[mix[head]][head] if head in mix else self.source.floats(head)
         norm = {names.FINAL_NORM: self.source.floats(names.FINAL_NORM)}
