@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from shortstack.export.arch import llama
+from shortstack.export.arch import lckv, llama
 from shortstack.export.arch.architecture import Architecture, expected_tensors, layer_shapes
 from shortstack.export.arch.check import check_tensors
 from shortstack.export.checkpoint.checkpoint import Checkpoint
@@ -14,7 +14,9 @@ from shortstack.graphs.spec import ModelSpec
 
 __all__ = ["ARCHITECTURES", "Architecture", "check_tensors", "expected_tensors", "layer_shapes", "resolve"]
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({"llama": llama.ARCH})
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {"llama": llama.ARCH, "lckv-llama": lckv.ARCH, "opt-llama": lckv.OPT_ARCH, "cla-llama": lckv.CLA_ARCH}
+)
 
 
 def resolve(checkpoint: Checkpoint) -> tuple[Architecture, ModelSpec]:

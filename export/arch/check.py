@@ -20,6 +20,9 @@ _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|weight)|" + re.escape(ROPE
 def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> None:
     """Check names and shapes of all tensors; a tied model may hold its LM head twice if both are the same.
 
+    Layers that use the keys and values of another may hold ``k_proj`` and ``v_proj``, which nobody reads: training code
+    often keeps them, and a model may be a copy of one that did not share yet.
+
     Raises:
         CheckpointError: A tensor is missing, extra or of another shape; the message lists all of them.
     """
@@ -27,7 +30,8 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
     names = checkpoint.names()
     head = arch.tensor_name("lm_head.weight")
     missing = [name for name in expected if name not in names]
-    extra = sorted(name for name in names - expected.keys() if not _HARMLESS.fullmatch(name))
+    unread = _unread(arch, spec)
+    extra = sorted(name for name in names - expected.keys() - unread if not _HARMLESS.fullmatch(name))
     misshapen = [
         f"{name} is {list(checkpoint.shape(name))}, not {list(shape)}"
         for name, shape in expected.items()
@@ -50,6 +54,13 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
         )
     if stored_head_of_tied:
         _check_same(checkpoint, arch.tensor_name("embed_tokens.weight"), head)
+
+
+def _unread(arch: Architecture, spec: ModelSpec) -> set[str]:
+    """Return the names of the k and v projections of layers that use another one's keys and values."""
+    roles = [f"{name}.{part}" for name in ("k_proj", "v_proj") for part in ("weight", "bias")]
+    shared = [layer for layer, producer in enumerate(spec.kv_map) if producer != layer]
+    return {arch.tensor_name(role, layer) for role in roles for layer in shared}
 
 
 def _check_same(checkpoint: Checkpoint, embedding: str, head: str) -> None:

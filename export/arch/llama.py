@@ -1,14 +1,17 @@
 """Llama: Llama 2, 3, 3.1 and 3.2, SmolLM and SmolLM2, TinyLlama, and LayerSkip's checkpoints of them.
 
 The fields and their defaults are those of ``transformers.LlamaConfig``; https://arxiv.org/abs/2307.09288 is the model.
+Layers may share keys and values, and have windows: :mod:`shortstack.export.arch.kv_sharing`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 from typing import cast
 
 from shortstack.export.arch.architecture import Architecture
+from shortstack.export.arch.kv_sharing import read_sharing
 from shortstack.export.checkpoint.config import Config, not_one_of
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.spec import ModelSpec, RopeKind, RopeScaling
@@ -48,6 +51,12 @@ def read_spec(config: Config) -> ModelSpec:
         CheckpointError: A field is missing, of another type, or at odds with another one.
         UnsupportedError: The config asks for something this version cannot export.
     """
+    spec = read_stack(config)
+    return replace(spec, **read_sharing(config, spec.num_hidden_layers).fields())
+
+
+def read_stack(config: Config) -> ModelSpec:
+    """Read all but what layers share and see, which related families say in their own ways; errors as above."""
     activation = config.read(str, "hidden_act", "silu")
     if activation != "silu":
         raise not_one_of(config.where("hidden_act"), activation, ("silu",))

@@ -100,6 +100,26 @@ class Config:
             raise self.wrong(key, "a token id or a list of token ids")
         return tuple(ids)
 
+    def read_ints(self, key: str) -> tuple[int, ...]:
+        """Read a required list of integers.
+
+        Raises:
+            CheckpointError: The field is absent or holds anything else.
+        """
+        return tuple(self._read_list(key, int, "a list of integers"))
+
+    def read_strings(self, key: str) -> tuple[str, ...]:
+        """Read a required list of strings; errors as in :meth:`read_ints`."""
+        return tuple(self._read_list(key, str, "a list of strings"))
+
+    def _read_list(self, key: str, kind: type[T], expected: str) -> list[T]:
+        value = self.data.get(key)
+        if value is None:
+            raise CheckpointError(f"{self.where(key)} is missing", expected=expected)
+        if not isinstance(value, list) or not all(type(entry) is kind for entry in value):  # True is no integer here
+            raise self.wrong(key, expected)
+        return value
+
     def section(self, key: str) -> Config | None:
         """Return the object under ``key`` as a config of its own, or None when it is absent or null.
 

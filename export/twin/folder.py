@@ -2,7 +2,8 @@
 
 ::
 
-    config.json          the spec under transformers' names, and kv_map
+    config.json          the spec under transformers' names; kv_map, windows and masks_diagonal where there are any;
+                         forward_passes and backward_passes, as LCKV names them, of a twin with iterated groups
     model.safetensors    under transformers' tensor names
     tokenizer.json ...   carried along from the source
 """
@@ -20,8 +21,10 @@ from safetensors.torch import save_file
 from shortstack.export.arch import ARCHITECTURES, expected_tensors, resolve
 from shortstack.export.arch.architecture import ROPE_FACTORS
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
-from shortstack.export.twin.model import Twin
+from shortstack.export.checkpoint.config import Config
+from shortstack.export.twin.model import Passes, Twin
 from shortstack.graphs.bundle import staged_folder
+from shortstack.graphs.kv_map import iterated_groups
 from shortstack.graphs.spec import ModelSpec
 
 
@@ -46,6 +49,7 @@ def twin_of(checkpoint: Checkpoint) -> Twin:
         twin = Twin(spec)
     twin = twin.to_empty(device="cpu")
     twin.rope_factors = factors
+    twin.passes = read_passes(checkpoint.config)
     twin.load_state_dict({name: torch.tensor(checkpoint.tensor(name)) for name in twin.state_dict()})
     return twin
 
@@ -68,11 +72,31 @@ def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: to
     if twin.rope_factors is not None:
         state[ROPE_FACTORS] = torch.from_numpy(twin.rope_factors)
     assert state.keys() == wanted.keys(), sorted(state.keys() ^ wanted.keys())
+    config = config_of(twin.spec, dtype)
+    if iterated_groups(twin.spec.kv_map):
+        config["forward_passes"] = twin.passes.without_gradient
+        config["backward_passes"] = twin.passes.with_gradient
     with staged_folder(folder) as staged:
-        (staged / "config.json").write_text(json.dumps(config_of(twin.spec, dtype), indent=2) + "\n", encoding="utf-8")
+        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(state, staged / "model.safetensors", metadata={"format": "pt"})
         for name, content in files.items():
             (staged / name).write_bytes(content)
+
+
+def read_passes(config: Config) -> Passes:
+    """Read how often iterated groups run in training, as LCKV's configs say it.
+
+    Raises:
+        CheckpointError: A number is not one, or too small.
+    """
+    default = Passes()
+    without = config.read(int, "forward_passes", default.without_gradient)
+    if without < 0:
+        raise config.wrong("forward_passes", "0 or more")
+    with_gradient = config.read(int, "backward_passes", default.with_gradient)
+    if with_gradient < 1:
+        raise config.wrong("backward_passes", "1 or more")
+    return Passes(without, with_gradient)
 
 
 def config_of(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -111,4 +135,8 @@ def config_of(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, 
         config["attention_out_bias"] = spec.attention_out_bias
     if spec.kv_map != tuple(range(spec.num_hidden_layers)):
         config["kv_map"] = list(spec.kv_map)
+    if spec.windows:
+        config["windows"] = list(spec.windows)
+    if spec.masks_diagonal:
+        config["masks_diagonal"] = True
     return config

@@ -1,7 +1,8 @@
 """One decoder layer in PyTorch, under the module names of transformers, so that peft's adapters fit both.
 
 The same arithmetic as :mod:`shortstack.graphs.ir.block`: pre-norm attention with rotary embedding over grouped heads,
-then a gated MLP. A sequence starts at position 0; padding goes behind it, where causal attention does not look.
+then a gated MLP. A sequence starts at position 0; padding goes behind it, where causal attention does not look. What a
+layer sees depends on where its keys and values come from, see :class:`Attention`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,21 @@ def unit_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary embedding; a K,V consumer has no k_proj and v_proj."""
+    """Causal attention with rotary embedding.
 
-    def __init__(self, spec: ModelSpec, is_consumer: bool = False) -> None:
+    Args:
+        spec: The model.
+        is_consumer: There is no k_proj and v_proj; keys and values are another layer's.
+        window: How many positions are seen, the own one included; 0 is all.
+        sees_itself: The own position is seen. Otherwise position 0 sees nothing, and what it takes up is zero
+            (https://arxiv.org/abs/2405.10637).
+    """
+
+    def __init__(
+        self, spec: ModelSpec, is_consumer: bool = False, *, window: int = 0, sees_itself: bool = True
+    ) -> None:
         super().__init__()
+        self.window, self.sees_itself = window, sees_itself
         self.heads, self.kv_heads, self.head_dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, q_rows, bias=spec.qkv_bias)
@@ -56,11 +68,26 @@ class Attention(nn.Module):
         query = rotate(self._split(self.q_proj(x), self.heads), rotary)
         groups = self.heads // self.kv_heads
         key, value = (part.repeat_interleave(groups, dim=1) if groups > 1 else part for part in key_value)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if self.sees_itself and not self.window:
+            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            seen = seen_positions(x.shape[1], self.window, self.sees_itself, x.device)
+            any_seen = seen.any(-1, keepdim=True)
+            # a softmax over nothing is not a number on some kernels: such a row sees all, and is dropped afterwards
+            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen | ~any_seen)
+            mixed = torch.where(any_seen, mixed, mixed.new_zeros(()))
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.view(*x.shape[:-1], heads, self.head_dim).transpose(1, 2)  # [batch, heads, seq, head_dim]
+
+
+def seen_positions(seq: int, window: int, sees_itself: bool, device: torch.device) -> Tensor:
+    """Return which positions (columns) each position (row) attends to, bool [seq, seq]."""
+    positions = torch.arange(seq, device=device)
+    distance = positions[:, None] - positions
+    seen = distance >= (0 if sees_itself else 1)
+    return seen & (distance < window) if window else seen
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -90,12 +117,14 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer."""
+    """One decoder layer; arguments as of :class:`Attention`."""
 
-    def __init__(self, spec: ModelSpec, is_consumer: bool = False) -> None:
+    def __init__(
+        self, spec: ModelSpec, is_consumer: bool = False, *, window: int = 0, sees_itself: bool = True
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = Attention(spec, is_consumer)
+        self.self_attn = Attention(spec, is_consumer, window=window, sees_itself=sees_itself)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mlp = MLP(spec)
 

@@ -2,6 +2,12 @@
 
 Parameters carry the names of a Hugging Face Llama checkpoint, which :mod:`shortstack.export.twin.folder` reads and
 writes.
+
+Layers that use keys and values of layers above them run in *passes*: an iterated group, as
+:mod:`shortstack.graphs.kv_map` defines it, starts with keys and values of zero and runs over the whole sequence again
+and again, each pass with what the pass before made. A layer that looks up sees only the positions before, so after n
+passes the first n positions are what decoding one by one makes of them (https://arxiv.org/abs/2410.14442);
+:mod:`shortstack.export.twin.sequential` is that definition.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from torch import Tensor, nn
 
 from shortstack.export.rope import rope_tables
 from shortstack.export.twin.layer import KeyValue, Layer, RMSNorm
-from shortstack.graphs.errors import UnsupportedError
+from shortstack.graphs.kv_map import IteratedGroup, check_boundaries, iterated_groups, producers
 from shortstack.graphs.spec import ModelSpec
 
 
@@ -33,6 +39,24 @@ class Boundary:
     middle: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How often an iterated group runs in training mode; the defaults are LCKV's.
+
+    Attributes:
+        without_gradient: Passes that only bring the keys and values near to what they converge to; m in the paper.
+        with_gradient: Passes after them, through which gradients flow; b in the paper. With one, no gradient reaches
+            the projections that make the keys and values.
+    """
+
+    without_gradient: int = 7
+    with_gradient: int = 2
+
+    def __post_init__(self) -> None:
+        if self.without_gradient < 0 or self.with_gradient < 1:
+            raise ValueError(f"{self}: at least 0 passes without gradient and 1 with it")
+
+
 class Decoder(nn.Module):
     """Embedding, layers and final norm: what a checkpoint calls ``model``."""
 
@@ -40,7 +64,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(
-            Layer(spec, is_consumer=producer != layer) for layer, producer in enumerate(spec.kv_map)
+            Layer(spec, producer != layer, window=spec.window(layer), sees_itself=spec.sees_itself(layer))
+            for layer, producer in enumerate(spec.kv_map)
         )
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
@@ -54,28 +79,22 @@ class Twin(nn.Module):
 
     Attributes:
         layer_dropout: Per layer, the probability that a sample skips it in training mode; see LayerSkip,
-            https://arxiv.org/abs/2404.16710, section 4.1.1.
-
-    Raises:
-        UnsupportedError: A layer uses the K,V of a layer above it.
+            https://arxiv.org/abs/2404.16710, section 4.1.1. Layers that share keys and values, and those in an iterated
+            group, are never skipped.
+        passes: How often iterated groups run in training mode; in evaluation mode they run to the exact result.
     """
 
     def __init__(self, spec: ModelSpec, rope_factors: npt.NDArray[np.float32] | None = None) -> None:
         super().__init__()
-        above = [layer for layer, producer in enumerate(spec.kv_map) if producer > layer]
-        if above:
-            raise UnsupportedError(
-                f"layers {above} use keys and values of layers above them",
-                found=list(spec.kv_map),
-                expected="kv_map[i] <= i",
-            )
         self.spec = spec
         self.rope_factors = rope_factors
         self.model = Decoder(spec)
         if not spec.tie_word_embeddings:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.layer_dropout: Sequence[float] = (0.0,) * spec.num_hidden_layers
+        self.passes = Passes()
         self._lent = {producer for layer, producer in enumerate(spec.kv_map) if producer != layer}
+        self._groups = {group.start: group for group in iterated_groups(spec.kv_map)}
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -83,33 +102,80 @@ class Twin(nn.Module):
         """The LM head's weight [vocab, hidden]; the embedding if they are tied."""
         return self.model.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
 
-    def boundaries(self, input_ids: Tensor, depths: Collection[int]) -> dict[int, Boundary]:
+    def boundaries(
+        self, input_ids: Tensor, depths: Collection[int], *, passes: int | None = None
+    ) -> dict[int, Boundary]:
         """Return what the stack holds at each depth; layers above the deepest one do not run.
 
         Args:
             input_ids: Token ids [batch, seq], padded behind.
             depths: Numbers of layers run, each 1..L.
+            passes: How often iterated groups run, if neither to the exact result nor as :attr:`passes` says.
 
         Raises:
             ValueError: A depth is outside the model.
+            RequestError: A depth is inside an iterated group.
         """
         if not all(1 <= depth <= self.spec.num_hidden_layers for depth in depths):
             raise ValueError(f"depths {sorted(depths)} of a model with {self.spec.num_hidden_layers} layers")
+        check_boundaries(self.spec.kv_map, sorted(depths))
         rotary = self._rotary_of(input_ids)
         x: Tensor = self.model.embed_tokens(input_ids).float()  # the stream stays in float32 under autocast
-        middle = x
         found: dict[int, Boundary] = {}
         lent: dict[int, KeyValue] = {}
-        for index, layer in enumerate(self.model.layers[: max(depths)]):
-            producer = self.spec.kv_map[index]
-            if index in self._lent or producer != index:
-                x, middle, key_value = layer(x, rotary, lent.get(producer))
-                lent[index] = key_value
+        done = 0
+        while done < max(depths):
+            if group := self._groups.get(done):
+                x, middle = self._iterated(group, x, rotary, lent, passes)
+                done = group.end
             else:
-                x, middle = self._maybe_skipped(index, layer, x, rotary)
-            if index + 1 in depths:
-                found[index + 1] = Boundary(x, middle)
+                x, middle = self._layer(done, x, rotary, lent)
+                done += 1
+            if done in depths:
+                found[done] = Boundary(x, middle)
         return found
+
+    def _layer(self, index: int, x: Tensor, rotary: KeyValue, lent: dict[int, KeyValue]) -> tuple[Tensor, Tensor]:
+        """Run a layer outside the iterated groups."""
+        if index in self._lent or self.spec.kv_map[index] != index:
+            return self._once(index, index + 1, x, rotary, lent)
+        return self._maybe_skipped(index, self.model.layers[index], x, rotary)
+
+    def _once(
+        self, start: int, end: int, x: Tensor, rotary: KeyValue, lent: dict[int, KeyValue]
+    ) -> tuple[Tensor, Tensor]:
+        """Run layers ``[start, end)`` once; their producers' keys and values replace those in ``lent``."""
+        middle = x
+        for index in range(start, end):
+            producer = self.spec.kv_map[index]
+            borrowed = lent[producer] if producer != index else None
+            x, middle, key_value = self.model.layers[index](x, rotary, borrowed)
+            if producer == index:
+                lent[index] = key_value
+        return x, middle
+
+    def _iterated(
+        self, group: IteratedGroup, x: Tensor, rotary: KeyValue, lent: dict[int, KeyValue], passes: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run an iterated group: some passes without gradient if this is training, or until nothing changes."""
+        inside = producers(self.spec.kv_map, group.start, group.end)
+        batch, seq = x.shape[:2]
+        nothing = x.new_zeros(batch, self.spec.num_key_value_heads, seq, self.spec.head_dim)
+        lent |= dict.fromkeys(inside, (nothing, nothing))
+        if self.training and passes is None:  # more than one for each position would change nothing
+            passes = min(self.passes.with_gradient, seq)
+            with torch.no_grad():
+                for _ in range(min(self.passes.without_gradient, seq - passes)):
+                    self._once(group.start, group.end, x, rotary, lent)
+        is_exact = passes is None
+        result = x, x
+        for number in range(seq if passes is None else passes):
+            before = [lent[producer] for producer in inside]
+            result = self._once(group.start, group.end, x, rotary, lent)
+            # the first pass starts from placeholders, whose type may not be that of keys and values under autocast
+            if is_exact and number and _same(before, [lent[producer] for producer in inside]):
+                break
+        return result
 
     def _maybe_skipped(self, index: int, layer: nn.Module, x: Tensor, rotary: KeyValue) -> tuple[Tensor, Tensor]:
         """Run a layer on the samples that do not skip it."""
@@ -146,3 +212,7 @@ class Twin(nn.Module):
             self._rotary = torch.from_numpy(cos).to(input_ids.device), torch.from_numpy(sin).to(input_ids.device)
         cos_table, sin_table = self._rotary
         return cos_table[:length], sin_table[:length]  # [seq, head_dim / 2]
+
+
+def _same(before: Sequence[KeyValue], after: Sequence[KeyValue]) -> bool:
+    return all(torch.equal(a, b) for old, new in zip(before, after, strict=True) for a, b in zip(old, new, strict=True))

@@ -18,7 +18,7 @@ from shortstack.export.parity_reference import Reference
 from shortstack.export.twin.folder import load_twin, save_twin
 from shortstack.export.twin.layer import Layer
 from shortstack.export.twin.model import Twin
-from shortstack.graphs.errors import BundleError, UnsupportedError
+from shortstack.graphs.errors import BundleError
 
 TWIN = 1e-4
 """Twin against transformers, float32 logits of standard deviation 2 to 3. Measured: 0 on most, at most 3e-6."""
@@ -121,12 +121,6 @@ def test_consumers_attend_to_their_producer(tiny_bundles: TinyBundles) -> None:
         lent = used if index >= 1 else None
     assert torch.equal(shared(ids), shared.logits(x))
     assert not torch.equal(shared(ids), twin(ids))
-
-
-def test_a_layer_that_uses_a_layer_above_is_refused(tiny_bundles: TinyBundles) -> None:
-    spec = load_twin(str(tiny_bundles.checkpoint(BASE))).spec
-    with pytest.raises(UnsupportedError, match=r"kv_map\[i\] <= i"):
-        Twin(replace(spec, kv_map=(0, 3, 3, 3)))
 
 
 def test_a_depth_outside_the_model_is_an_error(tiny_bundles: TinyBundles) -> None:

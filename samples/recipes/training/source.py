@@ -16,7 +16,7 @@ from shortstack.export.checkpoint.checkpoint import TOKENIZER_FILES
 from shortstack.export.checkpoint.config import Config, not_one_of, parse_json_object
 from shortstack.export.checkpoint.hf import member
 from shortstack.export.checkpoint.tokenizer_files import complete_files
-from shortstack.export.twin.folder import twin_of
+from shortstack.export.twin.folder import read_passes, twin_of
 from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError
@@ -45,6 +45,7 @@ class Source:
     def copy(self) -> Twin:
         """Return a second twin with the same weights."""
         twin = Twin(self.twin.spec, self.twin.rope_factors)
+        twin.passes = self.twin.passes
         twin.load_state_dict(self.twin.state_dict())
         return twin
 
@@ -94,6 +95,7 @@ def _fresh(folder: Path) -> tuple[Twin, dict[str, bytes]]:
     if model_type not in ARCHITECTURES:
         raise not_one_of(config.where("model_type"), model_type, ARCHITECTURES)
     twin = Twin(ARCHITECTURES[model_type].read_spec(config))
+    twin.passes = read_passes(config)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if parameter.ndim == 2:

@@ -1,0 +1,123 @@
+"""Reads from a Llama-like config which layers share keys and values, and what each layer sees.
+
+Two ways to say it::
+
+    kv_map: [0, 0, 2, 2]             the twin's own fields, as in ModelSpec: which layer's K,V each layer uses,
+    windows: [64, 64, 0, 0]          how many positions it sees, its own included (0 is all), and whether none sees
+    masks_diagonal: true             its own
+
+    num_kv_shared_layers: 2          Gemma 3n's and 4's: the top so many layers use the K,V of the nearest layer below
+    layer_types: [full_attention,    them that is of their type; a sliding layer sees sliding_window positions
+                  sliding_attention, ...]
+    sliding_window: 512
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shortstack.export.checkpoint.config import Config, not_one_of
+from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.kv_map import identity_kv_map, validate_kv_map
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What a config says; the fields are those of ``ModelSpec``."""
+
+    kv_map: tuple[int, ...]
+    windows: tuple[int, ...]
+    masks_diagonal: bool = False
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields to put into a spec."""
+        return {"kv_map": self.kv_map, "windows": self.windows, "masks_diagonal": self.masks_diagonal}
+
+
+def read_sharing(config: Config, layers: int) -> Sharing:
+    """Read the fields above; all are optional.
+
+    Args:
+        config: The config.
+        layers: ``num_hidden_layers``.
+
+    Raises:
+        CheckpointError: A field is of another type or length, or at odds with another one.
+        UnsupportedError: A layer is of a type this version cannot export.
+    """
+    for ours, theirs in (("kv_map", "num_kv_shared_layers"), ("windows", "layer_types")):
+        if ours in config and theirs in config:
+            raise CheckpointError(f"{config.where(ours)} and {theirs} say the same thing twice", expected="one of them")
+    types = _read_layer_types(config, layers)
+    kv_map = read_kv_map(config, layers) if "kv_map" in config else _gemma_kv_map(config, types)
+    if "windows" in config:
+        windows = config.read_ints("windows")
+        if len(windows) != layers:
+            raise _wrong_length(config, "windows", len(windows), layers)
+        if min(windows, default=0) < 0:
+            raise config.wrong("windows", "numbers of positions, 0 for all")
+    else:
+        window = read_window(config) if SLIDING in types else 0
+        windows = tuple(window if kind == SLIDING else 0 for kind in types)
+    return Sharing(kv_map, windows, config.read(bool, "masks_diagonal", False))
+
+
+def read_kv_map(config: Config, layers: int) -> tuple[int, ...]:
+    """Read ``kv_map``; errors as in :func:`read_sharing`."""
+    kv_map = config.read_ints("kv_map")
+    if len(kv_map) != layers:
+        raise _wrong_length(config, "kv_map", len(kv_map), layers)
+    try:
+        validate_kv_map(kv_map, layers)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{config.where('kv_map')}: {error}",
+            found=list(kv_map),
+            expected="for each layer one that uses its own K,V",
+        ) from None
+    return kv_map
+
+
+def read_window(config: Config, default: int | None = None) -> int:
+    """Read ``sliding_window``; errors as in :func:`read_sharing`."""
+    key = "sliding_window"
+    window = config.read(int, key) if default is None else config.read(int, key, default)
+    if window < 1:
+        raise config.wrong(key, "a positive number of positions")
+    return window
+
+
+def _read_layer_types(config: Config, layers: int) -> tuple[str, ...]:
+    if "layer_types" not in config:
+        return (FULL,) * layers
+    types = config.read_strings("layer_types")
+    if len(types) != layers:
+        raise _wrong_length(config, "layer_types", len(types), layers)
+    for layer, kind in enumerate(types):
+        if kind not in (FULL, SLIDING):
+            raise not_one_of(config.where(f"layer_types[{layer}]"), kind, (FULL, SLIDING))
+    return types
+
+
+def _gemma_kv_map(config: Config, types: tuple[str, ...]) -> tuple[int, ...]:
+    layers = len(types)
+    shared = config.read(int, "num_kv_shared_layers", 0)
+    if not 0 <= shared < layers:
+        raise config.wrong("num_kv_shared_layers", f"0..{layers - 1}, fewer than num_hidden_layers")
+    last_of = {kind: layer for layer, kind in enumerate(types[: layers - shared])}
+    for layer in range(layers - shared, layers):
+        if types[layer] not in last_of:
+            raise CheckpointError(
+                f"{config.where('num_kv_shared_layers')}: layer {layer} is of type {types[layer]} and shares K,V, but "
+                f"no layer of this type is below layer {layers - shared}, the first that shares",
+                found=shared,
+                expected="a number that leaves one layer of each type",
+            )
+    return identity_kv_map(layers - shared) + tuple(last_of[kind] for kind in types[layers - shared :])
+
+
+def _wrong_length(config: Config, key: str, found: int, layers: int) -> CheckpointError:
+    return CheckpointError(config.where(key), found=f"{found} entries", expected=f"num_hidden_layers = {layers}")

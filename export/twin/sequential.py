@@ -1,0 +1,94 @@
+"""What a model computes, by definition: position by position, layer by layer, with explicit caches.
+
+Slow, and written apart from :mod:`shortstack.export.twin.model` (they share weights, norms, MLPs and the rotation), so
+that the two can be compared. At position t::
+
+    for each layer i, bottom to top:
+        q = rotated query of the layer's input
+        if i owns a cache: append its rotated key, and its value
+        attend to the cache of layer kv_map[i]:
+            kv_map[i] <= i    positions ..t, since the producer has run
+            kv_map[i] >  i    positions ..t-1, since it has not
+        but not to t itself if the model masks the diagonal, and not to positions before t - window + 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shortstack.export.rope import rope_tables
+from shortstack.export.twin.layer import Attention, KeyValue, Layer, rotate
+from shortstack.export.twin.model import Twin
+
+
+@dataclass(frozen=True, slots=True)
+class Sequential:
+    """The result.
+
+    Attributes:
+        logits: Of the positions that were fed, [batch, seq, vocab].
+        hidden: The residual stream there after all layers, [batch, seq, hidden].
+        caches: Keys, rotated, and values by producer, each [batch, kv_heads, total, head_dim].
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    caches: dict[int, KeyValue]
+
+
+def sequential(twin: Twin, input_ids: Tensor, caches: Mapping[int, KeyValue] | None = None) -> Sequential:
+    """Run a model one position at a time.
+
+    Args:
+        twin: The model.
+        input_ids: Token ids [batch, seq].
+        caches: What :attr:`Sequential.caches` held after the positions before; none at the start.
+    """
+    spec = twin.spec
+    grown = dict(caches or {})
+    past = next(iter(grown.values()))[0].shape[2] if grown else 0
+    tables = rope_tables(spec, past + input_ids.shape[1], twin.rope_factors)
+    cos, sin = (torch.from_numpy(table).to(input_ids.device) for table in tables)
+    states = []
+    for position in range(past, past + input_ids.shape[1]):
+        rotary = cos[position : position + 1], sin[position : position + 1]
+        x = twin.model.embed_tokens(input_ids[:, position - past])[:, None]  # [batch, 1, hidden]
+        for index, layer in enumerate(twin.model.layers):
+            assert isinstance(layer, Layer)
+            producer = spec.kv_map[index]
+            normed = layer.input_layernorm(x)
+            if producer == index:
+                grown[index] = _appended(grown.get(index), layer.self_attn.key_value(normed, rotary))
+            last = position - 1 if producer > index or spec.masks_diagonal else position
+            first = max(0, position - spec.window(index) + 1) if spec.window(index) else 0
+            x = x + _attended(layer.self_attn, normed, rotary, grown.get(producer), first, last)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        states.append(x)
+    hidden = torch.cat(states, dim=1)
+    return Sequential(twin.logits(hidden), hidden, grown)
+
+
+def _appended(cache: KeyValue | None, new: KeyValue) -> KeyValue:
+    if cache is None:
+        return new
+    return torch.cat((cache[0], new[0]), dim=2), torch.cat((cache[1], new[1]), dim=2)
+
+
+def _attended(
+    attention: Attention, x: Tensor, rotary: KeyValue, cache: KeyValue | None, first: int, last: int
+) -> Tensor:
+    """Attend to positions ``first..last`` of a cache, [batch, 1, hidden] -> the same; to none if there are none."""
+    batch, heads, size = len(x), attention.heads, attention.head_dim
+    mixed = x.new_zeros(batch, heads, size)
+    if cache is not None and first <= last:
+        keys, values = (part[:, :, first : last + 1] for part in cache)
+        query = rotate(attention.q_proj(x).view(batch, 1, heads, size).transpose(1, 2), rotary)[:, :, 0]
+        for head in range(heads):
+            shared = head * attention.kv_heads // heads  # query heads of a group are neighbours
+            scores = torch.einsum("bd,bsd->bs", query[:, head], keys[:, shared]) / size**0.5
+            mixed[:, head] = torch.einsum("bs,bsd->bd", scores.softmax(-1), values[:, shared])
+    return attention.o_proj(mixed.flatten(1))[:, None]  # type: ignore[no-any-return]
