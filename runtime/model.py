@@ -29,6 +29,7 @@ from shortstack.runtime.early_exit.loop import EarlyExit, Observer
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.pipeline import PipelineAscent
 from shortstack.runtime.early_exit.policy import ExitPolicy
+from shortstack.runtime.passes import PrefillPasses, check_passes
 from shortstack.runtime.plain import plain
 from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.sequence import TokenSequence
@@ -67,6 +68,7 @@ def load(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     upper: Placement | None = None,
+    prefill_passes: PrefillPasses = "converged",
     verify_hashes: bool = False,
 ) -> Model:
     """Load a bundle.
@@ -76,15 +78,17 @@ def load(
         providers: Execution providers in order of preference: ``cpu``, ``cuda``, or onnxruntime's names. None: CPU.
         threads: Threads of the process's one pool. None: all usable cores.
         upper: Where all segments but the lowest compute, for early exit as a pipeline. None: where the lowest does.
+        prefill_passes: How often a prompt runs through layers that use keys and values of layers above them: so many
+            times, until it has ``converged``, or ``sequential``: position by position.
         verify_hashes: Check every file's sha256 first.
 
     Raises:
         BundleError: The folder is not a sound bundle.
         ContractError: A graph is not what bundle.json says.
-        RequestError: An unknown provider.
+        RequestError: An unknown provider, or passes that are none.
     """
     bundle = open_bundle(path, verify_hashes=verify_hashes)
-    return Model(bundle, providers=providers, threads=threads, upper=upper)
+    return Model(bundle, providers=providers, threads=threads, upper=upper, prefill_passes=prefill_passes)
 
 
 class Model:
@@ -95,6 +99,7 @@ class Model:
         providers: See :func:`load`.
         threads: See :func:`load`.
         upper: See :func:`load`.
+        prefill_passes: See :func:`load`.
 
     Attributes:
         bundle: The bundle.
@@ -111,8 +116,10 @@ class Model:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         upper: Placement | None = None,
+        prefill_passes: PrefillPasses = "converged",
     ) -> None:
         self.bundle = bundle
+        self._prefill_passes = check_passes(prefill_passes)
         with ThreadPoolExecutor(1) as pool:  # onnxruntime packs weights meanwhile
             tokenizer = pool.submit(Tokenizer.load, bundle.folder)
             self.sessions, self.devices = open_sessions(bundle, providers, threads, upper)
@@ -373,5 +380,5 @@ class Model:
     def _stack(self, used: tuple[int, ...]) -> Stack:
         """Return the stack that uses these exits, made once: it holds the prebuilt plans."""
         if used not in self._stacks:
-            self._stacks[used] = Stack(self.bundle, self.sessions, self.cache, self.devices, used)
+            self._stacks[used] = Stack(self.bundle, self.sessions, self.cache, self.devices, used, self._prefill_passes)
         return self._stacks[used]

@@ -244,12 +244,14 @@ def _attend(
         attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     if place.window:  # the kernel counts from the position before, where it is told of one less
         attributes["local_window_size"] = place.window - (positions is not None)
-    writes = query_key_value[1] is None
+    # The kernel refuses an int8 cache without a place for what it is afterwards, also where nothing is added: a
+    # consumer then has one of its own, which costs a copy of its producer's cache in each run.
+    has_presents = query_key_value[1] is None or bool(place.kv_scales)
     return g.ops(
         "GroupQueryAttention",
         inputs,
         name,
-        ("", "/present_key", "/present_value") if writes else ("",),
+        ("", "/present_key", "/present_value") if has_presents else ("",),
         domain=MICROSOFT,
         num_heads=spec.num_attention_heads,
         kv_num_heads=spec.num_key_value_heads,
