@@ -20,6 +20,7 @@ import numpy as np
 
 from shortstack.export.parity_exits import TwinExits, check_exits, columns, random_states
 from shortstack.export.parity_reference import Reference
+from shortstack.export.parity_twin import TwinReference
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.spec import DType, ModelSpec
@@ -185,7 +186,7 @@ class ParityReport:
 
 def compare(
     model: Model,
-    reference: Reference,
+    reference: Reference | TwinReference,
     texts: Sequence[Sequence[int]],
     *,
     greedy_tokens: int,
@@ -196,7 +197,7 @@ def compare(
 
     Args:
         model: The bundle.
-        reference: transformers' model.
+        reference: transformers' model, or the twin where transformers has none.
         texts: Token ids of each text; greedy continuations start from them.
         greedy_tokens: Tokens of each continuation; 0 compares logits only.
         exits: The exits that the bundle was exported with, if they have weights of their own.
@@ -281,7 +282,12 @@ def _layer_errors(ours: Teacher, theirs: Teacher, text: int) -> list[LayerError]
 
 
 def _compare_greedy(
-    model: Model, reference: Reference, text: Sequence[int], index: int, count: int, report: ParityReport
+    model: Model,
+    reference: Reference | TwinReference,
+    text: Sequence[int],
+    index: int,
+    count: int,
+    report: ParityReport,
 ) -> None:
     count = min(count, model.cache.max_length - len(text))
     theirs, gaps = reference.greedy(text, count)

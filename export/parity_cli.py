@@ -53,6 +53,7 @@ def parity(
     from shortstack.export.parity import compare
     from shortstack.export.parity_exits import check_exits, load_twin_exits
     from shortstack.export.parity_reference import Reference
+    from shortstack.export.parity_twin import TwinReference, needs_twin
     from shortstack.progress import progress_stages
     from shortstack.runtime.model import load
 
@@ -71,7 +72,8 @@ def parity(
         if exits_folder is not None or is_trained:
             exits = load_twin_exits(checkpoint, exits_folder, revision, adapter)
         check_exits(model.bundle.manifest, exits)
-        reference = Reference(checkpoint, revision, adapter)
+        kind = TwinReference if needs_twin(model.bundle.manifest.spec) else Reference
+        reference = kind(checkpoint, revision, adapter)
         advance(1)
         advance = stage("Comparing", len(texts))
         report = compare(model, reference, texts, greedy_tokens=greedy_tokens, exits=exits, advance=advance)

@@ -4,6 +4,7 @@ by step; exits leave no hole where nothing above them owns a cache.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from helpers import tolerances
 from helpers.kv_bundles import KVBundles
 from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, recipe
+from shortstack.__main__ import run
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.kv_map import complete_from, iterated_groups, parse_kv_map, placement, producers
@@ -264,6 +266,23 @@ def test_a_prompt_runs_as_many_passes_as_is_asked(bundles: KVBundles, passes: An
 def test_passes_that_are_none_are_refused(bundles: KVBundles, passes: Any) -> None:
     with pytest.raises(RequestError, match="passes over a prompt"):
         load(bundles.bundle(placement("sandwich", "top", LAYERS, PRODUCERS)), prefill_passes=passes)
+
+
+@pytest.mark.parametrize("kv_map", [placement("pizza", "bottom", 6, 3), placement("sandwich", "middle", 6, 3)], ids=str)
+def test_parity_compares_with_the_twin_where_transformers_has_no_such_model(
+    bundles: KVBundles, kv_map: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exits = (*legal_exit(kv_map), 5)
+    text = tmp_path / "prompts.txt"
+    text.write_text("the red stone and the\n", encoding="utf-8")
+    line = ["parity", str(bundles.checkpoint(kv_map)), str(bundles.bundle(kv_map, *exits)), "--text", str(text)]
+    line += ["--greedy-tokens", "12"]
+    assert run([*line, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == []
+    assert [head["depth"] for head in report["heads"]] == [*exits, 6]
+    other = bundles.checkpoint(placement("lasagna", "bottom", 6, 3))
+    assert run(["parity", str(other), *line[2:]]) != 0
 
 
 def test_a_cut_through_a_group_is_refused_by_export(bundles: KVBundles, tmp_path: Path) -> None:

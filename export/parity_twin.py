@@ -1,0 +1,77 @@
+"""The other side of a parity check where transformers has no such model: our PyTorch twin, position by position.
+
+For models whose layers share keys and values, have windows, or mask the diagonal. The twin is run by its definition
+(:mod:`shortstack.export.twin.sequential`), which shares with the graphs neither code nor the order of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shortstack.export.adapter import AdaptedCheckpoint
+from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.twin.folder import twin_of
+from shortstack.export.twin.sequential import sequential
+from shortstack.graphs.kv_map import identity_kv_map
+from shortstack.graphs.spec import ModelSpec
+from shortstack.runtime.teach import Teacher
+
+
+def needs_twin(spec: ModelSpec) -> bool:
+    """Whether transformers has no model of this kind."""
+    return spec.kv_map != identity_kv_map(spec.num_hidden_layers) or bool(spec.windows) or spec.masks_diagonal
+
+
+class TwinReference:
+    """The twin of a checkpoint, in float32 on the CPU; as :class:`shortstack.export.parity_reference.Reference`.
+
+    Args:
+        source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.
+        revision: Branch, tag or commit of a hub id.
+        adapter: A LoRA adapter to add to its weights, as peft saves it.
+
+    Attributes:
+        spec: What shortstack reads from its config.
+
+    Raises:
+        CheckpointError: It is not a checkpoint that shortstack exports.
+    """
+
+    def __init__(self, source: str, revision: str | None = None, adapter: Path | None = None) -> None:
+        checkpoint = open_checkpoint(source, revision=revision)
+        self._twin = twin_of(checkpoint if adapter is None else AdaptedCheckpoint(checkpoint, adapter)).eval()
+        self.spec = self._twin.spec
+
+    @torch.no_grad()
+    def teach(self, tokens: Sequence[int], depths: Sequence[int]) -> Teacher:
+        """Run one text through the model and read it at several depths, L being the final head."""
+        ids, last = torch.tensor([list(tokens)]), self.spec.num_hidden_layers
+        found = sequential(self._twin, ids)
+        inner = [depth for depth in depths if depth != last]
+        boundaries = self._twin.boundaries(ids, inner) if inner else {}
+        hidden = {depth: boundary.hidden[0].numpy() for depth, boundary in boundaries.items()}
+        heads = {depth: self._twin.logits(boundary.hidden)[0].numpy() for depth, boundary in boundaries.items()}
+        heads[last] = found.logits[0].numpy()
+        keys, values = ([found.caches[layer][part][0].numpy() for layer in self.spec.kv_map] for part in (0, 1))
+        return Teacher(heads, hidden, keys, values)
+
+    @torch.no_grad()
+    def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """Continue a text greedily, end-of-sequence tokens included.
+
+        Returns:
+            The new token ids, and at each the gap between the best and the second-best logit.
+        """
+        new: list[int] = []
+        gaps: list[float] = []
+        caches, step = None, torch.tensor([list(tokens)])
+        for _ in range(count):
+            found = sequential(self._twin, step, caches)
+            best = found.logits[0, -1].topk(2)
+            new.append(int(best.indices[0]))
+            gaps.append(float(best.values[0] - best.values[1]))
+            caches, step = found.caches, best.indices[:1][None]
+        return new, gaps
