@@ -5,18 +5,16 @@ The page is ``inspect.html.jinja`` beside this file; every value is escaped by j
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import jinja2
 
-from shortstack.graphs.errors import RequestError
 from shortstack.runtime import inspect_words as words
 from shortstack.runtime.inspect_picture import SEGMENT_COLOURS, draw_stack, segment_css
 from shortstack.runtime.inspect_report import Report
+from shortstack.runtime.whole_file import write_whole
 
 _TEMPLATE = "inspect.html.jinja"
 
@@ -66,15 +64,7 @@ def write_html(report: Report, path: Path) -> None:
     Raises:
         RequestError: The file cannot be written.
     """
-    page = render_html(report)
-    staging = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        staging.write_text(page, encoding="utf-8")
-        staging.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staging.unlink()
-        raise RequestError(f"--html {path} cannot be written: {error}", remedy="choose another file") from None
+    write_whole(render_html(report), path, "--html")
 
 
 def _shares(report: Report) -> list[Share]:

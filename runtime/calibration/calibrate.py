@@ -19,7 +19,7 @@ from shortstack.runtime.calibration.dissimilarity import LOSSES, Answer, Loss, d
 from shortstack.runtime.calibration.learn_then_test import TESTS, Test, fewest_prompts, fixed_sequence, p_value
 from shortstack.runtime.calibration.profile import Point, Profile, precision_words
 from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
-from shortstack.runtime.early_exit.criteria import Never
+from shortstack.runtime.early_exit.criteria import Fixed
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.model import Model, Result
 
@@ -115,7 +115,7 @@ class Calibration:
             name=name,
             template=spec.template.text,
             threshold=None if chosen is None else chosen.threshold,
-            criterion=str(Never() if chosen is None else spec.template.at(chosen.threshold)),
+            criterion=str(Fixed(always=False) if chosen is None else spec.template.at(chosen.threshold)),
             exit_layers=self.exit_layers,
             delta=spec.delta,
             epsilon=spec.epsilon,

@@ -20,7 +20,7 @@ from shortstack.runtime.calibration.dissimilarity import Loss
 from shortstack.runtime.calibration.learn_then_test import Test
 from shortstack.runtime.calibration.profile_fields import check_fields
 from shortstack.runtime.calibration.template import Template
-from shortstack.runtime.early_exit.criteria import Never
+from shortstack.runtime.early_exit.criteria import Fixed
 from shortstack.runtime.early_exit.expression import parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy
 
@@ -164,7 +164,7 @@ def read_profile(path: str | Path) -> Profile:
     profile = Profile(**{**data, **tuples, "curve": points})
     try:
         template = Template(profile.template)
-        criterion = Never() if profile.threshold is None else template.at(profile.threshold)
+        criterion = Fixed(always=False) if profile.threshold is None else template.at(profile.threshold)
     except RequestError as error:
         raise RequestError(f"exit profile {path}: {error}") from None
     if profile.criterion != str(criterion):

@@ -252,42 +252,37 @@ class MaxDepth:
 
 
 @dataclass(frozen=True, slots=True)
-class Never:
-    """No token leaves."""
+class Fixed:
+    """No token leaves, or every one at the lowest exit.
 
+    Attributes:
+        always: Which.
+    """
+
+    always: bool
     needs = frozenset[Need]()
     least_exits = 1
     exit_layers = frozenset[int]()
 
     def leaves(self, reading: Reading) -> bool:
         """See :class:`Criterion`."""
-        return False
+        return self.always
 
     def __str__(self) -> str:
-        return "never"
+        return "always" if self.always else "never"
 
 
 @dataclass(frozen=True, slots=True)
-class Always:
-    """Every token leaves at the lowest exit."""
+class Combined:
+    """Several criteria of which every one, or at least one, says yes.
 
-    needs = frozenset[Need]()
-    least_exits = 1
-    exit_layers = frozenset[int]()
-
-    def leaves(self, reading: Reading) -> bool:
-        """See :class:`Criterion`."""
-        return True
-
-    def __str__(self) -> str:
-        return "always"
-
-
-@dataclass(frozen=True, slots=True)
-class All:
-    """Every one of several criteria says yes."""
+    Attributes:
+        criteria: The criteria.
+        by: ``and``, or ``or``.
+    """
 
     criteria: tuple[Criterion, ...]
+    by: Literal["and", "or"]
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -297,7 +292,8 @@ class All:
     @property
     def least_exits(self) -> int:
         """See :class:`Criterion`."""
-        return max(c.least_exits for c in self.criteria)
+        counts = [c.least_exits for c in self.criteria]
+        return max(counts) if self.by == "and" else min(counts)
 
     @property
     def exit_layers(self) -> frozenset[int]:
@@ -306,39 +302,15 @@ class All:
 
     def leaves(self, reading: Reading) -> bool:
         """See :class:`Criterion`."""
-        return all(c.leaves(reading) for c in self.criteria)
+        found = (c.leaves(reading) for c in self.criteria)
+        return all(found) if self.by == "and" else any(found)
 
     def __str__(self) -> str:
-        return " and ".join(f"({c})" if isinstance(c, AnyOf) else str(c) for c in self.criteria)
+        def shown(c: Criterion) -> str:  # `and` binds tighter
+            is_looser = self.by == "and" and isinstance(c, Combined) and c.by == "or"
+            return f"({c})" if is_looser else str(c)
 
-
-@dataclass(frozen=True, slots=True)
-class AnyOf:
-    """At least one of several criteria says yes."""
-
-    criteria: tuple[Criterion, ...]
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """See :class:`Criterion`."""
-        return frozenset[Need]().union(*(c.needs for c in self.criteria))
-
-    @property
-    def least_exits(self) -> int:
-        """See :class:`Criterion`."""
-        return min(c.least_exits for c in self.criteria)
-
-    @property
-    def exit_layers(self) -> frozenset[int]:
-        """See :class:`Criterion`."""
-        return frozenset[int]().union(*(c.exit_layers for c in self.criteria))
-
-    def leaves(self, reading: Reading) -> bool:
-        """See :class:`Criterion`."""
-        return any(c.leaves(reading) for c in self.criteria)
-
-    def __str__(self) -> str:
-        return " or ".join(str(c) for c in self.criteria)
+        return f" {self.by} ".join(map(shown, self.criteria))
 
 
 def _check_count(name: str, count: int) -> None:

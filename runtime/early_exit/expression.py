@@ -21,13 +21,11 @@ from shortstack.graphs.errors import RequestError
 from shortstack.runtime.early_exit.adaptive import AUTO, Adaptive
 from shortstack.runtime.early_exit.criteria import (
     MEASURES,
-    All,
-    Always,
-    AnyOf,
     Bound,
+    Combined,
     Criterion,
+    Fixed,
     MaxDepth,
-    Never,
     Patience,
     Threshold,
     Votes,
@@ -78,13 +76,13 @@ class _Parser:
         criteria = [self.both()]
         while self._take("or"):
             criteria.append(self.both())
-        return criteria[0] if len(criteria) == 1 else AnyOf(tuple(criteria))
+        return criteria[0] if len(criteria) == 1 else Combined(tuple(criteria), "or")
 
     def both(self) -> Criterion:
         criteria = [self.one()]
         while self._take("and"):
             criteria.append(self.one())
-        return criteria[0] if len(criteria) == 1 else All(tuple(criteria))
+        return criteria[0] if len(criteria) == 1 else Combined(tuple(criteria), "and")
 
     def one(self) -> Criterion:
         if self._take("("):
@@ -96,10 +94,8 @@ class _Parser:
             self._depth -= 1
             return inner
         name = self._next(" or ".join(_NAMES))
-        if name == "never":
-            return Never()
-        if name == "always":
-            return Always()
+        if name in ("never", "always"):
+            return Fixed(always=name == "always")
         if name in _COUNTS:
             self._need(">=")
             return _COUNTS[name](self._integer())

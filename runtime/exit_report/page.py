@@ -6,18 +6,16 @@ characters that would steer the page's own text (directions, controls) are writt
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from importlib import resources
 from pathlib import Path
 
 import jinja2
 
-from shortstack.graphs.errors import RequestError
 from shortstack.runtime.exit_report import drawing
 from shortstack.runtime.exit_report.report import BUCKETS, ExitReport, ReportToken
 from shortstack.runtime.inspect_words import printable
+from shortstack.runtime.whole_file import write_whole
 
 _TEMPLATE = "exit_report.html.jinja"
 _JOINERS = re.compile("([\u200c\u200d])")  # they shape what stands beside them, and move nothing
@@ -53,15 +51,7 @@ def write_page(report: ExitReport, path: Path) -> None:
     Raises:
         RequestError: The file cannot be written.
     """
-    page = render_page(report)
-    staging = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        staging.write_text(page, encoding="utf-8")
-        staging.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staging.unlink()
-        raise RequestError(f"--report {path} cannot be written: {error}", remedy="choose another file") from None
+    write_whole(render_page(report), path, "--report")
 
 
 def visible(text: str) -> str:

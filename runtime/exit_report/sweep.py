@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from shortstack.runtime.early_exit.criteria import MEASURES, All, AnyOf, Bound, Criterion, Measure
+from shortstack.runtime.early_exit.criteria import MEASURES, Bound, Combined, Criterion, Measure
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.exit_report.agreement import agreement_of
 from shortstack.runtime.stream import Stream
@@ -59,7 +59,7 @@ def with_threshold(criterion: Criterion, value: float) -> Criterion:
     """Return the criterion with another threshold in its only bound."""
     if isinstance(criterion, Bound):
         return replace(criterion, threshold=replace(criterion.threshold, value=value))
-    if isinstance(criterion, All | AnyOf):
+    if isinstance(criterion, Combined):
         return replace(criterion, criteria=tuple(with_threshold(each, value) for each in criterion.criteria))
     return criterion
 
@@ -107,6 +107,6 @@ def sweep(policy: ExitPolicy, plain: Sequence[int], layers: int, run: Run) -> tu
 def _bounds(criterion: Criterion) -> Iterator[Bound]:
     if isinstance(criterion, Bound):
         yield criterion
-    elif isinstance(criterion, All | AnyOf):
+    elif isinstance(criterion, Combined):
         for each in criterion.criteria:
             yield from _bounds(each)

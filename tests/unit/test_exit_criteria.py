@@ -15,13 +15,11 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.runtime.early_exit.criteria import (
     MEASURES,
-    All,
-    Always,
-    AnyOf,
     Bound,
+    Combined,
     Criterion,
+    Fixed,
     MaxDepth,
-    Never,
     Patience,
     Threshold,
     Votes,
@@ -130,13 +128,13 @@ simple = (
     | st.builds(Patience, st.integers(1, 9))
     | st.builds(Votes, st.integers(1, 9))
     | st.builds(lambda a, b: MaxDepth(max(a, b), min(a, b)), st.integers(1, 40), st.integers(1, 40))
-    | st.sampled_from([Never(), Always()])
+    | st.builds(Fixed, st.booleans())
 )
 
 
 def groups(inner: st.SearchStrategy[Criterion]) -> st.SearchStrategy[Criterion]:
     several = st.lists(inner, min_size=2, max_size=3).map(tuple)
-    return st.builds(AnyOf, several) | st.builds(All, several)
+    return st.builds(Combined, several, st.sampled_from(["and", "or"]))
 
 
 @examples(300)
@@ -221,15 +219,15 @@ def test_a_bundle_that_lacks_what_the_policy_needs_is_refused(
 )
 def test_options_that_do_not_exist_or_do_not_go_together_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(RequestError):
-        ExitPolicy(Always(), **options)  # type: ignore[arg-type]
+        ExitPolicy(Fixed(always=True), **options)  # type: ignore[arg-type]
 
 
 def test_the_exits_in_use_are_those_asked_for_or_all() -> None:
-    assert ExitPolicy(Always()).exits_in(PLAN) == (4, 8, 12)
-    assert ExitPolicy(Always(), exit_layers=(12, 4)).exits_in(PLAN) == (4, 12)
+    assert ExitPolicy(Fixed(always=True)).exits_in(PLAN) == (4, 8, 12)
+    assert ExitPolicy(Fixed(always=True), exit_layers=(12, 4)).exits_in(PLAN) == (4, 12)
     assert ExitPolicy(parse_criterion("gate >= 0.5")).exits_in(PLAN) == (4, 8, 12)
     with pytest.raises(RequestError, match="this bundle has none"):
-        ExitPolicy(Always()).exits_in(SplitPlan(30, ()))
+        ExitPolicy(Fixed(always=True)).exits_in(SplitPlan(30, ()))
     states = SplitPlan(30, (ExitSpec(4, branch="linear", sees_state=True),))
     with pytest.raises(RequestError, match="state"):
-        ExitPolicy(Always(), prefill_exit=True).exits_in(states)
+        ExitPolicy(Fixed(always=True), prefill_exit=True).exits_in(states)
