@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.kv_map import iterated_groups
 from shortstack.runtime.draft_length import DraftPolicy
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.exit_report.agreement import Agreement, agreement_of
@@ -25,6 +26,7 @@ from shortstack.runtime.generate_options import (
     showing_options,
 )
 from shortstack.runtime.model import Model, Prompt, Strategy, load
+from shortstack.runtime.passes import parse_passes
 from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.show import Shown, print_comparison, print_summary, show_stream
 from shortstack.runtime.stream import Stream
@@ -99,6 +101,11 @@ class Request:
 @sampling_options
 @click.option("--provider", "providers", multiple=True, help="Execution provider: cpu, cuda, or onnxruntime's name.")
 @click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
+@click.option(
+    "--prefill-passes",
+    metavar="N|converged|sequential",
+    help="How often a prompt runs through layers that use K,V of layers above them.  [default: converged]",
+)
 @click.option("--verify", is_flag=True, help="Check the sha256 of every file first.")
 @showing_options
 def generate(
@@ -116,6 +123,7 @@ def generate(
     sampling: SamplingParams,
     providers: tuple[str, ...],
     threads: int | None,
+    prefill_passes: str | None,
     verify: bool,
     showing: Showing,
 ) -> None:
@@ -125,7 +133,19 @@ def generate(
     if "early-exit" in strategies:
         exiting.check()
     draft = drafting.policy(sampling)
-    model = load(bundle, providers=providers or None, threads=threads, upper=exiting.upper, verify_hashes=verify)
+    model = load(
+        bundle,
+        providers=providers or None,
+        threads=threads,
+        upper=exiting.upper,
+        prefill_passes=parse_passes(prefill_passes or "converged"),
+        verify_hashes=verify,
+    )
+    if prefill_passes is not None and not iterated_groups(model.bundle.manifest.spec.kv_map):
+        raise RequestError(
+            "--prefill-passes would have no effect: no layer of this bundle uses keys and values of a layer above it",
+            remedy="leave it out",
+        )
     profile = exiting.load_profile(model)
     policy = exiting.policy(model, exit_layers, profile) if "early-exit" in strategies else None
     if profile is not None and profile.threshold is None:

@@ -24,6 +24,11 @@ does; or position by position, once each."""
 CONVERGED = 4e-6
 
 
+def parse_passes(text: str) -> PrefillPasses:
+    """Return what an option says; errors as in :func:`check_passes`."""
+    return check_passes(int(text) if text.isdecimal() else text)  # type: ignore[arg-type]
+
+
 def check_passes(passes: PrefillPasses) -> PrefillPasses:
     """Return it.
 

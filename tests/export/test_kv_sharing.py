@@ -285,6 +285,17 @@ def test_parity_compares_with_the_twin_where_transformers_has_no_such_model(
     assert run(["parity", str(other), *line[2:]]) != 0
 
 
+def test_generate_takes_passes_where_there_are_any(bundles: KVBundles, capsys: pytest.CaptureFixture[str]) -> None:
+    top, bottom = (bundles.bundle(placement("sandwich", position, LAYERS, PRODUCERS)) for position in ("top", "bottom"))  # type: ignore[arg-type]
+    for passes in ("9", "converged", "sequential"):
+        assert run(["generate", str(top), "the red stone", "-n", "4", "--prefill-passes", passes]) == 0
+    capsys.readouterr()
+    assert run(["generate", str(top), "the red stone", "--prefill-passes", "often"]) == 2
+    assert "'converged', or 'sequential'" in capsys.readouterr().err
+    assert run(["generate", str(bottom), "the red stone", "--prefill-passes", "9"]) == 2
+    assert "would have no effect" in capsys.readouterr().err
+
+
 def test_a_cut_through_a_group_is_refused_by_export(bundles: KVBundles, tmp_path: Path) -> None:
     kv_map = placement("sandwich", "middle", LAYERS, PRODUCERS)
     with pytest.raises(RequestError, match="run together"):
