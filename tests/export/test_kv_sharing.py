@@ -5,6 +5,7 @@ by step; exits leave no hole where nothing above them owns a cache.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,8 @@ from helpers import tolerances
 from helpers.kv_bundles import KVBundles
 from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, recipe
 from shortstack.__main__ import run
+from shortstack.export.assemble import export_bundle
+from shortstack.export.spec import ExportSpec
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.kv_map import complete_from, iterated_groups, parse_kv_map, placement, producers
@@ -30,6 +33,7 @@ LAYERS, PRODUCERS = 6, 3
 PLACEMENTS = list(product(("pizza", "sandwich", "lasagna"), ("bottom", "middle", "top")))
 TOLERANCE = 1e-4
 TEXT = 24
+GEMMA_TYPES = ["sliding_attention", "full_attention"] * 2
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +287,30 @@ def test_parity_compares_with_the_twin_where_transformers_has_no_such_model(
     assert [head["depth"] for head in report["heads"]] == [*exits, 6]
     other = bundles.checkpoint(placement("lasagna", "bottom", 6, 3))
     assert run(["parity", str(other), *line[2:]]) != 0
+
+
+FOREIGN = {
+    "lckv-llama": ((0, 3, 3, 3, 4), {"layer_types": "0_3_3_3_4", "force_nodiag": True, "sliding_window": 4096}),
+    "llama": (  # Gemma 3n's and 4's fields
+        (0, 1, 2, 1, 2),
+        {"num_kv_shared_layers": 2, "sliding_window": 5, "layer_types": ["full_attention", *GEMMA_TYPES]},
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", FOREIGN)
+def test_configs_of_others_become_bundles(bundles: KVBundles, tmp_path: Path, model_type: str) -> None:
+    kv_map, fields = FOREIGN[model_type]
+    changes: dict[str, Any] = {"masks_diagonal": True} if model_type == "lckv-llama" else {"windows": (0, 5, 0, 5, 0)}
+    twin = bundles.twin(kv_map, **changes)
+    folder = Path(shutil.copytree(bundles.checkpoint(kv_map, **changes), tmp_path / "checkpoint"))
+    config = json.loads((folder / "config.json").read_text())
+    ours = ("kv_map", "windows", "masks_diagonal")
+    theirs = {name: value for name, value in config.items() if name not in ours}
+    (folder / "config.json").write_text(json.dumps({**theirs, "model_type": model_type, **fields}))
+    export_bundle(ExportSpec(str(folder), tmp_path / "bundle"))
+    found = teach(load(tmp_path / "bundle"), ids())
+    assert np.abs(found.heads[5] - wanted(twin, ids(), (5,))[5]).max() <= TOLERANCE
 
 
 def test_generate_takes_passes_where_there_are_any(bundles: KVBundles, capsys: pytest.CaptureFixture[str]) -> None:
