@@ -186,7 +186,6 @@ def test_leaving_at_a_complete_exit_changes_no_later_logit(bundles: KVBundles, e
             stream = model.stream(prompt, max_new_tokens=24, ignore_eos=True, strategy="early-exit", exits=policy)
             tokens = list(stream)
             assert {token.pending for token in tokens} == {0}
-            assert stream.stats.settle_s < 0.05
             text = [*prompt, *(token.id for token in tokens)]
             # The caches that early exit left, read by one more full-depth step; and those of a text that never left.
             after = []
