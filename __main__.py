@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("shortstack.runtime.inspect_cli:inspect", "Print what a bundle holds: segments, KV owners, sizes."),
     "doctor": ("shortstack.runtime.doctor_cli:doctor", "Say what this machine has, and whether drafts verify exactly."),
     "calibrate": ("shortstack.runtime.calibration.cli:calibrate", "Find a threshold for early exit with a guarantee."),
-    "generate": ("shortstack.runtime.generate_cli:generate", "Decode a prompt: plainly, self-speculatively or with early exit."),
+    "generate": ("shortstack.runtime.generate_cli:generate", "Decode plainly, self-speculatively or with early exit."),
 }
 
 # top-level module -> the extras that bring it, of which any one is enough.

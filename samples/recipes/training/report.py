@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def write_report(
     history: History,
     before: Mapping[int, DepthQuality],
     after: Mapping[int, DepthQuality],
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write both files.
 
@@ -33,6 +35,7 @@ def write_report(
         history: What happened.
         before: Quality by depth on held-out text before training.
         after: The same afterwards.
+        extra: What only this recipe has to say, by name, as JSON-ready data.
 
     Returns:
         The report.
@@ -45,6 +48,7 @@ def write_report(
         "held_out_before": {str(depth): quality.to_json() for depth, quality in before.items()},
         "held_out_after": {str(depth): quality.to_json() for depth, quality in after.items()},
         "measures": history.measures,
+        **extra,
         "tools": {"shortstack": __version__, "torch": torch.__version__},
     }
     partial = out / ".report.partial"
