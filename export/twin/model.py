@@ -46,7 +46,7 @@ class Passes:
     Attributes:
         without_gradient: Passes that only bring the keys and values near to what they converge to; m in the paper.
         with_gradient: Passes after them, through which gradients flow; b in the paper. With one, no gradient reaches
-            the projections that make the keys and values.
+            the projections of a producer from the layers that look up to it: they read what the pass before made.
     """
 
     without_gradient: int = 7
