@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 from helpers.kv_twins import kv_spec, random_ids, random_twin
+from helpers.recipe_runs import TRAINED_LOGITS, WORDS, KilledError, call, options, write_words
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
@@ -30,15 +30,8 @@ from shortstack.samples.recipes import kv_sharing, new_model
 from shortstack.samples.recipes.training import loop
 from shortstack.samples.recipes.training.kv_convert import share_keys_values
 
-WORDS = ("red", "green", "blue", "stone", "river", "cloud")
-LOGITS = 5e-4
-"""Bundle against twin after training, float32, as in test_stack_recipes."""
 SAME = 1e-5
 """One model computed twice in float32, whose logits are around 1 to 10."""
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,23 +41,7 @@ def quick(one_torch_thread: Callable[[], None]) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task that a tiny model learns in a few steps: say two words again, the second one first."""
-    file = tmp_path_factory.mktemp("data") / "words.jsonl"
-    rows = [{"say": f"{a} {b}", "said": f"[{b} {a}]"} for a in WORDS for b in WORDS]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
-
-
-def call(command: click.Command, *arguments: object) -> dict[str, Any]:
-    result = CliRunner().invoke(command, [str(a) for a in arguments] + ["--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
-
-
-def options(data: Path, steps: int) -> list[object]:
-    templates = ["--prompt", "{say}\\n", "--completion", "{said}"]
-    return ["--data", data, *templates, "--steps", steps, "--batch-size", 8, "--held-out-rows", 6, "--lr", 1e-3]
+    return write_words(tmp_path_factory.mktemp("data"))
 
 
 def weight(twin: Twin, layer: int, part: str, kind: str = "weight") -> torch.Tensor:
@@ -158,7 +135,7 @@ def test_uptraining_lowers_the_loss_and_is_exported(
     ids = np.random.randint(3, BASE.vocab, 20).tolist()
     with torch.no_grad():
         expected = sequential(trained, torch.tensor([ids])).logits[0].numpy()
-    assert np.abs(teach(model, ids).heads[BASE.layers] - expected).max() < LOGITS
+    assert np.abs(teach(model, ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
     plain = model.generate("red stone\n", max_new_tokens=12)
     assert plain.tokens
     assert model.generate("red stone\n", max_new_tokens=12, strategy="self-speculative").tokens == plain.tokens

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from helpers.recipe_runs import TRAINED_LOGITS, WORDS, KilledError, call, options, write_words
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.assemble import export_bundle
@@ -25,14 +25,6 @@ from shortstack.runtime.teach import teach
 from shortstack.samples.recipes import ee_llm, layerskip, new_model
 from shortstack.samples.recipes.training import loop
 
-WORDS = ("red", "green", "blue", "stone", "river", "cloud")
-LOGITS = 5e-4
-"""Bundle against twin after training, float32; tiny models' logits reach 10. Measured: at most 4e-5."""
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
-
 
 @pytest.fixture(autouse=True)
 def quick(one_torch_thread: Callable[[], None]) -> None:
@@ -41,23 +33,7 @@ def quick(one_torch_thread: Callable[[], None]) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task that a tiny model learns in a few steps: say a word again."""
-    file = tmp_path_factory.mktemp("data") / "words.jsonl"
-    rows = [{"say": f"{a} {b}", "said": f"[{b} {a}]"} for a in WORDS for b in WORDS]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
-
-
-def call(command: click.Command, *arguments: object) -> dict[str, Any]:
-    result = CliRunner().invoke(command, [str(a) for a in arguments] + ["--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
-
-
-def options(data: Path, steps: int = 6) -> list[object]:
-    templates = ["--prompt", "{say}\\n", "--completion", "{said}"]
-    return ["--data", data, *templates, "--steps", steps, "--batch-size", 8, "--held-out-rows", 6, "--lr", 1e-3]
+    return write_words(tmp_path_factory.mktemp("data"))
 
 
 def test_layerskip_lowers_the_loss_at_exits_and_on_top(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
@@ -75,7 +51,7 @@ def test_layerskip_lowers_the_loss_at_exits_and_on_top(tiny_bundles: TinyBundles
     ids = np.random.randint(3, BASE.vocab, 20).tolist()
     with torch.no_grad():
         expected = load_twin(str(tmp_path / "run" / "model")).eval()(torch.tensor([ids]))[0].numpy()
-    assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < LOGITS
+    assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
@@ -128,7 +104,7 @@ def test_an_adapter_is_exported_as_it_was_trained(tiny_bundles: TinyBundles, dat
     ids = np.random.randint(3, BASE.vocab, 20).tolist()
     with torch.no_grad():
         expected = merged(torch.tensor([ids]))[0].numpy()
-    assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < LOGITS
+    assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
 
 
 def test_without_exits_it_is_plain_fine_tuning(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
