@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pytest
+import torch
 from click.testing import CliRunner
+
+from shortstack.export.twin.folder import load_twin
+from shortstack.samples.recipes.training import loop
 
 WORDS = ("red", "green", "blue", "stone", "river", "cloud")
 TRAINED_LOGITS = 5e-4
@@ -32,6 +37,27 @@ def call(command: click.Command, *arguments: object) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     report: dict[str, Any] = json.loads(result.stdout)
     return report
+
+
+def assert_resumes(command: click.Command, checkpoint: Path, folder: Path, kill_at: int, *arguments: object) -> None:
+    """A run that is killed right after it saved step ``kill_at`` goes on to the weights of one that was not."""
+    call(command, checkpoint, folder / "whole", *arguments)
+    save = loop.save_state
+
+    def killed(file: Path, step: int, *rest: Any) -> None:
+        save(file, step, *rest)
+        if step == kill_at:
+            raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_state", killed)
+        with pytest.raises(KilledError):
+            call(command, checkpoint, folder / "stopped", *arguments)
+    assert not (folder / "stopped" / "model").exists()
+    call(command, checkpoint, folder / "stopped", *arguments)
+    whole, stopped = (load_twin(str(folder / name / "model")).state_dict() for name in ("whole", "stopped"))
+    for name, value in whole.items():
+        assert torch.equal(value, stopped[name]), name
 
 
 def options(data: Path, steps: int = 6) -> list[object]:

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from helpers.kv_twins import kv_spec, random_ids, random_twin
-from helpers.recipe_runs import TRAINED_LOGITS, WORDS, KilledError, call, options, write_words
+from helpers.recipe_runs import TRAINED_LOGITS, WORDS, assert_resumes, call, options, write_words
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
@@ -27,7 +27,6 @@ from shortstack.graphs.kv_map import parse_kv_map
 from shortstack.runtime import load
 from shortstack.runtime.teach import teach
 from shortstack.samples.recipes import kv_sharing, new_model
-from shortstack.samples.recipes.training import loop
 from shortstack.samples.recipes.training.kv_convert import share_keys_values
 
 SAME = 1e-5
@@ -156,25 +155,8 @@ def test_keys_and_values_of_an_iterated_group_are_trained(
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
-    checkpoint = tiny_bundles.checkpoint(BASE)
-    fixed = ["--kv-map", "lckv:2", "--save-every", 2, *options(data, 4)]
-    call(kv_sharing.main, checkpoint, tmp_path / "whole", *fixed)
-    save = loop.save_state
-
-    def killed_after_the_first(file: Path, step: int, *rest: Any) -> None:
-        save(file, step, *rest)
-        if step == 2:
-            raise KilledError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_state", killed_after_the_first)
-        with pytest.raises(KilledError):
-            call(kv_sharing.main, checkpoint, tmp_path / "stopped", *fixed)
-    assert not (tmp_path / "stopped" / "model").exists()
-    call(kv_sharing.main, checkpoint, tmp_path / "stopped", *fixed)
-    whole, stopped = (load_twin(str(tmp_path / name / "model")).state_dict() for name in ("whole", "stopped"))
-    for name, value in whole.items():
-        assert torch.equal(value, stopped[name]), name
+    arguments = ["--kv-map", "lckv:2", "--save-every", 2, *options(data, 4)]
+    assert_resumes(kv_sharing.main, tiny_bundles.checkpoint(BASE), tmp_path, 2, *arguments)
 
 
 def test_from_scratch_a_random_model_shares(data: Path, tmp_path: Path) -> None:

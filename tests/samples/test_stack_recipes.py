@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from helpers.recipe_runs import TRAINED_LOGITS, WORDS, KilledError, call, options, write_words
+from helpers.recipe_runs import TRAINED_LOGITS, WORDS, assert_resumes, call, options, write_words
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.assemble import export_bundle
@@ -55,26 +54,8 @@ def test_layerskip_lowers_the_loss_at_exits_and_on_top(tiny_bundles: TinyBundles
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
-    checkpoint = tiny_bundles.checkpoint(BASE)
-    fixed = ["--exit-layer", 2, "--p-max", 0.3, "--save-every", 2, *options(data, 6)]
-    call(layerskip.main, checkpoint, tmp_path / "whole", *fixed)
-
-    save = loop.save_state
-
-    def killed_after_the_second(file: Path, step: int, *rest: Any) -> None:
-        save(file, step, *rest)
-        if step == 4:
-            raise KilledError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_state", killed_after_the_second)
-        with pytest.raises(KilledError):
-            call(layerskip.main, checkpoint, tmp_path / "stopped", *fixed)
-    assert not (tmp_path / "stopped" / "model").exists()
-    call(layerskip.main, checkpoint, tmp_path / "stopped", *fixed)
-    whole, stopped = (load_twin(str(tmp_path / name / "model")).state_dict() for name in ("whole", "stopped"))
-    for name, value in whole.items():
-        assert torch.equal(value, stopped[name]), name
+    arguments = ["--exit-layer", 2, "--p-max", 0.3, "--save-every", 2, *options(data, 6)]
+    assert_resumes(layerskip.main, tiny_bundles.checkpoint(BASE), tmp_path, 4, *arguments)
 
 
 def test_other_settings_do_not_continue_a_run(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:

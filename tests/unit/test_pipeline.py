@@ -88,7 +88,7 @@ def test_a_row_that_is_to_be_read_waits_for_the_caller_below_the_next_level(
     enter(levels, ascent, 1)
     ascent.climb(1, 1, 1, False)
     assert (2, 0, 2, 0) not in levels.runs
-    assert levels.heads[1].token[1] == levels.model.exit(levels.caches[1][3]).argmax() or levels.heads[1].token[1] >= 0
+    assert levels.heads[1].token[1] >= 0, "the head did not see the row"
     wait = [run for run in levels.runs if run[0] == 2]
     assert all(end == 1 for _, _, end, _ in wait)
     ascent.leave(1, 1)
