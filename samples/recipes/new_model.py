@@ -29,13 +29,14 @@ from shortstack.samples.recipes.training.data import read_texts
 END = "<|end|>"
 
 
-def new_model(folder: Path, texts: list[str], spec: ModelSpec) -> int:
+def new_model(folder: Path, texts: list[str], spec: ModelSpec, initializer_range: float = 0.02) -> int:
     """Write the folder.
 
     Args:
         folder: Where to.
         texts: What the tokenizer learns from.
         spec: The model; its ``vocab_size`` is what the tokenizer may have at most.
+        initializer_range: Standard deviation of the weights that a recipe will draw; it goes into the config.
 
     Returns:
         How many parameters the model has.
@@ -63,7 +64,8 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec) -> int:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Twin(spec).parameters())
     with staged_folder(folder) as staged:
-        (staged / "config.json").write_text(json.dumps(config_of(spec), indent=2) + "\n", encoding="utf-8")
+        config = config_of(spec) | {"initializer_range": initializer_range}
+        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(str(staged / "tokenizer.json"))
         described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": None}
         (staged / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -84,9 +86,11 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec) -> int:
 @click.option("--heads", type=click.IntRange(1), default=4, show_default=True, help="Query heads.")
 @click.option("--kv-heads", type=click.IntRange(1), default=2, show_default=True, help="Key/value heads.")
 @click.option("--context", type=click.IntRange(16), default=512, show_default=True, help="Longest text in tokens.")
+@click.option("--initializer-range", type=click.FloatRange(0, min_open=True), default=0.02, show_default=True,
+              help="Standard deviation of the weights to be drawn; narrow models learn faster with more.")  # fmt: skip
 def main(
     folder: Path, data: Path, prompt: str, completion: str, vocab: int, layers: int, hidden: int,
-    intermediate: int | None, heads: int, kv_heads: int, context: int,
+    intermediate: int | None, heads: int, kv_heads: int, context: int, initializer_range: float,
 ) -> None:  # fmt: skip
     """Write the tokenizer and the config of a new model to FOLDER."""
     try:
@@ -111,7 +115,7 @@ def main(
             tie_word_embeddings=True,
         )
         texts = read_texts(data, prompt.replace("\\n", "\n"), completion.replace("\\n", "\n"))
-        parameters = new_model(folder, texts, spec)
+        parameters = new_model(folder, texts, spec, initializer_range)
     except ShortstackError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -23,6 +23,7 @@ from shortstack.runtime import load
 from shortstack.runtime.teach import teach
 from shortstack.samples.recipes import ee_llm, layerskip, new_model
 from shortstack.samples.recipes.training import loop
+from shortstack.samples.recipes.training.source import open_source
 
 
 @pytest.fixture(autouse=True)
@@ -102,10 +103,12 @@ def test_from_scratch_starts_with_a_tokenizer_of_its_own(data: Path, tmp_path: P
         "".join(json.dumps({"prompt": f"{a} {b} {i}", "completion": f"{b}{a}{i * i}"}) + "\n" for i in range(40)
                 for a in WORDS for b in WORDS), encoding="utf-8",
     )  # fmt: skip
-    shape = ["--vocab", 320, "--layers", 3, "--hidden", 32, "--heads", 2, "--kv-heads", 1]
+    shape = ["--vocab", 320, "--layers", 3, "--hidden", 32, "--heads", 2, "--kv-heads", 1, "--initializer-range", 0.03]
     result = CliRunner().invoke(new_model.main, [str(a) for a in (tmp_path / "new", "--data", many, *shape)])
     assert result.exit_code == 0, result.output
     assert "320 tokens" in result.output
+    drawn = open_source(str(tmp_path / "new"), from_scratch=True).twin.model.layers[0].mlp.gate_proj.weight
+    assert drawn.std().item() == pytest.approx(0.03, rel=0.1)
     report = call(
         layerskip.main, tmp_path / "new", tmp_path / "run", "--from-scratch", "--data", many, "--exit-layer", 1,
         "--exit-layer", 2, "--steps", 40, "--lr", 3e-3, "--held-out-rows", 20, "--warmup-steps", 2,

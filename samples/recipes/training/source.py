@@ -21,7 +21,7 @@ from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError
 
-_INITIAL_STD = 0.02  # of normal weights, as transformers draws them
+_INITIAL_STD = 0.02  # of normal weights, transformers' default for initializer_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,9 @@ def _fresh(folder: Path) -> tuple[Twin, dict[str, bytes]]:
         raise not_one_of(config.where("model_type"), model_type, ARCHITECTURES)
     twin = Twin(ARCHITECTURES[model_type].read_spec(config))
     twin.passes = read_passes(config)
+    std = config.read(float, "initializer_range", _INITIAL_STD)
+    if std <= 0:
+        raise config.wrong("initializer_range", "a positive number")
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if parameter.ndim == 2:
@@ -105,7 +108,7 @@ def _fresh(folder: Path) -> tuple[Twin, dict[str, bytes]]:
                     if name.endswith(("o_proj.weight", "down_proj.weight"))
                     else 1.0
                 )
-                parameter.normal_(0.0, _INITIAL_STD * deep)
+                parameter.normal_(0.0, std * deep)
             elif name.endswith("bias"):
                 parameter.zero_()
     found = {name: path.read_bytes() for name in TOKENIZER_FILES if (path := member(folder, name)) is not None}
