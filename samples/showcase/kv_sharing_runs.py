@@ -6,17 +6,21 @@
     OUT/data/             train.jsonl: the task's rows and texts to recall; held_out.jsonl: rows of the task;
                           recall.jsonl, copy.jsonl: texts to probe with
     OUT/start/            config and tokenizer
-    OUT/runs/NAME-SEED/   the recipe's report and picture, and its state while it runs
+    OUT/runs/NAME-SEED/   the recipe's report and picture, its state while it runs, and its progress if others ran too
     OUT/models/NAME-SEED/ the trained model in float16
     OUT/quality/NAME-SEED.json
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from shortstack.export.twin.folder import load_twin, save_twin
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import parse_kv_map
 from shortstack.graphs.spec import ModelSpec
+from shortstack.samples.bench.report import progress
 from shortstack.samples.recipes.kv_sharing import KVSharingSpec, train
 from shortstack.samples.recipes.new_model import new_model
 from shortstack.samples.recipes.training.data import Example, read_examples, read_texts
@@ -58,6 +63,7 @@ class RunsSpec:
     kv_heads: int
     vocab: int
     context: int
+    initializer_range: float
     exit_layer: int
     steps: int
     batch_size: int
@@ -117,7 +123,12 @@ def prepare(out: Path, data: Path, spec: RunsSpec) -> None:
             _write_rows(out / "data" / f"{kind}.jsonl", draw_rows(kind, spec.probe_rows, _HELD_OUT_SEED))
         write_json(settings, asdict(spec))
     if not (out / "start").exists():
-        new_model(out / "start", read_texts(out / "data" / "train.jsonl", _PROMPT, _COMPLETION), spec.model())
+        new_model(
+            out / "start",
+            read_texts(out / "data" / "train.jsonl", _PROMPT, _COMPLETION),
+            spec.model(),
+            spec.initializer_range,
+        )
 
 
 def questions(out: Path, count: int) -> list[str]:
@@ -162,6 +173,59 @@ def run(out: Path, spec: RunsSpec, name: str, kv_map: tuple[int, ...], seed: int
     (folder / STATE_FILE).unlink()  # nothing goes on from here, and it is ten times the model
     shutil.rmtree(folder / "model")
     return quality
+
+
+def run_all(
+    out: Path, spec: RunsSpec, seeds: int, device: str, jobs: int, threads: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Train and measure every map with every seed, all maps with one seed before the next seed.
+
+    Args:
+        out: The folder, prepared.
+        spec: What is trained.
+        seeds: How many.
+        device: Where to train.
+        jobs: Models trained at once, each in a process of its own if there are more than one.
+        threads: Threads of each.
+
+    Returns:
+        By map, what the model of each seed is worth.
+    """
+    todo = [(name, kv_map, seed) for seed in range(seeds) for name, kv_map in spec.maps().items()]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in spec.maps()}
+    if jobs == 1:
+        torch.set_num_threads(threads)
+        for name, kv_map, seed in todo:
+            progress(f"{name}, seed {seed}")
+            found[name].append(run(out, spec, name, kv_map, seed, device))
+        return found
+    start, done = time.monotonic(), 0
+    progress(f"{len(todo)} models, {jobs} at once; each one's progress is in {out / 'runs'}")
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(_run_aside, out, spec, *one, device, threads): one for one in todo}
+        try:
+            for future in as_completed(running):
+                future.result()
+                done += 1
+                left = (time.monotonic() - start) / done * (len(todo) - done)
+                name, _, seed = running[future]
+                progress(f"{name}, seed {seed}: {done} of {len(todo)} done, the others take about {left / 60:.0f} min")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # once the models that are being trained are done
+            raise
+        for future, (name, _, _) in running.items():
+            found[name].append(future.result())
+    return found
+
+
+def _run_aside(
+    out: Path, spec: RunsSpec, name: str, kv_map: tuple[int, ...], seed: int, device: str, threads: int
+) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    log = out / "runs" / f"{name}-{seed}" / "progress.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as said, contextlib.redirect_stderr(said):
+        return run(out, spec, name, kv_map, seed, device)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -22,7 +22,6 @@ at one number of layers; maps with fewer K,V layers have fewer parameters, as th
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 from collections.abc import Mapping
@@ -40,17 +39,8 @@ from shortstack.graphs.kv_map import check_boundaries
 from shortstack.samples.bench.report import machine, progress
 from shortstack.samples.command import run_command
 from shortstack.samples.recipes.training.precision import pick_device
-from shortstack.samples.showcase.kv_sharing_runs import PLAIN, RunsSpec, prepare, questions, run, write_json
+from shortstack.samples.showcase.kv_sharing_runs import PLAIN, RunsSpec, prepare, questions, run_all, write_json
 from shortstack.samples.showcase.kv_sharing_speed import SpeedSpec, measure_speed
-
-
-def measure_quality(out: Path, spec: RunsSpec, seeds: int, device: str) -> dict[str, list[dict[str, Any]]]:
-    """Train and measure every map with every seed; all maps with one seed before the next seed."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in spec.maps()}
-    for seed, (name, kv_map) in itertools.product(range(seeds), spec.maps().items()):
-        progress(f"{name}, seed {seed}")
-        found[name].append(run(out, spec, name, kv_map, seed, device))
-    return found
 
 
 def measure_bundles(out: Path, spec: RunsSpec, speed: SpeedSpec, count: int) -> dict[str, dict[str, Any]]:
@@ -134,7 +124,7 @@ def _check(spec: RunsSpec) -> None:
 @click.option("--prompt", default="{utterance}\\n", help="Template of a prompt over a row's fields.")
 @click.option("--completion", default="{parse}", help="Template of what follows; both are learnt.")
 @click.option("--held-out-rows", type=click.IntRange(1), default=300, help="Rows at the end to measure on.")
-@click.option("--recall-rows", type=click.IntRange(0), default=8000, help="Texts to recall among the training text.")
+@click.option("--recall-rows", type=click.IntRange(0), default=24_000, help="Texts to recall among the training text.")
 @click.option("--probe-rows", type=click.IntRange(1), default=500, help="Texts of each kind to probe with.")
 @click.option("--layers", type=click.IntRange(4), default=8, help="Layers.")
 @click.option("--kv-layers", type=click.IntRange(1), default=4, help="Layers with K,V of their own where they share.")
@@ -143,8 +133,11 @@ def _check(spec: RunsSpec) -> None:
 @click.option("--kv-heads", type=click.IntRange(1), default=2, help="Key/value heads.")
 @click.option("--vocab", type=click.IntRange(300), default=1024, help="Tokens.")
 @click.option("--context", type=click.IntRange(16), default=512, help="Longest text in tokens.")
+@click.option(
+    "--initializer-range", type=click.FloatRange(0, min_open=True), default=0.06, help="Of the weights drawn."
+)
 @click.option("--exit-layer", type=click.IntRange(1), default=2, help="The exit that is trained along, and drafts.")
-@click.option("--steps", type=click.IntRange(1), default=800, help="Optimizer steps.")
+@click.option("--steps", type=click.IntRange(1), default=1000, help="Optimizer steps.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Texts in one batch.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=3e-3, help="Peak rate.")
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Runs of each map; may be raised later.")
@@ -153,10 +146,11 @@ def _check(spec: RunsSpec) -> None:
 @click.option("--rounds", type=click.IntRange(1), default=15, help="Interleaved rounds of timing.")
 @click.option("--questions", "count", type=click.IntRange(1), default=60, help="Held-out prompts for drafts.")
 @click.option("--device", default="cpu", help="Where to train: cpu, cuda, ...; the rest is on the CPU.")
-@click.option("--threads", type=click.IntRange(1), default=1, help="Of training and of the bundles.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Of each training and of the bundles.")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Models to train at once.")
 def main(
     out: Path, data: Path, seeds: int, prompt_lengths: tuple[int, ...], decode_tokens: int, rounds: int, count: int,
-    threads: int, device: str, **options: Any,
+    threads: int, jobs: int, device: str, **options: Any,
 ) -> None:  # fmt: skip
     """Compare K,V maps; write table.md and table.json to OUT."""
     for name in ("prompt", "completion"):
@@ -168,9 +162,8 @@ def main(
         raise RequestError(
             "--prompt-length and --decode-tokens", found=max(prompt_lengths) + decode_tokens, expected="below --context"
         )
-    torch.set_num_threads(threads)
     prepare(out, data, spec)
-    quality = measure_quality(out, spec, seeds, pick_device(device))
+    quality = run_all(out, spec, seeds, pick_device(device), jobs, threads)
     measured = measure_bundles(out, spec, speed, count)
     maps = {
         name: {"kv_map": list(kv_map), "quality": quality[name], "speed": measured[name]}

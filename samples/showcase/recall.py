@@ -9,8 +9,10 @@ Two kinds, over words from a fixed list, drawn at random for each text::
 
 What is trained on asks for all keys, in another order (``tin fox, red owl, oak cat``), since one token is little to
 learn from. Nothing but the text itself tells the answer. Of recall, a model that names one of the values it saw, no
-matter which, is right once in 4 to 8 times, and one that names any value once in 32. Perplexity hardly shows what is
-lost here: layers of Hymba that shared K,V did better on the whole and recalled worse (https://arxiv.org/abs/2411.13676).
+matter which, is right once in 4 to 8 times, and one that names any value once in 16. Small models from scratch learn
+it late and all at once: at a width of 128, weights drawn at 0.06 learn in 900 steps what those drawn at 0.02 have not
+begun with. Perplexity hardly shows what is lost here: layers of Hymba that shared K,V did better on the whole and
+recalled worse (https://arxiv.org/abs/2411.13676).
 """
 
 from __future__ import annotations
@@ -26,15 +28,12 @@ from shortstack.export.twin.model import Twin
 from shortstack.samples.recipes.training.data import Example, collate
 
 Kind = Literal["recall", "copy"]
-_KEYS = (
-    "red tin oak big old new hot wet dry raw fat shy sad mad low tall blue gold grey pink green black white brown cold "
-    "warm soft hard dark thin deep flat"
-)
-_VALUES = (
-    "owl fox cat dog hen cow pig ant bee bat rat elk emu ape eel cod bear wolf lion deer duck frog goat hawk lamb mole "
-    "seal swan toad crab moth worm"
-)
-KEYS, VALUES = _KEYS.split(), _VALUES.split()
+KEYS = (
+    "red", "tin", "oak", "big", "old", "new", "hot", "wet", "dry", "raw", "fat", "shy", "sad", "mad", "low", "tall",
+)  # fmt: skip
+VALUES = (
+    "owl", "fox", "cat", "dog", "hen", "cow", "pig", "ant", "bee", "bat", "rat", "elk", "emu", "ape", "eel", "cod",
+)  # fmt: skip
 _PAIRS, _WORDS, _BATCH = (4, 8), (6, 12), 16
 
 

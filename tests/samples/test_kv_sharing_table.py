@@ -86,7 +86,7 @@ def test_one_command_makes_the_table_and_does_not_train_twice(
     # onnxruntime's pool is made once per process, and other tests leave its threads as they are
     monkeypatch.setattr(kv_sharing_speed, "load", lambda folder, threads: load(folder))
     out = tmp_path / "out"
-    make(out, data)
+    make(out, data, "--jobs", 2)
     table = json.loads((out / "table.json").read_text(encoding="utf-8"))
     maps = table["maps"]
     assert list(maps) == ["plain", "pizza-bottom", "lasagna-bottom", "sandwich-middle", "sandwich-top"]
@@ -102,6 +102,8 @@ def test_one_command_makes_the_table_and_does_not_train_twice(
     assert "| sandwich-top |" in text
     assert "sandwich-top `0,3,3,3`" in text
     assert Tokenizer.from_file(str(out / "start" / "tokenizer.json")).get_vocab_size() == 300
+
+    assert (out / "runs" / "plain-0" / "progress.log").is_file()
 
     monkeypatch.setattr(kv_sharing_runs, "train", None)  # would fail if it were called
     make(out, data)
