@@ -44,11 +44,12 @@ PLAIN = "plain"
 _PROMPT, _COMPLETION = "{prompt}", "{completion}"
 _PROBES: tuple[Kind, ...] = ("recall", "copy")
 _HELD_OUT_SEED, _TRAIN_SEED = 1, 0
+_LONGEST_TEXT = 512
 
 
 @dataclass(frozen=True, slots=True)
 class RunsSpec:
-    """What is trained; the fields are those of the command."""
+    """What is trained; the fields are those of the command. Texts are cut at 512 tokens, however long the context."""
 
     data: str
     prompt: str
@@ -135,6 +136,12 @@ def questions(out: Path, count: int) -> list[str]:
     """Return prompts of held-out rows, spread evenly."""
     lines = (out / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(lines[index * len(lines) // count])["ask"] for index in range(min(count, len(lines)))]
+
+
+def task_rows(out: Path, spec: RunsSpec, tokenizer: Any, end: Sequence[int]) -> list[Example]:
+    """Return the task's rows that were trained on, those to recall left out."""
+    rows = _examples(out / "data" / "train.jsonl", tokenizer, end)
+    return rows[: len(rows) - 2 * (spec.recall_rows // 2)]
 
 
 def run(out: Path, spec: RunsSpec, name: str, kv_map: tuple[int, ...], seed: int, device: str) -> dict[str, Any]:
@@ -237,7 +244,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def _examples(file: Path, tokenizer: Any, end: Sequence[int]) -> list[Example]:
-    return read_examples(file, tokenizer, _PROMPT, _COMPLETION, end, 512)
+    return read_examples(file, tokenizer, _PROMPT, _COMPLETION, end, _LONGEST_TEXT)
 
 
 def _write_rows(file: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -31,7 +31,7 @@ class SpeedSpec:
         threads: Threads of onnxruntime.
     """
 
-    prompt_lengths: tuple[int, ...] = (32, 384)
+    prompt_lengths: tuple[int, ...] = (16, 512, 2048)
     decode_tokens: int = 32
     rounds: int = 15
     draft_tokens: int = 4

@@ -16,6 +16,9 @@ OUT/table.json afterwards hold, by map:
     prefill, decode times of the first seed's float32 bundle at short and long prompts
     drafts          self-speculation from the exit against plain decoding, on held-out prompts
 
+and, for maps that are KV-complete at half depth, the same costs of bundles that are cut there, the plain model's among
+them: :mod:`shortstack.samples.showcase.kv_complete_exits`.
+
 Recall takes many more steps to learn than the task does: look at the plain model's before comparing. The comparison is
 at one number of layers; maps with fewer K,V layers have fewer parameters, as the table says.
 """
@@ -39,25 +42,24 @@ from shortstack.graphs.kv_map import check_boundaries
 from shortstack.samples.bench.report import machine, progress
 from shortstack.samples.command import run_command
 from shortstack.samples.recipes.training.precision import pick_device
+from shortstack.samples.showcase.kv_complete_exits import measure_complete_exits
 from shortstack.samples.showcase.kv_sharing_runs import PLAIN, RunsSpec, prepare, questions, run_all, write_json
 from shortstack.samples.showcase.kv_sharing_speed import SpeedSpec, measure_speed
 
 
-def measure_bundles(out: Path, spec: RunsSpec, speed: SpeedSpec, count: int) -> dict[str, dict[str, Any]]:
-    """Export the first seed's models and time them against each other, with ``count`` prompts for drafts."""
+def measure_bundles(
+    out: Path, spec: RunsSpec, speed: SpeedSpec, text: list[int], asked: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Export the first seed's models and time them, prompts cut from ``text`` and drafts for ``asked``."""
     bundles = {name: out / "bundles" / name for name in spec.maps()}
     for name, bundle in bundles.items():
         export_bundle(ExportSpec(str(out / "models" / f"{name}-0"), bundle, (spec.exit_layer,), overwrite=True))
-    progress("speed")
-    tokenizer = Tokenizer.from_file(str(out / "start" / "tokenizer.json"))
-    text = tokenizer.encode("".join(questions(out, spec.held_out_rows))).ids
-    return measure_speed(bundles, text, questions(out, count), speed, PLAIN)
+    return measure_speed(bundles, text, asked, speed, PLAIN)
 
 
 def as_markdown(table: Mapping[str, Any]) -> str:
     """Return the table as two of Markdown: what models are worth, and what they cost."""
     maps: Mapping[str, Any] = table["maps"]
-    lengths = list(maps[PLAIN]["speed"]["prefill"])
     head = ["map", "parameters", "perplexity", "at the exit", "recall", "copy: texts", "copy: tokens", "training"]
     worth = []
     for name, entry in maps.items():
@@ -67,28 +69,42 @@ def as_markdown(table: Mapping[str, Any]) -> str:
         shares = (_mean([100 * q[kind][part] for q in of], "{:.0f}%") for kind, part in probes)
         minutes = _mean([q["training_s"] / 60 for q in of], "{:.1f} min")
         worth.append([name, f"{of[0]['parameters']:,}", *perplexities, *shares, minutes])
-    columns = [f"{kind}, {length} tokens" for kind in ("prefill", "decode after") for length in lengths]
-    costs = []
-    for name, entry in maps.items():
-        speed = entry["speed"]
-        times = [_time(speed[kind][length]) for kind in ("prefill", "decode") for length in lengths]
-        drafts = speed["self_speculation"]
-        costs.append([
-            f"{name} `{','.join(map(str, entry['kv_map']))}`", f"{speed['kv_bytes_per_token']:.0f}", *times,
-            f"{100 * drafts['alpha']:.0f}%", f"{drafts['speed_up']:.2f}x",
-            f"{drafts['same_output']} of {drafts['questions']}",
-        ])  # fmt: skip
+    shown = {name: f"{name} `{','.join(map(str, entry['kv_map']))}`" for name, entry in maps.items()}
+    complete = []
+    for depth, measured in table["complete_exits"].items():
+        agree = ", ".join(f"{100 * of['agreement']:.0f}% ({name})" for name, of in measured.items())
+        complete += [
+            f"Cut after {depth} layers, where the maps below the plain one are KV-complete, with a linear exit fitted "
+            f"in closed form, which agrees with the whole model on {agree} of held-out tokens:\n",
+            _costs({shown[name]: of for name, of in measured.items()}),
+        ]
     machine_facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in table["machine"].items())
     return "\n".join(
         [
             _markdown(head, worth),
-            _markdown(["map", "K,V bytes per token", *columns, "drafts accepted", "speed-up", "same output"], costs),
+            f"Cut after {table['settings']['exit_layer']} layers, at the exit that was trained along:\n",
+            _costs({shown[name]: entry["speed"] for name, entry in maps.items()}),
+            *complete,
             f"{table['seeds']} seeds, mean ± standard deviation. Times: medians in ms (a token, when decoding) of "
             f"{table['speed']['rounds']} interleaved rounds, and how many times the plain model's.\n",
             f"Settings: {', '.join(f'{name} {value!r}' for name, value in table['settings'].items())}.\n",
             f"Machine: {machine_facts}.\n",
         ]
     )
+
+
+def _costs(measured: Mapping[str, Mapping[str, Any]]) -> str:
+    lengths = list(next(iter(measured.values()))["prefill"])
+    columns = [f"{kind}, {length} tokens" for kind in ("prefill", "decode after") for length in lengths]
+    rows = []
+    for name, speed in measured.items():
+        times = [_time(speed[kind][length]) for kind in ("prefill", "decode") for length in lengths]
+        drafts = speed["self_speculation"]
+        rows.append([
+            name, f"{speed['kv_bytes_per_token']:.0f}", *times, f"{100 * drafts['alpha']:.0f}%",
+            f"{drafts['speed_up']:.2f}x", f"{drafts['same_output']} of {drafts['questions']}",
+        ])  # fmt: skip
+    return _markdown(["map", "K,V bytes per token", *columns, "drafts accepted", "speed-up", "same output"], rows)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -132,7 +148,7 @@ def _check(spec: RunsSpec) -> None:
 @click.option("--heads", type=click.IntRange(1), default=4, help="Query heads.")
 @click.option("--kv-heads", type=click.IntRange(1), default=2, help="Key/value heads.")
 @click.option("--vocab", type=click.IntRange(300), default=1024, help="Tokens.")
-@click.option("--context", type=click.IntRange(16), default=512, help="Longest text in tokens.")
+@click.option("--context", type=click.IntRange(16), default=4096, help="Longest text a model takes, in tokens.")
 @click.option(
     "--initializer-range", type=click.FloatRange(0, min_open=True), default=0.06, help="Of the weights drawn."
 )
@@ -141,7 +157,7 @@ def _check(spec: RunsSpec) -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Texts in one batch.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=3e-3, help="Peak rate.")
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Runs of each map; may be raised later.")
-@click.option("--prompt-length", "prompt_lengths", type=click.IntRange(1), multiple=True, default=(32, 384))
+@click.option("--prompt-length", "prompt_lengths", type=click.IntRange(1), multiple=True, default=(16, 512, 2048))
 @click.option("--decode-tokens", type=click.IntRange(1), default=32, help="Decoded after each prompt.")
 @click.option("--rounds", type=click.IntRange(1), default=15, help="Interleaved rounds of timing.")
 @click.option("--questions", "count", type=click.IntRange(1), default=60, help="Held-out prompts for drafts.")
@@ -164,7 +180,12 @@ def main(
         )
     prepare(out, data, spec)
     quality = run_all(out, spec, seeds, pick_device(device), jobs, threads)
-    measured = measure_bundles(out, spec, speed, count)
+    tokenizer = Tokenizer.from_file(str(out / "start" / "tokenizer.json"))
+    text, asked = tokenizer.encode("".join(questions(out, spec.held_out_rows))).ids, questions(out, count)
+    progress("speed")
+    measured = measure_bundles(out, spec, speed, text, asked)
+    progress("speed with KV-complete exits")
+    complete = measure_complete_exits(out, spec, speed, text, asked)
     maps = {
         name: {"kv_map": list(kv_map), "quality": quality[name], "speed": measured[name]}
         for name, kv_map in spec.maps().items()
@@ -174,13 +195,14 @@ def main(
         "seeds": seeds,
         "speed": {name: getattr(speed, name) for name in SpeedSpec.__slots__},
         "maps": maps,
+        "complete_exits": complete,
         "machine": {**machine(), "torch": torch.__version__},
     }
     write_json(out / "table.json", table)
     partial = out / "table.partial"
-    partial.write_text(text := as_markdown(table), encoding="utf-8")
+    partial.write_text(shown := as_markdown(table), encoding="utf-8")
     os.replace(partial, out / "table.md")
-    click.echo(text)
+    click.echo(shown)
 
 
 if __name__ == "__main__":

@@ -98,9 +98,17 @@ def test_one_command_makes_the_table_and_does_not_train_twice(
         assert entry["speed"]["prefill"].keys() == {"6", "12"}
         assert entry["speed"]["self_speculation"]["same_output"] == 1
         assert not list((out / "runs" / f"{name}-0").glob("state.pt"))
+    complete = table["complete_exits"]["2"]  # pizza-bottom 0,1,1,1
+    assert list(complete) == ["plain", "pizza-bottom"]
+    for name, speed in complete.items():
+        assert speed["kv_bytes_per_token"] == maps[name]["speed"]["kv_bytes_per_token"]
+        assert speed["self_speculation"]["same_output"] == 1
+        assert 0 <= speed["agreement"] <= 1
     text = (out / "table.md").read_text(encoding="utf-8")
     assert "| sandwich-top |" in text
     assert "sandwich-top `0,3,3,3`" in text
+    assert text.count("| pizza-bottom `0,1,1,1` |") == 2
+    assert "Cut after 2 layers, where the maps below" in text
     assert Tokenizer.from_file(str(out / "start" / "tokenizer.json")).get_vocab_size() == 300
 
     assert (out / "runs" / "plain-0" / "progress.log").is_file()
