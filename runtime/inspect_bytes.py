@@ -10,6 +10,7 @@ import math
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, head_rows, stored_parts
+from shortstack.graphs.kv_bytes import kv_bytes_per_token
 from shortstack.graphs.layer_parts import layer_parts
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
@@ -44,7 +45,8 @@ def layer_bytes(manifest: Manifest, layer: int) -> int:
         else:
             taken += math.prod(shape) * BYTES_PER_VALUE[manifest.dtype]
     has_scales = manifest.precision.kv_cache == "int8" and owns_kv
-    return taken + (_kv_values(spec) * _KV_SCALE_BYTES if has_scales else 0)
+    # An int8 cache has a scale for each number of a position's key and value.
+    return taken + (kv_bytes_per_token(spec, _KV_SCALE_BYTES, owners=1) if has_scales else 0)
 
 
 def layers_bytes(manifest: Manifest) -> int:
@@ -136,19 +138,14 @@ def other_bytes(manifest: Manifest) -> int:
 def cache_bytes_per_token(manifest: Manifest, layers: int) -> int:
     """Return what one position takes in the K,V caches of this many layers that own one."""
     value_bytes = 1 if manifest.precision.kv_cache == "int8" else BYTES_PER_VALUE[manifest.dtype]
-    return _kv_values(manifest.spec) * value_bytes * layers
+    return kv_bytes_per_token(manifest.spec, value_bytes, layers)
 
 
 def block_cache_bytes_per_token(manifest: Manifest, exit_spec: ExitSpec | None) -> int:
     """Return what one position takes in the cache of an exit's block, always floats; 0 without a block."""
     if exit_spec is None or exit_spec.branch != "block":
         return 0
-    return _kv_values(manifest.spec) * BYTES_PER_VALUE[manifest.dtype]
-
-
-def _kv_values(spec: ModelSpec) -> int:
-    """Return how many numbers are one position's keys and values in one cache."""
-    return 2 * spec.num_key_value_heads * spec.cache_head_dim
+    return kv_bytes_per_token(manifest.spec, BYTES_PER_VALUE[manifest.dtype], owners=1)
 
 
 def _without_exits(manifest: Manifest) -> int:

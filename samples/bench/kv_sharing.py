@@ -32,6 +32,7 @@ from shortstack.export.spec import ExportSpec
 from shortstack.export.twin.folder import save_twin
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.kv_bytes import kv_bytes_per_token
 from shortstack.graphs.kv_map import check_boundaries, is_kv_complete, parse_kv_map
 from shortstack.graphs.manifest import FORMAT_VERSION
 from shortstack.graphs.names import MANIFEST_FILE
@@ -47,6 +48,7 @@ from shortstack.samples.command import run_command
 from shortstack.samples.fetch_model import cache_folder, default_model_path
 
 _PASSES = 9  # LCKV's seven and two
+_CACHE_VALUE_BYTES = 4  # float32
 _INT4 = BlockFormat(4)
 _RECIPE = Recipe("random", "", "rtn", weights=_INT4, head=_INT4, embedding=_INT4)
 
@@ -163,8 +165,7 @@ def bench(
             exits = ()  # this depth is inside an iterated group
         progress(f"{name}: {'cut after ' + str(exit_layer) if exits else 'uncut'}")
         models[name] = load(random_bundle(spec, exits, cache or cache_folder() / "bench"), prefill_passes=_PASSES)
-        owners = len(set(kv_map))
-        facts[name] = bool(exits) and is_kv_complete(kv_map, exit_layer), owners * 2 * kv_heads * 64 * 4
+        facts[name] = bool(exits) and is_kv_complete(kv_map, exit_layer), kv_bytes_per_token(spec, _CACHE_VALUE_BYTES)
     found = time_models(models, lengths, rounds, decoded)
     base = found[maps[0]]
     timed = [
