@@ -7,7 +7,7 @@
             │ LM head   │                    column   height of a block follows its bytes; a layer's width too
             ├───────────┤
      ┌────> │ layer 3   │ ┐
-     │┌───> │ layer 2   │ ┘ segment 1
+     │┌───> │ layer 2   │ ┘ segment 1             an arrow down beside layers: they run in passes
      │      ├ ─ hidden ─┼──────> exit 2      right    exits; width of a head follows its rows
      │└── ▪ │ layer 1   │ ┐
      └─── ▪ │ layer 0   │ ┘ segment 0
@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shortstack.graphs.kv_map import IteratedGroup
 from shortstack.runtime.inspect_bytes import BYTES_PER_VALUE
 from shortstack.runtime.inspect_report import HeadReport, LayerReport, Report, SegmentReport
-from shortstack.runtime.inspect_words import branch_words, layers, quantity, ranges, size
+from shortstack.runtime.inspect_words import branch_words, group_words, layers, quantity, ranges, size
 
 SEGMENT_COLOURS = 6
 
@@ -32,8 +33,10 @@ _WIDTH = 480.0
 _COLUMN_X, _COLUMN_WIDTH = 70.0, 160.0
 _COLUMN_RIGHT = _COLUMN_X + _COLUMN_WIDTH
 _MIDDLE = _COLUMN_X + _COLUMN_WIDTH / 2
-_BRACKET_X = _COLUMN_RIGHT + 22
-_RIGHT_X, _RIGHT_WIDTH = 272.0, 200.0
+_LOOP_X = _COLUMN_RIGHT + 19
+_BRACKET_X = _COLUMN_RIGHT + 31
+_RIGHT_X, _RIGHT_WIDTH = 274.0, 200.0
+_MARK_X, _WINDOW_WIDTH = _COLUMN_X + 7, 84.0
 _CACHE_X, _CACHE_SIZE = _COLUMN_X - 14, 9.0
 _LANE_RIGHT, _LANE_SPACE, _LANE_PITCH = 48.0, 42.0, 8.0
 
@@ -43,6 +46,8 @@ _LAYER_HEIGHTS = (8.0, 24.0)
 _TABLE_HEIGHTS = (34.0, 130.0)  # embedding and LM head
 _CUT_HEIGHT = 30.0
 _NODE_HEIGHT, _LABEL_HEIGHT = 60.0, 38.0  # text in the right lane that must not overlap
+_PASSES_HEIGHT = 14.0  # one more line of it
+_GROUPS_LENGTH = 23  # characters that fit beside the column with "run in passes"
 _END_HEIGHT = 44.0  # arrow and words above and below the column
 
 
@@ -104,10 +109,10 @@ def draw_stack(report: Report) -> Picture:
         for layer in reversed(report.layers[segment.start : segment.end]):
             middles[layer.layer] = _layer(picture, layer, y, pitch, report)
             y += pitch
-        _bracket(picture, segment, top, y)
+        _bracket(picture, report, segment, top, y)
         if segment.index:
             below = report.segments[segment.index - 1]
-            height = _cut_height(segment, below, pitch)
+            height = _cut_height(report, segment, below, pitch)
             _exit(picture, report, below.head, y + height / 2)
             _arrow_up(picture, y, y + height)
             y += height
@@ -116,6 +121,8 @@ def draw_stack(report: Report) -> Picture:
     picture.labels.append(Label(_MIDDLE, y + 14, "input_ids", "middle muted"))
     picture.height = y + 24
     _shared_kv(picture, report, middles)
+    for group in report.iterated_groups:
+        _loop(picture, group, middles)
     return picture
 
 
@@ -128,14 +135,18 @@ def _layer_pitch(report: Report) -> float:
     """Return a height for layers that fills the page and leaves each segment room for its label."""
     low, high = _LAYER_HEIGHTS
     fewest = min(segment.end - segment.start for segment in report.segments)
-    room = _NODE_HEIGHT + _LABEL_HEIGHT - _CUT_HEIGHT if report.exits else _LABEL_HEIGHT
+    room = _label_height(report) + (_NODE_HEIGHT - _CUT_HEIGHT if report.exits else 0)
     count = len(report.layers)
     return min(high, max(low, _STACK_HEIGHT / count, min(room / fewest, _TALLEST_STACK / count)))
 
 
-def _cut_height(above: SegmentReport, below: SegmentReport, pitch: float) -> float:
+def _label_height(report: Report) -> float:
+    return _LABEL_HEIGHT + (_PASSES_HEIGHT if report.iterated_groups else 0)
+
+
+def _cut_height(report: Report, above: SegmentReport, below: SegmentReport, pitch: float) -> float:
     fewest = min(above.end - above.start, below.end - below.start)
-    return max(_CUT_HEIGHT, _NODE_HEIGHT + _LABEL_HEIGHT - fewest * pitch)
+    return max(_CUT_HEIGHT, _NODE_HEIGHT + _label_height(report) - fewest * pitch)
 
 
 def _arrow_up(picture: Picture, top: float, bottom: float) -> float:
@@ -197,6 +208,8 @@ def _layer(picture: Picture, layer: LayerReport, y: float, pitch: float, report:
         f"qkv {quantity(p.qkv)} · o {quantity(p.o)} · mlp {quantity(p.mlp)} · norms {quantity(p.norms)}"
         f"{f' · biases {quantity(p.biases)}' if p.biases else ''}\n{kv}"
     )
+    title += f"\nsees the last {layer.window:,} positions" if layer.window else ""
+    title += "" if layer.sees_itself else "\ncannot see its own position"
     x, parts = _COLUMN_X, (("qkv", p.qkv), ("o", p.o), ("mlp", p.total - p.qkv - p.o))
     for part, count in parts:
         share = width * count / p.total
@@ -210,20 +223,46 @@ def _layer(picture: Picture, layer: LayerReport, y: float, pitch: float, report:
         cache_bytes = of_layers // sum(other.owns_kv for other in report.layers)
         cache_title = f"K,V cache of layer {layer.layer}: {size(cache_bytes)} per token\n{kv}"
         picture.rects.append(Rect(_CACHE_X, middle - side / 2, _CACHE_SIZE, side, "kv", cache_title))
+    narrowest = _COLUMN_WIDTH * min(other.weight_bytes for other in report.layers) / widest
+    _sight(picture, layer, middle, height, _COLUMN_X + max(narrowest - 6, _WINDOW_WIDTH))
     step = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * pitch >= 11)
     if layer.layer % step == 0:
         picture.labels.append(Label(_COLUMN_RIGHT + 5, middle + 3.5, str(layer.layer), "number"))
     return middle
 
 
-def _bracket(picture: Picture, segment: SegmentReport, top: float, bottom: float) -> None:
+def _sight(picture: Picture, layer: LayerReport, y: float, height: float, right: float) -> None:
+    """Mark on a layer what it does not see: a crossed circle for its own position, words for a window, up to right."""
+    if not layer.sees_itself:
+        r = min(4.0, height / 2 - 0.5)
+        circle = f"M{_MARK_X - r:g},{y:g} a{r:g},{r:g} 0 1 0 {2 * r:g},0 a{r:g},{r:g} 0 1 0 {-2 * r:g},0"
+        slash = f"M{_MARK_X - 0.7 * r:g},{y + 0.7 * r:g} l{1.4 * r:g},{-1.4 * r:g}"
+        picture.marks.append(Line(f"{circle} {slash}", "diagonal", f"layer {layer.layer} cannot see its own position"))
+    if layer.window:
+        css = "end mark" if height > 9 else "end mark tiny"
+        picture.labels.append(Label(right, y + 3, f"window {layer.window:,}", css))
+
+
+def _loop(picture: Picture, group: IteratedGroup, middles: dict[int, float]) -> None:
+    """Draw an arrow from the top of an iterated group back to its bottom."""
+    top, bottom = middles[group.end - 1], middles[group.start]
+    d = f"M{_LOOP_X:g},{top:g} h6 V{bottom:g} h-6 m3.5,-3 l-3.5,3 l3.5,3"
+    picture.lines.append(Line(d, "loop", f"{group_words((group,))} run in passes over a prompt"))
+
+
+def _bracket(picture: Picture, report: Report, segment: SegmentReport, top: float, bottom: float) -> None:
     css, middle = segment_css(segment.index), (top + bottom) / 2
     title = f"{segment.file}: {layers(segment.start, segment.end)}, graph {size(segment.graph_bytes)}"
     picture.lines.append(Line(f"M{_BRACKET_X - 3:g},{top + 1:g} h5 V{bottom - 1:g} h-5", f"bracket {css}", title))
     count = segment.end - segment.start
     words = f"{count} layer{'s' * (count != 1)} · {segment.parameter_share:.1%} of parameters"
-    picture.labels.append(Label(_RIGHT_X, middle - 2, segment.file, f"strong {css}"))
-    picture.labels.append(Label(_RIGHT_X, middle + 13, words, "muted small"))
+    groups = [group for group in report.iterated_groups if segment.start <= group.start < segment.end]
+    y = middle - 2 - (_PASSES_HEIGHT / 2 if groups else 0)
+    picture.labels.append(Label(_RIGHT_X, y, segment.file, f"strong {css}"))
+    picture.labels.append(Label(_RIGHT_X, y + 15, words, "muted small"))
+    if groups:
+        which = group_words(groups) if len(group_words(groups)) <= _GROUPS_LENGTH else f"{len(groups)} groups of layers"
+        picture.labels.append(Label(_RIGHT_X, y + 15 + _PASSES_HEIGHT, f"{which} run in passes", "small"))
 
 
 def _exit(picture: Picture, report: Report, head: HeadReport, y: float) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import Port
-from shortstack.graphs.kv_map import borrowed, is_kv_complete, producers
+from shortstack.graphs.kv_map import IteratedGroup, borrowed, consumers, is_kv_complete, iterated_groups, producers
 from shortstack.graphs.manifest import FORMAT_VERSION, Manifest
 from shortstack.graphs.plan import ExitSpec, Segment
 from shortstack.graphs.precision import Precision
@@ -85,6 +85,8 @@ class LayerReport:
         segment: Index of the segment that holds it.
         kv_layer: The layer whose K,V it uses; itself when it owns them.
         consumers: Other layers that use its K,V.
+        window: How many positions it sees, its own included; 0 is all.
+        sees_itself: It sees its own position.
         parameters: Its parameters.
         weight_bytes: What they take in weights.data.
     """
@@ -93,6 +95,8 @@ class LayerReport:
     segment: int
     kv_layer: int
     consumers: tuple[int, ...]
+    window: int
+    sees_itself: bool
     parameters: LayerParameters
     weight_bytes: int
 
@@ -187,6 +191,7 @@ class Report:
         weights: What weights.data holds.
         layers: Bottom to top.
         segments: Bottom to top.
+        iterated_groups: Layers that run in passes over a prompt, bottom to top.
         cache_bytes_per_token: Of all segments.
         files: Name to size in bytes, bundle.json not included.
         total_bytes: Of those files.
@@ -206,6 +211,7 @@ class Report:
     weights: WeightReport
     layers: tuple[LayerReport, ...]
     segments: tuple[SegmentReport, ...]
+    iterated_groups: tuple[IteratedGroup, ...]
     cache_bytes_per_token: int
     files: dict[str, int]
     total_bytes: int
@@ -256,13 +262,16 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
                 layer=layer,
                 segment=segment_of[layer],
                 kv_layer=kv_layer,
-                consumers=tuple(i for i, k in enumerate(spec.kv_map) if k == layer and i != layer),
+                consumers=consumers(spec.kv_map, layer),
+                window=spec.window(layer),
+                sees_itself=spec.sees_itself(layer),
                 parameters=layer_parameters(spec, layer),
                 weight_bytes=layer_bytes(manifest, layer),
             )
             for layer, kv_layer in enumerate(spec.kv_map)
         ),
         segments=segments,
+        iterated_groups=iterated_groups(spec.kv_map),
         cache_bytes_per_token=sum(segment.cache_bytes_per_token for segment in segments),
         files={name: entry.bytes for name, entry in sorted(manifest.files.items())},
         total_bytes=sum(entry.bytes for entry in manifest.files.values()),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shortstack.graphs import names
 from shortstack.graphs.contract import Port
 from shortstack.graphs.exit_parts import exit_matrices
+from shortstack.graphs.kv_map import IteratedGroup
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.inspect_report import HeadReport, Report, SegmentReport
 
@@ -47,7 +48,12 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def layers(start: int, end: int) -> str:
     """Return a run of layers: ``layers 0..7``, ``layer 8``."""
-    return f"layer{'s' * (end - start > 1)} {ranges(range(start, end))}"
+    return layers_of(range(start, end))
+
+
+def layers_of(numbers: Sequence[int]) -> str:
+    """Return layers with runs of them joined: ``layers 0..7, 9``."""
+    return f"layer{'s' * (len(numbers) > 1)} {ranges(numbers)}"
 
 
 def printable(text: str) -> str:
@@ -138,11 +144,38 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("precision", precision_words(report)),
         ("max length", f"{report.max_length:,} tokens"),
         ("cache", f"{size(per_token)} per token, {size(per_token * report.max_length)} at max length"),
+        *attention_facts(report),
         ("source", f"{printable(report.source_name)} (sha256 {short_hash(report.source_sha256)})"),
         ("written by", f"{tools or 'unknown'}; format {report.format_version}"),
         ("hashes", hashes),
         ("on disk", f"{size(report.total_bytes)} in {len(report.files)} files"),
     ]
+
+
+def attention_facts(report: Report) -> list[tuple[str, str]]:
+    """Return label and value of what few models have: layers that run in passes, windows, masked diagonals."""
+    found: list[tuple[str, str]] = []
+    if report.iterated_groups:
+        groups = group_words(report.iterated_groups)
+        found.append(("passes", f"{groups} run in passes over a prompt, in one over a single token"))
+    by_window: dict[int, list[int]] = {}
+    for layer in report.layers:
+        by_window.setdefault(layer.window, []).append(layer.layer)
+    full = by_window.pop(0, [])
+    if by_window:
+        words = [f"the last {window:,} positions in {layers_of(seen)}" for window, seen in by_window.items()]
+        words += [f"all positions in {layers_of(full)}"] if full else []
+        found.append(("windows", "; ".join(words)))
+    blind = [layer.layer for layer in report.layers if not layer.sees_itself]
+    if blind:
+        own = "its" if len(blind) == 1 else "their"
+        found.append(("diagonal", f"masked: {layers_of(blind)} cannot see {own} own position"))
+    return found
+
+
+def group_words(groups: Sequence[IteratedGroup]) -> str:
+    """Return iterated groups, neighbours kept apart: ``layers 0..2, 3..5``."""
+    return f"layers {', '.join(ranges(range(group.start, group.end)) for group in groups)}"
 
 
 @dataclass(frozen=True, slots=True)

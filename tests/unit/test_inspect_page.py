@@ -1,0 +1,66 @@
+"""The page of `shortstack inspect --html`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from helpers.inspect_bundles import MakeBundle, Page, report_of, tiny_spec
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.spec import ModelSpec
+from shortstack.runtime.inspect_cli import inspect
+from shortstack.runtime.inspect_html import render_html, write_html
+
+
+@pytest.mark.parametrize(
+    ("spec", "exits"),
+    [
+        (tiny_spec(2), ()),
+        (tiny_spec(), (ExitSpec(1, 25), ExitSpec(2, 3), ExitSpec(3))),
+        (tiny_spec(12, tied=False, kv_map=(0, 1, 1, 1, 4, 5, 4, 5, 4, 5, 0, 0)), (ExitSpec(6),)),
+        (tiny_spec(6, kv_map=(0, 4, 4, 4, 4, 5)), (ExitSpec(3),)),  # consumers below their producer
+        (tiny_spec(90), (ExitSpec(1), ExitSpec(2, 10))),
+    ],
+    ids=["uncut", "three exits", "shared KV", "shared from above", "deep"],
+)
+def test_the_page_is_well_formed_and_loads_nothing(
+    spec: ModelSpec, exits: tuple[ExitSpec, ...], make_bundle: MakeBundle
+) -> None:
+    html = render_html(report_of(make_bundle(spec, *exits)))
+    page = Page(html)
+    assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
+    assert not {"src", "href", "srcset", "xlink:href"} & {name for name, _ in page.attributes}
+    assert not [marker for marker in ("http:", "https:", "src=", "@import", "//") if marker in html.lower()]
+    assert html.lower().count("url(") == html.count("url(#") == 1  # the hatching of a tied head
+    assert page.tags.count("svg") == 1
+    for exit_spec in exits:
+        assert f"exit after {exit_spec.exit_layer}" in " ".join(page.text)
+
+
+def test_the_page_escapes_a_hostile_source_name(make_bundle: MakeBundle) -> None:
+    hostile = "</title><script>alert('x')</script>\"><img src=x onerror=y>"
+    html = render_html(report_of(make_bundle(tiny_spec(), source=hostile)))
+    page = Page(html)
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert "<script" not in html
+    assert hostile in "".join(page.text)
+
+
+def test_the_page_is_written_whole_or_not_at_all(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = make_bundle(tiny_spec(), ExitSpec(2))
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(inspect, [str(folder), "--html", str(page)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert str(page) in done.stderr
+    assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    with pytest.raises(RequestError, match="cannot be written"):
+        write_html(report_of(folder), tmp_path / "missing" / "page.html")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    with pytest.raises(RequestError, match="cannot be written"):
+        write_html(report_of(folder), taken)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "page.html", "taken"]
