@@ -5,15 +5,23 @@
     python -m shortstack.samples.recipes.kv_sharing CHECKPOINT OUT --data train.jsonl --kv-map pizza-bottom:4
 
 A map is a placement, an alias (``cla:2``, ``lckv:2``, ``yoco``) or a list, see :mod:`shortstack.graphs.kv_map`. Where
-no layer uses K,V of a layer above it, training is that of any model. Where some do (middle and top), their groups run
-in passes, most of them without gradient (https://arxiv.org/abs/2410.14442), and a step takes longer. The loss is
+some layers are to see only the last W positions, give ``--sliding-window W`` too::
+
+    --kv-map yoco --sliding-window 1024         the self-decoder slides: all layers below the one whose K,V are shared
+    --kv-map 0s_1s_2_2 --sliding-window 1024    the marked layers slide, as in LCKV's ``layer_types``
+
+All other layers then see every position, whatever windows CHECKPOINT has; without the option its windows stay.
+
+Where no layer uses K,V of a layer above it, training is that of any model. Where some do (middle and top), their groups
+run in passes, most of them without gradient (https://arxiv.org/abs/2410.14442), and a step takes longer. The loss is
 cross-entropy at the last layer, and at exits if there are any, through the shared final norm and head.
 
 OUT afterwards::
 
     model/          ``shortstack export OUT/model BUNDLE``, with ``--exits OUT/model`` if exits were trained
-    report.json     tokens, time, settings, K,V bytes per token, and the quality of every depth: of the model that it
-                    was (``held_out_before``), as converted (``held_out_converted``), as trained (``held_out_after``)
+    report.json     tokens, time, settings, map and windows, K,V bytes per token, and the quality of every depth: of the
+                    model that it was (``held_out_before``), as converted (``held_out_converted``), as trained
+                    (``held_out_after``)
     training.png
     state.pt        the run itself; the same command goes on where it stopped
 """
@@ -33,12 +41,12 @@ from shortstack.export.twin.exits import ExitNode, save_exits
 from shortstack.export.twin.folder import save_twin
 from shortstack.export.twin.model import Passes, Twin
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.kv_map import check_boundaries, parse_kv_map, producers
+from shortstack.graphs.kv_bytes import kv_bytes_per_token
+from shortstack.graphs.kv_map import check_boundaries
 from shortstack.graphs.plan import ExitSpec
-from shortstack.graphs.spec import ModelSpec
 from shortstack.samples.recipes.training.command import recipe_command
 from shortstack.samples.recipes.training.data import Batches, Example
-from shortstack.samples.recipes.training.kv_convert import KeysValues, share_keys_values
+from shortstack.samples.recipes.training.kv_convert import KeysValues, parse_sharing, share_keys_values
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
 from shortstack.samples.recipes.training.measure import DepthQuality, measure_depths
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast, pick_device
@@ -63,6 +71,7 @@ class KVSharingSpec:
         e_scale: LayerSkip's weight of the exits' losses.
         scale: How its weights fall with depth.
         batch_size: Texts in one batch.
+        windows: How many positions each layer sees, 0 for all; without any, as many as before.
     """
 
     kv_map: tuple[int, ...]
@@ -73,6 +82,7 @@ class KVSharingSpec:
     e_scale: float = 1.0
     scale: Scale = "layerskip"
     batch_size: int = 24
+    windows: tuple[int, ...] = ()
 
     def loss_weights(self) -> dict[int, float]:
         """Return the weight of each depth's loss."""
@@ -91,7 +101,7 @@ def train(
     """Convert and uptrain; arguments and result as those of ``layerskip.train``."""
     torch.manual_seed(loop.seed)
     original = source.twin.to(device).eval()
-    twin = share_keys_values(original, recipe.kv_map, recipe.keys_values)
+    twin = share_keys_values(original, recipe.kv_map, recipe.keys_values, recipe.windows)
     twin.passes = recipe.passes
     last = twin.spec.num_hidden_layers
     use_bf16 = is_bf16_fast(device)
@@ -115,20 +125,20 @@ def train(
         save_exits(made, twin.spec, [ExitNode(twin.spec, ExitSpec(depth)) for depth in recipe.exit_layers])
     extra = {
         "kv_map": list(recipe.kv_map),
-        "kv_bytes_per_token": {"before": kv_bytes_per_token(original.spec), "after": kv_bytes_per_token(twin.spec)},
+        "windows": list(twin.spec.windows),
+        "kv_bytes_per_token": {  # in a float32 bundle; one in float16 takes half
+            "before": kv_bytes_per_token(original.spec, _FLOAT32_BYTES),
+            "after": kv_bytes_per_token(twin.spec, _FLOAT32_BYTES),
+        },
         "held_out_converted": {str(depth): quality.to_json() for depth, quality in converted.items()},
     }
     return write_report(out, "KV sharing", settings, history, before, measure(twin), extra)
 
 
-def kv_bytes_per_token(spec: ModelSpec) -> int:
-    """Return what a float32 bundle's cache takes for one position, in bytes; one in float16 takes half."""
-    owners = len(producers(spec.kv_map, 0, spec.num_hidden_layers))
-    return 2 * owners * spec.num_key_value_heads * spec.cache_head_dim * _FLOAT32_BYTES
-
-
 @recipe_command
 @click.option("--kv-map", required=True, help="pizza-bottom:4, cla:2, lckv:2, yoco, 0,0,2,2, ...: whose K,V.")
+@click.option("--sliding-window", type=click.IntRange(1),
+              help="Positions that sliding layers see: yoco's lower half, or layers marked s (0s_1s_2_2).")  # fmt: skip
 @click.option("--keys-values", type=click.Choice(["mean", "target"]), default="mean", show_default=True,
               help="K,V weights that are shared: the mean of all layers that use them, or those of their own layer. "
               "From scratch always the latter.")  # fmt: skip
@@ -147,7 +157,7 @@ def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     torch.manual_seed(loop.seed)  # from scratch it draws the weights
     source = open_source(common.checkpoint, from_scratch=common.from_scratch, adapter=common.adapter)
     layers = source.twin.spec.num_hidden_layers
-    kv_map = parse_kv_map(options["kv_map"], layers)
+    kv_map, windows = parse_sharing(options["kv_map"], options["sliding_window"], layers)
     given = options["exit_layers"]
     exit_layers = tuple(sorted(set(given)))
     if any(exit_layer >= layers for exit_layer in exit_layers):
@@ -168,9 +178,11 @@ def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
         e_scale=options["e_scale"],
         scale=cast(Scale, options["scale"]),
         batch_size=common.batch_size,
+        windows=windows,
     )
     examples, held_out = common.split(source)
-    settings = common.settings(options | {"kv_map": list(kv_map), "keys_values": recipe.keys_values})
+    chosen = {"kv_map": list(kv_map), "windows": list(windows) or None, "keys_values": recipe.keys_values}
+    settings = common.settings(options | chosen)
     return train(source, examples, held_out, recipe, loop, common.out, pick_device(common.device), settings)
 
 

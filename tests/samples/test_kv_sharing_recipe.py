@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from shortstack.export.twin.folder import load_twin, save_twin
 from shortstack.export.twin.model import Passes, Twin
 from shortstack.export.twin.sequential import sequential
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.kv_map import parse_kv_map
+from shortstack.graphs.kv_map import identity_kv_map, parse_kv_map
 from shortstack.runtime import load
 from shortstack.runtime.teach import teach
 from shortstack.samples.recipes import kv_sharing, new_model
-from shortstack.samples.recipes.training.kv_convert import share_keys_values
+from shortstack.samples.recipes.training.kv_convert import parse_sharing, share_keys_values
 
 SAME = 1e-5
 """One model computed twice in float32, whose logits are around 1 to 10."""
@@ -108,6 +109,60 @@ def test_a_model_that_shares_is_refused(plain: Twin) -> None:
     shared = share_keys_values(plain, (0, 0, 2, 2, 4))
     with pytest.raises(RequestError, match=r"share keys and values already: found kv_map \[0, 0, 2, 2, 4\]"):
         share_keys_values(shared, (0, 1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "window", "kv_map", "windows"),
+    [
+        ("yoco", 7, (0, 1, 2, 3, 3, 3), (7, 7, 7, 0, 0, 0)),
+        ("YOCO ", 1, (0, 1, 2, 3, 3, 3), (1, 1, 1, 0, 0, 0)),
+        ("yoco", None, (0, 1, 2, 3, 3, 3), ()),
+        ("0s_1s_2_2_2s_2", 7, (0, 1, 2, 2, 2, 2), (7, 7, 0, 0, 7, 0)),
+        ("0s,3,3,3s,4,5", 7, (0, 3, 3, 3, 4, 5), (7, 0, 0, 7, 0, 0)),
+        ("0_0_2_2_4_4", None, (0, 0, 2, 2, 4, 4), ()),
+    ],
+)
+def test_maps_come_with_the_windows_that_are_asked_for(
+    text: str, window: int | None, kv_map: tuple[int, ...], windows: tuple[int, ...]
+) -> None:
+    assert parse_sharing(text, window, 6) == (kv_map, windows)
+
+
+def test_windows_change_what_layers_see_and_no_weight(plain: Twin) -> None:
+    ids, same = random_ids(), identity_kv_map(5)
+    slides = share_keys_values(plain, same, windows=(2, 2, 2, 0, 0))
+    assert slides.spec.windows == (2, 2, 2, 0, 0)
+    assert share_keys_values(slides, same).spec.windows == (2, 2, 2, 0, 0)  # kept unless others are asked for
+    for name, value in slides.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+    with torch.no_grad():
+        assert (slides(ids)[:, :2] - plain(ids)[:, :2]).abs().max() < SAME
+        assert (slides(ids)[:, 2:] - plain(ids)[:, 2:]).abs().max() > 100 * SAME
+
+
+@pytest.mark.parametrize("kv_map", ["yoco", "0s_1s_2_2", "0s_2s_2_3s"])
+def test_a_model_with_windows_is_trained_and_exported(
+    tiny_bundles: TinyBundles, data: Path, tmp_path: Path, kv_map: str
+) -> None:
+    run = tmp_path / "run"
+    sliding = ["--kv-map", kv_map, "--sliding-window", 3]
+    report = call(kv_sharing.main, tiny_bundles.checkpoint(BASE), run, *sliding, *options(data, 10))
+    windows = [3, 3, 0, 3] if kv_map.endswith("s") else [3, 3, 0, 0]
+    assert report["windows"] == report["settings"]["windows"] == windows
+    assert report["settings"]["sliding_window"] == 3
+    assert report["held_out_after"]["4"]["perplexity"] < report["held_out_converted"]["4"]["perplexity"]
+    trained = load_twin(str(run / "model")).eval()
+    assert trained.spec.windows == tuple(windows)
+    export_bundle(ExportSpec(str(run / "model"), tmp_path / "bundle"))
+    model = load(tmp_path / "bundle")
+    ids = np.random.randint(3, BASE.vocab, 20).tolist()
+    found = teach(model, ids).heads[BASE.layers]
+    without = Twin(replace(trained.spec, windows=())).eval()
+    without.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        expected, other = (sequential(twin, torch.tensor([ids])).logits[0].numpy() for twin in (trained, without))
+    assert np.abs(found - expected).max() < TRAINED_LOGITS
+    assert np.abs(found - other).max() > 100 * TRAINED_LOGITS
 
 
 @pytest.mark.parametrize("kv_map", ["pizza-bottom:2", "sandwich-top:3"])
@@ -195,6 +250,12 @@ def test_loss_weights_are_those_of_layerskip_or_of_ee_llm() -> None:
         (["--kv-map", "0,0"], "2 entries for 4 layers"),
         (["--kv-map", "pizza-bottom:9"], "expected 1..4"),
         (["--kv-map", "yoco", "--exit-layer", 4], "below the 4 layers"),
+        (["--kv-map", "0s_1s_2_2"], "--sliding-window is missing: found layers marked s"),
+        (["--kv-map", "0s_1s_2", "--sliding-window", 4], "3 entries for 4 layers"),
+        (["--kv-map", "0s_1x_2_2", "--sliding-window", 4], "not a list of layers"),
+        (["--kv-map", "cla:2", "--sliding-window", 4], "--sliding-window 4 applies to no layer of --kv-map cla:2"),
+        (["--kv-map", "0_1_2_2", "--sliding-window", 4], "layers marked s such as 0s_1s_2_2"),
+        (["--kv-map", "yoco", "--sliding-window", 0], "--sliding-window"),
         (["--kv-map", "yoco", "--exit-layer", 2, "--exit-weight", 1, "--exit-weight", 2], "one for each of 1 exits"),
     ],
 )

@@ -85,6 +85,13 @@ def test_sliding_layers_of_a_published_string_are_marked() -> None:
     assert [layer for layer, is_sliding in enumerate(sliding) if not is_sliding] == [0, 6, 12, 18]
 
 
+def test_the_published_yoco_string_slides_below_the_shared_layer() -> None:
+    text = "_".join([*(f"{layer}s" for layer in range(11)), *["11"] * 11])  # with sliding_window 1024
+    kv_map, sliding = parse_layer_types(text, 22)
+    assert kv_map == parse_kv_map("yoco", 22)
+    assert sliding == (True,) * 11 + (False,) * 11
+
+
 @pytest.mark.parametrize("layers", [1, 2, 7, 9, 12])
 def test_degenerate_numbers_of_producers(layers: int) -> None:
     for position in POSITIONS:

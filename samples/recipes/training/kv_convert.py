@@ -7,10 +7,13 @@ Each consumer loses its W_K and W_V (and their biases), and a producer gets, by 
 
 All other weights are copied. Heads of different layers are not aligned and each layer keeps its own norm, so a mean is
 a start and no equivalent; the authors of LCKV found it usually the better one.
+
+Layers may get sliding windows on the way: YOCO's self-decoder, or those that a string in LCKV's style marks.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -18,26 +21,86 @@ import torch
 
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.kv_map import consumers, identity_kv_map, validate_kv_map
+from shortstack.graphs.kv_map import (
+    complete_from,
+    consumers,
+    identity_kv_map,
+    parse_kv_map,
+    parse_layer_types,
+    validate_kv_map,
+)
 
 KeysValues = Literal["mean", "target"]
+_MARKED = re.compile(r"\d+s")
+
+
+def parse_sharing(text: str, window: int | None, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Read what a user asks for: whose K,V each layer uses, and how many positions it sees.
+
+    ::
+
+        yoco          with a window: the layers below the shared producer see so many positions, the others all
+        0s_1s_2_2     LCKV's own strings: those marked s see a window's positions, the others all
+        other maps    as in :func:`shortstack.graphs.kv_map.parse_kv_map`; no windows
+
+    Args:
+        text: The map.
+        window: How many positions a sliding layer sees, its own included; None for no sliding layers.
+        num_layers: L.
+
+    Returns:
+        The map, and the windows by layer; no windows if none was asked for.
+
+    Raises:
+        RequestError: It is no map, marks have no window, or the window no layer.
+    """
+    parts = re.split("[,_ ]+", text.strip())
+    is_marked = any(_MARKED.fullmatch(part) for part in parts)
+    if is_marked:
+        try:
+            kv_map, is_sliding = parse_layer_types("_".join(parts), num_layers)
+        except ValueError as error:
+            raise RequestError(f"K,V map {text!r}: {error}") from None
+    else:
+        kv_map = parse_kv_map(text, num_layers)
+        below = complete_from(kv_map) - 1 if text.strip().lower() == "yoco" else 0
+        is_sliding = tuple(layer < below for layer in range(num_layers))
+    if window is None:
+        if is_marked:
+            raise RequestError(
+                "--sliding-window is missing",
+                found=f"layers marked s in --kv-map {text}",
+                expected="how many positions they see",
+                remedy="add --sliding-window, or leave the marks out",
+            )
+        return kv_map, ()
+    if not any(is_sliding):
+        raise RequestError(
+            f"--sliding-window {window} applies to no layer of --kv-map {text}",
+            expected="yoco with two layers or more, or layers marked s such as 0s_1s_2_2",
+            remedy="mark the layers that are to slide, or leave --sliding-window out",
+        )
+    return kv_map, tuple(window if slides else 0 for slides in is_sliding)
 
 
 @torch.no_grad()
-def share_keys_values(twin: Twin, kv_map: tuple[int, ...], keys_values: KeysValues = "mean") -> Twin:
+def share_keys_values(
+    twin: Twin, kv_map: tuple[int, ...], keys_values: KeysValues = "mean", windows: tuple[int, ...] = ()
+) -> Twin:
     """Return a model with a K,V map, its weights taken from one without.
 
     Args:
         twin: The model, which stays as it is.
         kv_map: Whose K,V each layer is to use.
         keys_values: What a producer's W_K and W_V become.
+        windows: How many positions each layer is to see, 0 for all; without any, as many as before.
 
     Returns:
         A new model on the same device, in evaluation mode, with the passes of the old one.
 
     Raises:
         RequestError: The model shares already: which of its layers own what would be lost.
-        ValueError: The map does not fit the model.
+        ValueError: The map or the windows do not fit the model.
     """
     validate_kv_map(kv_map, twin.spec.num_hidden_layers)
     if twin.spec.kv_map != identity_kv_map(twin.spec.num_hidden_layers):
@@ -48,7 +111,7 @@ def share_keys_values(twin: Twin, kv_map: tuple[int, ...], keys_values: KeysValu
             remedy="start from the checkpoint that it was made of",
         )
     with torch.device("meta"):  # no time spent on random weights
-        shared = Twin(replace(twin.spec, kv_map=kv_map))
+        shared = Twin(replace(twin.spec, kv_map=kv_map, windows=windows or twin.spec.windows))
     shared = shared.to_empty(device=twin.head_weight.device)
     shared.rope_factors = twin.rope_factors
     shared.passes = twin.passes
