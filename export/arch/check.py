@@ -24,7 +24,8 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
     often keeps them, and a model may be a copy of one that did not share yet.
 
     Raises:
-        CheckpointError: A tensor is missing, extra or of another shape; the message lists all of them.
+        CheckpointError: A tensor is missing, extra or of another shape, or a layer's queries do not fit the K,V that it
+            reads; the message lists all of them.
     """
     expected = expected_tensors(arch, spec)
     names = checkpoint.names()
@@ -40,11 +41,14 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
     stored_head_of_tied = spec.tie_word_embeddings and head in extra
     if stored_head_of_tied:
         extra.remove(head)
-    problems = [
-        f"{len(found)} {what} ({_listed(found)})"
-        for what, found in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-        if found
-    ]
+    unfit = _unfit_queries(checkpoint, arch, spec)
+    differences = (
+        ("missing", missing, ", "),
+        ("extra", extra, ", "),
+        ("misshapen", misshapen, ", "),
+        ("with queries that do not fit the shared K,V", unfit, "; "),
+    )
+    problems = [f"{len(found)} {what} ({_listed(found, between)})" for what, found, between in differences if found]
     if head in missing:
         problems.append(f"{head} may be absent only if tie_word_embeddings is true, and it is false")
     if problems:
@@ -63,6 +67,30 @@ def _unread(arch: Architecture, spec: ModelSpec) -> set[str]:
     return {arch.tensor_name(role, layer) for role in roles for layer in shared}
 
 
+def _unfit_queries(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> list[str]:
+    """Say which layers use another one's K,V though their query heads are wider or narrower than its key heads."""
+    unfit = []
+    for layer, producer in enumerate(spec.kv_map):
+        q_name = arch.tensor_name("q_proj.weight", layer)
+        k_rows = _rows(checkpoint, arch.tensor_name("k_proj.weight", producer))
+        q_rows = _rows(checkpoint, q_name)
+        if layer == producer or not q_rows or not k_rows or k_rows % spec.num_key_value_heads:
+            continue  # nothing is shared, or nothing is known: then one of them is missing or misshapen
+        head_dim = k_rows // spec.num_key_value_heads
+        if q_rows != (wanted := spec.num_attention_heads * head_dim):
+            unfit.append(
+                f"layer {layer} reads K,V of layer {producer}, whose heads are {head_dim} wide: {q_name} must have "
+                f"{spec.num_attention_heads} x {head_dim} = {wanted} rows and has {q_rows}"
+            )
+    return unfit
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> int:
+    """Return the rows of a tensor, 0 where there is none."""
+    shape = checkpoint.shape(name) if name in checkpoint.names() else ()
+    return shape[0] if shape else 0
+
+
 def _check_same(checkpoint: Checkpoint, embedding: str, head: str) -> None:
     same = checkpoint.shape(embedding) == checkpoint.shape(head) and np.array_equal(
         checkpoint.tensor(embedding).view(np.uint32), checkpoint.tensor(head).view(np.uint32)
@@ -74,6 +102,6 @@ def _check_same(checkpoint: Checkpoint, embedding: str, head: str) -> None:
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_MAX_LISTED])
+def _listed(names: Sequence[str], between: str) -> str:
+    shown = between.join(names[:_MAX_LISTED])
     return shown if len(names) <= _MAX_LISTED else f"{shown} and {len(names) - _MAX_LISTED} more"

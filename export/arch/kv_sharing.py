@@ -10,6 +10,9 @@ Two ways to say it::
     layer_types: [full_attention,    them that is of their type; a sliding layer sees sliding_window positions
                   sliding_attention, ...]
     sliding_window: 512
+
+Gemma 4 can also give its full_attention layers heads of their own size and number (``global_head_dim``,
+``num_global_key_value_heads``); here all layers have the same ones, and a config in which they differ is refused.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from shortstack.export.checkpoint.config import Config, not_one_of
-from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.kv_map import identity_kv_map, validate_kv_map
+from shortstack.graphs.spec import ModelSpec
 
+_HEADS_OF_FULL_LAYERS = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -37,17 +42,19 @@ class Sharing:
         return {"kv_map": self.kv_map, "windows": self.windows, "masks_diagonal": self.masks_diagonal}
 
 
-def read_sharing(config: Config, layers: int) -> Sharing:
+def read_sharing(config: Config, spec: ModelSpec) -> Sharing:
     """Read the fields above; all are optional.
 
     Args:
         config: The config.
-        layers: ``num_hidden_layers``.
+        spec: What the config says of the rest of the model.
 
     Raises:
         CheckpointError: A field is of another type or length, or at odds with another one.
-        UnsupportedError: A layer is of a type this version cannot export.
+        UnsupportedError: A layer is of a type this version cannot export, or full and sliding layers have other heads.
     """
+    layers = spec.num_hidden_layers
+    _check_heads(config, spec)
     for ours, theirs in (("kv_map", "num_kv_shared_layers"), ("windows", "layer_types")):
         if ours in config and theirs in config:
             raise CheckpointError(f"{config.where(ours)} and {theirs} say the same thing twice", expected="one of them")
@@ -100,6 +107,20 @@ def _read_layer_types(config: Config, layers: int) -> tuple[str, ...]:
         if kind not in (FULL, SLIDING):
             raise not_one_of(config.where(f"layer_types[{layer}]"), kind, (FULL, SLIDING))
     return types
+
+
+def _check_heads(config: Config, spec: ModelSpec) -> None:
+    """Check that full_attention layers have the heads of the others: a map may pair any two layers."""
+    for key, of_all in _HEADS_OF_FULL_LAYERS.items():
+        expected = getattr(spec, of_all)
+        if (found := config.read(int, key, expected)) != expected:
+            raise UnsupportedError(
+                f"{config.where(key)} gives {FULL} layers other key/value heads than the rest",
+                found=found,
+                expected=f"{of_all} = {expected}, or null",
+                remedy="set it to null if the weights of all layers are alike; models in which they are not cannot be "
+                "exported",
+            )
 
 
 def _gemma_kv_map(config: Config, types: tuple[str, ...]) -> tuple[int, ...]:

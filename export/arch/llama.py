@@ -52,7 +52,7 @@ def read_spec(config: Config) -> ModelSpec:
         UnsupportedError: The config asks for something this version cannot export.
     """
     spec = read_stack(config)
-    return replace(spec, **read_sharing(config, spec.num_hidden_layers).fields())
+    return replace(spec, **read_sharing(config, spec).fields())
 
 
 def read_stack(config: Config) -> ModelSpec:

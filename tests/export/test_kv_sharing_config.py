@@ -166,12 +166,22 @@ def test_an_lckv_checkpoint_is_read_like_ours(tmp_path: Path, model_type: str) -
     assert torch.equal(again(ids), twin(ids))
 
 
-def test_gemma_fields_share_with_the_nearest_own_layer_of_the_same_type() -> None:
-    types = ["full_attention" if layer % 5 == 4 else "sliding_attention" for layer in range(35)]
-    spec = spec_of(num_hidden_layers=35, num_kv_shared_layers=15, layer_types=types, sliding_window=512)
-    assert spec.kv_map[:20] == identity_kv_map(20)
-    assert spec.kv_map[20:] == (18, 18, 18, 18, 19) * 3  # Gemma 3n E2B and E4B
-    assert spec.windows == (512, 512, 512, 512, 0) * 7
+@pytest.mark.parametrize(
+    ("layers", "shared", "full_every", "above"),
+    [
+        (35, 15, 5, (18, 18, 18, 18, 19) * 3),  # Gemma 3n E2B and E4B
+        (35, 20, 5, (13, 13, 13, 13, 14) * 4),  # Gemma 4 E2B
+        (42, 18, 6, (22, 22, 22, 22, 22, 23) * 3),  # Gemma 4 E4B
+    ],
+)
+def test_gemma_fields_share_with_the_nearest_own_layer_of_the_same_type(
+    layers: int, shared: int, full_every: int, above: tuple[int, ...]
+) -> None:
+    kinds = ["sliding_attention"] * (full_every - 1) + ["full_attention"]
+    types = kinds * (layers // full_every)
+    spec = spec_of(num_hidden_layers=layers, num_kv_shared_layers=shared, layer_types=types, sliding_window=512)
+    assert spec.kv_map == identity_kv_map(layers - shared) + above
+    assert spec.windows == tuple(512 if kind == "sliding_attention" else 0 for kind in types)
 
 
 def test_gemma_fields_are_optional_one_by_one() -> None:
@@ -182,6 +192,24 @@ def test_gemma_fields_are_optional_one_by_one() -> None:
     both = spec_of(layer_types=types, sliding_window=3, kv_map=[0, 1, 1, 1])
     assert (both.kv_map, both.windows) == ((0, 1, 1, 1), (3, 0, 3, 0))
     assert spec_of(sliding_window=4096).windows == ()  # LlamaForCausalLM has none, whatever its config says
+
+
+HEADS_OF_FULL_LAYERS = {"global_head_dim": ("head_dim", 16), "num_global_key_value_heads": ("num_key_value_heads", 2)}
+
+
+@pytest.mark.parametrize("field", HEADS_OF_FULL_LAYERS)
+def test_full_layers_with_other_heads_are_refused(field: str) -> None:
+    of_all, value = HEADS_OF_FULL_LAYERS[field]
+    gemma = {"num_kv_shared_layers": 2, "num_key_value_heads": 2}
+    for same in (value, None):
+        assert spec_of(**gemma, **{field: same}) == spec_of(**gemma)
+    with pytest.raises(UnsupportedError) as caught:
+        spec_of(**gemma, **{field: 2 * value})
+    found = f"config.json: {field} gives full_attention layers other", f"found {2 * value}"
+    for words in (*found, f"expected {of_all} = {value}, or null", "Set it to null if"):
+        assert words in str(caught.value), str(caught.value)
+    with pytest.raises(CheckpointError, match=f"{field}: found 'all', expected an integer"):
+        spec_of(**gemma, **{field: "all"})
 
 
 KV = "config.json: kv_map"
@@ -297,4 +325,37 @@ def test_a_producer_without_its_projection_is_refused(tmp_path: Path) -> None:
     twin = random_twin(kv_spec(placement("sandwich", "top", 5, 3)))
     source = edited(written(twin, tmp_path / "missing"), lambda t: t.pop("model.layers.3.self_attn.k_proj.weight"))
     with pytest.raises(CheckpointError, match=r"1 missing \(model\.layers\.3\.self_attn\.k_proj\.weight\)"):
+        load_twin(source)
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_queries_wider_than_the_shared_keys_are_refused_by_both_layers(tmp_path: Path, layer: int) -> None:
+    twin = random_twin(kv_spec((0, 3, 3, 3, 0)))  # heads 8 wide
+    query = f"model.layers.{layer}.self_attn.q_proj.weight"
+    source = edited(written(twin, tmp_path / "wide"), lambda t: t.update({query: torch.ones(64, 32)}))
+    with pytest.raises(CheckpointError) as caught:
+        load_twin(source)
+    reads = f"layer {layer} reads K,V of layer {twin.spec.kv_map[layer]}, whose heads are 8 wide"
+    for words in (f"{query} is [64, 32], not [32, 32]", f"{reads}: {query} must have 4 x 8 = 32 rows and has 64"):
+        assert words in str(caught.value), str(caught.value)
+
+
+def test_keys_wider_than_their_users_queries_are_refused_by_user(tmp_path: Path) -> None:
+    twin = random_twin(kv_spec((0, 3, 3, 3, 4)))
+    key = "model.layers.3.self_attn.k_proj.weight"
+    source = edited(written(twin, tmp_path / "wide"), lambda t: t.update({key: torch.ones(32, 32)}))
+    with pytest.raises(CheckpointError) as caught:
+        load_twin(source)
+    for layer in (1, 2):
+        assert f"layer {layer} reads K,V of layer 3, whose heads are 16 wide" in str(caught.value)
+    assert "2 with queries that do not fit the shared K,V" in str(caught.value)
+    assert "must have 4 x 16 = 64 rows and has 32" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 32), (15, 32)])
+def test_keys_of_no_size_are_misshapen_only(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    twin = random_twin(kv_spec((0, 3, 3, 3, 4)))
+    key = "model.layers.3.self_attn.k_proj.weight"
+    source = edited(written(twin, tmp_path / "odd"), lambda t: t.update({key: torch.ones(shape)}))
+    with pytest.raises(CheckpointError, match=r"describes: 1 misshapen \([^;]*k_proj[^;]*\)\. Check"):
         load_twin(source)
