@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shortstack.graphs.errors import RequestError
 
+_SHORT_TEXT = 128  # tokens
 _CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -39,3 +41,14 @@ def is_bf16_fast(device: str) -> bool:
 def autocast(device: str, use_bf16: bool) -> AbstractContextManager[object]:
     """Return a context in which products are in bfloat16, or in float32."""
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16)
+
+
+def short_attention(device: str, seq: int) -> AbstractContextManager[object]:
+    """Return a context in which attention over short texts, in bfloat16 on a CPU, is plain products.
+
+    torch's fused kernel is slow there: 23 ms forward and back against 5 over 32 texts of 36 tokens with 4 heads of 32,
+    42 against 26 over 128 tokens, and faster from 256 on (torch 2.13).
+    """
+    if device == "cpu" and torch.is_autocast_enabled("cpu") and seq <= _SHORT_TEXT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()

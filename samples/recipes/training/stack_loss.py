@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from shortstack.export.twin.model import Twin
 from shortstack.samples.recipes.training.data import Batch
+from shortstack.samples.recipes.training.precision import short_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ def stack_loss(
         The loss in nats per token, and its parts by name.
     """
     last = twin.spec.num_hidden_layers
-    found = twin.boundaries(batch.ids, list(weights))
+    with short_attention(batch.ids.device.type, batch.ids.shape[1]):
+        found = twin.boundaries(batch.ids, list(weights))
     total = torch.zeros((), device=batch.ids.device)
     parts: dict[str, float] = {}
     for depth, weight in weights.items():
