@@ -25,6 +25,7 @@ INT4, INT8 = BlockFormat(4), BlockFormat(8)
 INT4_OFFSETS = BlockFormat(4, has_offsets=True)
 _RESHAPED = re.compile(r"(.*\.codes)\.\d+x\d+")  # the same bytes, named by the shape that an embedding reads them in
 FEW_TOKENS = 1024  # of calibration: a tiny model has seen enough
+PROMPT = list(range(20, 44))
 
 
 def recipe(weights: Format, kv_cache: KVType = "float", **changes: Any) -> Recipe:
