@@ -6,8 +6,8 @@ r"""What sharing keys and values costs and gives: small models from scratch, ali
 
 Trains the plain model and four placements (:mod:`shortstack.graphs.kv_map`) with half of its K,V layers: pizza-bottom,
 lasagna-bottom (CLA), sandwich-middle and sandwich-top (LCKV), each with several seeds, on the same text for as many
-steps. The same command goes on where it stopped; what is trained stays, times are measured anew. OUT/table.md and
-OUT/table.json afterwards hold, by map:
+steps. The same command goes on where it stopped; what is trained stays, times are measured anew. OUT/table.md,
+OUT/table.png and OUT/table.json afterwards hold, by map:
 
     perplexity      on held-out rows, of all tokens, mean and standard deviation over seeds; and of the exit
     recall, copy    part of the texts, and of the tokens, completed right: :mod:`shortstack.samples.showcase.recall`,
@@ -43,6 +43,7 @@ from shortstack.samples.bench.report import machine, progress
 from shortstack.samples.command import run_command
 from shortstack.samples.recipes.training.precision import pick_device
 from shortstack.samples.showcase.kv_complete_exits import measure_complete_exits
+from shortstack.samples.showcase.kv_sharing_plot import draw_table
 from shortstack.samples.showcase.kv_sharing_runs import PLAIN, RunsSpec, prepare, questions, run_all, write_json
 from shortstack.samples.showcase.kv_sharing_speed import SpeedSpec, measure_speed
 
@@ -168,7 +169,7 @@ def main(
     out: Path, data: Path, seeds: int, prompt_lengths: tuple[int, ...], decode_tokens: int, rounds: int, count: int,
     threads: int, jobs: int, device: str, **options: Any,
 ) -> None:  # fmt: skip
-    """Compare K,V maps; write table.md and table.json to OUT."""
+    """Compare K,V maps; write table.md, table.png and table.json to OUT."""
     for name in ("prompt", "completion"):
         options[name] = options[name].replace("\\n", "\n")
     spec = RunsSpec(data=data.name, **options)
@@ -202,6 +203,7 @@ def main(
     partial = out / "table.partial"
     partial.write_text(shown := as_markdown(table), encoding="utf-8")
     os.replace(partial, out / "table.md")
+    draw_table(table, out / "table.png")
     click.echo(shown)
 
 

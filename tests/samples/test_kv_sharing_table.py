@@ -109,6 +109,7 @@ def test_one_command_makes_the_table_and_does_not_train_twice(
     assert "sandwich-top `0,3,3,3`" in text
     assert text.count("| pizza-bottom `0,1,1,1` |") == 2
     assert "Cut after 2 layers, where the maps below" in text
+    assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
     assert Tokenizer.from_file(str(out / "start" / "tokenizer.json")).get_vocab_size() == 300
 
     assert (out / "runs" / "plain-0" / "progress.log").is_file()
