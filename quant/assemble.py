@@ -25,6 +25,7 @@ from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.precision import SPARE_ROWS, Precision
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.progress import Stage, progress_stages
+from shortstack.quant.kv_scales import measure_kv_scales
 from shortstack.quant.layers import Weight
 from shortstack.quant.method import find_method
 from shortstack.quant.quality import Quality, write_quality
@@ -57,17 +58,23 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
     method = find_method(request.recipe.method)
     manifest = source.bundle.manifest
     dtype = request.dtype or manifest.dtype
-    is_calibrated = method.uses_text or request.recipe.kv_cache == "int8" or request.max_kl is not None
-    _check_walkable(source.spec, is_calibrated)
-    texts = _read_texts(source.bundle, request, is_calibrated)
+    is_int8_cache = request.recipe.kv_cache == "int8"
+    is_weighed = method.uses_text or request.max_kl is not None
+    is_walkable = _check_walkable(source.spec, is_weighed)
+    texts = _read_texts(source.bundle, request, is_weighed or is_int8_cache)
     with progress_stages() as stage:
         assignment = assign(request.recipe, source.spec, manifest.plan)
         if request.max_kl is not None:
             assert texts.calibration is not None
             assignment = search(source, method, assignment, texts.calibration, request.max_kl, stage)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
-            walk = Walk(source, assignment, method, texts.calibration, request.recipe.kv_cache == "int8")
-            errors = _write(walk, dtype, folder, request, stage)
+            scales: Mapping[str, np.ndarray] = {}
+            if is_int8_cache and not is_walkable:
+                assert texts.calibration is not None
+                advance = stage("Running the float model", len(texts.calibration))
+                scales = measure_kv_scales(source.bundle, texts.calibration, advance)
+            walk = Walk(source, assignment, method, texts.calibration if is_walkable else None, is_int8_cache)
+            errors = _write(walk, scales, dtype, folder, request, stage)
             result = open_bundle(folder)
             quality = None
             if request.with_report:
@@ -80,16 +87,17 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
     return open_bundle(request.out), quality
 
 
-def _check_walkable(spec: ModelSpec, is_calibrated: bool) -> None:
-    """Refuse to calibrate a model whose layers cannot be run one by one."""
+def _check_walkable(spec: ModelSpec, is_weighed: bool) -> bool:
+    """Return whether the layers of a model can be run one by one; refuse to weigh weights by text where they cannot."""
     blind = [layer for layer in range(spec.num_hidden_layers) if not spec.sees_itself(layer)]
-    if is_calibrated and blind:
+    if is_weighed and blind:
         raise UnsupportedError(
             f"calibration runs layer after layer, and layers {blind} use keys and values that are not there yet",
             found=f"kv_map {list(spec.kv_map)}",
-            expected="a method that looks at weights only, and a cache of floats",
-            remedy="add --method rtn (or hqq) --kv-cache float, without --max-kl",
+            expected="a method that looks at weights only",
+            remedy="add --method rtn (or hqq), without --max-kl",
         )
+    return not blind
 
 
 def _read_texts(bundle: Bundle, request: QuantizeSpec, is_calibrated: bool) -> Texts:
@@ -107,8 +115,10 @@ def _read_texts(bundle: Bundle, request: QuantizeSpec, is_calibrated: bool) -> T
     return Texts(calibration, heldout, prompts)
 
 
-def _write(walk: Walk, dtype: DType, folder: Path, request: QuantizeSpec, stage: Stage) -> Mapping[str, float]:
-    """Write all files of the bundle; return the error of each rounded matrix."""
+def _write(
+    walk: Walk, kv_scales: Mapping[str, np.ndarray], dtype: DType, folder: Path, request: QuantizeSpec, stage: Stage
+) -> Mapping[str, float]:
+    """Write all files of the bundle; return the error of each rounded matrix. The walk may find further scales."""
     source = walk.source
     manifest, spec = source.bundle.manifest, source.spec
     plan, kv_cache = manifest.plan, request.recipe.kv_cache
@@ -118,6 +128,8 @@ def _write(walk: Walk, dtype: DType, folder: Path, request: QuantizeSpec, stage:
         for rounded in walk.layers():
             _store(rounded, dtype, store, errors)
             advance(1)
+        for name, scale in kv_scales.items():
+            store.add(name, scale)
         known: dict[str, str] = {}
         for rounded in walk.heads():
             _store(rounded, dtype, store, errors, known)

@@ -111,7 +111,7 @@ def judge(
     for block_format in precision.weights.values():
         formats[str(block_format)] = formats.get(str(block_format), 0) + 1
     if precision.kv_cache != "float":
-        formats[f"{precision.kv_cache} KV cache"] = source.manifest.spec.num_hidden_layers
+        formats[f"{precision.kv_cache} KV cache"] = len(set(source.manifest.spec.kv_map))
     kl = np.concatenate(tally.kl)
     sides = [
         Side(

@@ -17,6 +17,7 @@ from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, stored_parts
 from shortstack.graphs.kv_map import producers
 from shortstack.graphs.spec import ModelSpec
+from shortstack.quant.kv_scales import kv_scale
 from shortstack.quant.layers import LayerGraph, Lent, Taps, Weight
 from shortstack.quant.method import Method
 from shortstack.quant.methods import METHODS
@@ -27,8 +28,6 @@ from shortstack.quant.recipe import Assignment, Format
 from shortstack.quant.source import Source
 
 Floats = npt.NDArray[np.float32]
-# int8 codes of a cache reach 127 at this multiple of what calibration saw: later text may go a little beyond.
-KV_HEADROOM = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +144,7 @@ class Walk:
             watching = watch if self.kv_scales else None
             self.hidden = LayerGraph(spec, layer, passed_on).run(self.hidden, watching, self._lent)
             if self.kv_scales and layer in producers(spec.kv_map, layer, layer + 1):
-                for part, peak in largest.items():
-                    scale = np.maximum(peak.reshape(-1) * np.float32(KV_HEADROOM / 127), np.float32(1e-8))
-                    tensors[names.kv_scale(layer, part)] = scale.astype(np.float32)
+                tensors |= {names.kv_scale(layer, part): kv_scale(peak) for part, peak in largest.items()}
         for name in (names.ROPE_COS, names.ROPE_SIN):
             del tensors[name]
         return Rounded(tensors, rounded.errors)

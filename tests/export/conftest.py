@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.bad_input import MAX_LENGTH, Refused
+from helpers.kv_bundles import KVBundles
 from helpers.quantized import QuantizedBundles
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack.__main__ import run
@@ -43,6 +44,11 @@ def checkpoint(tiny_bundles: TinyBundles, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> QuantizedBundles:
     return QuantizedBundles(tmp_path_factory.mktemp("quantized"))
+
+
+@pytest.fixture(scope="session")
+def kv_bundles(tmp_path_factory: pytest.TempPathFactory) -> KVBundles:
+    return KVBundles(tmp_path_factory.mktemp("kv"))
 
 
 @pytest.fixture(scope="module")
