@@ -154,9 +154,9 @@ def _check(spec: RunsSpec) -> None:
     "--initializer-range", type=click.FloatRange(0, min_open=True), default=0.06, help="Of the weights drawn."
 )
 @click.option("--exit-layer", type=click.IntRange(1), default=2, help="The exit that is trained along, and drafts.")
-@click.option("--steps", type=click.IntRange(1), default=1500, help="Optimizer steps.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, help="Texts in one batch.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=3e-3, help="Peak rate.")
+@click.option("--steps", type=click.IntRange(1), default=3000, help="Optimizer steps.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Texts in one batch.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1.5e-3, help="Peak rate.")
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Runs of each map; may be raised later.")
 @click.option("--prompt-length", "prompt_lengths", type=click.IntRange(1), multiple=True, default=(16, 512, 2048))
 @click.option("--decode-tokens", type=click.IntRange(1), default=32, help="Decoded after each prompt.")
