@@ -33,13 +33,19 @@ def draw_table(table: Mapping[str, Any], file: Path) -> None:
         values = {name: [100 * one[kind][part] for one in entry["quality"]] for name, entry in maps.items()}
         _seeds(probes, values, offset, 0.38, f"{kind}: {part}")
     probes.set_title("completed right, %")
-    probes.set_ylim(0, 100)
-    probes.legend(frameon=False)
+    probes.set_ylim(0, 115)  # room for the legend
+    probes.legend(frameon=False, ncols=2, loc="upper center")
     plain = next(iter(maps))
     for index, (name, entry) in enumerate(maps.items()):
         times = entry["speed"]["prefill"]
         points = [(int(length), of["times_reference"]) for length, of in times.items()]
         prefill.plot(*zip(*points, strict=True), marker="o", color=f"C{index}", label=name)
+    for depth, measured in table["complete_exits"].items():
+        for name in measured.keys() - {plain}:
+            points = [(int(length), of["times_reference"]) for length, of in measured[name]["prefill"].items()]
+            color = f"C{list(maps).index(name)}"
+            label = f"{name}, cut after {depth}: KV-complete"
+            prefill.plot(*zip(*points, strict=True), "--", marker="o", color=color, label=label)
     prefill.set_xscale("log", base=2)
     prefill.set_yscale("log", base=2)
     lengths = [int(length) for length in maps[plain]["speed"]["prefill"]]
@@ -50,14 +56,14 @@ def draw_table(table: Mapping[str, Any], file: Path) -> None:
     prefill.set_xlabel("tokens of the prompt")
     prefill.set_title(f"time to the first token, times that of {plain}")
     prefill.grid(alpha=0.3)
-    prefill.legend(frameon=False)
+    prefill.legend(frameon=False, fontsize=8)
     speculation = {name: entry["speed"]["self_speculation"] for name, entry in maps.items()}
     _bars(drafts, {name: of["speed_up"] for name, of in speculation.items()})
     drafts.axhline(1, color="0.4", linewidth=0.8)
-    drafts.set_title(f"self-speculation from layer {table['settings']['exit_layer']} over plain decoding")
+    drafts.set_title(f"self-speculation from layer {table['settings']['exit_layer']}: speed-up, drafts accepted")
     for place, of in enumerate(speculation.values()):
-        drafts.annotate(f"{100 * of['alpha']:.0f}% accepted", (place, 0), (0, 6), textcoords="offset points",
-                        ha="center", fontsize=8, color="white")  # fmt: skip
+        drafts.annotate(f"{100 * of['alpha']:.0f}%", (place, 0), (0, 6), textcoords="offset points",
+                        ha="center", color="white")  # fmt: skip
     bytes_per_token = [f"{name}\n{entry['speed']['kv_bytes_per_token']:.0f} bytes" for name, entry in maps.items()]
     for axes in (worth, probes, drafts):
         axes.set_xticks(range(len(maps)), bytes_per_token, fontsize=8)
