@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.adapters import lora
 from helpers.bad_input import MAX_LENGTH, Refused
 from helpers.kv_bundles import KVBundles
 from helpers.quantized import QuantizedBundles
@@ -65,3 +66,15 @@ def bundle(sound: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(sound: Path) -> Model:
     return load(sound)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_bundles: TinyBundles) -> Path:
+    """A checkpoint to adapt."""
+    return tiny_bundles.checkpoint(BASE)
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """A sound adapter of every linear layer, to damage."""
+    return lora(tmp_path / "adapter", base)

@@ -47,17 +47,6 @@ def merged_by_peft(checkpoint: Path, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
-@pytest.fixture(scope="module")
-def base(tiny_bundles: TinyBundles) -> Path:
-    return tiny_bundles.checkpoint(BASE)
-
-
-@pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    """A sound adapter of every linear layer, to damage."""
-    return lora(tmp_path / "adapter", base)
-
-
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "few modules": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},

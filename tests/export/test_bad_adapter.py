@@ -23,17 +23,6 @@ from shortstack.graphs.errors import CheckpointError, UnsupportedError
 TIED = replace(BASE, name="adapter-tied", layers=2, is_tied=True)
 
 
-@pytest.fixture(scope="module")
-def base(tiny_bundles: TinyBundles) -> Path:
-    return tiny_bundles.checkpoint(BASE)
-
-
-@pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    """A sound adapter of every linear layer, to damage."""
-    return lora(tmp_path / "adapter", base)
-
-
 def nonsense(value: float) -> Callable[[dict[str, np.ndarray]], object]:
     def edit(tensors: dict[str, np.ndarray]) -> None:
         tensors[A][1, 2] = value

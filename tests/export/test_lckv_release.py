@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from helpers.lckv import TINYLLAMA_LCKV_W10
 from helpers.tiny_models import write_tokenizer
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
@@ -33,36 +34,20 @@ TOLERANCE = 1e-4
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 6, 64, 88, 4, 2, 131
 HEAD_DIM = HIDDEN // HEADS
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["LCKVLlamaForCausalLM"],
-    "attention_bias": False,
+CONFIG: dict[str, Any] = TINYLLAMA_LCKV_W10 | {
     "attention_dropout": 0.0,
-    "backward_passes": 2,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "force_nodiag": True,
-    "forward_passes": 7,
     "head_dim": HEAD_DIM,
-    "hidden_act": "silu",
     "hidden_size": HIDDEN,
     "initializer_range": 0.02,
     "intermediate_size": INNER,
-    "max_position_embeddings": 2048,
-    "mlp_bias": False,
-    "model_type": "lckv-llama",
     "num_attention_heads": HEADS,
     "num_hidden_layers": LAYERS,
     "num_key_value_heads": KV_HEADS,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "sliding_window": 4096,
-    "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "transformers_version": "4.45.2",
     "use_cache": True,
-    "use_sequential": False,
     "vocab_size": VOCAB,
 }
 
