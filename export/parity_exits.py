@@ -24,7 +24,7 @@ from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
-from shortstack.runtime.draft_vocab import read_draft_vocab
+from shortstack.runtime.engine.draft_vocab import read_draft_vocab
 from shortstack.runtime.model import Model
 from shortstack.runtime.teach import Array
 

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from shortstack.runtime.draft_length import DraftPolicy
     from shortstack.runtime.early_exit.expression import parse_criterion
     from shortstack.runtime.early_exit.policy import ExitPolicy
+    from shortstack.runtime.engine.session import Placement
     from shortstack.runtime.model import Model, Result, load
     from shortstack.runtime.sampling import SamplingParams
-    from shortstack.runtime.session import Placement
 
 __all__ = ["DraftPolicy", "ExitPolicy", "Model", "Placement", "Result", "SamplingParams", "load", "parse_criterion"]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shortstack.runtime.decoder import Head
+from shortstack.runtime.engine.decoder import Head
 from shortstack.runtime.sampling import Distribution, SamplingParams, accept, distribution, residual
 
 

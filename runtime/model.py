@@ -19,7 +19,6 @@ from typing import Literal, get_args
 
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.cache import KVCache
 from shortstack.runtime.choice import Choice, make_choice
 from shortstack.runtime.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.early_exit.adaptive import Adaptive, AdaptiveThreshold
@@ -29,13 +28,14 @@ from shortstack.runtime.early_exit.loop import EarlyExit, Observer
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.pipeline import PipelineAscent
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.passes import PrefillPasses, check_passes
+from shortstack.runtime.engine.cache import KVCache
+from shortstack.runtime.engine.passes import PrefillPasses, check_passes
+from shortstack.runtime.engine.session import Placement, open_sessions
+from shortstack.runtime.engine.stack import Stack
 from shortstack.runtime.plain import plain
 from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.session import Placement, open_sessions
 from shortstack.runtime.speculative import speculative
-from shortstack.runtime.stack import Stack
 from shortstack.runtime.step import Stats, Step
 from shortstack.runtime.stop import StopStrings
 from shortstack.runtime.stream import FinishReason, Stream

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from shortstack.runtime.choice import Choice
-from shortstack.runtime.decoder import Decoder
+from shortstack.runtime.engine.decoder import Decoder
 from shortstack.runtime.sequence import TokenSequence
 from shortstack.runtime.step import Stats, Step
 

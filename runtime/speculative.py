@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterator
 
 from shortstack.runtime.choice import Choice, Verdict
-from shortstack.runtime.decoder import Decoder
 from shortstack.runtime.draft_length import DraftLength
+from shortstack.runtime.engine.decoder import Decoder
 from shortstack.runtime.plain import full_step, prefill
 from shortstack.runtime.sequence import TokenSequence
 from shortstack.runtime.step import Stats, Step

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from shortstack.graphs import names
 from shortstack.graphs.kv_map import borrowed, iterated_producers
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime.cache import KVCache
+from shortstack.runtime.engine.binding import Plan, Tensor
+from shortstack.runtime.engine.cache import KVCache
+from shortstack.runtime.engine.passes import run_passes
 from shortstack.runtime.model import Model
-from shortstack.runtime.passes import run_passes
-from shortstack.runtime.plan import Plan, Tensor
 
 Array = npt.NDArray[np.float32]
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from shortstack.runtime.decoder import LeveledDecoder
 from shortstack.runtime.early_exit.pending import PendingCap
+from shortstack.runtime.engine.decoder import LeveledDecoder
 from shortstack.runtime.step import Stats
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortstack.runtime.decoder import LeveledDecoder
+from shortstack.runtime.engine.decoder import LeveledDecoder
 
 
 @dataclass(frozen=True, slots=True)

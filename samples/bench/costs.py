@@ -8,7 +8,7 @@ from typing import Any
 
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime import Model
-from shortstack.runtime.stack import Stack
+from shortstack.runtime.engine.stack import Stack
 
 
 def measure_costs(model: Model, prompt: Sequence[int], rows: Sequence[int], repeats: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from helpers.kv_cases import PIZZA, early, ids
 from shortstack.graphs import names
 from shortstack.graphs.kv_map import complete_from, placement, producers
 from shortstack.runtime import ExitPolicy, Model, load, parse_criterion
-from shortstack.runtime.stack import PREFILL_ROWS
+from shortstack.runtime.engine.stack import PREFILL_ROWS
 from shortstack.runtime.teach import teach
 
 TOKENS = 24

@@ -18,7 +18,7 @@ from shortstack.export.twin.sequential import sequential
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import placement, producers
 from shortstack.runtime import Model, load
-from shortstack.runtime.plan import Plan
+from shortstack.runtime.engine.binding import Plan
 
 LENGTH = 12
 TOP = placement("sandwich", "top", 6, 3)

@@ -12,7 +12,7 @@ from helpers.kv_bundles import KVBundles
 from helpers.kv_cases import NINE, TOLERANCE, cases, early, exits_of, ids, wanted
 from shortstack.graphs.kv_map import complete_from
 from shortstack.runtime import DraftPolicy, ExitPolicy, load, parse_criterion
-from shortstack.runtime.stack import Stack
+from shortstack.runtime.engine.stack import Stack
 
 PROMPT, ROWS = 9, 4
 

@@ -24,7 +24,7 @@ from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.kv_map import identity_kv_map, iterated_groups, placement
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.runtime import ExitPolicy, load, parse_criterion
-from shortstack.runtime.stack import PREFILL_ROWS
+from shortstack.runtime.engine.stack import PREFILL_ROWS
 from shortstack.runtime.teach import teach
 
 GEMMA_TYPES = ["sliding_attention", "full_attention"] * 2

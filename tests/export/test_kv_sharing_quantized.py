@@ -29,8 +29,8 @@ from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.quant.texts import CALIBRATION_TEXT, open_tokenizer, read_rows
 from shortstack.runtime import DraftPolicy, ExitPolicy, Model, load, parse_criterion
-from shortstack.runtime import stack as stacks
-from shortstack.runtime.passes import run_passes
+from shortstack.runtime.engine import stack as stacks
+from shortstack.runtime.engine.passes import run_passes
 from shortstack.runtime.teach import teach
 
 LAYERS = 6

@@ -15,8 +15,8 @@ import pytest
 from helpers import tolerances
 from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.runtime import DraftPolicy, Model, Result, SamplingParams, load
-from shortstack.runtime.cache import CHUNK_POSITIONS
-from shortstack.runtime.stack import PREFILL_ROWS
+from shortstack.runtime.engine.cache import CHUNK_POSITIONS
+from shortstack.runtime.engine.stack import PREFILL_ROWS
 from shortstack.runtime.teach import teach
 
 EXITS = (1, 3, 4)

@@ -27,7 +27,7 @@ from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime import DraftPolicy, Model, Result, SamplingParams, load
-from shortstack.runtime.stack import PREFILL_ROWS, Stack
+from shortstack.runtime.engine.stack import PREFILL_ROWS, Stack
 
 PROMPTS = 5
 TOKENS = 40

@@ -13,7 +13,7 @@ import torch
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.kv_map import Partition, Position, complete_from, iterated_groups, parse_kv_map, placement
 from shortstack.runtime import ExitPolicy, Model
-from shortstack.runtime.stack import Stack
+from shortstack.runtime.engine.stack import Stack
 
 LAYERS, PRODUCERS = 7, 3
 """The smallest shape in which the nine placements are nine maps; lasagna's groups are not of one size."""

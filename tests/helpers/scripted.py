@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.runtime import plain, speculative, stream
-from shortstack.runtime.decoder import Head
+from shortstack.runtime.engine.decoder import Head
 
 _SPREAD = 2.5  # logits lie in -2.5..2.5: the best of eight tokens has about 0.4 on average
 
@@ -185,7 +185,7 @@ class ScriptedClock:
 
 
 class ScriptedDecoder:
-    """A :class:`shortstack.runtime.decoder.Decoder`.
+    """A :class:`shortstack.runtime.engine.decoder.Decoder`.
 
     Args:
         model: What it says.

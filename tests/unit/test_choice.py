@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shortstack.runtime.choice import Choice, GreedyChoice, SampledChoice, Verdict, make_choice
-from shortstack.runtime.decoder import Head
+from shortstack.runtime.engine.decoder import Head
 from shortstack.runtime.sampling import SamplingParams
 
 VOCAB = 4

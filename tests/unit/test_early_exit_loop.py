@@ -18,11 +18,11 @@ from helpers.scripted import ScriptedError, ScriptedModel
 from helpers.scripted_levels import ScriptedLevels
 from helpers.scripted_texts import GREEDY, SAMPLINGS, VOCAB, examples, models, prompts
 from shortstack.runtime.choice import make_choice
-from shortstack.runtime.decoder import Head
 from shortstack.runtime.early_exit.expression import parse_criterion
 from shortstack.runtime.early_exit.loop import EarlyExit, judge_likely
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy
+from shortstack.runtime.engine.decoder import Head
 from shortstack.runtime.plain import plain
 from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.sequence import TokenSequence

@@ -22,8 +22,8 @@ import pytest
 from helpers.chi_square import p_value, power, samples_for, survival
 from helpers.scripted import ScriptedDecoder, ScriptedModel
 from shortstack.runtime.choice import Choice, SampledChoice, Verdict
-from shortstack.runtime.decoder import Head
 from shortstack.runtime.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.engine.decoder import Head
 from shortstack.runtime.plain import plain
 from shortstack.runtime.sampling import Distribution, SamplingParams, distribution
 from shortstack.runtime.sequence import TokenSequence

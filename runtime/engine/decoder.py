@@ -1,6 +1,6 @@
 """What the decoding loops see of a model: its heads, row by row, and the runs they may ask for. Tests script it.
 
-The rows are those of a round, see :mod:`shortstack.runtime.stack`, which is what stands behind it.
+The rows are those of a round, see :mod:`shortstack.runtime.engine.stack`, which is what stands behind it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
-from shortstack.runtime.plan import Tensor
+from shortstack.runtime.engine.binding import Tensor
 
 
 class Head:

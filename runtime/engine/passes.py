@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.cache import KVCache
+from shortstack.runtime.engine.cache import KVCache
 
 PrefillPasses = int | Literal["converged", "sequential"]
 """How often a prompt runs through an iterated group: so many times; until keys and values change no more than rounding

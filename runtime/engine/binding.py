@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from shortstack.graphs.errors import BundleError
-from shortstack.runtime.session import Device
+from shortstack.runtime.engine.session import Device
 
 Tensor: TypeAlias = np.ndarray | ort.OrtValue
 

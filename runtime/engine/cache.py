@@ -18,7 +18,7 @@ from shortstack.graphs.contract import CacheType
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.names import CacheOwner
 from shortstack.graphs.precision import SPARE_ROWS
-from shortstack.runtime.session import Device
+from shortstack.runtime.engine.session import Device
 
 CHUNK_POSITIONS = 256
 

@@ -21,7 +21,7 @@ nothing about acceptance, sampling or text.
 
 Where some layers use keys and values of layers above them (:mod:`shortstack.graphs.kv_map`), a segment that holds such
 a group runs over its rows again and again, each run a pass: as often as there are rows in a round, which is exact, and
-over a prompt as :mod:`shortstack.runtime.passes` says. The first token of a text then runs alone.
+over a prompt as :mod:`shortstack.runtime.engine.passes` says. The first token of a text then runs alone.
 
 Where the upper segments own no cache, a prompt runs through them with its last position only.
 
@@ -41,19 +41,19 @@ import onnxruntime as ort
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.kv_map import borrowed, iterated_producers
-from shortstack.runtime.cache import KVCache
-from shortstack.runtime.decoder import Head
-from shortstack.runtime.draft_vocab import read_draft_vocab
-from shortstack.runtime.passes import PrefillPasses, run_passes
-from shortstack.runtime.plan import Plan, Tensor
-from shortstack.runtime.session import Device
+from shortstack.runtime.engine.binding import Plan, Tensor
+from shortstack.runtime.engine.cache import KVCache
+from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.draft_vocab import read_draft_vocab
+from shortstack.runtime.engine.passes import PrefillPasses, run_passes
+from shortstack.runtime.engine.session import Device
 
 WINDOW_ROWS = 16
 PREFILL_ROWS = 256
 
 
 class Stack:
-    """The :class:`~shortstack.runtime.decoder.LeveledDecoder` over a bundle's sessions.
+    """The :class:`~shortstack.runtime.engine.decoder.LeveledDecoder` over a bundle's sessions.
 
     Args:
         bundle: The bundle.
