@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 CALIBRATION_TEXT = SAMPLES / "draft_vocab.txt"

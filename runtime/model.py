@@ -37,9 +37,9 @@ from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.sequence import TokenSequence
 from shortstack.runtime.speculative import speculative
 from shortstack.runtime.step import Stats, Step
-from shortstack.runtime.stop import StopStrings
 from shortstack.runtime.stream import FinishReason, Stream
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.stop import StopStrings
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 Strategy = Literal["plain", "self-speculative", "early-exit"]

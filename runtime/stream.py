@@ -9,9 +9,9 @@ from typing import Literal
 
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.step import Stats, Step
-from shortstack.runtime.stop import StopStrings
-from shortstack.runtime.stream_decoder import StreamDecoder
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.stop import StopStrings
+from shortstack.runtime.text.stream_decoder import StreamDecoder
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 _EXPECTED = '"prompt" or "text" (strings), or "messages" (a list of {"role", "content"}) with one that is no answer'
 _SEED = 0

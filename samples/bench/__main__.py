@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.tokenizer import Tokenizer
 from shortstack.samples.bench.artifacts import PRECISIONS, Precision, open_artifacts
 from shortstack.samples.bench.footprint import MAX_INT4_MB, disk_section, load_section, memory_section
 from shortstack.samples.bench.report import Section, machine, print_report, to_json

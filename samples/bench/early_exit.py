@@ -24,7 +24,7 @@ from rich.table import Table
 
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.tokenizer import Tokenizer
 from shortstack.samples.bench.drafting import relative_costs
 from shortstack.samples.bench.exit_ways import Outcome, Terms, Way, compare, terms
 from shortstack.samples.bench.pipe import bundle_worker

@@ -19,7 +19,7 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.names import CHAT_TEMPLATE_FILE
 from shortstack.runtime.model import Model, Strategy
 from shortstack.runtime.sampling import SamplingParams
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 MAX_QUESTION_TOKENS = 128
 MAX_ATTEMPTS = 50

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.stop import StopStrings
+from shortstack.runtime.text.stop import StopStrings
 
 # Three letters make overlaps and repeats likely.
 texts = st.text("abc", max_size=30)

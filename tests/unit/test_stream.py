@@ -19,9 +19,9 @@ from shortstack.runtime.plain import plain
 from shortstack.runtime.sequence import TokenSequence
 from shortstack.runtime.speculative import speculative
 from shortstack.runtime.step import Stats, Step
-from shortstack.runtime.stop import StopStrings
 from shortstack.runtime.stream import Stream, Token
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.stop import StopStrings
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 # "Ã" and "©" stand for the two bytes of "é", so that random tokens hold half characters.
 TOKENS = ["a", "b", "ab", "Ġ", "Ã", "©", "c", "</s>"]

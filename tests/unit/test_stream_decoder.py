@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from shortstack.runtime.stream_decoder import StreamDecoder
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.stream_decoder import StreamDecoder
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 TEXTS = ["the cat sat on the mat", "Grüße 👋 from the café 🎉🎉 naïve ☃", "漢字 👩‍👩‍👧 и кириллица"]
 BROKEN = "\N{REPLACEMENT CHARACTER}"

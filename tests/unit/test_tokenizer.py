@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from shortstack.graphs.errors import BundleError, RequestError
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 TEXTS = ["the cat sat on the mat, the end", "Grüße 👋 from the café 🎉", "def f(x):\n    return x + 1\n"]
 SPECIAL = ["<s>", "</s>", "<|im_end|>"]

@@ -1,7 +1,7 @@
 """Token ids to text, one at a time, for streaming: a piece comes out as soon as nothing can change it any more.
 
-Holds the state of one text; the vocabulary is :class:`shortstack.runtime.tokenizer.Tokenizer`. Knows nothing of stop
-strings (:mod:`shortstack.runtime.stop`) or of why generation ends. What a token adds depends on the kind of tokenizer:
+Holds the state of one text; the vocabulary is :class:`shortstack.runtime.text.tokenizer.Tokenizer`. Knows nothing of stop
+strings (:mod:`shortstack.runtime.text.stop`) or of why generation ends. What a token adds depends on the kind of tokenizer:
 
 =================  =========================================  ======================================================
 kind               a token is                                 how its text is found
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import codecs
 
-from shortstack.runtime.tokenizer import Tokenizer
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_UTF8_BYTES = 4
