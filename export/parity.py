@@ -24,7 +24,7 @@ from shortstack.export.parity_twin import TwinReference
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.model import Model, Strategy
 from shortstack.runtime.teach import Array, Teacher, teach
 

@@ -17,7 +17,7 @@ from shortstack.progress import Stage
 from shortstack.quant.quality import Quality, Side
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.quant.texts import Texts
-from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
 from shortstack.runtime.model import Model
 from shortstack.runtime.teach import Teacher, teach

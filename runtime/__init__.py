@@ -9,22 +9,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shortstack.runtime.draft_length import DraftPolicy
+    from shortstack.runtime.decode.draft_length import DraftPolicy
+    from shortstack.runtime.decode.sampling import SamplingParams
     from shortstack.runtime.early_exit.expression import parse_criterion
     from shortstack.runtime.early_exit.policy import ExitPolicy
     from shortstack.runtime.engine.session import Placement
     from shortstack.runtime.model import Model, Result, load
-    from shortstack.runtime.sampling import SamplingParams
 
 __all__ = ["DraftPolicy", "ExitPolicy", "Model", "Placement", "Result", "SamplingParams", "load", "parse_criterion"]
 
 _HOMES = {
-    "DraftPolicy": "draft_length",
+    "DraftPolicy": "decode.draft_length",
     "ExitPolicy": "early_exit.policy",
     "Model": "model",
-    "Placement": "session",
+    "Placement": "engine.session",
     "Result": "model",
-    "SamplingParams": "sampling",
+    "SamplingParams": "decode.sampling",
     "load": "model",
     "parse_criterion": "early_exit.expression",
 }

@@ -12,7 +12,9 @@ import click
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import iterated_groups
-from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.stream import Stream
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.engine.passes import parse_passes
 from shortstack.runtime.exit_report.agreement import Agreement, agreement_of
@@ -27,9 +29,7 @@ from shortstack.runtime.generate_options import (
     showing_options,
 )
 from shortstack.runtime.model import Model, Prompt, Strategy, load
-from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.show import Shown, print_comparison, print_summary, show_stream
-from shortstack.runtime.stream import Stream
 
 if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile

@@ -15,12 +15,12 @@ import click
 from click.core import ParameterSource
 
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy, Verify
 from shortstack.runtime.engine.session import Placement
 from shortstack.runtime.model import Model, Strategy
-from shortstack.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile

@@ -19,8 +19,14 @@ from typing import Literal, get_args
 
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.choice import Choice, make_choice
-from shortstack.runtime.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.choice import Choice, make_choice
+from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.speculative import speculative
+from shortstack.runtime.decode.step import Stats, Step
+from shortstack.runtime.decode.stream import FinishReason, Stream
 from shortstack.runtime.early_exit.adaptive import Adaptive, AdaptiveThreshold
 from shortstack.runtime.early_exit.ascent import Ascent, FlushAscent
 from shortstack.runtime.early_exit.auto import AutoAscent, WayCosts
@@ -32,12 +38,6 @@ from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.passes import PrefillPasses, check_passes
 from shortstack.runtime.engine.session import Placement, open_sessions
 from shortstack.runtime.engine.stack import Stack
-from shortstack.runtime.plain import plain
-from shortstack.runtime.sampling import SamplingParams
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.speculative import speculative
-from shortstack.runtime.step import Stats, Step
-from shortstack.runtime.stream import FinishReason, Stream
 from shortstack.runtime.text.stop import StopStrings
 from shortstack.runtime.text.tokenizer import Tokenizer
 
@@ -177,7 +177,7 @@ class Model:
             reuse_cache: Keep the cache of the longest common beginning with the generation before (multi-turn chat).
 
         Returns:
-            An iterator over :class:`~shortstack.runtime.stream.Token`; closing it early leaves the model usable.
+            An iterator over :class:`~shortstack.runtime.decode.stream.Token`; closing it early leaves the model usable.
 
         Raises:
             RequestError: An empty or too long prompt, an unknown strategy or exit, an exit policy that this bundle

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import click
 
-from shortstack.runtime.stream import Token
+from shortstack.runtime.decode.stream import Token
 
 _COLOURS = (28, 30, 32, 98, 133, 166)  # of the 256: green, teal, blue, violet, magenta, orange
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.engine.decoder import LeveledDecoder
-from shortstack.runtime.step import Stats
 
 
 class Ascent(Protocol):

@@ -27,16 +27,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortstack.runtime.choice import Choice, Verdict
+from shortstack.runtime.decode.choice import Choice, Verdict
+from shortstack.runtime.decode.plain import prefill
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.early_exit.ascent import Ascent
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.early_exit.reading import Reading, read
 from shortstack.runtime.engine.decoder import Head, LeveledDecoder
-from shortstack.runtime.plain import prefill
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.step import Stats, Step
 
 Observer = Callable[[Reading, bool], None]
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 import threading
 import time
 
+from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.ascent import reserve_round
 from shortstack.runtime.engine.decoder import LeveledDecoder
-from shortstack.runtime.step import Stats
 
 
 class PipelineAscent:

@@ -25,9 +25,9 @@ from typing import Any
 
 from shortstack.graphs.errors import ShortstackError
 from shortstack.runtime import DraftPolicy, ExitPolicy, load, parse_criterion
+from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.policy import KVPolicy, Verify
 from shortstack.runtime.engine.binding import Plan
-from shortstack.runtime.stream import Token
 from shortstack.samples.bench.costs import measure_costs
 from shortstack.samples.bench.memory import memory_now
 

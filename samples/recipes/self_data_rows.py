@@ -17,8 +17,8 @@ import numpy as np
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.names import CHAT_TEMPLATE_FILE
+from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.model import Model, Strategy
-from shortstack.runtime.sampling import SamplingParams
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 MAX_QUESTION_TOKENS = 128

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.early_exit.expression import parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.model import Model, load

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.graphs import names
-from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.model import Model, load
 from shortstack.samples.bench.settings import cut
 

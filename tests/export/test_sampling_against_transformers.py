@@ -17,7 +17,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from shortstack.runtime.sampling import SamplingParams, distribution
+from shortstack.runtime.decode.sampling import SamplingParams, distribution
 
 # transformers computes in float32 throughout: a softmax over V terms, each rounded
 FLOAT32_SOFTMAX = 2e-6

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
 from shortstack.graphs.kv_map import iterated_groups
-from shortstack.runtime import load, stack
-from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime import load
+from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.engine import stack
 
 SHIPPED = Path(__file__).parents[2] / "samples" / "checkpoints" / "kv-sharing"
 TABLE = json.loads((SHIPPED / "table.json").read_text(encoding="utf-8"))

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from helpers.scripted_levels import ScriptedLevels
 from helpers.scripted_texts import GREEDY
-from shortstack.runtime.choice import make_choice
+from shortstack.runtime.decode.choice import make_choice
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.early_exit.ascent import Ascent, FlushAscent
 from shortstack.runtime.early_exit.auto import AutoAscent, WayCosts
 from shortstack.runtime.early_exit.loop import EarlyExit, Observer
@@ -15,9 +18,6 @@ from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.pipeline import PipelineAscent
 from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy
 from shortstack.runtime.early_exit.reading import Reading
-from shortstack.runtime.sampling import SamplingParams
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.step import Stats, Step
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.runtime import plain, speculative, stream
+from shortstack.runtime.decode import plain, speculative, stream
 from shortstack.runtime.engine.decoder import Head
 
 _SPREAD = 2.5  # logits lie in -2.5..2.5: the best of eight tokens has about 0.4 on average

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from helpers.scripted import ScriptedDecoder, ScriptedModel, scripted_time
 from helpers.scripted_texts import GREEDY
-from shortstack.runtime.choice import make_choice
-from shortstack.runtime.draft_length import DraftLength, DraftPolicy
-from shortstack.runtime.plain import plain
-from shortstack.runtime.sampling import SamplingParams
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.speculative import speculative
-from shortstack.runtime.step import Stats, Step
+from shortstack.runtime.decode.choice import make_choice
+from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.speculative import speculative
+from shortstack.runtime.decode.step import Stats, Step
 
 
 class ScriptedLength(DraftLength):

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from helpers.scripted import ScriptedModel
-from shortstack.runtime.sampling import SamplingParams
+from shortstack.runtime.decode.sampling import SamplingParams
 
 VOCAB = 8
 GREEDY = SamplingParams()

@@ -9,7 +9,7 @@ import pytest
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
 from shortstack.runtime import Model, load
-from shortstack.runtime.draft_length import DraftPolicy
+from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.samples.demo import CHECKPOINTS, SHOWINGS
 
 LARGEST_BYTES = 10_000_000

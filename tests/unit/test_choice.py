@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from shortstack.runtime.choice import Choice, GreedyChoice, SampledChoice, Verdict, make_choice
+from shortstack.runtime.decode.choice import Choice, GreedyChoice, SampledChoice, Verdict, make_choice
+from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.engine.decoder import Head
-from shortstack.runtime.sampling import SamplingParams
 
 VOCAB = 4
 

@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from helpers.scripted import Call, ScriptedCache, ScriptedDecoder, ScriptedError, ScriptedModel, scripted_time
 from helpers.scripted_runs import PLAIN, Wanted, assert_consistent, drafting, fixed
 from helpers.scripted_texts import GREEDY, SAMPLINGS, VOCAB, examples, models, prompts
-from shortstack.runtime.sampling import SamplingParams
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.step import Stats
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.step import Stats
 
 
 @examples(150)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from helpers.scripted import Call, ScriptedModel
 from helpers.scripted_runs import PLAIN, Wanted, drafting, fixed, run
 from helpers.scripted_texts import examples, models, prompts
-from shortstack.runtime.draft_length import DraftPolicy
-from shortstack.runtime.sampling import SamplingParams
+from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.decode.sampling import SamplingParams
 
 
 @examples(200)

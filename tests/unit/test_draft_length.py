@@ -8,11 +8,11 @@ import pytest
 
 from helpers.scripted import ScriptedDecoder, ScriptedModel, scripted_time
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.choice import GreedyChoice
-from shortstack.runtime.draft_length import DraftLength, DraftPolicy
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.speculative import speculative
-from shortstack.runtime.step import Stats
+from shortstack.runtime.decode.choice import GreedyChoice
+from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.speculative import speculative
+from shortstack.runtime.decode.step import Stats
 
 MANY_ROWS = 16
 ADAPTIVE = DraftPolicy(4, is_adaptive=True)

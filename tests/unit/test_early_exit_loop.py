@@ -17,16 +17,16 @@ from helpers.exit_runs import Pattern, ascent_of, levels_hold, run
 from helpers.scripted import ScriptedError, ScriptedModel
 from helpers.scripted_levels import ScriptedLevels
 from helpers.scripted_texts import GREEDY, SAMPLINGS, VOCAB, examples, models, prompts
-from shortstack.runtime.choice import make_choice
+from shortstack.runtime.decode.choice import make_choice
+from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.early_exit.expression import parse_criterion
 from shortstack.runtime.early_exit.loop import EarlyExit, judge_likely
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy
 from shortstack.runtime.engine.decoder import Head
-from shortstack.runtime.plain import plain
-from shortstack.runtime.sampling import SamplingParams
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.step import Stats, Step
 
 CRITERIA = (
     "top_prob >= 0.3",

@@ -12,6 +12,8 @@ import pytest
 from helpers.browser import Browser, find_browser
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.calibration.profile import Point, Profile
+from shortstack.runtime.decode.step import Stats
+from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.expression import parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy
@@ -22,8 +24,6 @@ from shortstack.runtime.exit_report.report import ExitReport
 from shortstack.runtime.exit_report.sweep import SweepPoint, grid_of, sweep, varied_bound, with_threshold
 from shortstack.runtime.show import Shown
 from shortstack.runtime.show_exits import DepthMarks, bucket_of, count_depths
-from shortstack.runtime.step import Stats
-from shortstack.runtime.stream import Token
 
 LAYERS, EXITS = 12, (2, 4, 8)
 VOID_TAGS = {"meta", "br", "link", "img", "input", "hr"}

@@ -12,12 +12,12 @@ import pytest
 from helpers.exit_runs import Pattern, run
 from helpers.scripted import ScriptedError, ScriptedModel
 from helpers.scripted_levels import ScriptedLevels
+from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.ascent import FlushAscent
 from shortstack.runtime.early_exit.auto import WayCosts
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.pipeline import PipelineAscent
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.step import Stats
 
 SCHEDULES = 1000
 

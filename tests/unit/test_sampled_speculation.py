@@ -21,14 +21,14 @@ import pytest
 
 from helpers.chi_square import p_value, power, samples_for, survival
 from helpers.scripted import ScriptedDecoder, ScriptedModel
-from shortstack.runtime.choice import Choice, SampledChoice, Verdict
-from shortstack.runtime.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.choice import Choice, SampledChoice, Verdict
+from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.sampling import Distribution, SamplingParams, distribution
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.speculative import speculative
+from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.engine.decoder import Head
-from shortstack.runtime.plain import plain
-from shortstack.runtime.sampling import Distribution, SamplingParams, distribution
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.speculative import speculative
-from shortstack.runtime.step import Stats
 
 VOCAB = 5
 PROMPT = [3, 1, 4]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shortstack.graphs.errors import ContractError, RequestError
-from shortstack.runtime.sampling import Distribution, SamplingParams, accept, distribution, residual
+from shortstack.runtime.decode.sampling import Distribution, SamplingParams, accept, distribution, residual
 
 WARM = SamplingParams(temperature=0.8)
 # float64 arithmetic on a handful of terms

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shortstack.runtime.sequence import TokenSequence
+from shortstack.runtime.decode.sequence import TokenSequence
 
 texts = st.lists(st.integers(0, 2), max_size=8)
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from shortstack.runtime.step import Stats
+from shortstack.runtime.decode.step import Stats
 
 
 def test_rounds_are_counted_by_the_position_of_their_tokens() -> None:

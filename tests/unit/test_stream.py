@@ -13,13 +13,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from helpers.scripted import ScriptedDecoder, ScriptedError, ScriptedModel, scripted_time
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.choice import GreedyChoice
-from shortstack.runtime.draft_length import DraftLength, DraftPolicy
-from shortstack.runtime.plain import plain
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.speculative import speculative
-from shortstack.runtime.step import Stats, Step
-from shortstack.runtime.stream import Stream, Token
+from shortstack.runtime.decode.choice import GreedyChoice
+from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.speculative import speculative
+from shortstack.runtime.decode.step import Stats, Step
+from shortstack.runtime.decode.stream import Stream, Token
 from shortstack.runtime.text.stop import StopStrings
 from shortstack.runtime.text.tokenizer import Tokenizer
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shortstack.runtime.decode.sampling import Distribution, SamplingParams, accept, distribution, residual
 from shortstack.runtime.engine.decoder import Head
-from shortstack.runtime.sampling import Distribution, SamplingParams, accept, distribution, residual
 
 
 @dataclass(frozen=True, slots=True)

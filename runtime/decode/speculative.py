@@ -19,12 +19,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from shortstack.runtime.choice import Choice, Verdict
-from shortstack.runtime.draft_length import DraftLength
+from shortstack.runtime.decode.choice import Choice, Verdict
+from shortstack.runtime.decode.draft_length import DraftLength
+from shortstack.runtime.decode.plain import full_step, prefill
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.engine.decoder import Decoder
-from shortstack.runtime.plain import full_step, prefill
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.step import Stats, Step
 
 
 def speculative(

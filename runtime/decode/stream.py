@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.step import Stats, Step
+from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.text.stop import StopStrings
 from shortstack.runtime.text.stream_decoder import StreamDecoder
 from shortstack.runtime.text.tokenizer import Tokenizer

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from shortstack.runtime.choice import Choice
+from shortstack.runtime.decode.choice import Choice
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.engine.decoder import Decoder
-from shortstack.runtime.sequence import TokenSequence
-from shortstack.runtime.step import Stats, Step
 
 
 def prefill(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> int:
