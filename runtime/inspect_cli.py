@@ -22,17 +22,17 @@ import click
 def inspect(bundle: Path, html_file: Path | None, as_json: bool, verify: bool) -> None:
     """Print what BUNDLE holds: segments, exits, inputs and outputs, who owns which KV, sizes."""
     from shortstack.graphs.bundle import open_bundle
-    from shortstack.runtime.inspect_report import build_report
+    from shortstack.runtime.inspection.report import build_report
 
     report = build_report(open_bundle(bundle, verify_hashes=verify), verified=verify)
     if html_file is not None:
-        from shortstack.runtime.inspect_html import write_html
+        from shortstack.runtime.inspection.page import write_html
 
         write_html(report, html_file)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))
     else:
-        from shortstack.runtime.inspect_text import print_report
+        from shortstack.runtime.inspection.text import print_report
 
         print_report(report)
     if html_file is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shortstack.runtime.exit_report.report import ExitReport
-from shortstack.runtime.inspect_picture import Label, Line, Picture, Rect
+from shortstack.runtime.inspection.picture import Label, Line, Picture, Rect
 
 _WIDTH = 480.0
 _BAR_X, _BAR_WIDTH, _ROW, _BAR_HEIGHT = 112.0, 168.0, 28.0, 18.0

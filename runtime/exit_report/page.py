@@ -14,8 +14,8 @@ import jinja2
 
 from shortstack.runtime.exit_report import drawing
 from shortstack.runtime.exit_report.report import BUCKETS, ExitReport, ReportToken
-from shortstack.runtime.inspect_words import printable
-from shortstack.runtime.whole_file import write_whole
+from shortstack.runtime.inspection.whole_file import write_whole
+from shortstack.runtime.inspection.words import printable
 
 _TEMPLATE = "exit_report.html.jinja"
 _JOINERS = re.compile("([\u200c\u200d])")  # they shape what stands beside them, and move nothing

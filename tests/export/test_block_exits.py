@@ -34,8 +34,8 @@ from shortstack.runtime import DraftPolicy, ExitPolicy, Model, load, parse_crite
 from shortstack.runtime.early_exit.policy import KVPolicy
 from shortstack.runtime.engine.cache import CHUNK_POSITIONS
 from shortstack.runtime.inspect_cli import inspect
-from shortstack.runtime.inspect_report import build_report
-from shortstack.runtime.inspect_words import kv_lines, kv_owned_words
+from shortstack.runtime.inspection.report import build_report
+from shortstack.runtime.inspection.words import kv_lines, kv_owned_words
 
 THREE = (
     ExitSpec(1, branch="block", norm="own", head="own"),

@@ -30,7 +30,7 @@ from shortstack.graphs.precision import BlockFormat, KVType, Precision
 from shortstack.graphs.spec import DType
 from shortstack.quant.texts import CALIBRATION_TEXT, open_tokenizer, read_rows
 from shortstack.runtime import DraftPolicy, load
-from shortstack.runtime.inspect_report import build_report
+from shortstack.runtime.inspection.report import build_report
 from shortstack.runtime.teach import teach
 
 TINY = {tiny.name: tiny for tiny in SWITCHES}

@@ -19,7 +19,7 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime.inspect_cli import inspect
-from shortstack.runtime.inspect_report import build_report
+from shortstack.runtime.inspection.report import build_report
 
 # float32, for logits with a standard deviation of about 2; without a norm they reach 20, and the error grows with them.
 MAX_ABS = 1e-4

@@ -11,7 +11,7 @@ from shortstack.graphs.manifest import Manifest, required_files
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.runtime.inspect_report import Report, build_report
+from shortstack.runtime.inspection.report import Report, build_report
 
 MakeBundle = Callable[..., Path]
 

@@ -15,7 +15,7 @@ from shortstack import __main__
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime.inspect_cli import inspect
-from shortstack.runtime.inspect_words import attention_facts, port_lines, printable, quantity, ranges, size
+from shortstack.runtime.inspection.words import attention_facts, port_lines, printable, quantity, ranges, size
 
 # The words
 

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.inspect_bundles import LAYER, MLP, NORMS, O_PROJ, Q_ALONE, QKV, TABLE, MakeBundle, report_of, tiny_spec
 from shortstack.graphs.plan import ExitSpec
-from shortstack.runtime.inspect_words import kv_lines
+from shortstack.runtime.inspection.words import kv_lines
 
 
 def test_parameters_are_those_of_the_spec(make_bundle: MakeBundle) -> None:

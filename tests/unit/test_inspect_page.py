@@ -12,7 +12,7 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.inspect_cli import inspect
-from shortstack.runtime.inspect_html import render_html, write_html
+from shortstack.runtime.inspection.page import render_html, write_html
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from helpers.inspect_bundles import MakeBundle, report_of, tiny_spec
 from shortstack.graphs.kv_map import iterated_groups
 from shortstack.graphs.plan import ExitSpec
-from shortstack.runtime.inspect_picture import Picture, Rect, draw_stack
+from shortstack.runtime.inspection.picture import Picture, Rect, draw_stack
 
 Point = tuple[float, float]
 Stroke = tuple[Point, Point]

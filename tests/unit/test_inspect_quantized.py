@@ -14,8 +14,8 @@ from shortstack.graphs import names
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import BlockFormat, Precision
 from shortstack.runtime.inspect_cli import inspect
-from shortstack.runtime.inspect_html import render_html
-from shortstack.runtime.inspect_words import precision_note, precision_words
+from shortstack.runtime.inspection.page import render_html
+from shortstack.runtime.inspection.words import precision_note, precision_words
 
 INT4, INT8 = BlockFormat(4), BlockFormat(8)
 INT4_ROW = 32 // 2 + 4 + 1  # codes, a float32 scale, half a byte of zero points

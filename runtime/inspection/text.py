@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shortstack.runtime.inspect_report import Report
-from shortstack.runtime.inspect_words import (
+from shortstack.runtime.inspection.report import Report
+from shortstack.runtime.inspection.words import (
     facts,
     head_words,
     kv_lines,

@@ -23,9 +23,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shortstack.graphs.kv_map import IteratedGroup
-from shortstack.runtime.inspect_bytes import BYTES_PER_VALUE
-from shortstack.runtime.inspect_report import HeadReport, LayerReport, Report, SegmentReport
-from shortstack.runtime.inspect_words import branch_words, group_words, layers, quantity, ranges, size
+from shortstack.runtime.inspection.report import HeadReport, LayerReport, Report, SegmentReport
+from shortstack.runtime.inspection.sizes import BYTES_PER_VALUE
+from shortstack.runtime.inspection.words import branch_words, group_words, layers, quantity, ranges, size
 
 SEGMENT_COLOURS = 6
 

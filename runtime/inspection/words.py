@@ -12,7 +12,7 @@ from shortstack.graphs.contract import Port
 from shortstack.graphs.exit_parts import exit_matrices
 from shortstack.graphs.kv_map import IteratedGroup
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime.inspect_report import HeadReport, Report, SegmentReport
+from shortstack.runtime.inspection.report import HeadReport, Report, SegmentReport
 
 _CACHE_PORT = re.compile(rf"(\D+)(\d+)\.({'|'.join(names.KV_PARTS)})")
 _SHORT_HASH = 12

@@ -1,6 +1,6 @@
 """How many bytes each part of a bundle takes in weights.data and in the cache, by bundle.json alone.
 
-For :mod:`shortstack.runtime.inspect_report`. A matrix is floats, or blocks where the bundle's precision lists it, with
+For :mod:`shortstack.runtime.inspection.report`. A matrix is floats, or blocks where the bundle's precision lists it, with
 scales of the activations' type. Heads are stored padded to the width that the attention kernel takes.
 """
 

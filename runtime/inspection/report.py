@@ -25,7 +25,13 @@ from shortstack.graphs.manifest import FORMAT_VERSION, Manifest
 from shortstack.graphs.plan import ExitSpec, Segment
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.runtime.inspect_bytes import (
+from shortstack.runtime.inspection.parameters import (
+    LayerParameters,
+    ModelParameters,
+    layer_parameters,
+    model_parameters,
+)
+from shortstack.runtime.inspection.sizes import (
     block_cache_bytes_per_token,
     cache_bytes_per_token,
     draft_heads_bytes,
@@ -36,12 +42,6 @@ from shortstack.runtime.inspect_bytes import (
     other_bytes,
     read_bytes,
     vocabulary_bytes,
-)
-from shortstack.runtime.inspect_parameters import (
-    LayerParameters,
-    ModelParameters,
-    layer_parameters,
-    model_parameters,
 )
 
 

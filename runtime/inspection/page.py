@@ -1,6 +1,6 @@
 """The report of `shortstack inspect` as one HTML page that loads nothing: style and picture are inline, no script.
 
-The page is ``inspect.html.jinja`` beside this file; every value is escaped by jinja2.
+The page is ``page.html.jinja`` beside this file; every value is escaped by jinja2.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import jinja2
 
-from shortstack.runtime import inspect_words as words
-from shortstack.runtime.inspect_picture import SEGMENT_COLOURS, draw_stack, segment_css
-from shortstack.runtime.inspect_report import Report
-from shortstack.runtime.whole_file import write_whole
+from shortstack.runtime.inspection import words as words
+from shortstack.runtime.inspection.picture import SEGMENT_COLOURS, draw_stack, segment_css
+from shortstack.runtime.inspection.report import Report
+from shortstack.runtime.inspection.whole_file import write_whole
 
-_TEMPLATE = "inspect.html.jinja"
+_TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def render_html(report: Report) -> str:
         "segment_css": segment_css,
         "coordinate": lambda value: f"{value:.2f}".rstrip("0").rstrip("."),
     }
-    source = resources.files("shortstack.runtime").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    source = resources.files("shortstack.runtime.inspection").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,
         spec=report.spec,
