@@ -31,10 +31,22 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("shortstack.export.cli:export", "Turn a checkpoint into a bundle of ONNX graphs cut at its exits."),
     "quantize": ("shortstack.quant.cli:quantize", "Shrink a bundle: int4 and int8 weights, fp16, int8 KV cache."),
     "parity": ("shortstack.export.parity_cli:parity", "Compare a bundle with the PyTorch model it was made from."),
-    "inspect": ("shortstack.runtime.inspect_cli:inspect", "Print what a bundle holds: segments, KV owners, sizes."),
-    "doctor": ("shortstack.runtime.doctor_cli:doctor", "Say what this machine has, and whether drafts verify exactly."),
-    "calibrate": ("shortstack.runtime.calibration.cli:calibrate", "Find a threshold for early exit with a guarantee."),
-    "generate": ("shortstack.runtime.generate_cli:generate", "Decode plainly, self-speculatively or with early exit."),
+    "inspect": (
+        "shortstack.runtime.commands.inspect_bundle:inspect",
+        "Print what a bundle holds: segments, KV owners, sizes.",
+    ),
+    "doctor": (
+        "shortstack.runtime.commands.doctor:doctor",
+        "Say what this machine has, and whether drafts verify exactly.",
+    ),
+    "calibrate": (
+        "shortstack.runtime.commands.calibrate:calibrate",
+        "Find a threshold for early exit with a guarantee.",
+    ),
+    "generate": (
+        "shortstack.runtime.commands.generate:generate",
+        "Decode plainly, self-speculatively or with early exit.",
+    ),
 }
 
 # top-level module -> the extras that bring it, of which any one is enough.

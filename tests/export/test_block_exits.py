@@ -31,9 +31,9 @@ from shortstack.graphs.exit_parts import exit_matrices
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.runtime import DraftPolicy, ExitPolicy, Model, load, parse_criterion
+from shortstack.runtime.commands.inspect_bundle import inspect
 from shortstack.runtime.early_exit.policy import KVPolicy
 from shortstack.runtime.engine.cache import CHUNK_POSITIONS
-from shortstack.runtime.inspect_cli import inspect
 from shortstack.runtime.inspection.report import build_report
 from shortstack.runtime.inspection.words import kv_lines, kv_owned_words
 

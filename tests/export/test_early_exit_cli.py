@@ -18,8 +18,8 @@ from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime import ExitPolicy, Model, load, parse_criterion
 from shortstack.runtime.calibration.profile import Point, Profile, precision_words, write_profile
+from shortstack.runtime.commands.generate import generate
 from shortstack.runtime.early_exit import loop
-from shortstack.runtime.generate_cli import generate
 
 EXITS = (1, 2, 3)
 EARLY = ("--strategy", "early-exit")

@@ -15,8 +15,8 @@ from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, recipe
 from helpers.tiny_models import SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.runtime import DraftPolicy, Model, Result, load
+from shortstack.runtime.commands.row_check import MOST_ROWS, check_rows
 from shortstack.runtime.engine.cache import CHUNK_POSITIONS
-from shortstack.runtime.self_test import MOST_ROWS, check_rows
 
 EXITS = (1, 3, 4)
 PROMPTS = 6

@@ -18,7 +18,7 @@ from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.plan import ExitSpec
-from shortstack.runtime.inspect_cli import inspect
+from shortstack.runtime.commands.inspect_bundle import inspect
 from shortstack.runtime.inspection.report import build_report
 
 # float32, for logits with a standard deviation of about 2; without a norm they reach 20, and the error grows with them.

@@ -12,7 +12,7 @@ from shortstack.quant.quality import Quality
 from shortstack.quant.recipes import find_recipe
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import DraftPolicy, Model, load
-from shortstack.runtime.self_test import check_rows
+from shortstack.runtime.commands.row_check import check_rows
 from shortstack.samples.prompts import prompts
 
 PROMPTS, TOKENS = 30, 64

@@ -14,8 +14,8 @@ import pytest
 from shortstack import __main__, __version__
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.precision import BlockFormat, Precision
-from shortstack.runtime import doctor_cli
-from shortstack.runtime.self_test import MOST_ROWS, RowCheck, check_rows
+from shortstack.runtime.commands import doctor as doctor_module
+from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
 from shortstack.threads import usable_cores
 
 FACTS = {"shortstack", "python", "onnxruntime", "providers", "cpu", "cpu_flags", "cores"}
@@ -136,7 +136,7 @@ def test_with_a_bundle_it_judges_its_rows(
     code: int,
     says: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(doctor_cli, "load", lambda path, **options: model)
+    monkeypatch.setattr(doctor_module, "load", lambda path, **options: model)
     found, out = doctor(capsys, "somewhere")
     assert found == code
     for words in says:
@@ -154,10 +154,10 @@ def test_with_a_bundle_it_judges_its_rows(
 
 def test_a_text_of_few_tokens_is_repeated_and_of_many_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = scripted_model(max_length=MOST_ROWS + 3)
-    assert len(doctor_cli._tokens(model)) == MOST_ROWS + 3
+    assert len(doctor_module._tokens(model)) == MOST_ROWS + 3
     for ids in ([], [5], [1, 2, 3], [VOCAB, VOCAB + 1]):
         model.tokenizer = SimpleNamespace(encode=lambda text, ids=ids: list(ids))
-        tokens = doctor_cli._tokens(model)
+        tokens = doctor_module._tokens(model)
         assert MOST_ROWS < len(tokens) <= MOST_ROWS + 3
         assert set(tokens) <= {0, *ids} - {VOCAB, VOCAB + 1}
 

@@ -12,18 +12,18 @@ import pytest
 from helpers.browser import Browser, find_browser
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.calibration.profile import Point, Profile
+from shortstack.runtime.commands.agreement import agreement_of
+from shortstack.runtime.commands.exit_report import drawing
+from shortstack.runtime.commands.exit_report.page import render_page, tip, visible, write_page
+from shortstack.runtime.commands.exit_report.report import ExitReport
+from shortstack.runtime.commands.exit_report.sweep import SweepPoint, grid_of, sweep, varied_bound, with_threshold
+from shortstack.runtime.commands.show import Shown
+from shortstack.runtime.commands.show_exits import DepthMarks, bucket_of, count_depths
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.expression import parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.exit_report import drawing
-from shortstack.runtime.exit_report.agreement import agreement_of
-from shortstack.runtime.exit_report.page import render_page, tip, visible, write_page
-from shortstack.runtime.exit_report.report import ExitReport
-from shortstack.runtime.exit_report.sweep import SweepPoint, grid_of, sweep, varied_bound, with_threshold
-from shortstack.runtime.show import Shown
-from shortstack.runtime.show_exits import DepthMarks, bucket_of, count_depths
 
 LAYERS, EXITS = 12, (2, 4, 8)
 VOID_TAGS = {"meta", "br", "link", "img", "input", "hr"}

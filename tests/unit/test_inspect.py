@@ -14,7 +14,7 @@ from helpers.inspect_bundles import LAYER, TABLE, MakeBundle, report_of, tiny_sp
 from shortstack import __main__
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.plan import ExitSpec
-from shortstack.runtime.inspect_cli import inspect
+from shortstack.runtime.commands.inspect_bundle import inspect
 from shortstack.runtime.inspection.words import attention_facts, port_lines, printable, quantity, ranges, size
 
 # The words

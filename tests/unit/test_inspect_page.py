@@ -11,7 +11,7 @@ from helpers.inspect_bundles import MakeBundle, Page, report_of, tiny_spec
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime.inspect_cli import inspect
+from shortstack.runtime.commands.inspect_bundle import inspect
 from shortstack.runtime.inspection.page import render_html, write_html
 
 

@@ -13,7 +13,7 @@ from helpers.inspect_bundles import LAYER, NORMS, Q_ALONE, QKV, TABLE, MakeBundl
 from shortstack.graphs import names
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import BlockFormat, Precision
-from shortstack.runtime.inspect_cli import inspect
+from shortstack.runtime.commands.inspect_bundle import inspect
 from shortstack.runtime.inspection.page import render_html
 from shortstack.runtime.inspection.words import precision_note, precision_words
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jinja2
 
-from shortstack.runtime.exit_report import drawing
-from shortstack.runtime.exit_report.report import BUCKETS, ExitReport, ReportToken
+from shortstack.runtime.commands.exit_report import drawing
+from shortstack.runtime.commands.exit_report.report import BUCKETS, ExitReport, ReportToken
 from shortstack.runtime.inspection.whole_file import write_whole
 from shortstack.runtime.inspection.words import printable
 

@@ -13,8 +13,8 @@ import onnxruntime as ort
 
 from shortstack import __version__
 from shortstack.graphs.precision import EXACT_BLOCK_SIZE
+from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
 from shortstack.runtime.model import Model, load
-from shortstack.runtime.self_test import MOST_ROWS, RowCheck, check_rows
 from shortstack.threads import usable_cores
 
 _TEXT = (

@@ -12,13 +12,8 @@ import click
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import iterated_groups
-from shortstack.runtime.decode.draft_length import DraftPolicy
-from shortstack.runtime.decode.sampling import SamplingParams
-from shortstack.runtime.decode.stream import Stream
-from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.engine.passes import parse_passes
-from shortstack.runtime.exit_report.agreement import Agreement, agreement_of
-from shortstack.runtime.generate_options import (
+from shortstack.runtime.commands.agreement import Agreement, agreement_of
+from shortstack.runtime.commands.options import (
     Drafting,
     Exiting,
     Showing,
@@ -28,8 +23,13 @@ from shortstack.runtime.generate_options import (
     sampling_options,
     showing_options,
 )
+from shortstack.runtime.commands.show import Shown, print_comparison, print_summary, show_stream
+from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.stream import Stream
+from shortstack.runtime.early_exit.policy import ExitPolicy
+from shortstack.runtime.engine.passes import parse_passes
 from shortstack.runtime.model import Model, Prompt, Strategy, load
-from shortstack.runtime.show import Shown, print_comparison, print_summary, show_stream
 
 if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile
@@ -205,9 +205,9 @@ def _as_json(shown: Shown, showing: Showing, agreement: Agreement | None) -> dic
 
 def _report(request: Request, shown: list[Shown], prompt: str, profile: Profile | None, showing: Showing) -> None:
     """Draw the page, running what it needs besides what was shown; early exit and plain decoding take turns."""
-    from shortstack.runtime.exit_report.page import write_page
-    from shortstack.runtime.exit_report.report import build_report
-    from shortstack.runtime.exit_report.sweep import sweep
+    from shortstack.runtime.commands.exit_report.page import write_page
+    from shortstack.runtime.commands.exit_report.report import build_report
+    from shortstack.runtime.commands.exit_report.sweep import sweep
 
     assert showing.report is not None
     policy = request.exits

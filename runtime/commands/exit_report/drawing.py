@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shortstack.runtime.exit_report.report import ExitReport
+from shortstack.runtime.commands.exit_report.report import ExitReport
 from shortstack.runtime.inspection.picture import Label, Line, Picture, Rect
 
 _WIDTH = 480.0

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shortstack.runtime.commands.agreement import Agreement
+from shortstack.runtime.commands.show_exits import DepthMarks
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.decode.stream import FinishReason, Stream, Token
-from shortstack.runtime.exit_report.agreement import Agreement
-from shortstack.runtime.show_exits import DepthMarks
 
 try:
     import resource

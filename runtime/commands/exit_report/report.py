@@ -10,12 +10,12 @@ from statistics import median
 
 from shortstack.graphs.manifest import Manifest
 from shortstack.runtime.calibration.profile import Point, Profile
+from shortstack.runtime.commands.agreement import Agreement, agreement_of
+from shortstack.runtime.commands.exit_report.sweep import SweepPoint, varied_bound
+from shortstack.runtime.commands.show import Shown
+from shortstack.runtime.commands.show_exits import DepthCount, bucket_of, count_depths
 from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.exit_report.agreement import Agreement, agreement_of
-from shortstack.runtime.exit_report.sweep import SweepPoint, varied_bound
-from shortstack.runtime.show import Shown
-from shortstack.runtime.show_exits import DepthCount, bucket_of, count_depths
 
 BUCKETS = 6
 FINAL = "final"

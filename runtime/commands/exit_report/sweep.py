@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from shortstack.runtime.commands.agreement import agreement_of
 from shortstack.runtime.decode.stream import Stream
 from shortstack.runtime.early_exit.criteria import MEASURES, Bound, Combined, Criterion, Measure
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.exit_report.agreement import agreement_of
 
 Run = Callable[[ExitPolicy], Stream]
 
