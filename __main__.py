@@ -30,7 +30,10 @@ from shortstack.graphs.errors import DependencyError, ShortstackError
 COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("shortstack.export.cli:export", "Turn a checkpoint into a bundle of ONNX graphs cut at its exits."),
     "quantize": ("shortstack.quant.cli:quantize", "Shrink a bundle: int4 and int8 weights, fp16, int8 KV cache."),
-    "parity": ("shortstack.export.parity_cli:parity", "Compare a bundle with the PyTorch model it was made from."),
+    "parity": (
+        "shortstack.export.parity.cli:parity",
+        "Compare a bundle with the PyTorch model it was made from.",
+    ),
     "inspect": (
         "shortstack.runtime.commands.inspect_bundle:inspect",
         "Print what a bundle holds: segments, KV owners, sizes.",

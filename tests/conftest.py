@@ -22,7 +22,7 @@ from shortstack.samples.fetch_model import default_model_path
 
 if TYPE_CHECKING:  # fixtures import torch and transformers only when a test asks for them
     from helpers.tiny_models import TinyBundles
-    from shortstack.export.parity_reference import Reference
+    from shortstack.export.parity.reference import Reference
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +121,6 @@ def smollm2_bundle(smollm2_gguf: Path, package_sources: list[Path], repository: 
 @pytest.fixture(scope="session")
 def smollm2_reference(smollm2_gguf: Path) -> Reference:
     """transformers' own model of the same file."""
-    from shortstack.export.parity_reference import Reference
+    from shortstack.export.parity.reference import Reference
 
     return Reference(str(smollm2_gguf))

@@ -9,8 +9,8 @@ the next token, the levels above catch up with the ones before, several rows in 
 
 A level may run on a row once the row below was let through: by :meth:`leave`, by :meth:`climb`, or by the thread of the
 level below for a row that has left already. What a thread raises is raised in the caller, at its next step. Sessions of
-the levels should have threads of their own (:class:`shortstack.runtime.engine.session.Placement`); on one shared pool the
-levels merely take turns.
+the levels should have threads of their own (:class:`shortstack.runtime.engine.session.Placement`); on one shared pool
+the levels merely take turns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How many parameters each part of a model has, by its spec alone; no graph and no tensor is opened.
 
-For :mod:`shortstack.runtime.inspection.report`. With H hidden, I intermediate, N heads, K kv_heads, D head_dim, V vocab::
+For :mod:`shortstack.runtime.inspection.report`. With H hidden, I intermediate, N heads, K kv_heads, D head_dim and V
+vocab::
 
     attention  qkv   H * (N + 2K) * D    a consumer of another layer's K,V has q alone: H * N * D
                o     N * D * H

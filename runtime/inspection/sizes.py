@@ -1,7 +1,7 @@
 """How many bytes each part of a bundle takes in weights.data and in the cache, by bundle.json alone.
 
-For :mod:`shortstack.runtime.inspection.report`. A matrix is floats, or blocks where the bundle's precision lists it, with
-scales of the activations' type. Heads are stored padded to the width that the attention kernel takes.
+For :mod:`shortstack.runtime.inspection.report`. A matrix is floats, or blocks where the bundle's precision lists it,
+with scales of the activations' type. Heads are stored padded to the width that the attention kernel takes.
 """
 
 from __future__ import annotations

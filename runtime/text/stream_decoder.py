@@ -1,7 +1,8 @@
 """Token ids to text, one at a time, for streaming: a piece comes out as soon as nothing can change it any more.
 
-Holds the state of one text; the vocabulary is :class:`shortstack.runtime.text.tokenizer.Tokenizer`. Knows nothing of stop
-strings (:mod:`shortstack.runtime.text.stop`) or of why generation ends. What a token adds depends on the kind of tokenizer:
+Holds the state of one text; the vocabulary is :class:`shortstack.runtime.text.tokenizer.Tokenizer`. Knows nothing of
+stop strings (:mod:`shortstack.runtime.text.stop`) or of why generation ends. What a token adds depends on the kind of
+tokenizer:
 
 =================  =========================================  ======================================================
 kind               a token is                                 how its text is found

@@ -27,8 +27,8 @@ from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
 from shortstack.export.block_plan import plan_blocks
 from shortstack.export.checkpoint import open_checkpoint
-from shortstack.export.parity import compare
-from shortstack.export.parity_reference import Reference
+from shortstack.export.parity.compare import compare
+from shortstack.export.parity.reference import Reference
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors

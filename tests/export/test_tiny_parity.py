@@ -15,8 +15,8 @@ import pytest
 from helpers import tolerances
 from helpers.tiny_models import BASE, LLAMA3_ROPE, SWITCHES, TinyBundles, TinyModel
 from shortstack.__main__ import run
-from shortstack.export.parity import ParityReport, Tolerance, compare
-from shortstack.export.parity_reference import Reference
+from shortstack.export.parity.compare import ParityReport, Tolerance, compare
+from shortstack.export.parity.reference import Reference
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports

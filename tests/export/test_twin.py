@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from helpers import tolerances
 from helpers.tiny_models import BASE, SWITCHES, TinyBundles, TinyModel
 from shortstack.export.checkpoint import open_checkpoint
-from shortstack.export.parity_reference import Reference
+from shortstack.export.parity.reference import Reference
 from shortstack.export.twin.folder import load_twin, save_twin
 from shortstack.export.twin.layer import Layer
 from shortstack.export.twin.model import Twin

@@ -6,7 +6,7 @@ said otherwise. A tolerance is a few times what was measured, so that another CP
 
 from __future__ import annotations
 
-from shortstack.export.parity import Tolerance
+from shortstack.export.parity.compare import Tolerance
 
 SMOLLM2 = Tolerance(max_abs=1e-3, mean_abs=5e-5, tie=1e-4, relative=2e-5)
 """SmolLM2-135M-Instruct; max and mean are required of the first bundle.

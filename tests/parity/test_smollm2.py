@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from helpers import tolerances
-from shortstack.export.parity import compare
-from shortstack.export.parity_reference import Reference
+from shortstack.export.parity.compare import compare
+from shortstack.export.parity.reference import Reference
 from shortstack.runtime import DraftPolicy, Model, SamplingParams, load
 from shortstack.samples.prompts import prompts
 

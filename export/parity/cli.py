@@ -50,10 +50,10 @@ def parity(
 ) -> None:
     """Compare BUNDLE with transformers' PyTorch model of CHECKPOINT; exits with 1 when they differ."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; read when tqdm is imported
-    from shortstack.export.parity import compare
-    from shortstack.export.parity_exits import check_exits, load_twin_exits
-    from shortstack.export.parity_reference import Reference
-    from shortstack.export.parity_twin import TwinReference, needs_twin
+    from shortstack.export.parity.compare import compare
+    from shortstack.export.parity.exits import check_exits, load_twin_exits
+    from shortstack.export.parity.reference import Reference
+    from shortstack.export.parity.twin_reference import TwinReference, needs_twin
     from shortstack.progress import progress_stages
     from shortstack.runtime.model import load
 

@@ -26,7 +26,7 @@ def needs_twin(spec: ModelSpec) -> bool:
 
 
 class TwinReference:
-    """The twin of a checkpoint, in float32 on the CPU; as :class:`shortstack.export.parity_reference.Reference`.
+    """The twin of a checkpoint, in float32 on the CPU; as :class:`shortstack.export.parity.reference.Reference`.
 
     Args:
         source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.

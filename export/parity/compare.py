@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from shortstack.export.parity_exits import TwinExits, check_exits, columns, random_states
-from shortstack.export.parity_reference import Reference
-from shortstack.export.parity_twin import TwinReference
+from shortstack.export.parity.exits import TwinExits, check_exits, columns, random_states
+from shortstack.export.parity.reference import Reference
+from shortstack.export.parity.twin_reference import TwinReference
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.spec import DType, ModelSpec
