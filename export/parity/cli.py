@@ -102,7 +102,7 @@ def parity(
 
 def _read_prompts(text_file: Path | None, count: int) -> list[str]:
     if text_file is None:
-        from shortstack.samples.prompts import prompts
+        from shortstack.graphs.texts.prompts import prompts
 
         available = prompts()
         if not 1 <= count <= len(available):

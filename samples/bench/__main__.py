@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from shortstack.graphs.texts.prompts import prompts
 from shortstack.runtime.text.tokenizer import Tokenizer
 from shortstack.samples.bench.artifacts import PRECISIONS, Precision, open_artifacts
 from shortstack.samples.bench.footprint import MAX_INT4_MB, disk_section, load_section, memory_section
@@ -17,7 +18,6 @@ from shortstack.samples.bench.sections import drafting_section, engines_section
 from shortstack.samples.bench.settings import FULL, QUICK
 from shortstack.samples.command import run_command
 from shortstack.samples.fetch_model import cache_folder, default_model_path
-from shortstack.samples.prompts import prompts
 
 PARTS = ("engines", "disk", "memory", "load", "drafting")
 _WITH_RIVALS = {"engines", "disk", "memory", "load"}

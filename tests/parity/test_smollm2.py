@@ -11,8 +11,8 @@ import pytest
 from helpers import tolerances
 from shortstack.export.parity.compare import compare
 from shortstack.export.parity.reference import Reference
+from shortstack.graphs.texts.prompts import prompts
 from shortstack.runtime import DraftPolicy, Model, SamplingParams, load
-from shortstack.samples.prompts import prompts
 
 EXITS = (4, 8, 15)
 LAYERS = 30

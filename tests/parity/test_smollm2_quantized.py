@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from shortstack.graphs.texts.prompts import prompts
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.quality import Quality
 from shortstack.quant.recipes import find_recipe
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import DraftPolicy, Model, load
 from shortstack.runtime.commands.row_check import check_rows
-from shortstack.samples.prompts import prompts
 
 PROMPTS, TOKENS = 30, 64
 # (exit, drafted tokens, bonus): one for each prompt in turn.
