@@ -16,7 +16,7 @@ from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture
 from shortstack.export.block_plan import REQUANTIZED_FORMAT, BlockPlan
 from shortstack.export.checkpoint import Checkpoint
 from shortstack.export.sources import MatrixSource, matrix_sources, qkv_heads
-from shortstack.graphs.ir.blocks import BlockTensor, nearest
+from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]

@@ -18,7 +18,7 @@ from shortstack.export.rope import rope_tables
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, ROWS, exit_matrices, stored_parts
-from shortstack.graphs.ir.blocks import BlockTensor, nearest
+from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.exit import full_head, uses_unit_norm
 from shortstack.graphs.ir.weights import WeightStore

@@ -16,7 +16,7 @@ from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
 from shortstack.graphs.errors import RequestError, UnsupportedError
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.lint import lint
 from shortstack.graphs.ir.segment import segment_model

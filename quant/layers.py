@@ -24,9 +24,9 @@ import onnxruntime as ort
 from shortstack.graphs import names
 from shortstack.graphs.contract import GraphContract, Port
 from shortstack.graphs.ir.attention import Caches, Lengths, layer_place
-from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, settle
 from shortstack.graphs.ir.matrix import head_product
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import consumers

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
 from shortstack.progress import Stage
 from shortstack.quant.layers import HeadGraph, LayerGraph, Lent, Weight

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 

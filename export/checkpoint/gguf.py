@@ -23,7 +23,7 @@ from shortstack.export.checkpoint.gguf_names import to_hugging_face
 from shortstack.export.checkpoint.gguf_tokenizer import tokenizer_files
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.spec import ModelSpec
 
 Number = TypeVar("Number", bound=np.generic)

@@ -1,6 +1,6 @@
 """One decoder layer in PyTorch, under the module names of transformers, so that peft's adapters fit both.
 
-The same arithmetic as :mod:`shortstack.graphs.ir.block`: pre-norm attention with rotary embedding over grouped heads,
+The same arithmetic as :mod:`shortstack.graphs.ir.layer`: pre-norm attention with rotary embedding over grouped heads,
 then a gated MLP. A sequence starts at position 0; padding goes behind it, where causal attention does not look. What a
 layer sees depends on where its keys and values come from, see :class:`Attention`.
 """

@@ -23,9 +23,9 @@ import onnx_ir as ir
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import MLP_NORM
 from shortstack.graphs.ir.attention import Caches, Lengths, block_place
-from shortstack.graphs.ir.block import Residual, decoder_layer, gated_mlp, norm, settle, unit_rms
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.head import head, last_rows
+from shortstack.graphs.ir.layer import Residual, decoder_layer, gated_mlp, norm, settle, unit_rms
 from shortstack.graphs.ir.matrix import embed, project
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.spec import ModelSpec

@@ -17,10 +17,10 @@ from shortstack.graphs import names
 from shortstack.graphs.contract import segment_contract
 from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.ir.attention import Caches, Lengths, layer_place
-from shortstack.graphs.ir.block import Residual, decoder_layer, norm, settle, unit_rms
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.exit import Seen, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
+from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, settle, unit_rms
 from shortstack.graphs.ir.matrix import embed
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import check_boundaries

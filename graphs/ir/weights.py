@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from shortstack.graphs import names
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
 
 # onnxruntime maps external tensors straight from the file; a cache line keeps vector loads aligned.

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods.gptq import gptq
 from shortstack.quant.methods.hqq import hqq

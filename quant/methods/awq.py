@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortstack.graphs.ir.blocks import nearest
+from shortstack.graphs.ir.block_tensor import nearest
 from shortstack.graphs.kv_map import identity_kv_map
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods.grid import search_grid
 from shortstack.quant.methods.stats import Floats, InputStats

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shortstack.graphs.ir.blocks import BlockTensor, encode, into_blocks, nearest_grid
+from shortstack.graphs.ir.block_tensor import BlockTensor, encode, into_blocks, nearest_grid
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods.stats import Floats, InputStats
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shortstack.graphs.ir.blocks import BlockTensor, encode
+from shortstack.graphs.ir.block_tensor import BlockTensor, encode
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods.grid import search_grid
 from shortstack.quant.methods.stats import Floats, InputStats

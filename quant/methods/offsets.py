@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from shortstack.graphs.ir.blocks import BlockTensor, into_blocks, nearest
+from shortstack.graphs.ir.block_tensor import BlockTensor, into_blocks, nearest
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods import Rounding
 from shortstack.quant.methods.stats import Floats, InputStats

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shortstack.graphs.ir.blocks import BlockTensor, nearest
+from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods.stats import Floats, InputStats
 

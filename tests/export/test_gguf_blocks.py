@@ -27,7 +27,7 @@ from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors, pad_heads
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, describe_files, open_bundle, write_manifest
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
 from shortstack.runtime import DraftPolicy, load
 from shortstack.runtime.teach import teach

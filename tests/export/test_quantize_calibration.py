@@ -13,7 +13,7 @@ from helpers.quantized import INT4, INT8, open_session, recipe
 from helpers.tiny_models import BASE, SWITCHES, TinyBundles, TinyModel
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
-from shortstack.graphs.ir.blocks import nearest
+from shortstack.graphs.ir.block_tensor import nearest
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.layers import HeadGraph, LayerGraph, Taps
 from shortstack.quant.search import units

@@ -20,7 +20,7 @@ from helpers.quantized import open_session, unpacked
 from shortstack.graphs import names
 from shortstack.graphs.contract import GraphContract, Port, PortType
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.ir.blocks import BlockTensor, encode, nearest
+from shortstack.graphs.ir.block_tensor import BlockTensor, encode, nearest
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.matrix import embed, head_product, project
 from shortstack.graphs.ir.weights import WeightStore

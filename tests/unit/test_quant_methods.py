@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.ir.blocks import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BLOCK_SIZES, BlockFormat
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.methods import METHODS, awq
