@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from shortstack import __version__
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
-from shortstack.export.block_plan import REQUANTIZED_FORMAT, BlockPlan, plan_blocks
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.draft_vocab import choose_draft_vocab
 from shortstack.export.exit_plan import plan_exits
+from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, BlockPlan, plan_blocks
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors

@@ -80,7 +80,7 @@ def export(
     CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id.
     """
     from shortstack.export.assemble import export_bundle
-    from shortstack.export.block_plan import BlockPlan
+    from shortstack.export.kept_blocks import BlockPlan
     from shortstack.export.spec import DTYPES, ExportSpec
 
     if draft_text is not None and draft_vocab is None:

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from shortstack.export.checkpoint import Checkpoint
 from shortstack.export.checkpoint.checkpoint import StoredExit
-from shortstack.export.exits import Array, read_exits
 from shortstack.export.spec import ExportSpec
+from shortstack.export.trained_exits import Array, read_exits
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.kv_map import check_boundaries
 from shortstack.graphs.plan import ExitSpec, SplitPlan

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture
-from shortstack.export.block_plan import REQUANTIZED_FORMAT, BlockPlan
 from shortstack.export.checkpoint import Checkpoint
+from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, BlockPlan
 from shortstack.export.sources import MatrixSource, matrix_sources, qkv_heads
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.spec import ModelSpec

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.export.exit_block import pack_block
+from shortstack.export.exit_layer_weights import pack_block
 from shortstack.export.rope import rope_tables
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.graphs import names

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shortstack.export.exits import read_exits, write_exits
 from shortstack.export.rope import rope_tables
+from shortstack.export.trained_exits import read_exits, write_exits
 from shortstack.export.twin.layer import MLP, Layer, RMSNorm, unit_rms
 from shortstack.export.twin.model import Boundary, Twin
 from shortstack.graphs import names

@@ -25,8 +25,8 @@ from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.adapter_config import matching_pattern
 from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
-from shortstack.export.block_plan import plan_blocks
 from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.kept_blocks import plan_blocks
 from shortstack.export.parity.compare import compare
 from shortstack.export.parity.reference import Reference
 from shortstack.export.sources import matrix_sources

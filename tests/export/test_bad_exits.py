@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from helpers import exit_nodes
 from helpers.bad_input import Refused
 from helpers.tiny_models import BASE, TinyBundles
-from shortstack.export.exits import EXIT_WEIGHTS_FILE, EXITS_FILE, read_exits, write_exits
+from shortstack.export.trained_exits import EXIT_WEIGHTS_FILE, EXITS_FILE, read_exits, write_exits
 from shortstack.export.twin.exits import ExitNode, load_exits, save_exits
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError

@@ -19,9 +19,9 @@ from helpers.tiny_models import BASE, SPECULATOR, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
-from shortstack.export.block_plan import BlockPlan, plan_blocks
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.gguf_blocks import EXACT_FORMATS, unpack_blocks
+from shortstack.export.kept_blocks import BlockPlan, plan_blocks
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors, pad_heads
