@@ -18,8 +18,7 @@ from tokenizers import Tokenizer
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
-
-DEFAULT_TEXT = Path(__file__).resolve().parent.parent / "samples" / "draft_vocab.txt"
+from shortstack.graphs.texts import DRAFT_VOCAB_TEXT
 
 
 def choose_draft_vocab(
@@ -46,7 +45,7 @@ def choose_draft_vocab(
             expected=f"2..{vocab_size}, the size of the model's vocabulary",
             remedy="choose a size in that range; 4096 is a good start",
         )
-    path = text_file or DEFAULT_TEXT
+    path = text_file or DRAFT_VOCAB_TEXT
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -91,10 +91,10 @@ def quantize(
     as_json: bool,
 ) -> None:
     """Shrink BUNDLE into the bundle OUT: weights in blocks of 4 or 8 bits, activations in fp16, an int8 KV cache."""
+    from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
     from shortstack.quant.assemble import quantize_bundle
     from shortstack.quant.quality_table import print_quality
     from shortstack.quant.spec import QuantizeSpec
-    from shortstack.quant.texts import CALIBRATION_TEXT, HELDOUT_TEXT
 
     def named(name: str) -> Format:
         return parse_format(name, int(block_size or EXACT_BLOCK_SIZE), bool(is_symmetric))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import DType
+from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
 from shortstack.quant.recipe import Recipe
-from shortstack.quant.texts import CALIBRATION_TEXT, HELDOUT_TEXT
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,6 @@ import numpy.typing as npt
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.text.tokenizer import Tokenizer
 
-SAMPLES = Path(__file__).resolve().parent.parent / "samples"
-CALIBRATION_TEXT = SAMPLES / "draft_vocab.txt"
-HELDOUT_TEXT = SAMPLES / "heldout.jsonl"
 ROW_TOKENS = 256
 _FEWEST_TOKENS = 32
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from shortstack.export.draft_vocab import DEFAULT_TEXT
+from shortstack.graphs.texts import DRAFT_VOCAB_TEXT
 from shortstack.runtime import Model, SamplingParams, load
 
 _TURN_END = "<|im_end|>"
@@ -30,7 +30,7 @@ def ask_and_answer(model: Model, seed: int) -> tuple[str, int]:
     return f"{question.text.strip()}\n{answer.text.strip()}\n\n", len(question.tokens) + len(answer.tokens)
 
 
-def main(bundle: str, tokens: int = 32_000, out: Path = DEFAULT_TEXT) -> None:
+def main(bundle: str, tokens: int = 32_000, out: Path = DRAFT_VOCAB_TEXT) -> None:
     """Append to the text until ``tokens`` tokens were made."""
     model = load(bundle)
     text = out.read_text(encoding="utf-8") if out.exists() else ""

@@ -13,9 +13,9 @@ import json
 import sys
 from pathlib import Path
 
+from shortstack.graphs.texts import HELDOUT_TEXT
 from shortstack.runtime import Model, SamplingParams, load
 
-OUT = Path(__file__).resolve().parent / "heldout.jsonl"
 _TURN_END = "<|im_end|>"
 _FIRST_SEED = 100_000
 
@@ -36,7 +36,7 @@ def ask_and_answer(model: Model, seed: int) -> tuple[list[dict[str, str]], int]:
     return messages, len(question.tokens) + len(answer.tokens)
 
 
-def main(bundle: str, tokens: int = 12_000, out: Path = OUT) -> None:
+def main(bundle: str, tokens: int = 12_000, out: Path = HELDOUT_TEXT) -> None:
     """Write conversations until ``tokens`` tokens were made."""
     model = load(bundle)
     made = 0

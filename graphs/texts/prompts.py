@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-PROMPTS_FILE = Path(__file__).with_name("prompts.jsonl")
+from shortstack.graphs.texts import PROMPTS_FILE
 
 
 def prompts(count: int | None = None) -> list[str]:

@@ -24,10 +24,11 @@ from shortstack.graphs import names
 from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.kv_map import placement, producers
 from shortstack.graphs.precision import BlockFormat
+from shortstack.graphs.texts import CALIBRATION_TEXT
 from shortstack.quant import quality_measure
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import QuantizeSpec
-from shortstack.quant.texts import CALIBRATION_TEXT, open_tokenizer, read_rows
+from shortstack.quant.texts import open_tokenizer, read_rows
 from shortstack.runtime import DraftPolicy, ExitPolicy, Model, load, parse_criterion
 from shortstack.runtime.engine import stack as stacks
 from shortstack.runtime.engine.passes import run_passes

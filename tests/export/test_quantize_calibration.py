@@ -14,12 +14,13 @@ from helpers.tiny_models import BASE, SWITCHES, TinyBundles, TinyModel
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.ir.block_tensor import nearest
+from shortstack.graphs.texts import CALIBRATION_TEXT
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.layers import HeadGraph, LayerGraph, Taps
 from shortstack.quant.search import units
 from shortstack.quant.source import Source
 from shortstack.quant.spec import QuantizeSpec
-from shortstack.quant.texts import CALIBRATION_TEXT, open_tokenizer, read_rows
+from shortstack.quant.texts import open_tokenizer, read_rows
 from shortstack.runtime import load
 from shortstack.runtime.teach import teach
 

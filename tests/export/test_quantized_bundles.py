@@ -28,7 +28,8 @@ from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.ir.lint import lint_findings
 from shortstack.graphs.precision import BlockFormat, KVType, Precision
 from shortstack.graphs.spec import DType
-from shortstack.quant.texts import CALIBRATION_TEXT, open_tokenizer, read_rows
+from shortstack.graphs.texts import CALIBRATION_TEXT
+from shortstack.quant.texts import open_tokenizer, read_rows
 from shortstack.runtime import DraftPolicy, load
 from shortstack.runtime.inspection.report import build_report
 from shortstack.runtime.teach import teach

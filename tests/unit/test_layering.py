@@ -1,9 +1,11 @@
-"""Imports point one way. Lint sees each import; these see what the imports import."""
+"""Imports point one way. Lint sees most of them; these see all: lazy ones, file paths, and what imports import."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,35 @@ FOREIGN = (
     "shortstack.graphs.ir",
     "shortstack.export",
     "shortstack.quant",
+    "shortstack.samples",
 )
 # What graphs, being standard library only, does without besides.
 THIRD_PARTY = ("numpy", "onnxruntime", "tokenizers", "jinja2", "click", "rich", "ml_dtypes", "shortstack.runtime")
 
 HEAVY = ("numpy", "onnxruntime", "tokenizers", "jinja2", *FOREIGN[:8])
+
+# Room -> the rooms that it may import, lazily or not. The modules at the root (errors of the command line, progress,
+# threads) may be imported by all.
+ROOMS = {
+    "graphs": set(),
+    "export": {"graphs", "runtime"},  # runtime in export/parity alone, as export/ruff.toml says
+    "quant": {"graphs", "runtime"},  # runtime in few files alone, as quant/ruff.toml says
+    "runtime": {"graphs"},
+    "samples": {"graphs", "export", "quant", "runtime"},
+}
+PRODUCT_ROOMS = tuple(room for room in ROOMS if room != "samples")
+
+# The wings of runtime, from the ground up: each may import those above it in this list, and itself. The modules of
+# runtime itself (request.py, model.py) stand between two wings.
+WINGS = (
+    {"engine", "text"},
+    {"decode"},
+    {"early_exit"},
+    {"request"},
+    {"model"},
+    {"calibration", "inspection"},
+    {"commands"},
+)
 
 
 def run_python(script: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +62,38 @@ def run_python(script: str) -> subprocess.CompletedProcess[str]:
 def modules_in(package: str, folder: Path) -> list[str]:
     stems = [path.stem for path in sorted(folder.glob("*.py"))]
     return [package if stem == "__init__" else f"{package}.{stem}" for stem in stems]
+
+
+def imports_of(source: str) -> Iterator[str]:
+    """Every module that a file imports, wherever the import stands; of ``from a import b`` both ``a`` and ``a.b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def folders_in(source: str) -> Iterator[str]:
+    """The first part of every string constant that is not a docstring: of a path, the folder that it begins with."""
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value.removeprefix("../").partition("/")[0]
+
+
+def files_of(room: str, package_folders: dict[str, Path]) -> list[Path]:
+    name = f"shortstack.{room}"
+    folders = [folder for package, folder in package_folders.items() if f"{package}.".startswith(f"{name}.")]
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    assert files
+    return files
 
 
 @pytest.mark.parametrize(
@@ -52,6 +110,57 @@ def test_every_module_imports_without_what_its_layer_must_not_use(
             lines += [f"import {module}" for module in modules_in(name, folder)]
     done = run_python("\n".join(lines))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_of_a_room_imports_another_room_that_it_must_not_know(
+    room: str, package_folders: dict[str, Path]
+) -> None:
+    allowed = ROOMS[room] | {room}
+    wrong = [
+        f"{path}: {module}"
+        for path in files_of(room, package_folders)
+        for module in imports_of(path.read_text(encoding="utf-8"))
+        if module.startswith("shortstack.") and (other := module.split(".")[1]) in ROOMS and other not in allowed
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", PRODUCT_ROOMS)
+def test_no_product_room_reaches_into_samples_by_a_path(room: str, package_folders: dict[str, Path]) -> None:
+    wrong = [str(path) for path in files_of(room, package_folders) if "samples" in folders_in(path.read_text("utf-8"))]
+    assert not wrong, "what a product room needs stands in a product room: texts are in graphs/texts"
+
+
+def test_arrows_between_the_wings_of_runtime_point_down(package_folders: dict[str, Path]) -> None:
+    floors = {wing: floor for floor, wings in enumerate(WINGS) for wing in wings}
+    runtime = package_folders["shortstack.runtime"]
+    wrong = []
+    for path in files_of("runtime", package_folders):
+        inside = path.relative_to(runtime)
+        wing = inside.parts[0].removesuffix(".py")
+        if wing == "__init__":
+            continue  # it only says where each public name lives, and imports it when it is asked for
+        assert wing in floors, f"{inside} belongs to no wing: add it to WINGS"
+        for module in imports_of(path.read_text(encoding="utf-8")):
+            parts = module.split(".")
+            if parts[:2] == ["shortstack", "runtime"] and len(parts) > 2 and parts[2] in floors and parts[2] != wing:
+                other = parts[2]
+                if floors[other] >= floors[wing]:
+                    wrong.append(f"{inside} -> {other}")
+    assert not wrong
+
+
+def test_the_walls_see_lazy_imports_and_paths() -> None:
+    source = '''"""samples/ is named here only."""
+from pathlib import Path
+def late():
+    """samples/too"""
+    from shortstack.samples.prompts import prompts
+    return Path(__file__).parent.parent / "samples" / "heldout.jsonl", "../samples/x", prompts
+'''
+    assert "shortstack.samples.prompts" in set(imports_of(source))
+    assert list(folders_in(source)).count("samples") == 2
 
 
 def test_help_lists_the_commands_and_imports_none_of_them() -> None:
