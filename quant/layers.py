@@ -23,10 +23,10 @@ import onnxruntime as ort
 
 from shortstack.graphs import names
 from shortstack.graphs.contract import GraphContract, Port
-from shortstack.graphs.ir.attention import Caches, Lengths, layer_place
+from shortstack.graphs.ir.attention import Caches, Lengths, layer_site
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, settle
+from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, residual_sum
 from shortstack.graphs.ir.matrix import head_product
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import consumers
@@ -86,8 +86,8 @@ class LayerGraph:
             values = {port.name: g.input(port) for port in inputs}
             lengths = Lengths(values[names.SEQLENS_K], values[names.TOTAL_SEQUENCE_LENGTH])
             caches = Caches(g)
-            x = decoder_layer(g, spec, layer_place(spec, layer), Residual(values[names.HIDDEN_STATES]), lengths, caches)
-            outputs = {names.HIDDEN_STATES_OUT: settle(g, x, "/hidden_states_out"), **caches.presents()}
+            x = decoder_layer(g, spec, layer_site(spec, layer), Residual(values[names.HIDDEN_STATES]), lengths, caches)
+            outputs = {names.HIDDEN_STATES_OUT: residual_sum(g, x, "/hidden_states_out"), **caches.presents()}
             ports = [Port(names.HIDDEN_STATES_OUT, _DTYPE, hidden)]
             ports += [Port(name, _DTYPE, cache) for name in self._presents.values()]
             if with_taps:

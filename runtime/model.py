@@ -28,11 +28,11 @@ from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.decode.stream import FinishReason, Stream
 from shortstack.runtime.early_exit.adaptive import Adaptive, AdaptiveThreshold
-from shortstack.runtime.early_exit.ascent import Ascent, FlushAscent
-from shortstack.runtime.early_exit.auto import AutoAscent, WayCosts
+from shortstack.runtime.early_exit.auto import AutoCatchUp, WayCosts
+from shortstack.runtime.early_exit.catch_up import CatchUp, FlushCatchUp
 from shortstack.runtime.early_exit.loop import EarlyExit, Observer
 from shortstack.runtime.early_exit.pending import PendingCap
-from shortstack.runtime.early_exit.pipeline import PipelineAscent
+from shortstack.runtime.early_exit.pipeline import PipelineCatchUp
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.passes import PrefillPasses, check_passes
@@ -324,8 +324,8 @@ class Model:
         fixed = policy.max_pending or (stack.window if is_repeatable else None)
         cap = self._caps.setdefault((fixed, used), PendingCap(stack.window, fixed))
 
-        def flush() -> Ascent:
-            return FlushAscent(
+        def flush() -> CatchUp:
+            return FlushCatchUp(
                 stack,
                 stats,
                 cap,
@@ -333,17 +333,17 @@ class Model:
                 fills_all=policy.verify != "none" or observe is not None,
             )
 
-        def pipeline() -> Ascent:
-            return PipelineAscent(stack, stats)
+        def pipeline() -> CatchUp:
+            return PipelineCatchUp(stack, stats)
 
-        ascent: Ascent
+        catch_up: CatchUp
         if stack.filling_levels == 1:  # nothing is ever pending: there is nothing to pipeline
-            ascent = flush()
+            catch_up = flush()
         elif policy.kv_policy == "auto":
-            ascent = AutoAscent({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))
+            catch_up = AutoCatchUp({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))
         else:
-            ascent = pipeline() if policy.kv_policy == "pipeline" else flush()
-        return EarlyExit(stack, self._sequence, choice, stats, limit, policy, ascent, cap, observe).steps()
+            catch_up = pipeline() if policy.kv_policy == "pipeline" else flush()
+        return EarlyExit(stack, self._sequence, choice, stats, limit, policy, catch_up, cap, observe).steps()
 
     def _exits_used(self, strategy: Strategy, exit_layer: int | None, policy: ExitPolicy | None) -> tuple[int, ...]:
         """Return the exits that a strategy uses, none for plain decoding, if the bundle has what is asked for."""
@@ -378,7 +378,7 @@ class Model:
         return () if strategy == "plain" else (exit_layer or exits[0],)
 
     def _stack(self, used: tuple[int, ...]) -> Stack:
-        """Return the stack that uses these exits, made once: it holds the prebuilt plans."""
+        """Return the stack that uses these exits, made once: it holds the prebuilt bindings."""
         if used not in self._stacks:
             self._stacks[used] = Stack(self.bundle, self.sessions, self.cache, self.devices, used, self._prefill_passes)
         return self._stacks[used]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from shortstack.graphs import names
 from shortstack.graphs.kv_map import borrowed, iterated_producers
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime.engine.binding import Plan, Tensor
+from shortstack.runtime.engine.binding import Binding, Tensor
 from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.passes import run_passes
 from shortstack.runtime.model import Model
@@ -103,12 +103,12 @@ def _teach(
                 outputs[names.FINAL_STATE] = final_state[:, start:end]
             if not segment.is_last:
                 outputs[names.HIDDEN_STATES_OUT] = hidden[segment.end][:, start:end]
-            plan = Plan(session, inputs, outputs, model.devices[segment.index])
+            binding = Binding(session, inputs, outputs, model.devices[segment.index])
             iterated = iterated_producers(spec.kv_map, segment.start, segment.end)
             if iterated and end - start > 1:
-                run_passes(plan.run, cache, iterated, (start, end), "converged")
+                run_passes(binding.run, cache, iterated, (start, end), "converged")
             else:
-                plan.run()
+                binding.run()
     found_heads = {depth: logits[0].astype(np.float32) for depth, logits in heads.items()}
     found_hidden = {depth: stream[0].astype(np.float32) for depth, stream in hidden.items()}
     if manifest.cache_type == "int8":

@@ -37,7 +37,7 @@ from shortstack.graphs.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LayerSite:
     """Where a decoder layer stands: in the stack, or on top of it as the block of an exit.
 
     Attributes:
@@ -63,10 +63,10 @@ class Place:
         return f"{self.weights}.{part}"
 
 
-def layer_place(spec: ModelSpec, layer: int, kv_cache: KVType = "float") -> Place:
-    """Return the place of a layer of the stack, by its number in the full model."""
+def layer_site(spec: ModelSpec, layer: int, kv_cache: KVType = "float") -> LayerSite:
+    """Return the site of a layer of the stack, by its number in the full model."""
     owner = spec.kv_map[layer]
-    return Place(
+    return LayerSite(
         weights=names.layer_weights(layer),
         node=f"/model/layers.{layer}",
         owner=owner,
@@ -77,9 +77,9 @@ def layer_place(spec: ModelSpec, layer: int, kv_cache: KVType = "float") -> Plac
     )
 
 
-def block_place(exit_layer: int) -> Place:
-    """Return the place of an exit's block; its cache is always floats."""
-    return Place(names.exit_weight(exit_layer, BLOCK), f"/exits.{exit_layer}/{BLOCK}", names.exit_block(exit_layer))
+def exit_layer_site(exit_layer: int) -> LayerSite:
+    """Return the site of an exit's block; its cache is always floats."""
+    return LayerSite(names.exit_weight(exit_layer, BLOCK), f"/exits.{exit_layer}/{BLOCK}", names.exit_block(exit_layer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +130,14 @@ class Caches:
 
 
 def attention(
-    g: GraphBuilder, spec: ModelSpec, place: Place, normed: ir.Value, lengths: Lengths, caches: Caches
+    g: GraphBuilder, spec: ModelSpec, site: LayerSite, normed: ir.Value, lengths: Lengths, caches: Caches
 ) -> ir.Value:
     """Append attention without its output projection.
 
     Args:
         g: The graph.
         spec: The model.
-        place: Which layer.
+        site: Which layer.
         normed: The normalised residual stream [batch, seq, hidden].
         lengths: How far the run reaches.
         caches: What it reads; keys and values that it writes are added.
@@ -145,23 +145,23 @@ def attention(
     Returns:
         The mixed values [batch, seq, heads * head_dim].
     """
-    node = f"{place.node}/attn"
-    packed = project(g, normed, place.weight("attn.qkv_proj.weight"), f"{node}/qkv_proj")
+    node = f"{site.node}/attn"
+    packed = project(g, normed, site.weight("attn.qkv_proj.weight"), f"{node}/qkv_proj")
     if spec.qkv_bias:
-        packed = g.op("Add", [packed, g.weight(place.weight("attn.qkv_proj.bias"))], f"{node}/qkv_proj/Add")
+        packed = g.op("Add", [packed, g.weight(site.weight("attn.qkv_proj.bias"))], f"{node}/qkv_proj/Add")
     if lengths.spare_row:
         packed = g.op("Pad", [packed, g.constant([0, 0, 0, 0, 1, 0])], f"{node}/spare_row")  # [batch, seq + 1, ...]
-    if place.owns_kv:
-        mixed, *caches.written[place.owner] = _attend(
-            g, spec, place, f"{node}/GroupQueryAttention", [packed, None, None], caches, lengths
+    if site.owns_kv:
+        mixed, *caches.written[site.owner] = _attend(
+            g, spec, site, f"{node}/GroupQueryAttention", [packed, None, None], caches, lengths
         )
-    if not (place.owns_kv and place.sees_itself):
+    if not (site.owns_kv and site.sees_itself):
         query = packed
-        if place.owns_kv:  # the diagonal is masked: the node above has only written keys and values
+        if site.owns_kv:  # the diagonal is masked: the node above has only written keys and values
             width = spec.num_attention_heads * spec.cache_head_dim
             query = g.op("Slice", [packed, g.constant([0]), g.constant([width]), g.constant([2])], f"{node}/query")
-        name = f"{node}/GroupQueryAttention_read" if place.owns_kv else f"{node}/GroupQueryAttention"
-        mixed = _read(g, spec, place, name, query, caches, lengths)
+        name = f"{node}/GroupQueryAttention_read" if site.owns_kv else f"{node}/GroupQueryAttention"
+        mixed = _read(g, spec, site, name, query, caches, lengths)
     if lengths.spare_row:
         first, end, axis = g.constant([0]), g.constant([-1]), g.constant([1])
         mixed = g.op("Slice", [mixed, first, end, axis], f"{node}/drop_spare_row")  # [batch, seq, ...]
@@ -169,16 +169,16 @@ def attention(
 
 
 def _read(
-    g: GraphBuilder, spec: ModelSpec, place: Place, name: str, query: ir.Value, caches: Caches, lengths: Lengths
+    g: GraphBuilder, spec: ModelSpec, site: LayerSite, name: str, query: ir.Value, caches: Caches, lengths: Lengths
 ) -> ir.Value:
     """Append attention of queries [batch, rows, heads * head_dim] over what a cache holds, without writing to it."""
     kv_width = spec.num_key_value_heads * spec.cache_head_dim
     nothing = [g.constant([0, 0]), g.constant([0, kv_width]), g.constant([1, 2])]
     empty = g.op("Slice", [query, *nothing], f"{name}/no_new_rows")  # [batch, 0, kv_heads * head_dim]
-    if place.sees_itself:
-        return _attend(g, spec, place, name, [query, empty, empty], caches, lengths)[0]
+    if site.sees_itself:
+        return _attend(g, spec, site, name, [query, empty, empty], caches, lengths)[0]
     positions = _positions(g, query, lengths)
-    mixed = _attend(g, spec, place, name, [query, empty, empty], caches, _one_less(g, lengths), positions)[0]
+    mixed = _attend(g, spec, site, name, [query, empty, empty], caches, _one_less(g, lengths), positions)[0]
 
     def make_visible() -> ir.Value:
         after_first = g.op("Greater", [positions, g.constant(0)], "/model/lengths/after_first")
@@ -220,7 +220,7 @@ def _one_less(g: GraphBuilder, lengths: Lengths) -> Lengths:
 def _attend(
     g: GraphBuilder,
     spec: ModelSpec,
-    place: Place,
+    site: LayerSite,
     name: str,
     query_key_value: list[ir.Value | None],
     caches: Caches,
@@ -230,23 +230,23 @@ def _attend(
     """Append the kernel: mixed values, and with packed queries, keys and values also what the cache is afterwards."""
     inputs: list[ir.Value | None] = [
         *query_key_value,
-        *caches.of(place.owner),
+        *caches.of(site.owner),
         lengths.past_end,
         lengths.total,
         g.weight(names.ROPE_COS),
         g.weight(names.ROPE_SIN),
     ]
     attributes: dict[str, Attribute] = {}
-    if positions is not None or place.kv_scales:
+    if positions is not None or site.kv_scales:
         inputs.append(positions)
-    if place.kv_scales:  # attention_bias and head_sink stay empty
-        inputs += [None, None, *(g.weight(scale) for scale in place.kv_scales)]
+    if site.kv_scales:  # attention_bias and head_sink stay empty
+        inputs += [None, None, *(g.weight(scale) for scale in site.kv_scales)]
         attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    if place.window:  # the kernel counts from the position before, where it is told of one less
-        attributes["local_window_size"] = place.window - (positions is not None)
+    if site.window:  # the kernel counts from the position before, where it is told of one less
+        attributes["local_window_size"] = site.window - (positions is not None)
     # The kernel refuses an int8 cache without a place for what it is afterwards, also where nothing is added: a
     # consumer then has one of its own, which costs a copy of its producer's cache in each run.
-    has_presents = query_key_value[1] is None or bool(place.kv_scales)
+    has_presents = query_key_value[1] is None or bool(site.kv_scales)
     return g.ops(
         "GroupQueryAttention",
         inputs,

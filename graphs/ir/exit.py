@@ -22,17 +22,17 @@ import onnx_ir as ir
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import MLP_NORM
-from shortstack.graphs.ir.attention import Caches, Lengths, block_place
+from shortstack.graphs.ir.attention import Caches, Lengths, exit_layer_site
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.head import head, last_rows
-from shortstack.graphs.ir.layer import Residual, decoder_layer, gated_mlp, norm, settle, unit_rms
+from shortstack.graphs.ir.layer import Residual, decoder_layer, gated_mlp, norm, residual_sum, unit_rms
 from shortstack.graphs.ir.matrix import embed, project
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ExitInputs:
     """What an exit may read.
 
     Attributes:
@@ -62,7 +62,7 @@ def full_head(spec: ModelSpec) -> str:
 
 
 def exit_node(
-    g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, seen: Seen, num_rows: ir.Value
+    g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, given: ExitInputs, num_rows: ir.Value
 ) -> dict[str, ir.Value]:
     """Append an exit node.
 
@@ -70,7 +70,7 @@ def exit_node(
         g: The graph.
         spec: The model.
         exit_spec: The exit.
-        seen: What it may read.
+        given: What it may read.
         num_rows: How many trailing positions to evaluate, int64 [].
 
     Returns:
@@ -78,22 +78,22 @@ def exit_node(
     """
     outputs: dict[str, ir.Value] = {}
     node = f"/exits.{exit_spec.exit_layer}"
-    hidden = last_rows(g, seen.hidden, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]
+    hidden = last_rows(g, given.hidden, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]
     if exit_spec.branch == "linear":
-        x = _linear(g, spec, exit_spec, hidden, seen, num_rows)
+        x = _linear(g, spec, exit_spec, hidden, given, num_rows)
     elif exit_spec.branch == "mlp":
-        x = _mlp(g, spec, exit_spec, last_rows(g, seen.middle, num_rows, f"{node}/middle"))
+        x = _mlp(g, spec, exit_spec, last_rows(g, given.middle, num_rows, f"{node}/middle"))
     elif exit_spec.branch == "block":
         # The spare row is what it is for the layers. With an int8 cache they need none, and a block, whose cache is of
         # floats, has none either: what it says of one row may then differ in the last digits from what it says of
         # the same row among several. Keys and values do not, and no verified token depends on it.
-        place = block_place(exit_spec.exit_layer)
-        x = decoder_layer(g, spec, place, Residual(seen.hidden), seen.lengths, seen.caches, num_rows)
+        site = exit_layer_site(exit_spec.exit_layer)
+        x = decoder_layer(g, spec, site, Residual(given.hidden), given.lengths, given.caches, num_rows)
     else:
         x = Residual(hidden)
 
     if exit_spec.sees_state or exit_spec.norm == "none":
-        x = Residual(settle(g, x, f"{node}/branch"))
+        x = Residual(residual_sum(g, x, f"{node}/branch"))
     if exit_spec.sees_state:
         outputs[names.EXIT_STATE_OUT] = unit_rms(g, spec, x.stream, f"{node}/state")
     if exit_spec.has_gate:
@@ -107,24 +107,24 @@ def exit_node(
 
 
 def _linear(
-    g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, hidden: ir.Value, seen: Seen, num_rows: ir.Value
+    g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, hidden: ir.Value, given: ExitInputs, num_rows: ir.Value
 ) -> Residual:
     """Append W u + b, and the gated MLP of u if there is one."""
     depth, node = exit_spec.exit_layer, f"/exits.{exit_spec.exit_layer}/linear"
     parts = [unit_rms(g, spec, hidden, f"{node}/unit_hidden")]
     if exit_spec.sees_token:
-        assert seen.ids is not None
-        ids = last_rows(g, seen.ids, num_rows, f"{node}/last_ids")  # [batch, rows]
+        assert given.ids is not None
+        ids = last_rows(g, given.ids, num_rows, f"{node}/last_ids")  # [batch, rows]
         parts.append(unit_rms(g, spec, embed(g, ids, names.EMBED_TOKENS, f"{node}/embed_tokens"), f"{node}/unit_token"))
     if exit_spec.sees_state:
-        assert seen.state is not None
-        parts.append(seen.state)
+        assert given.state is not None
+        parts.append(given.state)
     u = parts[0] if len(parts) == 1 else g.op("Concat", parts, f"{node}/Concat", axis=-1)  # [batch, rows, inputs]
     x = Residual(
         project(g, u, names.exit_weight(depth, "linear.weight"), node),
         bias=g.weight(names.exit_weight(depth, "linear.bias")),
     )
-    x = Residual(settle(g, x, node))
+    x = Residual(residual_sum(g, x, node))
     if exit_spec.linear_mlp:
         x = Residual(x.stream, *gated_mlp(g, u, names.exit_weight(depth, "linear"), f"{node}/mlp", has_bias=False))
     return x

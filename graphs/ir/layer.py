@@ -1,7 +1,7 @@
 """One decoder layer on the residual stream: norm, attention, norm, gated MLP.
 
 The sum of stream and branch and the norm after it are one fused node, so a layer takes and returns the stream as two
-parts, ``stream + branch (+ bias)``, not yet added; :func:`settle` adds them where the plain sum is needed (at a
+parts, ``stream + branch (+ bias)``, not yet added; :func:`residual_sum` adds them where the plain sum is needed (at a
 boundary).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from shortstack.graphs import names
-from shortstack.graphs.ir.attention import Caches, Lengths, Place, attention
+from shortstack.graphs.ir.attention import Caches, LayerSite, Lengths, attention
 from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
 from shortstack.graphs.ir.head import last_rows
 from shortstack.graphs.ir.matrix import project
@@ -63,7 +63,7 @@ def unit_rms(g: GraphBuilder, spec: ModelSpec, x: ir.Value, name: str) -> ir.Val
     return norm(g, spec, Residual(x), names.UNIT_NORM, name)[0]
 
 
-def settle(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
+def residual_sum(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
     """Append the additions that turn a residual into one tensor [batch, seq, hidden]."""
     total = x.stream
     if x.branch is not None:
@@ -76,7 +76,7 @@ def settle(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
 def decoder_layer(
     g: GraphBuilder,
     spec: ModelSpec,
-    place: Place,
+    site: LayerSite,
     x: Residual,
     lengths: Lengths,
     caches: Caches,
@@ -87,7 +87,7 @@ def decoder_layer(
     Args:
         g: The graph.
         spec: The model.
-        place: Which layer, and whose cache it has.
+        site: Which layer, and whose cache it has.
         x: The residual stream before it, [batch, seq, hidden].
         lengths: How far the run reaches.
         caches: The keys and values of all; those that it writes are added.
@@ -97,22 +97,22 @@ def decoder_layer(
     Returns:
         The residual after the layer, [batch, rows, hidden].
     """
-    node = place.node
-    normed, stream = norm(g, spec, x, place.weight("input_norm.weight"), f"{node}/input_norm")
-    mixed = attention(g, spec, place, normed, lengths, caches)
+    node = site.node
+    normed, stream = norm(g, spec, x, site.weight("input_norm.weight"), f"{node}/input_norm")
+    mixed = attention(g, spec, site, normed, lengths, caches)
     if num_rows is not None:
         mixed = last_rows(g, mixed, num_rows, f"{node}/attn/last_rows")  # [batch, rows, heads * head_dim]
         stream = last_rows(g, stream, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]
-    out = project(g, mixed, place.weight("attn.o_proj.weight"), f"{node}/attn/o_proj")
-    bias = g.weight(place.weight("attn.o_proj.bias")) if spec.attention_out_bias else None
+    out = project(g, mixed, site.weight("attn.o_proj.weight"), f"{node}/attn/o_proj")
+    bias = g.weight(site.weight("attn.o_proj.bias")) if spec.attention_out_bias else None
     normed, stream = norm(
         g,
         spec,
         Residual(stream, out, bias),
-        place.weight("post_attention_norm.weight"),
+        site.weight("post_attention_norm.weight"),
         f"{node}/post_attention_norm",
     )
-    mlp = gated_mlp(g, normed, place.weight("mlp"), f"{node}/mlp", has_bias=spec.mlp_bias)
+    mlp = gated_mlp(g, normed, site.weight("mlp"), f"{node}/mlp", has_bias=spec.mlp_bias)
     return Residual(stream, *mlp)
 
 

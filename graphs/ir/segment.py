@@ -16,11 +16,11 @@ from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.contract import segment_contract
 from shortstack.graphs.errors import UnsupportedError
-from shortstack.graphs.ir.attention import Caches, Lengths, layer_place
+from shortstack.graphs.ir.attention import Caches, Lengths, layer_site
 from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.exit import Seen, exit_node, full_head
+from shortstack.graphs.ir.exit import ExitInputs, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
-from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, settle, unit_rms
+from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, residual_sum, unit_rms
 from shortstack.graphs.ir.matrix import embed
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import check_boundaries
@@ -77,13 +77,17 @@ def segment_model(
     outputs: dict[str, ir.Value] = {}
     caches = Caches(g)
     for layer in layers:
-        x = decoder_layer(g, spec, layer_place(spec, layer, kv_cache), x, lengths, caches)
+        x = decoder_layer(g, spec, layer_site(spec, layer, kv_cache), x, lengths, caches)
 
     num_rows = inputs[names.NUM_ROWS]
     if exit_spec is not None:
-        outputs[names.HIDDEN_STATES_OUT] = boundary = settle(g, x, f"/exits.{exit_spec.exit_layer}/hidden_states_out")
-        seen = Seen(boundary, x.stream, lengths, caches, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE))
-        outputs |= exit_node(g, spec, exit_spec, seen, num_rows) | caches.presents()
+        outputs[names.HIDDEN_STATES_OUT] = boundary = residual_sum(
+            g, x, f"/exits.{exit_spec.exit_layer}/hidden_states_out"
+        )
+        given = ExitInputs(
+            boundary, x.stream, lengths, caches, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE)
+        )
+        outputs |= exit_node(g, spec, exit_spec, given, num_rows) | caches.presents()
         return g.finish(contract, outputs, f"shortstack {__version__}")
     normed, stream = norm(g, spec, x, names.FINAL_NORM, "/lm_head/norm")
     if plan.has_state:

@@ -19,11 +19,11 @@ from shortstack.runtime.commands.options import (
     Showing,
     drafting_options,
     exiting_options,
-    refuse_idle,
+    refuse_options_without_effect,
     sampling_options,
     showing_options,
 )
-from shortstack.runtime.commands.show import Shown, print_comparison, print_summary, show_stream
+from shortstack.runtime.commands.show import FinishedRun, print_comparison, print_summary, show_stream
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.stream import Stream
@@ -65,7 +65,9 @@ class Request:
             stop=self.stop,
         )
 
-    def show(self, strategy: Strategy, *, is_quiet: bool, has_title: bool = False, shows_exits: bool = False) -> Shown:
+    def show(
+        self, strategy: Strategy, *, is_quiet: bool, has_title: bool = False, shows_exits: bool = False
+    ) -> FinishedRun:
         """Generate to the end and show it."""
         return show_stream(
             strategy,
@@ -128,7 +130,7 @@ def generate(
     showing: Showing,
 ) -> None:
     """Continue PROMPT (- reads it from standard input) with the model in BUNDLE."""
-    refuse_idle(strategy, compare, exit_layers, exiting, sampling.temperature, showing)
+    refuse_options_without_effect(strategy, compare, exit_layers, exiting, sampling.temperature, showing)
     strategies = _strategies(strategy, compare, exiting)
     if "early-exit" in strategies:
         exiting.check()
@@ -154,7 +156,7 @@ def generate(
     asked = _as_prompt(model, text, raw, system)
     draft_exit = min(exit_layers, default=None)
     request = Request(model, asked, max_new_tokens, sampling, stop, draft_exit, draft, policy)
-    shown: list[Shown] = []
+    shown: list[FinishedRun] = []
     for name in strategies:
         shown.append(request.show(name, is_quiet=showing.as_json, has_title=compare, shows_exits=showing.show_exits))
         if shown[-1].is_cancelled:
@@ -188,7 +190,7 @@ def _is_lossy(policy: ExitPolicy | None) -> bool:
     return policy is not None and policy.verify != "exact"
 
 
-def _agreement(shown: list[Shown]) -> Agreement | None:
+def _agreement(shown: list[FinishedRun]) -> Agreement | None:
     """Return how far early exit says what plain decoding says, where both ran."""
     tokens = {one.strategy: one.token_ids for one in shown}
     if "early-exit" not in tokens or "plain" not in tokens:
@@ -196,14 +198,14 @@ def _agreement(shown: list[Shown]) -> Agreement | None:
     return agreement_of(tokens["early-exit"], tokens["plain"])
 
 
-def _as_json(shown: Shown, showing: Showing, agreement: Agreement | None) -> dict[str, Any]:
+def _as_json(shown: FinishedRun, showing: Showing, agreement: Agreement | None) -> dict[str, Any]:
     data = shown.to_json(with_exits=showing.show_exits)
     if agreement is not None and shown.strategy == "early-exit":
         data["agreement"] = agreement.to_json()
     return data
 
 
-def _report(request: Request, shown: list[Shown], prompt: str, profile: Profile | None, showing: Showing) -> None:
+def _report(request: Request, shown: list[FinishedRun], prompt: str, profile: Profile | None, showing: Showing) -> None:
     """Draw the page, running what it needs besides what was shown; early exit and plain decoding take turns."""
     from shortstack.runtime.commands.exit_report.page import write_page
     from shortstack.runtime.commands.exit_report.report import build_report
@@ -228,7 +230,7 @@ def _report(request: Request, shown: list[Shown], prompt: str, profile: Profile 
     click.echo(f"report: {showing.report}", err=True)
 
 
-def _again(request: Request, strategy: Strategy) -> Shown:
+def _again(request: Request, strategy: Strategy) -> FinishedRun:
     """Generate once more without showing it; what is cut short is no measurement."""
     shown = request.show(strategy, is_quiet=True)
     if shown.is_cancelled:

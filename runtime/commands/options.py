@@ -1,6 +1,6 @@
 """The options of `shortstack generate` by what they are for, each group gathered into one value.
 
-Options that would do nothing are refused: :func:`refuse_idle` knows which go with which strategy.
+Options that would do nothing are refused: :func:`refuse_options_without_effect` knows which go with which strategy.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ showing_options = gather(
 )
 
 
-def refuse_idle(
+def refuse_options_without_effect(
     strategy: Strategy | None,
     compare: bool,
     exit_layers: tuple[int, ...],

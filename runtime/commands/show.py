@@ -32,7 +32,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newli
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class FinishedRun:
     """One finished generation and what to say about it.
 
     Attributes:
@@ -108,7 +108,7 @@ def show_stream(
     is_quiet: bool,
     has_title: bool,
     shows_exits: bool = False,
-) -> Shown:
+) -> FinishedRun:
     """Run a generation to its end, printing text as it becomes certain; Ctrl-C ends it and keeps what there is.
 
     Args:
@@ -138,7 +138,9 @@ def show_stream(
         if marks is not None and tokens:
             click.echo(marks.legend(tokens) + ("\n" if has_title else ""))
     assert stream.finish_reason is not None
-    return Shown(strategy, stream.text, tuple(tokens), layers, stream.finish_reason, stream.stats, peak_rss_bytes())
+    return FinishedRun(
+        strategy, stream.text, tuple(tokens), layers, stream.finish_reason, stream.stats, peak_rss_bytes()
+    )
 
 
 def _has_colours() -> bool:
@@ -159,7 +161,7 @@ def _print_piece(token: Token, layers: int, marks: DepthMarks | None) -> None:
         sys.stdout.flush()
 
 
-def print_summary(shown: Shown, *, shows_exits: bool = False) -> None:
+def print_summary(shown: FinishedRun, *, shows_exits: bool = False) -> None:
     """Print one line of figures on stderr; ``shows_exits`` adds exit depths where they are not the point anyway."""
     stats = shown.stats
     parts = [
@@ -178,7 +180,7 @@ def print_summary(shown: Shown, *, shows_exits: bool = False) -> None:
 
 
 def print_comparison(
-    shown: Sequence[Shown], *, is_greedy: bool, is_lossy: bool = False, agreement: Agreement | None = None
+    shown: Sequence[FinishedRun], *, is_greedy: bool, is_lossy: bool = False, agreement: Agreement | None = None
 ) -> None:
     """Print the table that sets the strategies side by side, and whether they said the same.
 
@@ -211,13 +213,13 @@ def print_comparison(
             )
 
 
-def _verdict(one: Shown, plain: Shown, is_lossy: bool) -> Text:
+def _verdict(one: FinishedRun, plain: FinishedRun, is_lossy: bool) -> Text:
     if one.token_ids == plain.token_ids:
         return Text("yes", "bold green")
     return Text("no", "yellow") if is_lossy and one.strategy == "early-exit" else Text("NO", "bold red")
 
 
-def _rows(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
+def _rows(shown: Sequence[FinishedRun]) -> list[tuple[str, list[str]]]:
     def row(label: str, value: Any) -> tuple[str, list[str]]:
         return label, [value(one.stats) for one in shown]
 

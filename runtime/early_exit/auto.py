@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from shortstack.runtime.early_exit.ascent import Ascent
+from shortstack.runtime.early_exit.catch_up import CatchUp
 
 Way = Literal["flush", "pipeline"]
 _WEIGHT = 0.2  # of one round in a running mean
@@ -46,54 +46,54 @@ class WayCosts:
         self._row_s[way] = row_s if old is None else old + _WEIGHT * (row_s - old)
 
 
-class AutoAscent:
-    """See :class:`~shortstack.runtime.early_exit.ascent.Ascent`; rounds of one row say nothing and are not measured.
+class AutoCatchUp:
+    """See :class:`~shortstack.runtime.early_exit.catch_up.CatchUp`; rounds of one row say nothing and are not measured.
 
     Args:
         ways: How to make each way; made at its first round.
         costs: What was learned so far.
     """
 
-    def __init__(self, ways: dict[Way, Callable[[], Ascent]], costs: WayCosts) -> None:
+    def __init__(self, ways: dict[Way, Callable[[], CatchUp]], costs: WayCosts) -> None:
         self._make = ways
         self._costs = costs
-        self._made: dict[Way, Ascent] = {}
+        self._made: dict[Way, CatchUp] = {}
         self._way: Way = "flush"
         self._rows = 0
         self._elapsed_s = 0.0
 
-    def begin(self, past: int) -> None:
-        """See :meth:`Ascent.begin`."""
+    def begin_round(self, past: int) -> None:
+        """See :meth:`CatchUp.begin_round`."""
         if self._rows > 1:
             self._costs.observe(self._way, self._rows, self._elapsed_s)
         self._way = self._costs.choose()
         if self._way not in self._made:
             self._made[self._way] = self._make[self._way]()
         self._rows, self._elapsed_s = 0, 0.0
-        self._made[self._way].begin(past)
+        self._made[self._way].begin_round(past)
 
-    def enter(self, row: int, with_logits: bool) -> None:
-        """See :meth:`Ascent.enter`."""
+    def run_lowest(self, row: int, with_logits: bool) -> None:
+        """See :meth:`CatchUp.run_lowest`."""
         started = time.perf_counter()
-        self._made[self._way].enter(row, with_logits)
+        self._made[self._way].run_lowest(row, with_logits)
         self._rows = row + 1
         self._elapsed_s += time.perf_counter() - started
 
-    def climb(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
-        """See :meth:`Ascent.climb`."""
+    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+        """See :meth:`CatchUp.run_level`."""
         started = time.perf_counter()
-        self._made[self._way].climb(level, row, num_rows, with_logits)
+        self._made[self._way].run_level(level, row, num_rows, with_logits)
         self._elapsed_s += time.perf_counter() - started
 
-    def leave(self, level: int, row: int) -> None:
-        """See :meth:`Ascent.leave`."""
-        self._made[self._way].leave(level, row)
+    def mark_pending(self, level: int, row: int) -> None:
+        """See :meth:`CatchUp.mark_pending`."""
+        self._made[self._way].mark_pending(level, row)
 
-    def settle(self, rows: int) -> None:
-        """See :meth:`Ascent.settle`."""
-        self._made[self._way].settle(rows)
+    def fill_pending(self, rows: int) -> None:
+        """See :meth:`CatchUp.fill_pending`."""
+        self._made[self._way].fill_pending(rows)
 
     def close(self) -> None:
-        """See :meth:`Ascent.close`."""
-        for ascent in self._made.values():
-            ascent.close()
+        """See :meth:`CatchUp.close`."""
+        for catch_up in self._made.values():
+            catch_up.close()

@@ -31,7 +31,7 @@ from shortstack.runtime.decode.choice import Choice, Verdict
 from shortstack.runtime.decode.plain import prefill
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
-from shortstack.runtime.early_exit.ascent import Ascent
+from shortstack.runtime.early_exit.catch_up import CatchUp
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.policy import ExitPolicy
@@ -64,7 +64,7 @@ class EarlyExit:
         stats: Counts what is done.
         max_new_tokens: How many to emit at most.
         policy: How tokens leave; its exits are those of the stack.
-        ascent: How rows get up the levels; closed at the end.
+        catch_up: How rows get up the levels; closed at the end.
         cap: How many rows may be pending.
         observe: Called with what an exit said and whether the whole model named the same token, for every token that
             left; makes the final head look at all pending rows. None: nobody wants to know.
@@ -78,7 +78,7 @@ class EarlyExit:
         stats: Stats,
         max_new_tokens: int,
         policy: ExitPolicy,
-        ascent: Ascent,
+        catch_up: CatchUp,
         cap: PendingCap,
         observe: Observer | None = None,
     ) -> None:
@@ -90,7 +90,7 @@ class EarlyExit:
         self._policy = policy
         self._criterion: Criterion = policy.criterion
         self._with_similarity = "similarity" in policy.criterion.needs
-        self._ascent = ascent
+        self._catch_up = catch_up
         self._cap = cap
         self._observe = observe
         self._last = len(stack.heads) - 1
@@ -105,12 +105,12 @@ class EarlyExit:
                 yield self._first()
                 yield from self._unverified() if self._policy.verify == "none" else self._verified()
         except GeneratorExit:
-            self._settle()
+            self._fill_at_the_end()
             raise
         else:
-            self._settle()
+            self._fill_at_the_end()
         finally:
-            self._ascent.close()
+            self._catch_up.close()
 
     def _first(self) -> Step:
         """Decide the first token from the prompt."""
@@ -144,14 +144,14 @@ class EarlyExit:
         """Emit what leaves at once."""
         while self._has_room():
             if len(self._left) >= (self._cap.rows if self._leaves_holes else self._stack.window):
-                self._catch_up()
+                self._fill_all()
             row = len(self._left)
             if row == 0:
-                self._ascent.begin(len(self._sequence) - 1)
+                self._catch_up.begin_round(len(self._sequence) - 1)
             self._stack.put(row, self._sequence.tokens[-1])
             decision = self._decide(row)
             if decision.reading is None:
-                self._climb_to_the_top(row, 1 if self._observe is None else row + 1)
+                self._run_to_the_top(row, 1 if self._observe is None else row + 1)
                 token = self._choice.pick(self._stack.final, row, self._sequence.tokens)
                 self._label()
                 self._left.clear()
@@ -161,7 +161,7 @@ class EarlyExit:
                 yield self._emit(token, decision.level, row, 0)
             else:
                 token = self._choice.pick(self._stack.heads[decision.level], row, self._sequence.tokens)
-                self._ascent.leave(decision.level, row)
+                self._catch_up.mark_pending(decision.level, row)
                 self._left.append(decision.reading)
                 self._stats.exited += 1
                 yield self._emit(token, decision.level, row, row + 1 if self._leaves_holes else 0)
@@ -174,7 +174,7 @@ class EarlyExit:
             context = list(self._sequence.tokens)
             drafts: list[int] = []
             levels: list[int] = []
-            self._ascent.begin(first - 1)
+            self._catch_up.begin_round(first - 1)
             self._stack.put(0, context[-1])
             for row in range(rows):
                 decision = self._decide(row)
@@ -185,7 +185,7 @@ class EarlyExit:
                 levels.append(decision.level)
                 context.append(drafts[-1])
                 self._stack.put(row + 1, drafts[-1])
-            self._climb_to_the_top(row, row + 1)
+            self._run_to_the_top(row, row + 1)
             self._label()
             verdict = self._judge(row + 1, drafts)
             confidences = [reading.top_prob for reading in self._left]
@@ -208,34 +208,34 @@ class EarlyExit:
         """Run a row up to the first exit that is sure of it; at the last level it has not been run yet."""
         with_logits = self._choice.needs_logits
         self._raise_prompt(0)
-        self._ascent.enter(row, with_logits)
+        self._catch_up.run_lowest(row, with_logits)
         below: list[Reading] = []
         for level in range(self._last):
             if level:
                 self._raise_prompt(level)
-                self._ascent.climb(level, row, 1, with_logits)
+                self._catch_up.run_level(level, row, 1, with_logits)
             reading = self._read(level, row, below)
             if self._criterion.leaves(reading):
                 return Decision(level, reading)
             below.append(reading)
         return Decision(self._last, None)
 
-    def _climb_to_the_top(self, row: int, num_rows: int) -> None:
+    def _run_to_the_top(self, row: int, num_rows: int) -> None:
         """Run every level on all rows up to this one, the final head on the last ``num_rows``."""
         self._raise_prompt(self._last)
         for level in range(1, self._last):
-            self._ascent.climb(level, row, 0, False)
+            self._catch_up.run_level(level, row, 0, False)
         with_logits = self._choice.needs_logits or self._policy.verify == "rollback"
-        self._ascent.climb(self._last, row, num_rows, with_logits)
+        self._catch_up.run_level(self._last, row, num_rows, with_logits)
 
-    def _catch_up(self) -> None:
+    def _fill_all(self) -> None:
         """Have every level run on what is pending, and start a new round behind it."""
         rows = len(self._left)
         self._raise_prompt(self._last)
         if self._observe is None:
-            self._ascent.settle(rows)
+            self._catch_up.fill_pending(rows)
         else:
-            self._climb_to_the_top(rows - 1, rows)
+            self._run_to_the_top(rows - 1, rows)
             self._label()
         self._left.clear()
         self._sequence.commit(rows)
@@ -294,12 +294,12 @@ class EarlyExit:
                 self._sequence.commit(len(self._prompt.tokens))
                 self._prompt = None
 
-    def _settle(self) -> None:
+    def _fill_at_the_end(self) -> None:
         """Fill what is pending in every level."""
         started = time.perf_counter()
         self._raise_prompt(self._last)
         if self._left:
-            self._catch_up()
+            self._fill_all()
         self._stats.settle_s += time.perf_counter() - started
 
 

@@ -7,10 +7,10 @@ the next token, the levels above catch up with the ones before, several rows in 
     level 1       .      [run 0]   [  run 1, 2 with head  ]
     level 2       .         .      [run 0]   .    [run 1, 2 with head]
 
-A level may run on a row once the row below was let through: by :meth:`leave`, by :meth:`climb`, or by the thread of the
-level below for a row that has left already. What a thread raises is raised in the caller, at its next step. Sessions of
-the levels should have threads of their own (:class:`shortstack.runtime.engine.session.Placement`); on one shared pool
-the levels merely take turns.
+A level may run on a row once the row below was let through: by :meth:`mark_pending`, by :meth:`run_level`, or by the
+thread of the level below for a row that has left already. What a thread raises is raised in the caller, at its next
+step. Sessions of the levels should have threads of their own (:class:`shortstack.runtime.engine.session.Placement`); on
+one shared pool the levels merely take turns.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import threading
 import time
 
 from shortstack.runtime.decode.step import Stats
-from shortstack.runtime.early_exit.ascent import reserve_round
+from shortstack.runtime.early_exit.catch_up import reserve_round
 from shortstack.runtime.engine.decoder import LeveledDecoder
 
 
-class PipelineAscent:
-    """See :class:`~shortstack.runtime.early_exit.ascent.Ascent`.
+class PipelineCatchUp:
+    """See :class:`~shortstack.runtime.early_exit.catch_up.CatchUp`.
 
     Args:
         stack: The model.
@@ -51,8 +51,8 @@ class PipelineAscent:
         for thread in self._threads:
             thread.start()
 
-    def begin(self, past: int) -> None:
-        """See :meth:`Ascent.begin`."""
+    def begin_round(self, past: int) -> None:
+        """See :meth:`CatchUp.begin_round`."""
         with self._changed:
             self._raise_error()
             assert self._done[1:] == self._ready[1:], "a round begins when all levels have caught up"
@@ -61,8 +61,8 @@ class PipelineAscent:
             self._ready = [0] * len(self._ready)
             self._done = [0] * len(self._done)
 
-    def enter(self, row: int, with_logits: bool) -> None:
-        """See :meth:`Ascent.enter`."""
+    def run_lowest(self, row: int, with_logits: bool) -> None:
+        """See :meth:`CatchUp.run_lowest`."""
         with self._changed:
             self._raise_error()
         started = time.perf_counter()
@@ -70,8 +70,8 @@ class PipelineAscent:
         self._stats.draft_s += time.perf_counter() - started
         self._stats.draft_runs += 1
 
-    def climb(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
-        """See :meth:`Ascent.climb`; returns when the level's thread has done it."""
+    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+        """See :meth:`CatchUp.run_level`; returns when the level's thread has done it."""
         with self._changed:
             if num_rows:
                 self._wanted[level] = (row, num_rows, with_logits)
@@ -80,20 +80,20 @@ class PipelineAscent:
             self._wait_for(level, row + 1)
             self._wanted[level] = None
 
-    def leave(self, level: int, row: int) -> None:
-        """See :meth:`Ascent.leave`."""
+    def mark_pending(self, level: int, row: int) -> None:
+        """See :meth:`CatchUp.mark_pending`."""
         with self._changed:
             self._raise_error()
             self._ready[level + 1] = max(self._ready[level + 1], row + 1)
             self._changed.notify_all()
 
-    def settle(self, rows: int) -> None:
-        """See :meth:`Ascent.settle`."""
+    def fill_pending(self, rows: int) -> None:
+        """See :meth:`CatchUp.fill_pending`."""
         for level in range(1, self._last + 1):
-            self.climb(level, rows - 1, 0, False)
+            self.run_level(level, rows - 1, 0, False)
 
     def close(self) -> None:
-        """See :meth:`Ascent.close`; a run that has begun is waited for."""
+        """See :meth:`CatchUp.close`; a run that has begun is waited for."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -111,7 +111,7 @@ class PipelineAscent:
             raise self._error
 
     def _work(self, level: int) -> None:
-        """Run a level on rows as they become ready, until the ascent is closed."""
+        """Run a level on rows as they become ready, until it is closed."""
         try:
             while (work := self._next_work(level)) is not None:
                 start, end, num_rows, with_logits = work

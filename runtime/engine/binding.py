@@ -19,7 +19,7 @@ from shortstack.runtime.engine.session import Device
 Tensor: TypeAlias = np.ndarray | ort.OrtValue
 
 
-class Plan:
+class Binding:
     """One bound run.
 
     Args:

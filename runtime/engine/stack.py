@@ -41,7 +41,7 @@ import onnxruntime as ort
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.kv_map import borrowed, iterated_producers
-from shortstack.runtime.engine.binding import Plan, Tensor
+from shortstack.runtime.engine.binding import Binding, Tensor
 from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.decoder import Head
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
@@ -121,7 +121,7 @@ class Stack:
         self._seqlens_k = [np.zeros(1, np.int32) for _ in self._segments]
         self._total = [np.zeros((), np.int32) for _ in self._segments]
         self._num_rows = [np.array(rows, np.int64) for rows in range(WINDOW_ROWS + 1)]
-        self._plans: dict[tuple[int, int, int, int, bool], Plan] = {}
+        self._bindings: dict[tuple[int, int, int, int, bool], Binding] = {}
         self._generation = -1
         self._prompt: list[np.ndarray] = []
 
@@ -160,22 +160,22 @@ class Stack:
         self.run(len(self._levels) - 1, 0, rows, past, rows, with_logits)
 
     def run(self, level: int, start: int, end: int, past: int, num_rows: int, with_logits: bool) -> None:
-        """See :meth:`LeveledDecoder.run`; plans are built at their first use."""
+        """See :meth:`LeveledDecoder.run`; bindings are built at their first use."""
         segments = self._levels[level]
         for index in segments:
             has_head = num_rows > 0 and index == segments[-1]
             key = (index, start, end, num_rows if has_head else 0, with_logits and has_head)
-            plan = self._plans.get(key)
-            if plan is None:
-                plan = self._plans[key] = self._round_plan(*key, self.heads[level])
+            binding = self._bindings.get(key)
+            if binding is None:
+                binding = self._bindings[key] = self._round_binding(*key, self.heads[level])
             self._set_lengths(index, past + start, end - start)
             for _ in range(end - start if self._iterated[index] else 1):
-                plan.run()
+                binding.run()
 
     def reserve(self, positions: int, keep: int) -> None:
         """See :meth:`LeveledDecoder.reserve`."""
         if positions > self._cache.capacity or self._generation != self._cache.generation:
-            self._plans.clear()  # before the cache grows: plans hold its old buffers
+            self._bindings.clear()  # before the cache grows: bindings hold its old buffers
             self._cache.reserve(positions, keep)
             self._generation = self._cache.generation
 
@@ -221,23 +221,23 @@ class Stack:
                 level = next(i for i, level in enumerate(self._levels) if index in level)
                 head = self.heads[level].outputs(0, 1, with_logits)
             self._set_lengths(index, past, rows)
-            plan = self._plan(index, 0, ids, below, above, head, num_rows=1 if head else 0)
+            binding = self._bind(index, 0, ids, below, above, head, num_rows=1 if head else 0)
             if rows > 1 and self._iterated[index]:
-                run_passes(plan.run, self._cache, self._iterated[index], (past, past + rows), self._prefill_passes)
+                run_passes(binding.run, self._cache, self._iterated[index], (past, past + rows), self._prefill_passes)
             else:
-                plan.run()
+                binding.run()
             below = above
         return below
 
-    def _round_plan(self, index: int, start: int, end: int, num_rows: int, with_logits: bool, head: Head) -> Plan:
+    def _round_binding(self, index: int, start: int, end: int, num_rows: int, with_logits: bool, head: Head) -> Binding:
         """Bind a segment to rows ``[start, end)`` of the round."""
         ids = self._ids[:, start:end]
         below = ids if index == 0 else self._hidden[index - 1][:, start:end]
         above = None if index == len(self._segments) - 1 else self._hidden[index][:, start:end]
         outputs = head.outputs(end - num_rows, end, with_logits) if num_rows else {}
-        return self._plan(index, end - num_rows, ids, below, above, outputs, num_rows)
+        return self._bind(index, end - num_rows, ids, below, above, outputs, num_rows)
 
-    def _plan(
+    def _bind(
         self,
         index: int,
         start: int,
@@ -246,7 +246,7 @@ class Stack:
         above: np.ndarray | None,
         head: dict[str, Tensor],
         num_rows: int,
-    ) -> Plan:
+    ) -> Binding:
         """Bind one run of a segment; ``head`` is what its head writes, for ``num_rows`` rows from row ``start`` on."""
         segment, exit_spec = self._segments[index], self._exits[index]
         inputs: dict[str, Tensor] = {
@@ -271,7 +271,7 @@ class Stack:
                 inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = self._cache.buffer(owner, part)
             for layer in borrowed(self._kv_map, segment.start, segment.end):
                 inputs[names.shared(layer, part)] = self._cache.buffer(layer, part)
-        return Plan(self._sessions[index], inputs, outputs, self._devices[index])
+        return Binding(self._sessions[index], inputs, outputs, self._devices[index])
 
     def _set_lengths(self, index: int, past: int, rows: int) -> None:
         self._seqlens_k[index][0] = past + rows - 1

@@ -27,7 +27,7 @@ from shortstack.graphs.errors import ShortstackError
 from shortstack.runtime import DraftPolicy, ExitPolicy, load, parse_criterion
 from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.policy import KVPolicy, Verify
-from shortstack.runtime.engine.binding import Plan
+from shortstack.runtime.engine.binding import Binding
 from shortstack.samples.bench.costs import measure_costs
 from shortstack.samples.bench.memory import memory_now
 
@@ -37,15 +37,15 @@ class GraphClock:
 
     def __init__(self) -> None:
         self.run_s = 0.0
-        run = Plan.run
+        run = Binding.run
 
-        def timed(plan: Plan) -> None:
+        def timed(binding: Binding) -> None:
             started = time.perf_counter()
-            run(plan)
+            run(binding)
             self.run_s += time.perf_counter() - started
 
         # This process does nothing but measure, so the class itself may be changed.
-        Plan.run = timed  # type: ignore[method-assign,assignment]
+        Binding.run = timed  # type: ignore[method-assign,assignment]
 
 
 class Worker:

@@ -18,7 +18,7 @@ from shortstack.export.twin.sequential import sequential
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import placement, producers
 from shortstack.runtime import Model, load
-from shortstack.runtime.engine.binding import Plan
+from shortstack.runtime.engine.binding import Binding
 
 LENGTH = 12
 TOP = placement("sandwich", "top", 6, 3)
@@ -36,18 +36,18 @@ maps = pytest.mark.parametrize("name", MAPS)
 def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[int]]:
     """Says how often each graph of a model ran since it was last asked."""
     counted: Counter[Any] = Counter()
-    whole = Plan.run
+    whole = Binding.run
 
-    def watch(plan: Plan) -> None:
-        counted[plan._run.__self__] += 1
-        whole(plan)
+    def watch(binding: Binding) -> None:
+        counted[binding._run.__self__] += 1
+        whole(binding)
 
     def read(model: Model) -> list[int]:
         found = [counted[session] for session in model.sessions]
         counted.clear()
         return found
 
-    monkeypatch.setattr(Plan, "run", watch)
+    monkeypatch.setattr(Binding, "run", watch)
     return read
 
 

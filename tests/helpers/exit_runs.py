@@ -11,11 +11,11 @@ from shortstack.runtime.decode.choice import make_choice
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
-from shortstack.runtime.early_exit.ascent import Ascent, FlushAscent
-from shortstack.runtime.early_exit.auto import AutoAscent, WayCosts
+from shortstack.runtime.early_exit.auto import AutoCatchUp, WayCosts
+from shortstack.runtime.early_exit.catch_up import CatchUp, FlushCatchUp
 from shortstack.runtime.early_exit.loop import EarlyExit, Observer
 from shortstack.runtime.early_exit.pending import PendingCap
-from shortstack.runtime.early_exit.pipeline import PipelineAscent
+from shortstack.runtime.early_exit.pipeline import PipelineCatchUp
 from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy
 from shortstack.runtime.early_exit.reading import Reading
 
@@ -47,16 +47,16 @@ class Run:
         return [step.token for step in self.steps]
 
 
-def ascent_of(kind: KVPolicy, levels: ScriptedLevels, stats: Stats, cap: PendingCap) -> Ascent:
+def catch_up_of(kind: KVPolicy, levels: ScriptedLevels, stats: Stats, cap: PendingCap) -> CatchUp:
     if kind == "pipeline":
-        return PipelineAscent(levels, stats)
+        return PipelineCatchUp(levels, stats)
     if kind == "auto":
         ways = {
-            "flush": lambda: FlushAscent(levels, stats, cap),
-            "pipeline": lambda: PipelineAscent(levels, stats),
+            "flush": lambda: FlushCatchUp(levels, stats, cap),
+            "pipeline": lambda: PipelineCatchUp(levels, stats),
         }
-        return AutoAscent(ways, WayCosts())
-    return FlushAscent(levels, stats, cap, recomputes=kind == "recompute")
+        return AutoCatchUp(ways, WayCosts())
+    return FlushCatchUp(levels, stats, cap, recomputes=kind == "recompute")
 
 
 def run(
@@ -72,10 +72,10 @@ def run(
     """Decode to the end or ``stop_after`` so many tokens, checking after every step."""
     stats, sequence = Stats(prompt=len(prompt)), TokenSequence(prompt)
     cap = PendingCap(levels.window, policy.max_pending)
-    ascent = ascent_of(policy.kv_policy, levels, stats, cap)
+    catch_up = catch_up_of(policy.kv_policy, levels, stats, cap)
     steps: list[Step] = []
     choice = make_choice(sampling)
-    iterator = EarlyExit(levels, sequence, choice, stats, count, policy, ascent, cap, observe).steps()
+    iterator = EarlyExit(levels, sequence, choice, stats, count, policy, catch_up, cap, observe).steps()
     for step in iterator:
         steps.append(step)
         assert stats.is_balanced

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.exit_runs import Pattern, ascent_of, levels_hold, run
+from helpers.exit_runs import Pattern, catch_up_of, levels_hold, run
 from helpers.scripted import ScriptedError, ScriptedModel
 from helpers.scripted_levels import ScriptedLevels
 from helpers.scripted_texts import GREEDY, SAMPLINGS, VOCAB, examples, models, prompts
@@ -264,8 +264,8 @@ def test_a_failing_run_surfaces_and_leaves_a_sequence_that_can_go_on(level: int,
     stats, sequence = Stats(), TokenSequence([1, 2])
     policy = ExitPolicy(Pattern([True, False, True, True, False]), kv_policy=kv_policy)
     cap = PendingCap(levels.window)
-    ascent = ascent_of(kv_policy, levels, stats, cap)
-    loop = EarlyExit(levels, sequence, make_choice(GREEDY), stats, 30, policy, ascent, cap).steps()
+    catch_up = catch_up_of(kv_policy, levels, stats, cap)
+    loop = EarlyExit(levels, sequence, make_choice(GREEDY), stats, 30, policy, catch_up, cap).steps()
     with pytest.raises(ScriptedError):
         list(loop)
     levels_hold(levels, sequence)
@@ -273,8 +273,8 @@ def test_a_failing_run_surfaces_and_leaves_a_sequence_that_can_go_on(level: int,
     text = list(sequence.tokens)
     again = TokenSequence(text)
     again.commit(sequence.cached)
-    ascent = ascent_of(kv_policy, levels, stats, cap)
-    list(EarlyExit(levels, again, make_choice(GREEDY), Stats(), 10, policy, ascent, cap).steps())
+    catch_up = catch_up_of(kv_policy, levels, stats, cap)
+    list(EarlyExit(levels, again, make_choice(GREEDY), Stats(), 10, policy, catch_up, cap).steps())
     assert again.cached == len(again) - 1
     levels_hold(levels, again)
 

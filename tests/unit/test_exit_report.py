@@ -17,7 +17,7 @@ from shortstack.runtime.commands.exit_report import drawing
 from shortstack.runtime.commands.exit_report.page import render_page, tip, visible, write_page
 from shortstack.runtime.commands.exit_report.report import ExitReport
 from shortstack.runtime.commands.exit_report.sweep import SweepPoint, grid_of, sweep, varied_bound, with_threshold
-from shortstack.runtime.commands.show import Shown
+from shortstack.runtime.commands.show import FinishedRun
 from shortstack.runtime.commands.show_exits import DepthMarks, bucket_of, count_depths
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.decode.stream import Token
@@ -40,11 +40,11 @@ TOKENS = tokens_of(("The", 12), (" cat", 2), (" sat", 4), ("\n", 8), ("", 2), ("
 PLAIN = (*TOKENS[:3], replace(TOKENS[3], id=99, text=" lay", exit_layer=12), *TOKENS[4:])
 
 
-def shown(strategy: str, tokens: tuple[Token, ...]) -> Shown:
+def shown(strategy: str, tokens: tuple[Token, ...]) -> FinishedRun:
     stats = Stats(elapsed_s=2.0, first_token_s=1.0)
     for token in tokens:
         stats.count_emitted(token.exit_layer)
-    return Shown(strategy, "".join(token.text for token in tokens), tokens, LAYERS, "eos", stats, 0)
+    return FinishedRun(strategy, "".join(token.text for token in tokens), tokens, LAYERS, "eos", stats, 0)
 
 
 POINTS = tuple(

@@ -13,10 +13,10 @@ from helpers.exit_runs import Pattern, run
 from helpers.scripted import ScriptedError, ScriptedModel
 from helpers.scripted_levels import ScriptedLevels
 from shortstack.runtime.decode.step import Stats
-from shortstack.runtime.early_exit.ascent import FlushAscent
 from shortstack.runtime.early_exit.auto import WayCosts
+from shortstack.runtime.early_exit.catch_up import FlushCatchUp
 from shortstack.runtime.early_exit.pending import PendingCap
-from shortstack.runtime.early_exit.pipeline import PipelineAscent
+from shortstack.runtime.early_exit.pipeline import PipelineCatchUp
 from shortstack.runtime.early_exit.policy import ExitPolicy
 
 SCHEDULES = 1000
@@ -48,18 +48,18 @@ def test_a_thousand_random_schedules_decide_and_fill_as_a_flush_does() -> None:
 
 
 @pytest.fixture
-def pipeline() -> Iterator[tuple[ScriptedLevels, PipelineAscent]]:
+def pipeline() -> Iterator[tuple[ScriptedLevels, PipelineCatchUp]]:
     levels = ScriptedLevels(ScriptedModel(1), 2)
     levels.prefill([1, 2], 0, False)
-    ascent = PipelineAscent(levels, Stats())
-    ascent.begin(2)
-    yield levels, ascent
-    ascent.close()
+    catch_up = PipelineCatchUp(levels, Stats())
+    catch_up.begin_round(2)
+    yield levels, catch_up
+    catch_up.close()
 
 
-def enter(levels: ScriptedLevels, ascent: PipelineAscent, row: int) -> None:
+def enter(levels: ScriptedLevels, catch_up: PipelineCatchUp, row: int) -> None:
     levels.put(row, row)
-    ascent.enter(row, False)
+    catch_up.run_lowest(row, False)
 
 
 def wait_for(levels: ScriptedLevels, runs: Sequence[tuple[int, int, int, int]]) -> None:
@@ -71,42 +71,42 @@ def wait_for(levels: ScriptedLevels, runs: Sequence[tuple[int, int, int, int]]) 
 
 
 def test_the_levels_above_work_while_the_caller_does_something_else(
-    pipeline: tuple[ScriptedLevels, PipelineAscent],
+    pipeline: tuple[ScriptedLevels, PipelineCatchUp],
 ) -> None:
-    levels, ascent = pipeline
-    enter(levels, ascent, 0)
-    ascent.leave(0, 0)
+    levels, catch_up = pipeline
+    enter(levels, catch_up, 0)
+    catch_up.mark_pending(0, 0)
     wait_for(levels, [(0, 0, 1, 1), (1, 0, 1, 0), (2, 0, 1, 0)])
 
 
 def test_a_row_that_is_to_be_read_waits_for_the_caller_below_the_next_level(
-    pipeline: tuple[ScriptedLevels, PipelineAscent],
+    pipeline: tuple[ScriptedLevels, PipelineCatchUp],
 ) -> None:
-    levels, ascent = pipeline
-    enter(levels, ascent, 0)
-    ascent.leave(0, 0)
-    enter(levels, ascent, 1)
-    ascent.climb(1, 1, 1, False)
+    levels, catch_up = pipeline
+    enter(levels, catch_up, 0)
+    catch_up.mark_pending(0, 0)
+    enter(levels, catch_up, 1)
+    catch_up.run_level(1, 1, 1, False)
     assert (2, 0, 2, 0) not in levels.runs
     assert levels.heads[1].token[1] >= 0, "the head did not see the row"
     wait = [run for run in levels.runs if run[0] == 2]
     assert all(end == 1 for _, _, end, _ in wait)
-    ascent.leave(1, 1)
-    ascent.settle(2)
+    catch_up.mark_pending(1, 1)
+    catch_up.fill_pending(2)
     levels.assert_holds([1, 2, 0, 1])
 
 
 def test_an_error_in_a_thread_surfaces_in_the_caller_with_its_own_type(
-    pipeline: tuple[ScriptedLevels, PipelineAscent],
+    pipeline: tuple[ScriptedLevels, PipelineCatchUp],
 ) -> None:
-    levels, ascent = pipeline
+    levels, catch_up = pipeline
     levels.fails = lambda level, start, end: level == 2
-    enter(levels, ascent, 0)
-    ascent.leave(0, 0)
+    enter(levels, catch_up, 0)
+    catch_up.mark_pending(0, 0)
     with pytest.raises(ScriptedError):
-        ascent.settle(1)
+        catch_up.fill_pending(1)
     with pytest.raises(ScriptedError):
-        ascent.enter(1, False)
+        catch_up.run_lowest(1, False)
 
 
 def test_closing_in_the_middle_waits_for_the_run_and_starts_no_other() -> None:
@@ -121,13 +121,13 @@ def test_closing_in_the_middle_waits_for_the_run_and_starts_no_other() -> None:
         return False
 
     levels.fails = block
-    ascent = PipelineAscent(levels, Stats())
-    ascent.begin(2)
+    catch_up = PipelineCatchUp(levels, Stats())
+    catch_up.begin_round(2)
     for row in range(3):
-        enter(levels, ascent, row)
-        ascent.leave(0, row)
+        enter(levels, catch_up, row)
+        catch_up.mark_pending(0, row)
     assert started.wait(20)
-    closing = threading.Thread(target=ascent.close)
+    closing = threading.Thread(target=catch_up.close)
     closing.start()
     may_end.set()
     closing.join(20)
@@ -184,5 +184,5 @@ def test_the_faster_way_is_taken_and_the_other_tried_now_and_then() -> None:
 def test_a_flush_needs_no_thread() -> None:
     before = threading.active_count()
     levels = ScriptedLevels(ScriptedModel(1), 2)
-    FlushAscent(levels, Stats(), PendingCap(8)).begin(0)
+    FlushCatchUp(levels, Stats(), PendingCap(8)).begin_round(0)
     assert threading.active_count() == before

@@ -12,7 +12,7 @@ from shortstack.graphs.manifest import Manifest
 from shortstack.runtime.calibration.profile import Point, Profile
 from shortstack.runtime.commands.agreement import Agreement, agreement_of
 from shortstack.runtime.commands.exit_report.sweep import SweepPoint, varied_bound
-from shortstack.runtime.commands.show import Shown
+from shortstack.runtime.commands.show import FinishedRun
 from shortstack.runtime.commands.show_exits import DepthCount, bucket_of, count_depths
 from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.policy import ExitPolicy
@@ -64,8 +64,8 @@ class ExitReport:
     policy: ExitPolicy
     exit_layers: tuple[int, ...]
     layers: int
-    early: Shown
-    plain: Shown
+    early: FinishedRun
+    plain: FinishedRun
     early_tokens_per_s: float
     plain_tokens_per_s: float
     speedup: float
@@ -120,8 +120,8 @@ def build_report(
     manifest: Manifest,
     prompt: str,
     policy: ExitPolicy,
-    early: Sequence[Shown],
-    plain: Sequence[Shown],
+    early: Sequence[FinishedRun],
+    plain: Sequence[FinishedRun],
     *,
     sweep: tuple[SweepPoint, ...] = (),
     profile: Profile | None = None,

@@ -25,29 +25,29 @@ from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.engine.decoder import LeveledDecoder
 
 
-class Ascent(Protocol):
+class CatchUp(Protocol):
     """One way to get rows up the levels."""
 
-    def begin(self, past: int) -> None:
+    def begin_round(self, past: int) -> None:
         """Start a round at position ``past``; every level has run on everything before it."""
         ...
 
-    def enter(self, row: int, with_logits: bool) -> None:
+    def run_lowest(self, row: int, with_logits: bool) -> None:
         """Run the lowest level and its head on a row."""
         ...
 
-    def climb(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
         """Have a level run on all rows up to this one, its head on the last ``num_rows`` of them.
 
         Without a head, nothing happens if it has run on them already.
         """
         ...
 
-    def leave(self, level: int, row: int) -> None:
+    def mark_pending(self, level: int, row: int) -> None:
         """Say that a row's token left at a level's exit, so that the row is pending."""
         ...
 
-    def settle(self, rows: int) -> None:
+    def fill_pending(self, rows: int) -> None:
         """Have every level run on the first ``rows`` rows, without heads."""
         ...
 
@@ -56,8 +56,8 @@ class Ascent(Protocol):
         ...
 
 
-class FlushAscent:
-    """See :class:`Ascent` and the table above.
+class FlushCatchUp:
+    """See :class:`CatchUp` and the table above.
 
     Args:
         stack: The model.
@@ -85,14 +85,14 @@ class FlushAscent:
         self._filled = [0] * (self._last + 1)
         self._past = 0
 
-    def begin(self, past: int) -> None:
-        """See :meth:`Ascent.begin`."""
+    def begin_round(self, past: int) -> None:
+        """See :meth:`CatchUp.begin_round`."""
         reserve_round(self._stack, past)
         self._past = past
         self._filled = [0] * (self._last + 1)
 
-    def enter(self, row: int, with_logits: bool) -> None:
-        """See :meth:`Ascent.enter`."""
+    def run_lowest(self, row: int, with_logits: bool) -> None:
+        """See :meth:`CatchUp.run_lowest`."""
         started = time.perf_counter()
         start = 0 if self._recomputes else row
         self._stack.run(0, start, row + 1, self._past, 1, with_logits)
@@ -100,8 +100,8 @@ class FlushAscent:
         self._stats.draft_runs += row + 1 - start
         self._stats.draft_s += time.perf_counter() - started
 
-    def climb(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
-        """See :meth:`Ascent.climb`."""
+    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+        """See :meth:`CatchUp.run_level`."""
         if num_rows == 0 and self._filled[level] > row:
             return
         started = time.perf_counter()
@@ -119,16 +119,16 @@ class FlushAscent:
             if num_rows:  # a run without its head is cheaper
                 self._cap.observe(row + 1 - start, elapsed_s)
 
-    def leave(self, level: int, row: int) -> None:
-        """See :meth:`Ascent.leave`."""
+    def mark_pending(self, level: int, row: int) -> None:
+        """See :meth:`CatchUp.mark_pending`."""
 
-    def settle(self, rows: int) -> None:
-        """See :meth:`Ascent.settle`."""
+    def fill_pending(self, rows: int) -> None:
+        """See :meth:`CatchUp.fill_pending`."""
         for level in range(1, self._stack.filling_levels):
-            self.climb(level, rows - 1, 0, False)
+            self.run_level(level, rows - 1, 0, False)
 
     def close(self) -> None:
-        """See :meth:`Ascent.close`."""
+        """See :meth:`CatchUp.close`."""
 
 
 def reserve_round(stack: LeveledDecoder, past: int) -> None:
