@@ -19,8 +19,8 @@ from shortstack.quant.spec import QuantizeSpec
 from shortstack.quant.texts import Texts
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
+from shortstack.runtime.engine.whole_text import Activations
 from shortstack.runtime.model import Model
-from shortstack.runtime.teach import Teacher, teach
 
 Floats = npt.NDArray[np.float32]
 WORST = 5
@@ -50,7 +50,7 @@ class _Tally:
     positions: int = 0
     agreements: list[dict[int, int]] = field(default_factory=lambda: [{}, {}])
 
-    def add(self, tokens: npt.NDArray[np.int64], teachers: tuple[Teacher, Teacher]) -> None:
+    def add(self, tokens: npt.NDArray[np.int64], teachers: tuple[Activations, Activations]) -> None:
         """Count one row of text [seq]; ``teachers`` are source and result."""
         depth = max(teachers[0].heads)
         logp = [_log_softmax(t.heads[depth]) for t in teachers]
@@ -100,7 +100,7 @@ def judge(
     advance = stage("Comparing on held-out text", len(rows))
     tally = _Tally(tuple(_draft_ids(bundle) for bundle in (source, result)))
     for row in rows:
-        tally.add(row, (teach(models[0], row.tolist()), teach(models[1], row.tolist())))
+        tally.add(row, (models[0].activations(row.tolist()), models[1].activations(row.tolist())))
         advance(1)
     advance = stage("Continuing prompts", len(texts.prompts))
     continued = _Continued()

@@ -34,10 +34,11 @@ from shortstack.runtime.early_exit.loop import EarlyExit, Observer
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.pipeline import PipelineCatchUp
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.engine.cache import KVCache
+from shortstack.runtime.engine.open_graphs import open_graphs
 from shortstack.runtime.engine.passes import PrefillPasses, check_passes
-from shortstack.runtime.engine.session import Placement, open_sessions
+from shortstack.runtime.engine.session import Placement
 from shortstack.runtime.engine.stack import Stack
+from shortstack.runtime.engine.whole_text import Activations, Array, run_text
 from shortstack.runtime.text.stop import StopStrings
 from shortstack.runtime.text.tokenizer import Tokenizer
 
@@ -105,8 +106,7 @@ class Model:
         bundle: The bundle.
         tokenizer: Its tokenizer.
         cache: Its KV buffers.
-        sessions: Its graphs, bottom to top.
-        devices: Where each graph's cache lives.
+        graphs: Its graphs, open.
     """
 
     def __init__(
@@ -122,15 +122,9 @@ class Model:
         self._prefill_passes = check_passes(prefill_passes)
         with ThreadPoolExecutor(1) as pool:  # onnxruntime packs weights meanwhile
             tokenizer = pool.submit(Tokenizer.load, bundle.folder)
-            self.sessions, self.devices = open_sessions(bundle, providers, threads, upper)
+            self.graphs = open_graphs(bundle, providers, threads, upper)
             self.tokenizer = tokenizer.result()
-        spec = bundle.manifest.spec
-        owners = {
-            owner: (cache_type, self.devices[segment.index])
-            for segment in bundle.manifest.plan.segments
-            for owner, cache_type in bundle.manifest.cache_types(segment).items()
-        }
-        self.cache = KVCache(owners, spec.num_key_value_heads, spec.cache_head_dim, bundle.manifest.max_length)
+        self.cache = self.graphs.new_cache(bundle.manifest.max_length)
         self._stacks: dict[tuple[int, ...], Stack] = {}
         # What was learned about costs and acceptance outlives a generation, so that the next one starts with it.
         self._lengths: dict[tuple[int, DraftPolicy], DraftLength] = {}
@@ -304,6 +298,17 @@ class Model:
         wanted = () if exit_layers is None else (exit_layers,) if isinstance(exit_layers, int) else exit_layers
         return self._stack(tuple(wanted))
 
+    def activations(self, tokens: Sequence[int], states: Array | None = None) -> Activations:
+        """Return what the model computes for one text: logits of every head, hidden states, keys and values.
+
+        The text runs through buffers of its own, so a generation is not disturbed.
+
+        Args:
+            tokens: The text.
+            states: See :func:`~shortstack.runtime.engine.whole_text.run_text`.
+        """
+        return run_text(self.graphs, tokens, states)
+
     def _early_exit(
         self,
         stack: Stack,
@@ -380,5 +385,5 @@ class Model:
     def _stack(self, used: tuple[int, ...]) -> Stack:
         """Return the stack that uses these exits, made once: it holds the prebuilt bindings."""
         if used not in self._stacks:
-            self._stacks[used] = Stack(self.bundle, self.sessions, self.cache, self.devices, used, self._prefill_passes)
+            self._stacks[used] = Stack(self.graphs, self.cache, used, self._prefill_passes)
         return self._stacks[used]

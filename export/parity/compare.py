@@ -25,8 +25,8 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.engine.whole_text import Activations, Array
 from shortstack.runtime.model import Model, Strategy
-from shortstack.runtime.teach import Array, Teacher, teach
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +214,9 @@ def compare(
     heads: dict[int, list[tuple[Array, Array]]] = {depth: [] for depth in depths}
     layers: dict[str, LayerError] = {}
     for index, text in enumerate(texts):
-        theirs = reference.teach(text, depths)
+        theirs = reference.run_text(text, depths)
         state = random_states(model, text)
-        ours = teach(model, text, state)
+        ours = model.activations(text, state)
         twins = {} if exits is None else exits.logits(model, text, state)
         report.positions += len(text)
         for depth in depths:
@@ -261,7 +261,7 @@ def _head_error(depth: int, pairs: list[tuple[Array, Array]]) -> HeadError:
     return HeadError(depth, max_abs, total / count, worst, same / positions)
 
 
-def _layer_errors(ours: Teacher, theirs: Teacher, text: int) -> list[LayerError]:
+def _layer_errors(ours: Activations, theirs: Activations, text: int) -> list[LayerError]:
     """Compare keys and values [kv_heads, seq, head_dim] of each layer and hidden states [seq, hidden] at each cut."""
 
     def error(what: str, a: Array, b: Array, axes: tuple[int, ...]) -> LayerError:

@@ -25,8 +25,8 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
+from shortstack.runtime.engine.whole_text import Array
 from shortstack.runtime.model import Model
-from shortstack.runtime.teach import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
 from shortstack.export.twin.folder import save_twin, twin_of
 from shortstack.graphs.errors import CheckpointError
-from shortstack.runtime.teach import Teacher
+from shortstack.runtime.engine.whole_text import Activations
 
 
 class Reference:
@@ -55,7 +55,7 @@ class Reference:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
 
     @torch.no_grad()
-    def teach(self, tokens: Sequence[int], depths: Sequence[int]) -> Teacher:
+    def run_text(self, tokens: Sequence[int], depths: Sequence[int]) -> Activations:
         """Run one text through the model and read it at several depths.
 
         Args:
@@ -82,7 +82,7 @@ class Reference:
                 hidden[depth] = stream[0].numpy()
                 heads[depth] = self._model.lm_head(self._model.model.norm(stream))[0].numpy()
         layers = cache.layers
-        return Teacher(heads, hidden, [x.keys[0].numpy() for x in layers], [x.values[0].numpy() for x in layers])
+        return Activations(heads, hidden, [x.keys[0].numpy() for x in layers], [x.values[0].numpy() for x in layers])
 
     @torch.no_grad()
     def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:

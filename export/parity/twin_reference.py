@@ -17,7 +17,7 @@ from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.sequential import sequential
 from shortstack.graphs.kv_map import identity_kv_map
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime.teach import Teacher
+from shortstack.runtime.engine.whole_text import Activations
 
 
 def needs_twin(spec: ModelSpec) -> bool:
@@ -46,7 +46,7 @@ class TwinReference:
         self.spec = self._twin.spec
 
     @torch.no_grad()
-    def teach(self, tokens: Sequence[int], depths: Sequence[int]) -> Teacher:
+    def run_text(self, tokens: Sequence[int], depths: Sequence[int]) -> Activations:
         """Run one text through the model and read it at several depths, L being the final head."""
         ids, last = torch.tensor([list(tokens)]), self.spec.num_hidden_layers
         found = sequential(self._twin, ids)
@@ -56,7 +56,7 @@ class TwinReference:
         heads = {depth: self._twin.logits(boundary.hidden)[0].numpy() for depth, boundary in boundaries.items()}
         heads[last] = found.logits[0].numpy()
         keys, values = ([found.caches[layer][part][0].numpy() for layer in self.spec.kv_map] for part in (0, 1))
-        return Teacher(heads, hidden, keys, values)
+        return Activations(heads, hidden, keys, values)
 
     @torch.no_grad()
     def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:

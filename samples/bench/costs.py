@@ -29,7 +29,7 @@ def measure_costs(model: Model, prompt: Sequence[int], rows: Sequence[int], repe
     """
     if not model.exit_layers:
         raise RequestError("costs of drafting need an exit, and this bundle has none", remedy="name a bundle with one")
-    stack = Stack(model.bundle, model.sessions, model.cache, model.devices, model.exit_layers[:1])
+    stack = Stack(model.graphs, model.cache, model.exit_layers[:1])
     stack.prefill(prompt, 0, with_logits=False)
     past = len(prompt)
     for row in range(stack.window):

@@ -30,7 +30,6 @@ from shortstack.runtime import ExitPolicy, Model, Placement, SamplingParams, loa
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.policy import KVPolicy
 from shortstack.runtime.early_exit.reading import Reading
-from shortstack.runtime.teach import teach
 
 EXITS = (1, 2, 3)
 TOKENS = 48
@@ -254,7 +253,7 @@ def test_every_token_is_what_its_head_says_of_the_text_so_far(model: Model) -> N
         ids = prompt(7)
         stream = model.stream(ids, max_new_tokens=TOKENS, ignore_eos=True, strategy="early-exit", exits=policy)
         tokens = list(stream)
-        heads = teach(model, [*ids, *(token.id for token in tokens)]).heads
+        heads = model.activations([*ids, *(token.id for token in tokens)]).heads
         for index, token in enumerate(tokens):
             row = len(ids) - 1 + index
             assert token.id == heads[token.exit_layer][row].argmax()

@@ -28,7 +28,6 @@ from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import MLP_NORM, exit_matrices
 from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime import DraftPolicy, load
-from shortstack.runtime.teach import teach
 
 TIED = next(tiny for tiny in SWITCHES if tiny.name == "all-biases-tied")
 ODD = next(tiny for tiny in SWITCHES if tiny.name == "odd-sizes")
@@ -161,7 +160,7 @@ def test_the_quality_report_feeds_exits_what_they_see(tiny_bundles: TinyBundles,
     twin, nodes, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *OWN)
     tokens = np.random.randint(3, SPECULATOR.vocab, size=(1, 30))
     states = exit_nodes.before(exit_nodes.true_states(twin, tokens))
-    found = teach(load(bundle), tokens[0].tolist()).heads
+    found = load(bundle).activations(tokens[0].tolist()).heads
     for node, expected in zip(nodes, exit_nodes.expected_exits(twin, nodes, tokens, states), strict=True):
         scale = max(1.0, float(expected.logits.std()) / USUAL_DEVIATION)
         ours = found[node.exit_spec.exit_layer]

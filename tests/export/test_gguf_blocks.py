@@ -30,7 +30,6 @@ from shortstack.graphs.bundle import Bundle, describe_files, open_bundle, write_
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
 from shortstack.runtime import DraftPolicy, load
-from shortstack.runtime.teach import teach
 
 EXACT = sorted(EXACT_FORMATS)
 EXITS = (1, 3, 4)
@@ -206,11 +205,11 @@ def test_logits_are_those_of_the_dequantized_bundle_but_for_the_rounding_of_acti
     kept = export_bundle(ExportSpec(str(file), tmp_path / "kept", EXITS, keep_blocks=True))
     floats = load(export_bundle(ExportSpec(str(file), tmp_path / "floats", EXITS)).folder)
     texts = [np.random.randint(3, SPECULATOR.vocab, 48).tolist() for _ in range(3)]
-    theirs = [teach(floats, text).heads for text in texts]
+    theirs = [floats.activations(text).heads for text in texts]
     shipped = load(kept.folder)
-    rounded = [teach(shipped, text).heads for text in texts]
+    rounded = [shipped.activations(text).heads for text in texts]
     accurate = load(without_int8_activations(kept).folder)
-    exact = [teach(accurate, text).heads for text in texts]
+    exact = [accurate.activations(text).heads for text in texts]
     for depth in theirs[0]:
         expected = np.concatenate([heads[depth] for heads in theirs])
         noise = np.abs(np.concatenate([heads[depth] for heads in exact]) - expected).max()

@@ -16,8 +16,8 @@ from helpers.kv_cases import PIZZA, early, ids
 from shortstack.graphs import names
 from shortstack.graphs.kv_map import complete_from, placement, producers
 from shortstack.runtime import ExitPolicy, Model, load, parse_criterion
+from shortstack.runtime.engine.binder import SegmentBinder
 from shortstack.runtime.engine.stack import PREFILL_ROWS
-from shortstack.runtime.teach import teach
 
 TOKENS = 24
 COMPLETE: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -37,20 +37,20 @@ def test_above_a_complete_exit_there_is_no_cache_at_all(kv_bundles: KVBundles, n
     assert exits[0] == complete_from(kv_map)
     model = load(kv_bundles.bundle(kv_map, *exits, **changes))
     for number in range(1, len(exits) + 1):
-        inputs = [port.name for port in model.sessions[number].get_inputs()]
+        inputs = [port.name for port in model.graphs.sessions[number].get_inputs()]
         assert not [port for port in inputs if port.startswith(names.past(0, "").split("0")[0])]
         borrowed = sorted(set(kv_map[model.bundle.manifest.plan.segments[number].start :]))
         assert [port for port in inputs if "shared" in port] == [
             names.shared(layer, part) for layer in borrowed for part in names.KV_PARTS
         ]
-    assert len(model.sessions[-1].get_outputs()) == 5
+    assert len(model.graphs.sessions[-1].get_outputs()) == 5
 
 
 def criterion(model: Model, measure: str, exits: Sequence[int]) -> str:
     """One that half of the positions of some text meet."""
     if measure == "always":
         return measure
-    found = teach(model, ids(64))
+    found = model.activations(ids(64))
     if measure == "similarity":
         below, here = (found.hidden[depth] for depth in exits)
         values = (below * here).sum(-1) / np.linalg.norm(below, axis=-1) / np.linalg.norm(here, axis=-1)
@@ -104,13 +104,13 @@ def test_a_prompt_runs_above_a_complete_exit_with_its_last_position_only(
     model = load(kv_bundles.bundle(kv_map, *exits, **changes))
     stack = model.exclusive_stack(exits)
     rows: list[tuple[int, int]] = []
-    set_lengths = stack._set_lengths
+    set_lengths = SegmentBinder.set_lengths
 
-    def watch(index: int, past: int, count: int) -> None:
-        rows.append((index, count))
-        set_lengths(index, past, count)
+    def watch(binder: SegmentBinder, past: int, count: int) -> None:
+        rows.append((binder.index, count))
+        set_lengths(binder, past, count)
 
-    monkeypatch.setattr(stack, "_set_lengths", watch)
+    monkeypatch.setattr(SegmentBinder, "set_lengths", watch)
     stack.prefill(ids(PREFILL_ROWS + 30), 0, True)
     spec = model.bundle.manifest.spec
     is_first_alone = not all(spec.sees_itself(layer) for layer in range(len(kv_map)))

@@ -43,7 +43,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[int]]:
         whole(binding)
 
     def read(model: Model) -> list[int]:
-        found = [counted[session] for session in model.sessions]
+        found = [counted[session] for session in model.graphs.sessions]
         counted.clear()
         return found
 

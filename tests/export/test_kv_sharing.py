@@ -25,7 +25,6 @@ from shortstack.graphs.kv_map import identity_kv_map, iterated_groups, placement
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.runtime import ExitPolicy, load, parse_criterion
 from shortstack.runtime.engine.stack import PREFILL_ROWS
-from shortstack.runtime.teach import teach
 
 GEMMA_TYPES = ["sliding_attention", "full_attention"] * 2
 nine = pytest.mark.parametrize("kv_map", NINE, ids=str)
@@ -40,7 +39,7 @@ def test_the_graphs_compute_what_the_twin_computes(
     twin, depths = kv_bundles.twin(kv_map, **changes), (*exits, len(kv_map))
     text = ids()
     expected = wanted(twin, text, depths)
-    found = teach(model, text)
+    found = model.activations(text)
     for depth in depths:
         assert np.abs(found.heads[depth] - expected[depth]).max() <= TOLERANCE
     for depth in exits or (None,):
@@ -112,7 +111,7 @@ def test_configs_of_others_become_bundles(kv_bundles: KVBundles, tmp_path: Path,
     theirs = {name: value for name, value in config.items() if name not in ours}
     (folder / "config.json").write_text(json.dumps({**theirs, "model_type": model_type, **fields}))
     export_bundle(ExportSpec(str(folder), tmp_path / "bundle"))
-    found = teach(load(tmp_path / "bundle"), ids())
+    found = load(tmp_path / "bundle").activations(ids())
     assert np.abs(found.heads[5] - wanted(twin, ids(), (5,))[5]).max() <= TOLERANCE
 
 
@@ -153,7 +152,7 @@ def test_quantized_bundles_share_and_verify_exactly(
             quantized(source, mix)
         return
     whole, small = load(source), load(quantized(source, mix))
-    theirs, ours = (teach(model, ids()).heads[LAYERS] for model in (whole, small))
+    theirs, ours = (model.activations(ids()).heads[LAYERS] for model in (whole, small))
     worst = tolerances.QUANTIZED_INT8 if weights.bits == 8 else 1.0
     assert np.sqrt(np.square(theirs - ours).mean()) <= worst * theirs.std()
     for seed in range(2):

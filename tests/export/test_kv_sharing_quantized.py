@@ -32,7 +32,6 @@ from shortstack.quant.texts import open_tokenizer, read_rows
 from shortstack.runtime import DraftPolicy, ExitPolicy, Model, load, parse_criterion
 from shortstack.runtime.engine import stack as stacks
 from shortstack.runtime.engine.passes import run_passes
-from shortstack.runtime.teach import teach
 
 LAYERS = 6
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 512}
@@ -166,7 +165,7 @@ def test_scales_lie_a_little_above_the_models_own_keys_and_values(
     owners = producers(spec.kv_map, 0, LAYERS)
     wanted = {names.kv_scale(layer, part) for layer in owners for part in names.KV_PARTS}
     assert {name for name in stored if name.endswith("_scale")} == wanted
-    teacher = teach(load(source), text_of(source, 256))
+    teacher = load(source).activations(text_of(source, 256))
     for layer, (part, seen) in product(owners, zip(names.KV_PARTS, (teacher.keys, teacher.values), strict=True)):
         scale = stored[names.kv_scale(layer, part)].read(small).reshape(spec.num_key_value_heads, 2, -1)
         half = spec.head_dim // 2
@@ -197,7 +196,7 @@ def test_logits_stay_near_those_with_a_cache_of_floats(
     source = source_of(kv_bundles, case)
     floats = source if weights is None else quantized(source, recipe(weights))
     text = text_of(source, 64)
-    found, expected = (teach(load(b), text).heads for b in (quantized(source, recipe(weights, "int8")), floats))
+    found, expected = (load(b).activations(text).heads for b in (quantized(source, recipe(weights, "int8")), floats))
     for depth in expected:
         assert drift(found[depth], expected[depth]) <= tolerances.INT8_CACHE
     assert (found[LAYERS] != expected[LAYERS]).any()
@@ -207,7 +206,7 @@ def test_activations_may_be_float16_as_well(kv_bundles: KVBundles, quantized: Qu
     source = source_of(kv_bundles, "sandwich-top")
     small = load(quantized(source, recipe(INT8, "int8"), dtype="float16"))
     text = text_of(source, 64)
-    found, expected = (teach(model, text).heads[LAYERS] for model in (small, load(source)))
+    found, expected = (model.activations(text).heads[LAYERS] for model in (small, load(source)))
     assert drift(found, expected) <= tolerances.QUANTIZED_INT8
 
 
@@ -226,7 +225,7 @@ def test_windows_and_blocks_over_a_cache_of_floats(
     kv_map = placement("sandwich", "middle", LAYERS, 3)
     source = kv_bundles.bundle(kv_map, *exits_of(kv_map), **WIDE, windows=(0, 5, 5, 5, 0, 3))
     model, text = load(quantized(source, recipe(weights))), text_of(source, 64)
-    found, expected = (teach(m, text).heads[LAYERS] for m in (model, load(source)))
+    found, expected = (m.activations(text).heads[LAYERS] for m in (model, load(source)))
     assert drift(found, expected) <= (tolerances.QUANTIZED_INT8 if weights.bits == 8 else 1.0)
     check_decoding(model)
 

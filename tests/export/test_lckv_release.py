@@ -28,7 +28,6 @@ from shortstack.export.twin.sequential import sequential
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime import load
-from shortstack.runtime.teach import teach
 
 TOLERANCE = 1e-4
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 6, 64, 88, 4, 2, 131
@@ -153,7 +152,7 @@ def test_a_release_is_exported_and_computes_what_it_defines(tmp_path: Path, name
     model = load(tmp_path / "bundle")
     ids = np.random.randint(3, VOCAB, 24).tolist()
     expected = sequential(twin, torch.tensor([ids])).logits[0]
-    assert np.abs(teach(model, ids).heads[LAYERS] - expected.numpy()).max() <= TOLERANCE
+    assert np.abs(model.activations(ids).heads[LAYERS] - expected.numpy()).max() <= TOLERANCE
 
     generated = model.generate(ids[:8], max_new_tokens=10, ignore_eos=True).tokens
     again = sequential(twin, torch.tensor([[*ids[:8], *generated]])).logits[0, 7:-1]

@@ -22,7 +22,6 @@ from shortstack.quant.source import Source
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.quant.texts import open_tokenizer, read_rows
 from shortstack.runtime import load
-from shortstack.runtime.teach import teach
 
 TINY = {tiny.name: tiny for tiny in SWITCHES}
 MODELS = [TINY[name] for name in ("base", "all-biases-tied", "head-dim-20-biased", "rope-llama3", "odd-sizes")]
@@ -41,7 +40,7 @@ def rows_of(bundle: Path, tokens: int = 512) -> npt.NDArray[np.int64]:
 def test_layers_one_by_one_give_the_hidden_states_of_the_bundle(tiny_bundles: TinyBundles, tiny: TinyModel) -> None:
     folder = tiny_bundles.bundle(tiny, 1, 2, 3)
     source, rows = Source(open_bundle(folder)), rows_of(folder)
-    teachers = [teach(load(folder), row.tolist()) for row in rows]
+    teachers = [load(folder).activations(row.tolist()) for row in rows]
     hidden = source.floats(names.EMBED_TOKENS)[rows]
     for layer in range(tiny.layers):
         hidden = LayerGraph(source.spec, layer, source.layer(layer)).run(hidden)
@@ -66,7 +65,7 @@ def test_keys_and_values_are_those_of_the_bundle(tiny_bundles: TinyBundles, tiny
     half, stored = tiny.head_dim // 2, source.spec.cache_head_dim // 2
     columns = [*range(half), *range(stored, stored + half)]
     for index, row in enumerate(rows):
-        teacher = teach(load(folder), row.tolist())
+        teacher = load(folder).activations(row.tolist())
         for part, expected in (("key", teacher.keys[0]), ("value", teacher.values[0])):
             np.testing.assert_allclose(taps.cache[part][index][..., columns], expected, rtol=1e-5, atol=1e-5)
     padding = sorted(set(range(2 * stored)) - set(columns))
@@ -148,7 +147,7 @@ def test_a_searched_mix_stays_under_its_limit_and_a_larger_limit_is_cheaper(
     source = tiny_bundles.bundle(tiny, 1)
     rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(source), TOKENS)
     measured = rows[-(len(rows) // 4) :]  # what the search does not round for
-    teachers = [teach(load(source), row.tolist()).heads[tiny.layers] for row in measured]
+    teachers = [load(source).activations(row.tolist()).heads[tiny.layers] for row in measured]
     sizes, everything = [], units(Source(open_bundle(source)))
     for number, max_kl in enumerate((1e-6, 0.02, 0.3, 100.0)):
         out = tmp_path / str(number)
@@ -157,7 +156,7 @@ def test_a_searched_mix_stays_under_its_limit_and_a_larger_limit_is_cheaper(
         model = load(out)
         total = 0.0
         for row, expected in zip(measured, teachers, strict=True):
-            found = teach(model, row.tolist()).heads[tiny.layers]
+            found = model.activations(row.tolist()).heads[tiny.layers]
             logp, logq = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (expected, found))
             total += float((np.exp(logp) * (logp - logq)).sum())
         assert total / measured.size <= max_kl

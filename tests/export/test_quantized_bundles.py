@@ -32,7 +32,6 @@ from shortstack.graphs.texts import CALIBRATION_TEXT
 from shortstack.quant.texts import open_tokenizer, read_rows
 from shortstack.runtime import DraftPolicy, load
 from shortstack.runtime.inspection.report import build_report
-from shortstack.runtime.teach import teach
 
 TINY = {tiny.name: tiny for tiny in SWITCHES}
 MODELS = [
@@ -50,7 +49,7 @@ def text_of(bundle: Path) -> list[int]:
 
 def logits_of(bundle: Path, text: list[int]) -> dict[int, npt.NDArray[np.float32]]:
     """Logits [seq, rows] by depth."""
-    return teach(load(bundle), text).heads
+    return load(bundle).activations(text).heads
 
 
 def relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

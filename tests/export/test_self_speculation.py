@@ -17,7 +17,6 @@ from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.runtime import DraftPolicy, Model, Result, SamplingParams, load
 from shortstack.runtime.engine.cache import CHUNK_POSITIONS
 from shortstack.runtime.engine.stack import PREFILL_ROWS
-from shortstack.runtime.teach import teach
 
 EXITS = (1, 3, 4)
 PROMPTS = 30
@@ -250,7 +249,7 @@ def test_a_float16_bundle_forks_only_at_near_ties(tiny_bundles: TinyBundles) -> 
         fork = next((i for i, (a, b) in enumerate(zip(expected, tokens, strict=True)) if a != b), None)
         if fork is not None:
             forks += 1
-            logits = teach(model, [*prompt, *expected[:fork]]).heads[SPECULATOR.layers][-1]
+            logits = model.activations([*prompt, *expected[:fork]]).heads[SPECULATOR.layers][-1]
             second, best = np.sort(logits)[-2:]
             print(f"fork at new token {fork}, lead {best - second:.1e}")
             assert best - second < tolerances.TINY_FP16.tie

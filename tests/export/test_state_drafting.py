@@ -244,7 +244,7 @@ def test_prompts_of_all_lengths_hand_over_the_last_state(three: Sample, length: 
 
 def test_a_stack_hands_over_the_gates_confidence(three: Sample) -> None:
     model, node = three.model, three.nodes[3]
-    stack = Stack(model.bundle, model.sessions, model.cache, model.devices, (3,))
+    stack = Stack(model.graphs, model.cache, (3,))
     text = prompts(1, 30)[0]
     stack.prefill(text[:20], 0, with_logits=False)
     for row, token in enumerate(text[20:]):
@@ -255,7 +255,7 @@ def test_a_stack_hands_over_the_gates_confidence(three: Sample) -> None:
             expected = float(node.confidence(below.hidden[0, -1]))
         assert stack.exit.gate is not None
         assert float(stack.exit.gate[row]) == pytest.approx(expected, abs=1e-4)
-    assert Stack(model.bundle, model.sessions, model.cache, model.devices, (4,)).exit.gate is None
+    assert Stack(model.graphs, model.cache, (4,)).exit.gate is None
 
 
 def test_drafts_chosen_in_python_are_what_the_next_draft_sees(three: Sample) -> None:

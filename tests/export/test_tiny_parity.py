@@ -21,7 +21,6 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.runtime import load
-from shortstack.runtime.teach import teach
 
 GREEDY_TOKENS = 12
 DRAFT_VOCAB = 48
@@ -107,7 +106,7 @@ def test_a_trimmed_head_is_some_columns_of_the_full_one(
         assert ids.dtype == np.int64
         assert ids.shape == (DRAFT_VOCAB,)
         assert (np.diff(ids) > 0).all()
-        ours, theirs = teach(trimmed, tokens).heads[depth], teach(full, tokens).heads[depth]
+        ours, theirs = trimmed.activations(tokens).heads[depth], full.activations(tokens).heads[depth]
         np.testing.assert_allclose(ours, theirs[:, ids], atol=tolerances.TINY.max_abs)
 
 
@@ -120,7 +119,7 @@ def test_token_and_confidence_of_every_head_follow_from_its_logits(
     tokens = np.array([texts(BASE)[-1]])
     rows = tokens.shape[1]
     below = tokens
-    for segment, session in zip(model.bundle.manifest.plan.segments, model.sessions, strict=True):
+    for segment, session in zip(model.bundle.manifest.plan.segments, model.graphs.sessions, strict=True):
         first, *_ = model.bundle.manifest.contract(segment).inputs
         feeds = {
             first.name: below,

@@ -133,7 +133,7 @@ def test_a_depth_outside_the_model_is_an_error(tiny_bundles: TinyBundles) -> Non
 def test_smollm2_is_what_transformers_computes(smollm2_gguf: Path, smollm2_reference: Reference) -> None:
     twin = load_twin(str(smollm2_gguf)).eval()
     ids = ids_of(twin.spec.vocab_size, batch=1, length=24)
-    expected = smollm2_reference.teach(ids[0].tolist(), (8, 30)).heads
+    expected = smollm2_reference.run_text(ids[0].tolist(), (8, 30)).heads
     found = twin.boundaries(ids, (8, 30))
     for depth, logits in expected.items():
         assert np.abs(twin.logits(found[depth].hidden)[0].numpy() - logits).max() <= tolerances.SMOLLM2.max_abs

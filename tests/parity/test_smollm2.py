@@ -79,7 +79,7 @@ def test_greedy_decoding_chooses_the_tokens_of_transformers(
     """
     for index, text in enumerate(texts[:GREEDY_PROMPTS]):
         ours = plain(index)
-        logits = smollm2_reference.teach([*text, *ours[:-1]], [LAYERS]).heads[LAYERS][len(text) - 1 :]
+        logits = smollm2_reference.run_text([*text, *ours[:-1]], [LAYERS]).heads[LAYERS][len(text) - 1 :]
         for position in np.flatnonzero(logits.argmax(-1) != np.array(ours)):
             lead = float(logits[position].max() - logits[position, ours[position]])
             print(f"fork: prompt {index}, new token {position}, transformers' lead {lead:.1e}")

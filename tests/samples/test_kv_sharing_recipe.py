@@ -26,7 +26,6 @@ from shortstack.export.twin.sequential import sequential
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import identity_kv_map, parse_kv_map
 from shortstack.runtime import load
-from shortstack.runtime.teach import teach
 from shortstack.samples.recipes import kv_sharing, new_model
 from shortstack.samples.recipes.training.kv_convert import parse_sharing, share_keys_values
 
@@ -156,7 +155,7 @@ def test_a_model_with_windows_is_trained_and_exported(
     export_bundle(ExportSpec(str(run / "model"), tmp_path / "bundle"))
     model = load(tmp_path / "bundle")
     ids = np.random.randint(3, BASE.vocab, 20).tolist()
-    found = teach(model, ids).heads[BASE.layers]
+    found = model.activations(ids).heads[BASE.layers]
     without = Twin(replace(trained.spec, windows=())).eval()
     without.load_state_dict(trained.state_dict())
     with torch.no_grad():
@@ -189,7 +188,7 @@ def test_uptraining_lowers_the_loss_and_is_exported(
     ids = np.random.randint(3, BASE.vocab, 20).tolist()
     with torch.no_grad():
         expected = sequential(trained, torch.tensor([ids])).logits[0].numpy()
-    assert np.abs(teach(model, ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
+    assert np.abs(model.activations(ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
     plain = model.generate("red stone\n", max_new_tokens=12)
     assert plain.tokens
     assert model.generate("red stone\n", max_new_tokens=12, strategy="self-speculative").tokens == plain.tokens

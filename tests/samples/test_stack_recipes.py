@@ -20,7 +20,6 @@ from shortstack.export.spec import ExportSpec
 from shortstack.export.twin.exits import load_exits
 from shortstack.export.twin.folder import load_twin, twin_of
 from shortstack.runtime import load
-from shortstack.runtime.teach import teach
 from shortstack.samples.recipes import ee_llm, layerskip, new_model
 from shortstack.samples.recipes.training import loop
 from shortstack.samples.recipes.training.source import open_source
@@ -51,7 +50,7 @@ def test_layerskip_lowers_the_loss_at_exits_and_on_top(tiny_bundles: TinyBundles
     ids = np.random.randint(3, BASE.vocab, 20).tolist()
     with torch.no_grad():
         expected = load_twin(str(tmp_path / "run" / "model")).eval()(torch.tensor([ids]))[0].numpy()
-    assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
+    assert np.abs(load(tmp_path / "bundle").activations(ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
@@ -86,7 +85,7 @@ def test_an_adapter_is_exported_as_it_was_trained(tiny_bundles: TinyBundles, dat
     ids = np.random.randint(3, BASE.vocab, 20).tolist()
     with torch.no_grad():
         expected = merged(torch.tensor([ids]))[0].numpy()
-    assert np.abs(teach(load(tmp_path / "bundle"), ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
+    assert np.abs(load(tmp_path / "bundle").activations(ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
 
 
 def test_without_exits_it_is_plain_fine_tuning(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:

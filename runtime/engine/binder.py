@@ -1,0 +1,103 @@
+"""Which tensor goes to which port: the one place that binds runs of a segment.
+
+A stack binds rows of its round and chunks of prompts; :mod:`shortstack.runtime.engine.whole_text` binds a whole text.
+Both say what they have; which of it a graph takes stands in its contract (:mod:`shortstack.graphs.contract`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shortstack.graphs import names
+from shortstack.graphs.kv_map import borrowed, iterated_producers
+from shortstack.runtime.engine.binding import Binding, Tensor
+from shortstack.runtime.engine.cache import KVCache
+from shortstack.runtime.engine.open_graphs import OpenGraphs
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The tensors of one run over several positions, batch 1. A graph is bound to those that it has a port for.
+
+    Attributes:
+        ids: Token ids, int64 [1, rows].
+        num_rows: Rows of the head, the last ones of the run, int64 [].
+        hidden: The residual stream that the segment below left, [1, rows, hidden]; None for the lowest segment.
+        hidden_out: Where this segment's goes, likewise; None where nobody reads it.
+        head: Where each output of the head goes, by name.
+        exit_state: The state of the position before each row of the head, [1, num_rows, hidden].
+        exit_state_out: Where the exit's guess of each row's own state goes, likewise; None where nobody reads it.
+        final_state: Where the whole model's goes, likewise; None where nobody reads it.
+    """
+
+    ids: np.ndarray
+    num_rows: np.ndarray
+    hidden: np.ndarray | None = None
+    hidden_out: np.ndarray | None = None
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    exit_state: np.ndarray | None = None
+    exit_state_out: np.ndarray | None = None
+    final_state: np.ndarray | None = None
+
+
+class SegmentBinder:
+    """Binds one segment over one cache, and tells it how long the text is.
+
+    Args:
+        graphs: The bundle's graphs.
+        index: Which segment.
+        cache: The KV buffers.
+
+    Attributes:
+        index: Which segment, from the bottom.
+        owners: The cache owners in the segment.
+        iterated: The producers that layers below them in the segment read, so that the segment runs in passes.
+    """
+
+    def __init__(self, graphs: OpenGraphs, index: int, cache: KVCache) -> None:
+        manifest = graphs.bundle.manifest
+        self.index = index
+        self._segment = segment = manifest.plan.segments[index]
+        kv_map = manifest.spec.kv_map
+        self._session, self._device = graphs.sessions[index], graphs.devices[index]
+        self._cache = cache
+        self._inputs = {port.name for port in manifest.contract(segment).inputs}
+        self._borrowed = borrowed(kv_map, segment.start, segment.end)
+        self.owners = tuple(manifest.cache_types(segment))
+        self.iterated = iterated_producers(kv_map, segment.start, segment.end)
+        # Every binding of the segment reads these two.
+        self._seqlens_k = np.zeros(1, np.int32)
+        self._total = np.zeros((), np.int32)
+
+    def set_lengths(self, past: int, rows: int) -> None:
+        """Say that the next run covers ``rows`` positions behind ``past`` cached ones."""
+        self._seqlens_k[0] = past + rows - 1
+        self._total[...] = past + rows
+
+    def bind(self, rows: Rows) -> Binding:
+        """Bind one run; it holds the cache's buffers as they are now."""
+        given: dict[str, Tensor | None] = {
+            names.INPUT_IDS: rows.ids,
+            names.HIDDEN_STATES: rows.hidden,
+            names.SEQLENS_K: self._seqlens_k,
+            names.TOTAL_SEQUENCE_LENGTH: self._total,
+            names.NUM_ROWS: rows.num_rows,
+            names.EXIT_STATE: rows.exit_state,
+        }
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None and name in self._inputs}
+        outputs = dict(rows.head)
+        if not self._segment.is_last and rows.hidden_out is not None:
+            outputs[names.HIDDEN_STATES_OUT] = rows.hidden_out
+        if names.EXIT_STATE in inputs and rows.exit_state_out is not None:
+            outputs[names.EXIT_STATE_OUT] = rows.exit_state_out
+        if self._segment.is_last and rows.final_state is not None:
+            outputs[names.FINAL_STATE] = rows.final_state
+        for part in names.KV_PARTS:
+            for owner in self.owners:
+                inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = self._cache.buffer(owner, part)
+            for layer in self._borrowed:
+                inputs[names.shared(layer, part)] = self._cache.buffer(layer, part)
+        return Binding(self._session, inputs, outputs, self._device)

@@ -1,0 +1,48 @@
+"""A bundle with its graphs open: what a stack, a calibration or a comparison runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnxruntime as ort
+
+from shortstack.graphs.bundle import Bundle
+from shortstack.runtime.engine.cache import KVCache
+from shortstack.runtime.engine.session import Device, Placement, open_sessions
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGraphs:
+    """One session per segment of a bundle.
+
+    Attributes:
+        bundle: The bundle.
+        sessions: Its graphs, bottom to top.
+        devices: Where each graph's cache lives.
+    """
+
+    bundle: Bundle
+    sessions: tuple[ort.InferenceSession, ...]
+    devices: tuple[Device, ...]
+
+    def new_cache(self, max_length: int) -> KVCache:
+        """Return KV buffers for one sequence of at most ``max_length`` positions, empty until they are reserved."""
+        manifest = self.bundle.manifest
+        owners = {
+            owner: (cache_type, self.devices[segment.index])
+            for segment in manifest.plan.segments
+            for owner, cache_type in manifest.cache_types(segment).items()
+        }
+        return KVCache(owners, manifest.spec.num_key_value_heads, manifest.spec.cache_head_dim, max_length)
+
+
+def open_graphs(
+    bundle: Bundle,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    upper: Placement | None = None,
+) -> OpenGraphs:
+    """Open a bundle's graphs; arguments and errors as in :func:`~shortstack.runtime.engine.session.open_sessions`."""
+    sessions, devices = open_sessions(bundle, providers, threads, upper)
+    return OpenGraphs(bundle, tuple(sessions), tuple(devices))

@@ -1,0 +1,114 @@
+"""The small buffers that the graphs of a stack share: one row per position of a round.
+
+::
+
+    row               0    1    2   ...  window - 1
+    ids   [1, w+1]    x0   d1   d2  ...              token ids; row r's draft writes its token to row r + 1
+    state [1, w+1, h] s    g1   g2  ...              the state of the position before each row, as far as known
+    hidden[1, w, h]   ·    ·    ·                    per boundary: what the segment below left for the one above
+    final [1, w]      p1   p2   p3                   what the final head says after row r
+
+States are kept where an exit in use sees them. s is the whole model's; row r's draft leaves the exit's guess of its own
+position's state in row r + 1. Then verifying, which ends the round, leaves the whole model's state of row r's own
+position in row r, and :meth:`RoundBuffers.keep_state` moves the one before the newest token to row 0: the only copy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shortstack.graphs.bundle import Bundle
+from shortstack.runtime.engine.binder import Rows
+from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.draft_vocab import read_draft_vocab
+from shortstack.runtime.engine.levels import Levels
+
+
+class RoundBuffers:
+    """The buffers, and the slices of them that a run reads and writes.
+
+    Args:
+        bundle: The bundle.
+        levels: Its levels.
+        window: Rows of one round at most.
+
+    Attributes:
+        heads: What each level's head said, by row; the final head is the last.
+        exit: What the lowest level's head said; of an uncut stack a head that says nothing.
+        hidden: By boundary, the residual stream [1, window, hidden].
+    """
+
+    def __init__(self, bundle: Bundle, levels: Levels, window: int) -> None:
+        manifest = bundle.manifest
+        spec = manifest.spec
+        self._dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
+        self._hidden_size = spec.hidden_size
+        self._num_rows = [np.array(rows, np.int64) for rows in range(window + 1)]
+        self._has_state = levels.has_state
+        self.heads: list[Head] = []
+        for exit_spec in levels.exits:
+            ids = read_draft_vocab(bundle, exit_spec)
+            vocab = spec.vocab_size if ids is None else len(ids)
+            self.heads.append(Head(window, vocab, self._dtype, ids, has_gate=exit_spec.has_gate))
+        self.heads.append(Head(window, spec.vocab_size, self._dtype, None))
+        self.exit = self.heads[0] if levels.exits else Head(window, spec.vocab_size, self._dtype, None)
+        self._ids = np.zeros((1, window + 1), np.int64)
+        self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input: no copy
+        self.hidden = [np.zeros((1, window, self._hidden_size), self._dtype) for _ in manifest.plan.segments[1:]]
+        # Without the rows if no exit in use sees a state: other exits of the bundle are bound to none of them.
+        self._states = np.zeros((1, window + 1 if self._has_state else 0, self._hidden_size), self._dtype)
+
+    def put(self, row: int, token: int) -> None:
+        """Set the token of a row."""
+        self._ids[0, row] = token
+
+    def keep_state(self, row: int) -> None:
+        """Keep the state that the last verification left in a row, for the first row of the next round."""
+        if row and self._has_state:
+            self._states[0, 0] = self._states[0, row]
+
+    def round_rows(self, segment: int, start: int, end: int, num_rows: int, head: Head, with_logits: bool) -> Rows:
+        """Return what a segment reads and writes on rows ``[start, end)``, its head on the last ``num_rows``."""
+        below = None if segment == 0 else self.hidden[segment - 1][:, start:end]
+        above = self.hidden[segment][:, start:end] if segment < len(self.hidden) else None
+        return self._rows(self._ids[:, start:end], below, above, end - num_rows, num_rows, head, with_logits)
+
+    def prompt_rows(
+        self, segment: int, ids: np.ndarray, below: np.ndarray, head: Head | None, with_logits: bool
+    ) -> tuple[Rows, np.ndarray]:
+        """Return what a segment reads and writes on a chunk of a prompt, and where its residual stream goes.
+
+        Args:
+            segment: Which segment.
+            ids: The chunk's token ids [1, rows].
+            below: What the segment below left, [1, rows, hidden]; unused by the lowest segment.
+            head: The head that looks at the chunk's last position; None for no head.
+            with_logits: Whether the head hands over logits.
+        """
+        above = np.empty((1, ids.shape[1], self._hidden_size), self._dtype)
+        hidden = None if segment == 0 else below
+        num_rows = 0 if head is None else 1
+        return self._rows(ids, hidden, above, 0, num_rows, head or self.heads[-1], with_logits), above
+
+    def _rows(
+        self,
+        ids: np.ndarray,
+        below: np.ndarray | None,
+        above: np.ndarray | None,
+        start: int,
+        num_rows: int,
+        head: Head,
+        with_logits: bool,
+    ) -> Rows:
+        """Gather the tensors of a run whose head begins at row ``start`` of the round."""
+        states = self._states
+        return Rows(
+            ids=ids,
+            num_rows=self._num_rows[num_rows],
+            hidden=below,
+            hidden_out=above,
+            head=head.outputs(start, start + num_rows, with_logits) if num_rows else {},
+            exit_state=states[:, start : start + num_rows],
+            exit_state_out=states[:, start + 1 : start + 1 + num_rows] if num_rows else None,
+            final_state=states[:, start : start + num_rows] if num_rows and self._has_state else None,
+        )

@@ -1,0 +1,122 @@
+"""One text through every segment of a bundle at once, every head on every position: what comparisons of models read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.graphs import names
+from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.spec import ModelSpec
+from shortstack.runtime.engine.binder import Rows, SegmentBinder
+from shortstack.runtime.engine.cache import KVCache
+from shortstack.runtime.engine.open_graphs import OpenGraphs
+from shortstack.runtime.engine.passes import run_passes
+
+Array = npt.NDArray[np.float32]
+Stored = npt.NDArray[np.generic]  # of the bundle's own dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What one model computes for one text.
+
+    Attributes:
+        heads: Logits [seq, vocab] by depth: the final norm and LM head on what is left after that many layers.
+        hidden: The residual stream [seq, hidden] by depth, before any norm.
+        keys: Rotated keys [kv_heads, seq, head_dim] by layer, of a consumer those of its producer; empty where the
+            cache holds int8 codes.
+        values: Values [kv_heads, seq, head_dim] by layer; likewise.
+    """
+
+    heads: dict[int, Array]
+    hidden: dict[int, Array]
+    keys: list[Array]
+    values: list[Array]
+
+
+def run_text(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None = None) -> Activations:
+    """Run one text through buffers of its own.
+
+    Args:
+        graphs: The bundle.
+        tokens: The text.
+        states: What exits that see states are fed, the states of the positions before, [seq, hidden]. None feeds them
+            the model's own, as the first draft of a round is fed, and zeros at the first position; takes two runs.
+    """
+    manifest = graphs.bundle.manifest
+    if states is None and manifest.plan.has_state:
+        shape = (len(tokens), manifest.spec.hidden_size)
+        final = np.empty((1, *shape), manifest.dtype)
+        _run(graphs, tokens, np.zeros(shape, np.float32), final)
+        states = np.concatenate([np.zeros((1, shape[1]), np.float32), final[0, :-1].astype(np.float32)])
+    return _run(graphs, tokens, states, None)
+
+
+def _run(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None, final_state: Stored | None) -> Activations:
+    """Run one text; the model's states are written to ``final_state`` [1, seq, hidden]."""
+    manifest, rows = graphs.bundle.manifest, len(tokens)
+    spec = manifest.spec
+    cache = graphs.new_cache(rows)
+    cache.reserve(rows, 0)
+    heads, hidden = _buffers(manifest, rows)
+    ids = np.asarray([tokens], dtype=np.int64)
+    fed = None if states is None else states[None].astype(manifest.dtype)
+    binders = [SegmentBinder(graphs, segment.index, cache) for segment in manifest.plan.segments]
+    # A layer that does not see its own position refuses to run on the first one together with others.
+    is_first_alone = rows > 1 and not all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
+    for start, end in ((0, 1), (1, rows)) if is_first_alone else ((0, rows),):
+        for segment, binder in zip(manifest.plan.segments, binders, strict=True):
+            binder.set_lengths(start, end - start)
+            binding = binder.bind(
+                Rows(
+                    ids=ids[:, start:end],
+                    num_rows=np.array(end - start, np.int64),
+                    hidden=None if segment.is_first else hidden[segment.start][:, start:end],
+                    hidden_out=None if segment.is_last else hidden[segment.end][:, start:end],
+                    head={names.LOGITS: heads[segment.end][:, start:end]},
+                    exit_state=None if fed is None else fed[:, start:end],
+                    final_state=None if final_state is None else final_state[:, start:end],
+                )
+            )
+            if binder.iterated and end - start > 1:
+                run_passes(binding.run, cache, binder.iterated, (start, end), "converged")
+            else:
+                binding.run()
+    kv = {part: _kv(cache, part, manifest, rows) for part in names.KV_PARTS}
+    return Activations(
+        {depth: logits[0].astype(np.float32) for depth, logits in heads.items()},
+        {depth: stream[0].astype(np.float32) for depth, stream in hidden.items()},
+        kv["key"],
+        kv["value"],
+    )
+
+
+def _buffers(manifest: Manifest, rows: int) -> tuple[dict[int, Stored], dict[int, Stored]]:
+    """Return room for the logits of each head and the residual stream at each boundary, by depth."""
+    heads: dict[int, Stored] = {}
+    hidden: dict[int, Stored] = {}
+    for segment in manifest.plan.segments:
+        vocab = next(port.shape[-1] for port in manifest.contract(segment).outputs if port.name == names.LOGITS)
+        assert isinstance(vocab, int)
+        heads[segment.end] = np.empty((1, rows, vocab), manifest.dtype)
+        if not segment.is_last:
+            hidden[segment.end] = np.empty((1, rows, manifest.spec.hidden_size), manifest.dtype)
+    return heads, hidden
+
+
+def _kv(cache: KVCache, part: str, manifest: Manifest, rows: int) -> list[Array]:
+    """Return the keys or values of each layer, [kv_heads, seq, head_dim]; none where they are int8 codes."""
+    if manifest.cache_type == "int8":
+        return []
+    spec = manifest.spec
+    return [_unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec) for layer in spec.kv_map]
+
+
+def _unpadded(array: Stored, spec: ModelSpec) -> Array:
+    """Drop the zero columns that pad each half of a head, [kv_heads, seq, cache_head_dim]."""
+    halves = array.astype(np.float32).reshape(*array.shape[:-1], 2, spec.cache_head_dim // 2)
+    return halves[..., : spec.head_dim // 2].reshape(*array.shape[:-1], spec.head_dim)
