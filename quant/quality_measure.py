@@ -21,6 +21,7 @@ from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
 from shortstack.runtime.engine.whole_text import Activations
 from shortstack.runtime.model import Model
+from shortstack.runtime.request import Speculate
 
 Floats = npt.NDArray[np.float32]
 WORST = 5
@@ -165,9 +166,7 @@ class _Continued:
                     prompt,
                     max_new_tokens=limit,
                     ignore_eos=True,
-                    strategy="self-speculative",
-                    exit_layer=exit_layer,
-                    draft=_DRAFTED,
+                    strategy=Speculate(exit_layer, _DRAFTED),
                 )
                 for counts, number in ((self.drafted, result.stats.drafted), (self.accepted, result.stats.accepted)):
                     counts[side][exit_layer] = counts[side].get(exit_layer, 0) + number

@@ -1,38 +1,41 @@
 """From a bundle to tokens: sessions, KV buffers, decoding loops, sampling, text.
 
-Never needs torch, transformers or onnx. Importing this package imports nothing heavy; :func:`load` and the rest come
-in when they are first asked for.
+Never needs torch, transformers or onnx. The public names are those of :mod:`shortstack`, which this package hands on.
+
+=============  ========================================================================================================
+engine         sessions, KV buffers, prebuilt bindings, the stack of segments
+text           tokenizer, streamed text, stop strings
+decode         the decoding loops and what they share: choice, sampling, drafters, draft length, the running text
+early_exit     tokens that leave at an exit, and layers above that catch up
+request        a generation as a value
+loops          from a request to a decoding loop
+model          a loaded bundle: text in, text out
+calibration    thresholds for early exit with a guarantee
+inspection     what a bundle holds; decodes nothing
+commands       the command line
+=============  ========================================================================================================
+
+Each line imports those above it, and none below.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import shortstack
+
 if TYPE_CHECKING:
-    from shortstack.runtime.decode.draft_length import DraftPolicy
-    from shortstack.runtime.decode.sampling import SamplingParams
-    from shortstack.runtime.early_exit.expression import parse_criterion
-    from shortstack.runtime.early_exit.policy import ExitPolicy
-    from shortstack.runtime.engine.session import Placement
-    from shortstack.runtime.model import Model, Result, load
-
-__all__ = ["DraftPolicy", "ExitPolicy", "Model", "Placement", "Result", "SamplingParams", "load", "parse_criterion"]
-
-_HOMES = {
-    "DraftPolicy": "decode.draft_length",
-    "ExitPolicy": "early_exit.policy",
-    "Model": "model",
-    "Placement": "engine.session",
-    "Result": "model",
-    "SamplingParams": "decode.sampling",
-    "load": "model",
-    "parse_criterion": "early_exit.expression",
-}
+    from shortstack import DraftPolicy as DraftPolicy
+    from shortstack import ExitPolicy as ExitPolicy
+    from shortstack import Model as Model
+    from shortstack import Placement as Placement
+    from shortstack import Result as Result
+    from shortstack import SamplingParams as SamplingParams
+    from shortstack import load as load
+    from shortstack import parse_criterion as parse_criterion
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"shortstack.runtime.{_HOMES[name]}"), name)
+    if name in shortstack.__all__:
+        return getattr(shortstack, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

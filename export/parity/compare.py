@@ -26,7 +26,8 @@ from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.engine.whole_text import Activations, Array
-from shortstack.runtime.model import Model, Strategy
+from shortstack.runtime.model import Model
+from shortstack.runtime.request import Plain, Speculate, Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,13 +293,12 @@ def _compare_greedy(
     count = min(count, model.cache.max_length - len(text))
     theirs, gaps = reference.greedy(text, count)
     report.greedy_tokens += count
-    runs: list[tuple[str, dict[str, Any]]] = [("plain", {})]
+    runs: list[tuple[str, Strategy]] = [("plain", Plain())]
     # A fixed length: an adaptive one may never draft, and would prove nothing.
     drafted = DraftPolicy(max_draft_tokens=4)
-    runs += [(f"self-speculative from {e}", {"exit_layer": e, "draft": drafted}) for e in model.exit_layers]
-    for name, options in runs:
-        strategy: Strategy = "self-speculative" if options else "plain"
-        ours = model.generate(text, max_new_tokens=count, strategy=strategy, ignore_eos=True, **options).tokens
+    runs += [(f"self-speculative from {e}", Speculate(e, drafted)) for e in model.exit_layers]
+    for name, strategy in runs:
+        ours = model.generate(text, max_new_tokens=count, strategy=strategy, ignore_eos=True).tokens
         fork = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if fork is not None:
             report.forks.append(Fork(index, name, fork, ours[fork], theirs[fork], gaps[fork]))

@@ -22,6 +22,7 @@ from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
 from shortstack.runtime.early_exit.criteria import Fixed
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.model import Model, Result
+from shortstack.runtime.request import ExitEarly, Plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +233,7 @@ class _Experiment:
             yield self._model.generate(
                 prompt,
                 max_new_tokens=self._spec.max_new_tokens,
-                strategy="plain" if policy is None else "early-exit",
-                exits=policy,
+                strategy=Plain() if policy is None else ExitEarly(policy),
             )
             advance(1)
 

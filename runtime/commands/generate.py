@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -29,7 +28,8 @@ from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.stream import Stream
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.engine.passes import parse_passes
-from shortstack.runtime.model import Model, Prompt, Strategy, load
+from shortstack.runtime.model import Model, load
+from shortstack.runtime.request import ExitEarly, Plain, Prompt, Request, Speculate, Strategy, StrategyName
 
 if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile
@@ -38,52 +38,10 @@ _TURNS = 3  # of early exit and plain decoding for a report, since times vary
 _INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to generate; how is said when it starts."""
-
-    model: Model
-    prompt: Prompt
-    max_new_tokens: int
-    sampling: SamplingParams
-    stop: tuple[str, ...]
-    draft_exit: int | None
-    draft: DraftPolicy
-    exits: ExitPolicy | None
-
-    def start(self, strategy: Strategy, exits: ExitPolicy | None = None) -> Stream:
-        """Start generating; ``exits`` instead of the request's own policy, for early exit."""
-        is_early = strategy == "early-exit"
-        return self.model.stream(
-            self.prompt,
-            max_new_tokens=self.max_new_tokens,
-            strategy=strategy,
-            exit_layer=None if is_early else self.draft_exit,
-            draft=self.draft,
-            exits=(exits or self.exits) if is_early else None,
-            sampling=self.sampling,
-            stop=self.stop,
-        )
-
-    def show(
-        self, strategy: Strategy, *, is_quiet: bool, has_title: bool = False, shows_exits: bool = False
-    ) -> FinishedRun:
-        """Generate to the end and show it."""
-        return show_stream(
-            strategy,
-            self.start(strategy),
-            self.model.bundle.manifest.spec.num_hidden_layers,
-            exit_layers=self.model.exit_layers,
-            is_quiet=is_quiet,
-            has_title=has_title,
-            shows_exits=shows_exits,
-        )
-
-
 @click.command()
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt")
-@click.option("--strategy", type=click.Choice(get_args(Strategy)), help="How to decode.  [default: plain]")
+@click.option("--strategy", type=click.Choice(get_args(StrategyName)), help="How to decode.  [default: plain]")
 @click.option("--compare", is_flag=True, help="Decode plainly, self-speculatively and as --exit-when says; compare.")
 @click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True)
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
@@ -113,7 +71,7 @@ class Request:
 def generate(
     bundle: str,
     prompt: str,
-    strategy: Strategy | None,
+    strategy: StrategyName | None,
     compare: bool,
     max_new_tokens: int,
     raw: bool,
@@ -131,8 +89,8 @@ def generate(
 ) -> None:
     """Continue PROMPT (- reads it from standard input) with the model in BUNDLE."""
     refuse_options_without_effect(strategy, compare, exit_layers, exiting, sampling.temperature, showing)
-    strategies = _strategies(strategy, compare, exiting)
-    if "early-exit" in strategies:
+    names = _strategies(strategy, compare, exiting)
+    if "early-exit" in names:
         exiting.check()
     draft = drafting.policy(sampling)
     model = load(
@@ -149,40 +107,66 @@ def generate(
             remedy="leave it out",
         )
     profile = exiting.load_profile(model)
-    policy = exiting.policy(model, exit_layers, profile) if "early-exit" in strategies else None
+    policy = exiting.policy(model, exit_layers, profile) if "early-exit" in names else None
     if profile is not None and profile.threshold is None:
         click.echo(f"note: {exiting.profile} found no safe threshold, so no token leaves early", err=True)
     text = sys.stdin.read() if prompt == "-" else prompt
-    asked = _as_prompt(model, text, raw, system)
-    draft_exit = min(exit_layers, default=None)
-    request = Request(model, asked, max_new_tokens, sampling, stop, draft_exit, draft, policy)
-    shown: list[FinishedRun] = []
-    for name in strategies:
-        shown.append(request.show(name, is_quiet=showing.as_json, has_title=compare, shows_exits=showing.show_exits))
-        if shown[-1].is_cancelled:
+    asked = Request(_as_prompt(model, text, raw, system), sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+    requests = {name: replace(asked, strategy=_strategy(name, exit_layers, draft, policy)) for name in names}
+    for request in requests.values():  # all are checked before the first one runs
+        request.strategy.exits_in(model.bundle.manifest.plan)
+    runs: list[FinishedRun] = []
+    for request in requests.values():
+        runs.append(_show(model, request, is_quiet=showing.as_json, has_title=compare, shows_exits=showing.show_exits))
+        if runs[-1].is_cancelled:
             break
-    is_complete = not shown[-1].is_cancelled
+    is_complete = not runs[-1].is_cancelled
     if showing.report is not None and is_complete:
-        _report(request, shown, text, profile, showing)
-    agreement = _agreement(shown) if sampling.is_greedy and is_complete else None
+        _report(model, requests["early-exit"], runs, text, profile, showing)
+    agreement = _agreement(runs) if sampling.is_greedy and is_complete else None
     if showing.as_json:
-        results = [_as_json(one, showing, agreement) for one in shown]
+        results = [_as_json(run, showing, agreement) for run in runs]
         click.echo(json.dumps(results if compare else results[0]))
     elif compare and is_complete:
-        print_comparison(shown, is_greedy=sampling.is_greedy, is_lossy=_is_lossy(policy), agreement=agreement)
+        print_comparison(runs, is_greedy=sampling.is_greedy, is_lossy=_is_lossy(policy), agreement=agreement)
     else:
-        print_summary(shown[-1], shows_exits=showing.show_exits)
+        print_summary(runs[-1], shows_exits=showing.show_exits)
     if not is_complete:
         sys.exit(_INTERRUPTED)
-    lossless = [one for one in shown if one.strategy != "early-exit" or not _is_lossy(policy)]
-    if compare and sampling.is_greedy and len({one.token_ids for one in lossless}) > 1:
+    lossless = [run for run in runs if run.strategy != "early-exit" or not _is_lossy(policy)]
+    if compare and sampling.is_greedy and len({run.token_ids for run in lossless}) > 1:
         sys.exit(1)
 
 
-def _strategies(strategy: Strategy | None, compare: bool, exiting: Exiting) -> tuple[Strategy, ...]:
+def _strategies(strategy: StrategyName | None, compare: bool, exiting: Exiting) -> tuple[StrategyName, ...]:
     if not compare:
         return (strategy or "plain",)
     return ("plain", "self-speculative", "early-exit") if exiting.is_asked else ("plain", "self-speculative")
+
+
+def _strategy(
+    name: StrategyName, exit_layers: tuple[int, ...], draft: DraftPolicy, policy: ExitPolicy | None
+) -> Strategy:
+    """Return the strategy of this name that the options describe; ``--exit-layer`` names its exits."""
+    if name == "early-exit":
+        assert policy is not None
+        return ExitEarly(policy)
+    return Plain() if name == "plain" else Speculate(min(exit_layers, default=None), draft)
+
+
+def _show(
+    model: Model, request: Request, *, is_quiet: bool, has_title: bool = False, shows_exits: bool = False
+) -> FinishedRun:
+    """Generate to the end and show it."""
+    return show_stream(
+        request.strategy.name,
+        model.start(request),
+        model.bundle.manifest.spec.num_hidden_layers,
+        exit_layers=model.exit_layers,
+        is_quiet=is_quiet,
+        has_title=has_title,
+        shows_exits=shows_exits,
+    )
 
 
 def _is_lossy(policy: ExitPolicy | None) -> bool:
@@ -190,52 +174,62 @@ def _is_lossy(policy: ExitPolicy | None) -> bool:
     return policy is not None and policy.verify != "exact"
 
 
-def _agreement(shown: list[FinishedRun]) -> Agreement | None:
-    """Return how far early exit says what plain decoding says, where both ran."""
-    tokens = {one.strategy: one.token_ids for one in shown}
+def _agreement(runs: list[FinishedRun]) -> Agreement | None:
+    """Return how far early exit agrees with plain decoding, where both ran."""
+    tokens = {run.strategy: run.token_ids for run in runs}
     if "early-exit" not in tokens or "plain" not in tokens:
         return None
     return agreement_of(tokens["early-exit"], tokens["plain"])
 
 
-def _as_json(shown: FinishedRun, showing: Showing, agreement: Agreement | None) -> dict[str, Any]:
-    data = shown.to_json(with_exits=showing.show_exits)
-    if agreement is not None and shown.strategy == "early-exit":
+def _as_json(run: FinishedRun, showing: Showing, agreement: Agreement | None) -> dict[str, Any]:
+    data = run.to_json(with_exits=showing.show_exits)
+    if agreement is not None and run.strategy == "early-exit":
         data["agreement"] = agreement.to_json()
     return data
 
 
-def _report(request: Request, shown: list[FinishedRun], prompt: str, profile: Profile | None, showing: Showing) -> None:
+def _report(
+    model: Model,
+    request: Request,
+    runs: list[FinishedRun],
+    prompt: str,
+    profile: Profile | None,
+    showing: Showing,
+) -> None:
     """Draw the page, running what it needs besides what was shown; early exit and plain decoding take turns."""
     from shortstack.runtime.commands.exit_report.page import write_page
     from shortstack.runtime.commands.exit_report.report import build_report
     from shortstack.runtime.commands.exit_report.sweep import sweep
 
     assert showing.report is not None
-    policy = request.exits
-    assert policy is not None
-    manifest = request.model.bundle.manifest
-    early = [one for one in shown if one.strategy == "early-exit"]
+    assert isinstance(request.strategy, ExitEarly)
+    policy = request.strategy.policy
+    manifest = model.bundle.manifest
+    early = [run for run in runs if run.strategy == "early-exit"]
     click.echo("decoding for the report ...", err=True)
-    plain = [one for one in shown if one.strategy == "plain"]
+    plain = [run for run in runs if run.strategy == "plain"]
     while len(plain) < _TURNS:
         if len(early) == len(plain):
-            early.append(_again(request, "early-exit"))
-        plain.append(_again(request, "plain"))
-    run = partial(request.start, "early-exit")
+            early.append(_again(model, request))
+        plain.append(_again(model, replace(request, strategy=Plain())))
+
+    def run_at(other: ExitPolicy) -> Stream:
+        return model.start(replace(request, strategy=ExitEarly(other)))
+
     layers = manifest.spec.num_hidden_layers
-    points = () if showing.no_sweep else sweep(policy, plain[0].token_ids, layers, run)
+    points = () if showing.no_sweep else sweep(policy, plain[0].token_ids, layers, run_at)
     report = build_report(manifest, prompt, policy, early, plain, sweep=points, profile=profile)
     write_page(report, showing.report)
     click.echo(f"report: {showing.report}", err=True)
 
 
-def _again(request: Request, strategy: Strategy) -> FinishedRun:
+def _again(model: Model, request: Request) -> FinishedRun:
     """Generate once more without showing it; what is cut short is no measurement."""
-    shown = request.show(strategy, is_quiet=True)
-    if shown.is_cancelled:
+    run = _show(model, request, is_quiet=True)
+    if run.is_cancelled:
         raise KeyboardInterrupt
-    return shown
+    return run
 
 
 def _as_prompt(model: Model, text: str, raw: bool, system: str | None) -> Prompt:

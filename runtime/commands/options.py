@@ -20,7 +20,8 @@ from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy, Verify
 from shortstack.runtime.engine.session import Placement
-from shortstack.runtime.model import Model, Strategy
+from shortstack.runtime.model import Model
+from shortstack.runtime.request import StrategyName
 
 if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile
@@ -225,7 +226,7 @@ showing_options = gather(
 
 
 def refuse_options_without_effect(
-    strategy: Strategy | None,
+    strategy: StrategyName | None,
     compare: bool,
     exit_layers: tuple[int, ...],
     exiting: Exiting,

@@ -17,6 +17,24 @@ from shortstack.runtime.engine.decoder import Head
 
 
 @dataclass(frozen=True, slots=True)
+class Proposal:
+    """One drafted token.
+
+    Attributes:
+        token: Its id.
+        confidence: Probability that its source gives its most likely token.
+        depth: Layers run before what named it; 0 where no layer of the model was run for it.
+        drawn_from: The distribution that it was drawn from; None where it was taken and not drawn, as a greedy draft or
+            one that was looked up.
+    """
+
+    token: int
+    confidence: float
+    depth: int
+    drawn_from: Distribution | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What verification decided.
 
@@ -41,12 +59,19 @@ class Choice(Protocol):
         """Choose the token that follows ``context`` from what the whole model said in ``row``."""
         ...
 
-    def propose(self, head: Head, row: int, context: Sequence[int]) -> int:
-        """Choose a draft token that follows ``context`` from what the exit said in ``row``."""
+    def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
+        """Choose a draft token that follows ``context`` from what the head after ``depth`` layers said in ``row``."""
         ...
 
-    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
-        """Judge drafts that follow ``context``, from what the whole model said in rows 0..rows-1."""
+    def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
+        """Judge drafts that follow ``context``, from what the whole model said in rows 0..rows-1.
+
+        Args:
+            head: The final head.
+            rows: As many as there are drafts, or one more for the token behind the last.
+            drafts: The drafted tokens, in order.
+            context: The text before them.
+        """
         ...
 
 
@@ -59,13 +84,15 @@ class GreedyChoice:
         """See :class:`Choice`."""
         return int(head.token[row])
 
-    propose = pick
+    def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
+        """See :class:`Choice`."""
+        return Proposal(int(head.token[row]), float(head.top_prob[row]), depth)
 
-    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
+    def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
         """See :class:`Choice`."""
         wanted = head.token[:rows].tolist()
         accepted = 0
-        while accepted < len(drafts) and drafts[accepted] == wanted[accepted]:
+        while accepted < len(drafts) and drafts[accepted].token == wanted[accepted]:
             accepted += 1
         return Verdict(tuple(wanted[: accepted + 1]), accepted)
 
@@ -82,20 +109,17 @@ class SampledChoice:
     def __init__(self, params: SamplingParams) -> None:
         self._params = params
         self._rng = params.generator()
-        self._proposed: list[Distribution] = []
 
     def pick(self, head: Head, row: int, context: Sequence[int]) -> int:
         """See :class:`Choice`."""
         return self._distribution(head, row, context).sample(self._rng)
 
-    def propose(self, head: Head, row: int, context: Sequence[int]) -> int:
-        """See :class:`Choice`; remembers the distribution until it is judged. Row 0 begins a new draft."""
-        if row == 0:
-            self._proposed.clear()
-        self._proposed.append(self._distribution(head, row, context))
-        return self._proposed[-1].sample(self._rng)
+    def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
+        """See :class:`Choice`."""
+        offered = self._distribution(head, row, context)
+        return Proposal(offered.sample(self._rng), float(head.top_prob[row]), depth, offered)
 
-    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
+    def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
         """See :class:`Choice`."""
         emitted: list[int] = []
         context = list(context)
@@ -103,7 +127,8 @@ class SampledChoice:
             wanted = self._distribution(head, row, context)
             if row == len(drafts):
                 return Verdict((*emitted, wanted.sample(self._rng)), len(emitted))
-            token, offered = drafts[row], self._proposed[row]
+            token = drafts[row].token
+            offered = drafts[row].drawn_from or Distribution.point(token)
             if not accept(wanted, offered, token, self._rng):
                 return Verdict((*emitted, residual(wanted, offered).sample(self._rng)), len(emitted))
             emitted.append(token)

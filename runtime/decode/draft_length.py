@@ -14,11 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shortstack.graphs.errors import RequestError
+from shortstack.runtime.decode.remeasure import Remeasure
 
 _ALPHA_WEIGHT = 0.1  # of one judged token in the running mean: a memory of about ten tokens
 _COST_WEIGHT = 0.2  # of one measurement in a running cost, if it is higher
-_FIRST_WAIT_STEPS = 8
-_LAST_WAIT_STEPS = 256
 _MUST_WIN_BY = 1.02  # below this a draft is not worth its variance
 
 
@@ -53,6 +52,7 @@ class DraftLength:
 
     Attributes:
         has_bonus: See :class:`DraftPolicy`.
+        least_confidence: A draft stops after a token that is less likely than this.
         alpha: Running probability that a judged token is accepted.
         best_gain: Predicted speed of the best draft length over plain decoding; 0 until costs are known.
     """
@@ -60,14 +60,14 @@ class DraftLength:
     def __init__(self, policy: DraftPolicy) -> None:
         self._policy = policy
         self.has_bonus = policy.has_bonus
+        self.least_confidence = policy.confidence
         self.alpha = 0.7
         self.best_gain = 0.0
         self._draft_row_s: float | None = None
         self._plain_s: float | None = None
         self._verify_s: dict[int, float] = {}
         self._is_winning: bool | None = None
-        self._steps_left = 0  # until the losing way is measured again
-        self._wait_steps = _FIRST_WAIT_STEPS
+        self._remeasure = Remeasure()
 
     def choose(self, max_rows: int) -> int:
         """Return how many tokens to draft, 0 for a plain step, in a round of at most ``max_rows`` rows."""
@@ -83,18 +83,10 @@ class DraftLength:
         self.best_gain = self.predicted_gain(best)
         is_winning = self.best_gain >= _MUST_WIN_BY
         if is_winning != self._is_winning:
-            self._is_winning, self._steps_left, self._wait_steps = is_winning, _FIRST_WAIT_STEPS, 2 * _FIRST_WAIT_STEPS
-        if self._steps_left:
-            self._steps_left -= 1
-            return best if is_winning else 0
-        # Measure the other way again, less and less often while the verdict stays.
-        self._steps_left = self._wait_steps
-        self._wait_steps = min(2 * self._wait_steps, _LAST_WAIT_STEPS)
-        return 0 if is_winning else best
-
-    def is_unsure(self, top_prob: float) -> bool:
-        """Return whether a draft stops after a token of this probability."""
-        return top_prob < self._policy.confidence
+            self._is_winning = is_winning
+            self._remeasure.restart()
+        drafts_now = is_winning != self._remeasure.is_due()  # when it is due, the way that loses is taken
+        return best if drafts_now else 0
 
     def predicted_gain(self, drafts: int) -> float:
         """Return the speed of rounds of ``drafts`` tokens over plain decoding, from what was measured so far."""

@@ -1,6 +1,6 @@
-"""Self-speculative decoding: the lower segments draft, one run of the upper segments judges the draft.
+"""Speculative decoding: a drafter proposes tokens, one run of the whole model judges them.
 
-One round, x0 being the newest accepted token::
+One round of self-speculation, x0 being the newest accepted token::
 
     rows        x0  d1  d2  ...          each row through the lower segments; row i's exit proposes d(i+1)
     judged      p1  p2  p3  ...          all rows through the upper segments in one run
@@ -9,7 +9,8 @@ One round, x0 being the newest accepted token::
 Without bonus, k drafted tokens take k rows: nothing is computed for a row that cannot be used, and after a full
 accept dk is the next round's x0. With bonus, dk gets a row too (without an exit head), and a full accept emits one
 token more. A round with no drafted token is a plain step. Every form emits ``tokens[: accepted + 1]`` of the judged
-rows, so the round is a function of its row count.
+rows, so the round is a function of its row count. Where drafts come from is the drafter's business
+(:mod:`shortstack.runtime.decode.drafters`).
 
 Whatever stops the iteration, all tokens of the sequence but the newest are cached, in every layer.
 """
@@ -19,8 +20,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from shortstack.runtime.decode.choice import Choice, Verdict
+from shortstack.runtime.decode.choice import Choice, Proposal, Verdict
 from shortstack.runtime.decode.draft_length import DraftLength
+from shortstack.runtime.decode.drafters import Drafter
+from shortstack.runtime.decode.emission import emit
 from shortstack.runtime.decode.plain import full_step, prefill
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
@@ -34,6 +37,7 @@ def speculative(
     stats: Stats,
     max_new_tokens: int,
     length: DraftLength,
+    drafter: Drafter,
 ) -> Iterator[Step]:
     """Decode in rounds.
 
@@ -43,7 +47,8 @@ def speculative(
         choice: How tokens are chosen and judged.
         stats: Counts what is done.
         max_new_tokens: How many to emit at most.
-        length: How many tokens to draft, and when to stop earlier; told the outcome of each round.
+        length: How many tokens to draft, and when to stop earlier; learns the outcome of each round.
+        drafter: Proposes them.
 
     Yields:
         One step per token.
@@ -58,65 +63,56 @@ def speculative(
     while left and len(sequence) < stack.max_length:
         # Each row emits at most one token, so rows are capped by what the request and the context still take.
         rows = min(left, stack.max_length - len(sequence), stack.window)
-        verdict = _round(stack, sequence, choice, stats, length, rows)
-        stats.discarded += len(verdict.tokens)  # until they are handed over
-        for index, token in enumerate(verdict.tokens):
-            if index:
-                sequence.commit(1)
-            sequence.append(token)
-            stats.discarded -= 1
-            is_accepted = index < verdict.accepted
-            depth = stack.exit_layer if is_accepted else stack.num_layers
-            head = stack.exit if is_accepted else stack.final
-            stats.count_emitted(depth)
-            yield Step(token, is_accepted, depth, float(head.top_prob[index]))
+        drafts, verdict = _round(stack, sequence, choice, stats, length, drafter, rows)
         left -= len(verdict.tokens)
+        yield from emit(stack, sequence, stats, drafts, verdict)
 
 
 def _round(
-    stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats, length: DraftLength, max_rows: int
-) -> Verdict:
+    stack: Decoder,
+    sequence: TokenSequence,
+    choice: Choice,
+    stats: Stats,
+    length: DraftLength,
+    drafter: Drafter,
+    max_rows: int,
+) -> tuple[list[Proposal], Verdict]:
     """Draft and judge; the newest token's position is committed, emitted ones are left to the caller."""
-    drafts_wanted = length.choose(max_rows)
+    wanted = length.choose(max_rows)
     stats.predicted_gain = length.best_gain
-    if drafts_wanted == 0:
+    if wanted == 0:
         started = time.perf_counter()
         token = full_step(stack, sequence, choice, stats)
         length.observe_plain(time.perf_counter() - started)
-        return Verdict((token,), 0)
+        drafter.observe(1, 1)
+        return [], Verdict((token,), 0)
 
     past = sequence.cached
-    context = list(sequence.tokens) if choice.needs_logits else sequence.tokens
-    drafts: list[int] = []
     started = time.perf_counter()
     stack.put(0, sequence.tokens[-1])
-    while len(drafts) < drafts_wanted:
-        row = len(drafts)
-        stack.draft(row, past, with_head=True, with_logits=choice.needs_logits)
-        drafts.append(choice.propose(stack.exit, row, context))
-        if choice.needs_logits:
-            stack.put(row + 1, drafts[-1])
-            context.append(drafts[-1])
-        if length.is_unsure(float(stack.exit.top_prob[row])):
-            break
+    draft = drafter.draft(past, sequence.tokens, wanted, length.least_confidence)
+    drafts = list(draft.proposals)
     rows = len(drafts)
-    if length.has_bonus and rows < max_rows:
-        stack.draft(rows, past, with_head=False, with_logits=False)
+    if rows == 0 or (length.has_bonus and rows < max_rows):
         rows += 1
+    for row in range(draft.rows_run, rows):  # rows that the drafter did not need
+        if row:
+            stack.put(row, drafts[row - 1].token)
+        stack.draft(row, past, with_head=False, with_logits=False)
     drafted = time.perf_counter()
     stack.verify(rows, past, choice.needs_logits)
     verdict = choice.judge(stack.final, rows, drafts, sequence.tokens)
     ended = time.perf_counter()
 
+    emitted = len(verdict.tokens)
     sequence.commit(1)
-    stack.keep_state(len(verdict.tokens) - 1)  # the row that predicted the newest token sits just before it
-    is_bonus = len(verdict.tokens) > len(drafts)
-    stats.count_round(len(drafts), verdict.accepted)
-    stats.bonus += is_bonus
-    stats.corrected += len(verdict.tokens) - verdict.accepted - is_bonus
+    stack.keep_state(emitted - 1)  # the row that predicted the newest token sits just before it
+    drafter.observe(emitted, rows)
+    stats.count_round(len(drafts), verdict.accepted, emitted)
     stats.draft_s += drafted - started
     stats.verify_s += ended - drafted
     stats.draft_runs += rows
     stats.verify_runs += 1
-    length.observe_round(len(drafts), verdict.accepted, rows, drafted - started, ended - drafted)
-    return verdict
+    if drafts:
+        length.observe_round(len(drafts), verdict.accepted, rows, drafted - started, ended - drafted)
+    return drafts, verdict

@@ -94,8 +94,20 @@ class Stats:
         self.emitted += 1
         self.exits[depth] = self.exits.get(depth, 0) + 1
 
-    def count_round(self, drafted: int, accepted: int) -> None:
-        """Count one judged draft."""
+    def count_round(self, drafted: int, accepted: int, decided: int) -> None:
+        """Count one judged round.
+
+        Args:
+            drafted: Tokens proposed; a round without any is a plain step.
+            accepted: Those of them that the whole model agreed with, up to the first that it did not.
+            decided: Tokens that the round decided: the accepted ones, and the whole model's own behind them, if any.
+        """
+        if not drafted:
+            self.plain += decided
+            return
+        is_bonus = decided > drafted
+        self.bonus += is_bonus
+        self.corrected += decided - accepted - is_bonus
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted

@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Literal, get_args
 
+from shortstack.runtime.decode.remeasure import Remeasure
 from shortstack.runtime.early_exit.catch_up import CatchUp
 
 Way = Literal["flush", "pipeline"]
 _WEIGHT = 0.2  # of one round in a running mean
-_FIRST_WAIT_ROUNDS = 8
-_LAST_WAIT_ROUNDS = 256
 
 
 class WayCosts:
@@ -19,8 +18,7 @@ class WayCosts:
 
     def __init__(self) -> None:
         self._row_s: dict[Way, float] = {}
-        self._rounds_left = _FIRST_WAIT_ROUNDS
-        self._wait_rounds = _FIRST_WAIT_ROUNDS
+        self._remeasure = Remeasure()
 
     @property
     def best(self) -> Way:
@@ -32,11 +30,8 @@ class WayCosts:
         for way in get_args(Way):
             if way not in self._row_s:
                 return way  # type: ignore[no-any-return]
-        if self._rounds_left:
-            self._rounds_left -= 1
+        if not self._remeasure.is_due():
             return self.best
-        self._wait_rounds = min(2 * self._wait_rounds, _LAST_WAIT_ROUNDS)
-        self._rounds_left = self._wait_rounds
         return "pipeline" if self.best == "flush" else "flush"
 
     def observe(self, way: Way, rows: int, elapsed_s: float) -> None:

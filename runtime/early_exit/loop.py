@@ -27,7 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortstack.runtime.decode.choice import Choice, Verdict
+from shortstack.runtime.decode.choice import Choice, Proposal, Verdict
+from shortstack.runtime.decode.emission import emit
 from shortstack.runtime.decode.plain import prefill
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
@@ -172,8 +173,7 @@ class EarlyExit:
             first = len(self._sequence)
             rows = min(self._cap.rows, self._max_new_tokens - self._stats.emitted, self._stack.max_length - first)
             context = list(self._sequence.tokens)
-            drafts: list[int] = []
-            levels: list[int] = []
+            drafts: list[Proposal] = []
             self._catch_up.begin_round(first - 1)
             self._stack.put(0, context[-1])
             for row in range(rows):
@@ -181,28 +181,18 @@ class EarlyExit:
                 if decision.reading is None:
                     break
                 self._left.append(decision.reading)
-                drafts.append(self._choice.propose(self._stack.heads[decision.level], row, context))
-                levels.append(decision.level)
-                context.append(drafts[-1])
-                self._stack.put(row + 1, drafts[-1])
+                head, depth = self._stack.heads[decision.level], self._stack.depths[decision.level]
+                drafts.append(self._choice.propose(head, row, context, depth))
+                context.append(drafts[-1].token)
+                self._stack.put(row + 1, drafts[-1].token)
             self._run_to_the_top(row, row + 1)
             self._label()
             verdict = self._judge(row + 1, drafts)
-            confidences = [reading.top_prob for reading in self._left]
             self._left.clear()
             self._sequence.commit(1)
             self._stack.keep_state(len(verdict.tokens) - 1)
-            self._count(len(drafts), verdict)
-            for index, token in enumerate(verdict.tokens):
-                if index:
-                    self._sequence.commit(1)
-                self._sequence.append(token)
-                self._stats.discarded -= 1
-                is_accepted = index < verdict.accepted
-                level = levels[index] if is_accepted else self._last
-                self._stats.count_emitted(self._stack.depths[level])
-                confidence = confidences[index] if is_accepted else float(self._stack.final.top_prob[index])
-                yield Step(token, is_accepted, self._stack.depths[level], confidence, len(drafts))
+            self._stats.count_round(len(drafts), verdict.accepted, len(verdict.tokens))
+            yield from emit(self._stack, self._sequence, self._stats, drafts, verdict, pending=len(drafts))
 
     def _decide(self, row: int) -> Decision:
         """Run a row up to the first exit that is sure of it; at the last level it has not been run yet."""
@@ -252,7 +242,7 @@ class EarlyExit:
             with_similarity=self._with_similarity,
         )
 
-    def _judge(self, rows: int, drafts: Sequence[int]) -> Verdict:
+    def _judge(self, rows: int, drafts: Sequence[Proposal]) -> Verdict:
         if self._policy.verify == "exact":
             return self._choice.judge(self._stack.final, rows, drafts, self._sequence.tokens)
         return judge_likely(self._stack.final, rows, drafts, self._policy.rollback_below)
@@ -262,18 +252,6 @@ class EarlyExit:
         if self._observe is not None:
             for row, reading in enumerate(self._left):
                 self._observe(reading, reading.token == int(self._stack.final.token[row]))
-
-    def _count(self, drafted: int, verdict: Verdict) -> None:
-        """Count one judged round, in the words of self-speculation."""
-        stats, decided = self._stats, len(verdict.tokens)
-        stats.discarded += decided  # until they are handed over
-        if not drafted:
-            stats.plain += 1
-            return
-        is_bonus = decided > drafted
-        stats.count_round(drafted, verdict.accepted)
-        stats.bonus += is_bonus
-        stats.corrected += decided - verdict.accepted - is_bonus
 
     def _emit(self, token: int, level: int, row: int, pending: int) -> Step:
         self._sequence.append(token)
@@ -319,7 +297,7 @@ class _PendingPrompt:
             self._levels += 1
 
 
-def judge_likely(head: Head, rows: int, drafts: Sequence[int], least: float) -> Verdict:
+def judge_likely(head: Head, rows: int, drafts: Sequence[Proposal], least: float) -> Verdict:
     """Accept drafts up to the first that the whole model gives less than ``least``; there its own best token follows.
 
     The rule of FREE (arXiv 2310.05424, section 3.3) with a probability in place of its loss: -log p >
@@ -332,12 +310,12 @@ def judge_likely(head: Head, rows: int, drafts: Sequence[int], least: float) -> 
         least: The probability.
     """
     accepted = 0
-    for row, token in enumerate(drafts):
-        if int(head.token[row]) != token and _probability(head.logits[row], token) < least:
+    for row, draft in enumerate(drafts):
+        if int(head.token[row]) != draft.token and _probability(head.logits[row], draft.token) < least:
             break
         accepted += 1
     own = head.token[accepted : min(accepted + 1, rows)].tolist()
-    return Verdict((*drafts[:accepted], *own), accepted)
+    return Verdict((*(draft.token for draft in drafts[:accepted]), *own), accepted)
 
 
 def _probability(logits: np.ndarray, token: int) -> float:

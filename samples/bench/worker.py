@@ -28,6 +28,7 @@ from shortstack.runtime import DraftPolicy, ExitPolicy, load, parse_criterion
 from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.policy import KVPolicy, Verify
 from shortstack.runtime.engine.binding import Binding
+from shortstack.runtime.request import ExitEarly, Plain, Speculate, Strategy
 from shortstack.samples.bench.costs import measure_costs
 from shortstack.samples.bench.memory import memory_now
 
@@ -103,18 +104,13 @@ class Worker:
 
         With ``ends`` an end token ends the text. Catching up at the end of early exit is part of its time.
         """
-        exits = None
+        strategy: Strategy = Plain()
         if exit_when is not None:
             layers = None if exit_layers is None else tuple(exit_layers)
-            exits = ExitPolicy(parse_criterion(exit_when), layers, verify, kv_policy=kv_policy)
-        result = self._model.generate(
-            prompt,
-            max_new_tokens=tokens,
-            ignore_eos=not ends,
-            strategy="early-exit" if exits is not None else "plain" if draft is None else "self-speculative",
-            draft=None if draft is None else DraftPolicy(draft, is_adaptive=is_adaptive),
-            exits=exits,
-        )
+            strategy = ExitEarly(ExitPolicy(parse_criterion(exit_when), layers, verify, kv_policy=kv_policy))
+        elif draft is not None:
+            strategy = Speculate(draft=DraftPolicy(draft, is_adaptive=is_adaptive))
+        result = self._model.generate(prompt, max_new_tokens=tokens, ignore_eos=not ends, strategy=strategy)
         stats = result.stats
         return {
             "tokens": result.tokens,

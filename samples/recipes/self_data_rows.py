@@ -18,7 +18,8 @@ import numpy as np
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.names import CHAT_TEMPLATE_FILE
 from shortstack.runtime.decode.sampling import SamplingParams
-from shortstack.runtime.model import Model, Strategy
+from shortstack.runtime.model import Model
+from shortstack.runtime.request import Plain, Speculate, Strategy
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 MAX_QUESTION_TOKENS = 128
@@ -73,9 +74,8 @@ class Writer:
         self._max_new_tokens = max_new_tokens
         self._max_prompt_tokens = min(max_prompt_tokens, model.cache.max_length - 1)
         self._seed = seed
-        self._exit_layer = exit_layer
         # Drafts are adaptive by default: where they lose, decoding is plain but for a probe now and then.
-        self._strategy: Strategy = "self-speculative" if model.exit_layers else "plain"
+        self._strategy: Strategy = Speculate(exit_layer) if model.exit_layers else Plain()
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of prompts, in the chat template where there is one; too long ones are left out."""
@@ -140,9 +140,7 @@ class Writer:
         return tuple(ids) if len(ids) <= self._max_prompt_tokens else None
 
     def _greedy(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        return self._model.generate(
-            prompt, max_new_tokens=self._max_new_tokens, strategy=self._strategy, exit_layer=self._exit_layer
-        ).tokens
+        return self._model.generate(prompt, max_new_tokens=self._max_new_tokens, strategy=self._strategy).tokens
 
 
 def empty_user_turn(tokenizer: Tokenizer) -> tuple[list[int], int]:

@@ -27,6 +27,7 @@ from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.early_exit.expression import parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.model import Model, load
+from shortstack.runtime.request import ExitEarly, Speculate
 from shortstack.samples.command import run_command
 
 
@@ -121,9 +122,7 @@ def measure(
             result = model.generate(
                 ids,
                 max_new_tokens=max_new_tokens,
-                strategy="self-speculative",
-                exit_layer=chosen,
-                draft=policies[name],
+                strategy=Speculate(chosen, policies[name]),
             )
             if number:
                 stats = result.stats
@@ -136,7 +135,7 @@ def measure(
                 tally.judged += stats.accepted + stats.corrected
         for threshold, tally in early.items():
             exits = ExitPolicy(parse_criterion(f"top_prob >= {threshold}"), (chosen,))
-            result = model.generate(ids, max_new_tokens=max_new_tokens, strategy="early-exit", exits=exits)
+            result = model.generate(ids, max_new_tokens=max_new_tokens, strategy=ExitEarly(exits))
             if number:
                 stats = result.stats
                 tally.right += result.text.strip() == answer

@@ -15,6 +15,7 @@ from typing import Any
 from shortstack.graphs import names
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.model import Model, load
+from shortstack.runtime.request import Speculate
 from shortstack.samples.bench.settings import cut
 
 
@@ -106,9 +107,7 @@ def _time_drafts(models: Mapping[str, Model], questions: Sequence[str], spec: Sp
         for name in _rotated(list(models), turn):
             ids = models[name].encode(question)
             plain = models[name].generate(ids, max_new_tokens=spec.answer_tokens)
-            drafting = models[name].generate(
-                ids, max_new_tokens=spec.answer_tokens, strategy="self-speculative", draft=policy
-            )
+            drafting = models[name].generate(ids, max_new_tokens=spec.answer_tokens, strategy=Speculate(draft=policy))
             if turn:
                 of = sums[name]
                 of["plain_s"] += plain.stats.draft_s + plain.stats.verify_s

@@ -164,8 +164,9 @@ def test_comparing_without_a_rule_stays_as_it_was(tiny: Path) -> None:
 
 
 def test_a_verified_difference_fails(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_all(self: Any, rows: int, drafts: list[int]) -> Any:
-        return loop.Verdict((*drafts, *self._stack.final.token[len(drafts) : rows].tolist()), len(drafts))
+    def accept_all(self: Any, rows: int, drafts: list[Any]) -> Any:
+        tokens = [draft.token for draft in drafts]
+        return loop.Verdict((*tokens, *self._stack.final.token[len(drafts) : rows].tolist()), len(drafts))
 
     monkeypatch.setattr(loop.EarlyExit, "_judge", accept_all)
     done = run(tiny, "--compare", "--exit-when", "always", "-e", 1, "--verify-exits", "exact", code=1)

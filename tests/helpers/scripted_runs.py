@@ -9,13 +9,21 @@ from hypothesis import strategies as st
 
 from helpers.scripted import ScriptedDecoder, ScriptedModel, scripted_time
 from helpers.scripted_texts import GREEDY
-from shortstack.runtime.decode.choice import make_choice
+from shortstack.runtime.decode.choice import Choice, make_choice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.drafters import ExitDrafter
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats, Step
+
+
+def self_speculative(
+    decoder: ScriptedDecoder, sequence: TokenSequence, choice: Choice, stats: Stats, count: int, length: DraftLength
+) -> Iterator[Step]:
+    """Speculative decoding whose drafts come from the decoder's exit."""
+    return speculative(decoder, sequence, choice, stats, count, length, ExitDrafter(decoder, choice))
 
 
 class ScriptedLength(DraftLength):
@@ -45,7 +53,7 @@ class Wanted:
             return plain(decoder, sequence, choice, stats, count)
         scripted = isinstance(self.length, tuple)
         length = ScriptedLength(self.length, self.has_bonus) if scripted else DraftLength(self.length)
-        return speculative(decoder, sequence, choice, stats, count, length)
+        return self_speculative(decoder, sequence, choice, stats, count, length)
 
 
 def fixed(k: int, *, bonus: bool = False, confidence: float = 0.0) -> Wanted:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from shortstack.runtime.decode.choice import Choice, GreedyChoice, SampledChoice, Verdict, make_choice
+from shortstack.runtime.decode.choice import Choice, GreedyChoice, Proposal, SampledChoice, Verdict, make_choice
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.engine.decoder import Head
 
 VOCAB = 4
+DEPTH = 2
 
 
 def head(tokens: Sequence[int], *, ids: Sequence[int] | None = None, sharpness: float = 50.0) -> Head:
@@ -45,14 +46,18 @@ def test_the_agreeing_part_of_a_draft_stands_and_one_token_of_the_model_follows(
     choice: Choice, drafts: list[int], rows: int, expected: Verdict
 ) -> None:
     exit_head = head([drafts[row] if row < len(drafts) else 0 for row in range(3)])
-    for row in range(len(drafts)):
-        assert choice.propose(exit_head, row, [0]) == drafts[row]
-    assert choice.judge(head([1, 2, 3]), rows, drafts, [0]) == expected
+    proposals = [choice.propose(exit_head, row, [0], DEPTH) for row in range(len(drafts))]
+    assert [proposal.token for proposal in proposals] == drafts
+    assert choice.judge(head([1, 2, 3]), rows, proposals, [0]) == expected
+    looked_up = [
+        Proposal(token, 1.0, 0) for token in drafts
+    ]  # as certain as drafts that no distribution was drawn from
+    assert choice.judge(head([1, 2, 3]), rows, looked_up, [0]) == expected
 
 
 @pytest.mark.parametrize("choice", [GreedyChoice(), SampledChoice(CERTAIN)])
 def test_a_trimmed_head_proposes_token_ids_and_not_rows(choice: Choice) -> None:
-    assert choice.propose(head([3, 1], ids=[1, 3]), 0, [0]) == 3
+    assert choice.propose(head([3, 1], ids=[1, 3]), 0, [0], DEPTH).token == 3
 
 
 def test_the_choice_is_the_cheapest_that_does_what_is_asked() -> None:
@@ -73,8 +78,8 @@ def test_greedy_choice_never_looks_at_logits() -> None:
 def test_the_penalty_of_a_judged_row_sees_the_drafts_accepted_before_it() -> None:
     choice = SampledChoice(SamplingParams(repetition_penalty=100.0))
     exit_head = head([2, 1])
-    drafts = [choice.propose(exit_head, 0, [0]), choice.propose(exit_head, 1, [0, 2])]
-    assert drafts == [2, 1]
+    drafts = [choice.propose(exit_head, 0, [0], DEPTH), choice.propose(exit_head, 1, [0, 2], DEPTH)]
+    assert [draft.token for draft in drafts] == [2, 1]
     says_twice = head([2, 2])
     says_twice.logits[1, 1] = 1.0  # second best where 2 was not said before, best where it was
     assert choice.judge(says_twice, 2, drafts, [0]) == Verdict((2, 1), 2)
@@ -84,8 +89,8 @@ def test_a_token_that_the_model_rules_out_is_never_accepted_and_one_it_is_surer_
     choice = SampledChoice(SamplingParams(temperature=1.0, seed=3))
     wide = head([1], sharpness=0.0)
     for _ in range(200):
-        draft = choice.propose(wide, 0, [])
-        assert choice.judge(head([2]), 1, [draft], []) == Verdict((2,), int(draft == 2))
+        draft = choice.propose(wide, 0, [], DEPTH)
+        assert choice.judge(head([2]), 1, [draft], []) == Verdict((2,), int(draft.token == 2))
 
 
 def test_the_same_seed_gives_the_same_tokens() -> None:
@@ -96,9 +101,19 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
     assert len(set(picks)) == VOCAB
 
 
-def test_a_new_draft_forgets_the_distributions_of_the_one_before() -> None:
-    choice = SampledChoice(CERTAIN)
-    choice.propose(head([1, 1]), 0, [0])
-    choice.propose(head([1, 1]), 1, [0, 1])
-    choice.propose(head([2, 2]), 0, [0])
-    assert choice.judge(head([2]), 1, [2], [0]) == Verdict((2,), 1)
+def test_a_proposal_says_how_sure_its_head_was_after_how_many_layers() -> None:
+    exit_head = head([2])
+    exit_head.top_prob[0] = 0.25
+    for choice in (GreedyChoice(), SampledChoice(CERTAIN)):
+        proposal = choice.propose(exit_head, 0, [0], DEPTH)
+        assert (proposal.token, proposal.confidence, proposal.depth) == (2, 0.25, DEPTH)
+
+
+def test_a_token_that_was_looked_up_is_accepted_as_often_as_the_model_would_draw_it() -> None:
+    choice = SampledChoice(SamplingParams(temperature=1.0, seed=3))
+    says = head([1, 1])
+    says.logits[0] = np.log([0.1, 0.6, 0.2, 0.1])
+    verdicts = [choice.judge(says, 1, [Proposal(1, 1.0, 0)], []) for _ in range(4000)]
+    shares = np.bincount([verdict.tokens[0] for verdict in verdicts], minlength=VOCAB) / len(verdicts)
+    np.testing.assert_allclose(shares, [0.1, 0.6, 0.2, 0.1], atol=0.03)  # four standard deviations
+    assert all(verdict.accepted == (verdict.tokens[0] == 1) for verdict in verdicts)

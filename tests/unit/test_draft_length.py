@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from helpers.scripted import ScriptedDecoder, ScriptedModel, scripted_time
+from helpers.scripted_runs import self_speculative
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.choice import GreedyChoice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.sequence import TokenSequence
-from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats
 
 MANY_ROWS = 16
@@ -47,7 +47,7 @@ def decode(
         decoder.delays_s[slow_run] = 5.0
     stats = Stats()
     with scripted_time(decoder):
-        for _ in speculative(decoder, TokenSequence([1]), GreedyChoice(), stats, 500, DraftLength(policy)):
+        for _ in self_speculative(decoder, TokenSequence([1]), GreedyChoice(), stats, 500, DraftLength(policy)):
             pass
     rows = [call.rows for call in decoder.calls if call.kind == "verify"]
     return stats, decoder.clock.now_s, rows
@@ -155,11 +155,10 @@ def test_a_change_of_verdict_starts_the_waiting_anew() -> None:
     assert [bool(length.choose(MANY_ROWS)) for _ in range(9)] == [False] * 8 + [True]
 
 
-def test_confidence_stops_below_its_threshold_only() -> None:
+def test_the_least_confidence_of_a_draft_is_the_policys() -> None:
     length = DraftLength(DraftPolicy(4, confidence=0.5))
-    assert length.is_unsure(0.49)
-    assert not length.is_unsure(0.5)
-    assert not DraftLength(DraftPolicy(4)).is_unsure(0.0)
+    assert length.least_confidence == 0.5
+    assert DraftLength(DraftPolicy(4)).least_confidence == 0.0
 
 
 @pytest.mark.parametrize(

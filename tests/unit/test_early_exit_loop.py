@@ -17,7 +17,7 @@ from helpers.exit_runs import Pattern, catch_up_of, levels_hold, run
 from helpers.scripted import ScriptedError, ScriptedModel
 from helpers.scripted_levels import ScriptedLevels
 from helpers.scripted_texts import GREEDY, SAMPLINGS, VOCAB, examples, models, prompts
-from shortstack.runtime.decode.choice import make_choice
+from shortstack.runtime.decode.choice import Proposal, make_choice
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.sequence import TokenSequence
@@ -224,10 +224,11 @@ def test_the_first_unlikely_draft_ends_the_round(least: float, accepted: int) ->
     head.outputs(0, 4, True)
     head.logits[:] = np.log([[0.5, 0.2, 0.2, 0.1]] * 2 + [[0.9, 0.08, 0.015, 0.005]] * 2)
     head.token[:] = 0
-    verdict = judge_likely(head, 4, [1, 0, 2], least)
+    drafts = [Proposal(token, 1.0, 2) for token in (1, 0, 2)]
+    verdict = judge_likely(head, 4, drafts, least)
     assert verdict.accepted == accepted
     assert verdict.tokens == (*(1, 0, 2)[:accepted], 0)
-    assert judge_likely(head, 3, [1, 0, 2], 0.0).tokens == (1, 0, 2)
+    assert judge_likely(head, 3, drafts, 0.0).tokens == (1, 0, 2)
 
 
 @pytest.mark.parametrize("cap", [None, 2])

@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 
 from helpers.scripted import ScriptedDecoder, ScriptedModel
+from helpers.scripted_runs import self_speculative
 from shortstack.runtime.decode.choice import make_choice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.sequence import TokenSequence
-from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats
 
 PROMPT = [1, 2, 3]
@@ -36,7 +36,7 @@ def test_the_next_round_begins_after_the_row_that_predicted_the_newest_token(
     decoder = decoder_after_prompt([True] * accepted + [False] * (k - accepted))
     stats = Stats()
     length = DraftLength(DraftPolicy(k, has_bonus=bonus))
-    list(speculative(decoder, TokenSequence(PROMPT), make_choice(GREEDY), stats, 40, length))
+    list(self_speculative(decoder, TokenSequence(PROMPT), make_choice(GREEDY), stats, 40, length))
     emitted = accepted + 1 if accepted < k or bonus else k  # a full accept without bonus ends in its last draft
     assert stats.accepted == accepted
     assert decoder.kept_rows[0] == emitted - 1
@@ -48,7 +48,7 @@ def test_drawn_drafts_keep_the_row_before_the_newest_token_too(bonus: bool, samp
     decoder = ScriptedDecoder(ScriptedModel(seed=2, agreement=0.8))
     stats = Stats()
     length = DraftLength(DraftPolicy(4, has_bonus=bonus))
-    list(speculative(decoder, TokenSequence(PROMPT), make_choice(sampling), stats, 50, length))
+    list(self_speculative(decoder, TokenSequence(PROMPT), make_choice(sampling), stats, 50, length))
     assert stats.emitted == 1 + sum(row + 1 for row in decoder.kept_rows)
     assert len(set(decoder.kept_rows)) > 2
 
@@ -59,13 +59,13 @@ def test_a_generation_stopped_anywhere_drafts_from_the_right_state_in_its_next_t
         decoder = ScriptedDecoder(ScriptedModel(seed=2, agreement=0.8))
         sequence = TokenSequence(PROMPT)
         length = DraftLength(DraftPolicy(4, has_bonus=taken % 2 > 0))
-        steps = speculative(decoder, sequence, make_choice(GREEDY), Stats(), 30, length)
+        steps = self_speculative(decoder, sequence, make_choice(GREEDY), Stats(), 30, length)
         for _ in range(taken):
             next(steps)
         steps.close()
         text = [*sequence.tokens, 6, 7]
         sequence.restart(text)
-        again = speculative(decoder, sequence, make_choice(GREEDY), Stats(), 9, length)
+        again = self_speculative(decoder, sequence, make_choice(GREEDY), Stats(), 9, length)
         assert [step.token for step in again] == decoder.model.continuation(text, 9, 99)
 
 

@@ -15,18 +15,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
 from helpers.chi_square import p_value, power, samples_for, survival
 from helpers.scripted import ScriptedDecoder, ScriptedModel
-from shortstack.runtime.decode.choice import Choice, SampledChoice, Verdict
+from helpers.scripted_runs import self_speculative
+from shortstack.runtime.decode.choice import Choice, Proposal, SampledChoice, Verdict
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.sampling import Distribution, SamplingParams, distribution
 from shortstack.runtime.decode.sequence import TokenSequence
-from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.engine.decoder import Head
 
@@ -72,7 +73,7 @@ def drawn(
         if policy is None:
             steps = plain(decoder, sequence, choice, stats, count + 1)
         else:
-            steps = speculative(decoder, sequence, choice, stats, count + 1, DraftLength(policy))
+            steps = self_speculative(decoder, sequence, choice, stats, count + 1, DraftLength(policy))
         counts[tuple(step.token for step in steps)[1:]] += 1
     return counts
 
@@ -154,28 +155,28 @@ def test_plain_sampling_draws_from_the_distribution_enumerated() -> None:
 class AcceptsTheLikeliest(SampledChoice):
     """Fault: judges sampled drafts as greedy decoding does."""
 
-    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
+    def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
+        tokens = [draft.token for draft in drafts]
         for row in range(rows):
             probs = head.logits[row]
-            if row < len(drafts) and drafts[row] == probs.argmax():
+            if row < len(tokens) and tokens[row] == probs.argmax():
                 continue
-            return Verdict((*drafts[:row], self.pick(head, row, [*context, *drafts[:row]])), row)
-        return Verdict(tuple(drafts), len(drafts))
+            return Verdict((*tokens[:row], self.pick(head, row, [*context, *tokens[:row]])), row)
+        return Verdict(tuple(tokens), len(tokens))
 
 
 class RemembersUnprocessed(SampledChoice):
     """Fault: judges by the exit's distribution before temperature and truncation, having drawn from the one after."""
 
-    def propose(self, head: Head, row: int, context: Sequence[int]) -> int:
-        token = super().propose(head, row, context)
-        self._proposed[-1] = distribution(head.logits[row], SamplingParams(1.0), context, ids=head.ids)
-        return token
+    def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
+        unprocessed = distribution(head.logits[row], SamplingParams(1.0), context, ids=head.ids)
+        return replace(super().propose(head, row, context, depth), drawn_from=unprocessed)
 
 
 class DrawsAgainFromTheWhole(SampledChoice):
     """Fault: replaces a rejected token by a draw from p instead of max(0, p - q)."""
 
-    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
+    def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
         verdict = super().judge(head, rows, drafts, context)
         if verdict.accepted == len(drafts):
             return verdict
@@ -186,7 +187,7 @@ class DrawsAgainFromTheWhole(SampledChoice):
 class ForgetsTheDraft(SampledChoice):
     """Fault: the repetition penalty of the judged rows does not see the drafted tokens before them."""
 
-    def judge(self, head: Head, rows: int, drafts: Sequence[int], context: Sequence[int]) -> Verdict:
+    def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
         self._fixed = list(context)
         return super().judge(head, rows, drafts, context)
 
@@ -206,7 +207,7 @@ def test_drafts_are_both_accepted_and_rejected_in_these_tests() -> None:
     for draft_ids in (FULL, TRIMMED):
         stats = Stats()
         choice = SampledChoice(SamplingParams(1.0, seed=0))
-        steps = speculative(
+        steps = self_speculative(
             ScriptedDecoder(model(draft_ids), max_length=500),
             TokenSequence(PROMPT),
             choice,

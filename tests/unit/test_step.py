@@ -11,8 +11,9 @@ from shortstack.runtime.decode.step import Stats
 
 def test_rounds_are_counted_by_the_position_of_their_tokens() -> None:
     stats = Stats()
-    for drafted, accepted in ((3, 3), (1, 0), (4, 2)):
-        stats.count_round(drafted, accepted)
+    for drafted, accepted, decided in ((3, 3, 4), (1, 0, 1), (4, 2, 3)):
+        stats.count_round(drafted, accepted, decided)
+    assert (stats.bonus, stats.corrected, stats.plain) == (1, 2, 0)
     assert (stats.rounds, stats.drafted, stats.accepted, stats.rejected) == (3, 8, 5, 3)
     assert stats.drafted_at == [3, 2, 2, 1]
     assert stats.accepted_at == [2, 2, 1, 0]
@@ -20,8 +21,8 @@ def test_rounds_are_counted_by_the_position_of_their_tokens() -> None:
 
 def test_the_account_balances_only_if_every_token_decided_is_emitted_or_discarded() -> None:
     assert Stats().is_balanced
-    stats = Stats(emitted=6, discarded=2, prefilled=1, plain=2, corrected=1, bonus=1)
-    stats.count_round(4, 3)
+    stats = Stats(emitted=6, discarded=2, prefilled=1, plain=2, bonus=1)
+    stats.count_round(4, 3, 4)
     assert stats.is_balanced
     stats.emitted += 1
     assert not stats.is_balanced
@@ -32,16 +33,17 @@ def test_the_account_balances_only_if_every_token_decided_is_emitted_or_discarde
 
 
 def test_acceptance_counts_all_drafted_tokens_and_alpha_the_judged_ones() -> None:
-    stats = Stats(corrected=1)
-    stats.count_round(4, 1)  # the third and fourth were never judged
+    stats = Stats()
+    stats.count_round(4, 1, 2)  # the third and fourth were never judged
     assert stats.acceptance == 0.25
     assert stats.alpha == 0.5
 
 
 def test_tokens_per_round_leaves_the_prefill_out() -> None:
-    stats = Stats(prefilled=1, plain=1, corrected=1, bonus=1, verify_runs=3)
-    stats.count_round(3, 3)
-    stats.count_round(3, 1)
+    stats = Stats(prefilled=1, verify_runs=3)
+    stats.count_round(3, 3, 4)
+    stats.count_round(3, 1, 2)
+    stats.count_round(0, 0, 1)  # a round without a draft is a plain step
     assert stats.tokens_per_round == pytest.approx((1 + 4 + 2) / 3)
 
 
@@ -56,7 +58,7 @@ def test_figures_of_an_empty_generation_are_zero() -> None:
 
 
 def test_counts_and_figures_survive_json() -> None:
-    stats = Stats(prompt=3, emitted=2, corrected=1)
-    stats.count_round(2, 1)
+    stats = Stats(prompt=3, emitted=2)
+    stats.count_round(2, 1, 2)
     data = json.loads(json.dumps(stats.to_json()))
     assert (data["prompt"], data["accepted_at"], data["alpha"]) == (3, [1, 0], 0.5)

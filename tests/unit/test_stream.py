@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from helpers.scripted import ScriptedDecoder, ScriptedError, ScriptedModel, scripted_time
+from helpers.scripted_runs import self_speculative
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.choice import GreedyChoice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.sequence import TokenSequence
-from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.decode.stream import Stream, Token
 from shortstack.runtime.text.stop import StopStrings
@@ -59,7 +59,7 @@ class Talk:
         if policy is None:
             steps = plain(self.decoder, self.sequence, GreedyChoice(), stats, limit)
         else:
-            steps = speculative(self.decoder, self.sequence, GreedyChoice(), stats, limit, DraftLength(policy))
+            steps = self_speculative(self.decoder, self.sequence, GreedyChoice(), stats, limit, DraftLength(policy))
         return Stream(
             steps,
             stats,

@@ -1,0 +1,45 @@
+"""From a judged round to steps: the tokens of a verdict, handed over one by one with an account that balances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from shortstack.runtime.decode.choice import Proposal, Verdict
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.step import Stats, Step
+from shortstack.runtime.engine.decoder import Decoder
+
+
+def emit(
+    stack: Decoder,
+    sequence: TokenSequence,
+    stats: Stats,
+    drafts: Sequence[Proposal],
+    verdict: Verdict,
+    *,
+    pending: int = 0,
+) -> Iterator[Step]:
+    """Hand a verdict over; whenever the caller stops, all tokens of the sequence but the newest are cached.
+
+    Args:
+        stack: The model, whose final head still holds what it said to the round.
+        sequence: Grows by each token; the round's first position is committed already.
+        stats: Counts what is emitted, and as discarded what is not yet.
+        drafts: What was judged.
+        verdict: How.
+        pending: See :class:`~shortstack.runtime.decode.step.Step`.
+
+    Yields:
+        One step per token.
+    """
+    stats.discarded += len(verdict.tokens)  # until they are handed over
+    for index, token in enumerate(verdict.tokens):
+        if index:
+            sequence.commit(1)
+        sequence.append(token)
+        stats.discarded -= 1
+        is_accepted = index < verdict.accepted
+        depth = drafts[index].depth if is_accepted else stack.num_layers
+        confidence = drafts[index].confidence if is_accepted else float(stack.final.top_prob[index])
+        stats.count_emitted(depth)
+        yield Step(token, is_accepted, depth, confidence, pending)

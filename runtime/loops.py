@@ -1,0 +1,108 @@
+"""From a request to the decoding loop that answers it, and what the loops have learned so far.
+
+A new drafter is one file in :mod:`shortstack.runtime.decode` and one line in :meth:`Loops._speculative`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from shortstack.runtime.decode.choice import Choice, make_choice
+from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.drafters import ExitDrafter
+from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.decode.speculative import speculative
+from shortstack.runtime.decode.step import Stats, Step
+from shortstack.runtime.early_exit.adaptive import Adaptive, AdaptiveThreshold
+from shortstack.runtime.early_exit.auto import AutoCatchUp, WayCosts
+from shortstack.runtime.early_exit.catch_up import CatchUp, FlushCatchUp
+from shortstack.runtime.early_exit.loop import EarlyExit, Observer
+from shortstack.runtime.early_exit.pending import PendingCap
+from shortstack.runtime.early_exit.pipeline import PipelineCatchUp
+from shortstack.runtime.early_exit.policy import ExitPolicy
+from shortstack.runtime.engine.stack import Stack
+from shortstack.runtime.request import ExitEarly, Plain, Request, Speculate
+
+
+class Loops:
+    """The loops of one model. What they learn about costs and acceptance outlives a generation.
+
+    Args:
+        sequence: The text of the running generation, which every loop grows.
+    """
+
+    def __init__(self, sequence: TokenSequence) -> None:
+        self._sequence = sequence
+        self._lengths: dict[tuple[int, DraftPolicy], DraftLength] = {}
+        self._caps: dict[tuple[int | None, tuple[int, ...]], PendingCap] = {}
+        self._ways: dict[tuple[int, ...], WayCosts] = {}
+        self._thresholds: dict[tuple[tuple[int, ...], Adaptive], AdaptiveThreshold] = {}
+
+    def steps(self, request: Request, stack: Stack, stats: Stats, limit: int) -> Iterator[Step]:
+        """Return the loop that answers a request.
+
+        Args:
+            request: What is asked.
+            stack: The model, cut at the exits that the request's strategy uses.
+            stats: Counts what is done.
+            limit: How many tokens to emit at most.
+        """
+        choice = make_choice(request.sampling)
+        match request.strategy:
+            case Plain():
+                return plain(stack, self._sequence, choice, stats, limit)
+            case Speculate(draft=draft):
+                policy = draft or DraftPolicy(is_adaptive=not request.sampling.is_repeatable)
+                return self._speculative(stack, choice, stats, limit, policy)
+            case ExitEarly(policy=policy):
+                return self._early_exit(
+                    stack, choice, stats, limit, policy, is_repeatable=request.sampling.is_repeatable
+                )
+
+    def _speculative(
+        self, stack: Stack, choice: Choice, stats: Stats, limit: int, policy: DraftPolicy
+    ) -> Iterator[Step]:
+        length = self._lengths.setdefault((stack.exit_layer, policy), DraftLength(policy))
+        return speculative(stack, self._sequence, choice, stats, limit, length, ExitDrafter(stack, choice))
+
+    def _early_exit(
+        self,
+        stack: Stack,
+        choice: Choice,
+        stats: Stats,
+        limit: int,
+        policy: ExitPolicy,
+        *,
+        is_repeatable: bool,
+    ) -> Iterator[Step]:
+        used = tuple(stack.depths[:-1])
+        observe: Observer | None = None
+        if isinstance(wanted := policy.criterion, Adaptive):
+            learned = self._thresholds.setdefault((used, wanted), AdaptiveThreshold(wanted, used))
+            policy, observe = replace(policy, criterion=learned.begin()), learned.observe
+        # Where verification draws at random, what is drafted must not follow the clock.
+        fixed = policy.max_pending or (stack.window if is_repeatable else None)
+        cap = self._caps.setdefault((fixed, used), PendingCap(stack.window, fixed))
+
+        def flush() -> CatchUp:
+            return FlushCatchUp(
+                stack,
+                stats,
+                cap,
+                recomputes=policy.kv_policy == "recompute",
+                fills_all=policy.verify != "none" or observe is not None,
+            )
+
+        def pipeline() -> CatchUp:
+            return PipelineCatchUp(stack, stats)
+
+        catch_up: CatchUp
+        if stack.filling_levels == 1:  # nothing is ever pending: there is nothing to pipeline
+            catch_up = flush()
+        elif policy.kv_policy == "auto":
+            catch_up = AutoCatchUp({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))
+        else:
+            catch_up = pipeline() if policy.kv_policy == "pipeline" else flush()
+        return EarlyExit(stack, self._sequence, choice, stats, limit, policy, catch_up, cap, observe).steps()

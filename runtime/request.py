@@ -1,0 +1,258 @@
+"""A generation as a value: what to continue, how to decode it, how to choose tokens, when to end.
+
+The Python calls, the command line, the benchmark's workers and a server all fill the same :class:`Request`. How to
+decode is one of three values, so two that do not go together cannot be written::
+
+    Plain()                                       every token through every layer
+    Speculate(exit_layer=8, draft=DraftPolicy(4)) the same output, drafted by an exit
+    ExitEarly(ExitPolicy(...))                    a token leaves at the first exit that is sure of it
+
+:func:`make_request` also takes the short forms of the Python calls: ``strategy="self-speculative"``,
+``exits="top_prob >= 0.9"``, ``temperature=0.7``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack, get_args
+
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.plan import SplitPlan
+from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.early_exit.criteria import Criterion
+from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
+from shortstack.runtime.early_exit.policy import ExitPolicy
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages such as ``{"role": "user", "content": "Hi"}``."""
+
+StrategyName = Literal["plain", "self-speculative", "early-exit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Every token runs through every layer."""
+
+    name: ClassVar[StrategyName] = "plain"
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        """Return the exits that it uses in a bundle of this plan: none."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Speculate:
+    """An exit drafts and the whole model verifies: the output of plain decoding, sooner.
+
+    Attributes:
+        exit_layer: Which exit drafts, by the number of layers run before it; None takes the lowest.
+        draft: How many tokens to draft; None drafts adaptively, four at most, but always four where the sampling has a
+            seed: what is drafted decides how draws are used, and adaptive lengths follow the clock.
+    """
+
+    exit_layer: int | None = None
+    draft: DraftPolicy | None = None
+    name: ClassVar[StrategyName] = "self-speculative"
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        """Return the exit that drafts in a bundle of this plan.
+
+        Raises:
+            RequestError: The bundle does not have it.
+        """
+        exits = plan.boundaries
+        if not exits:
+            raise RequestError(
+                "self-speculation needs an exit, and this bundle has none",
+                remedy=f"re-export with --exit-layer {self.exit_layer or 'E'}, or use the plain strategy",
+            )
+        if self.exit_layer is not None and self.exit_layer not in exits:
+            raise RequestError(
+                "exit_layer is not an exit of this bundle",
+                found=self.exit_layer,
+                expected=f"one of {list(exits)}",
+                remedy=f"re-export with --exit-layer {self.exit_layer}",
+            )
+        return (exits[0] if self.exit_layer is None else self.exit_layer,)
+
+
+@dataclass(frozen=True, slots=True)
+class ExitEarly:
+    """A token leaves at the first exit that is sure of it, and the layers above catch up.
+
+    Attributes:
+        policy: When a token leaves, who checks it, and how the layers above catch up.
+    """
+
+    policy: ExitPolicy
+    name: ClassVar[StrategyName] = "early-exit"
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        """Return the exits in use in a bundle of this plan; errors as in :meth:`ExitPolicy.exits_in`."""
+        return self.policy.exits_in(plan)
+
+
+Strategy: TypeAlias = Plain | Speculate | ExitEarly
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation.
+
+    Attributes:
+        prompt: Chat messages go through the bundle's chat template, a string goes in as it is, token ids go in
+            untouched.
+        strategy: How to decode.
+        sampling: How to choose tokens; the default is greedy.
+        max_new_tokens: Tokens to generate at most.
+        stop: Strings that end the text; they are not part of it.
+        ignore_eos: Go on after an end-of-sequence token.
+        reuse_cache: Keep the cache of the longest common beginning with the generation before (multi-turn chat).
+        tools: JSON schemas of tools, for chat templates that know them.
+        template_variables: Further variables of the chat template, such as ``{"enable_thinking": False}``.
+
+    Raises:
+        RequestError: A value is out of range, or two do not go together.
+    """
+
+    prompt: Prompt
+    strategy: Strategy = field(default_factory=Plain)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int = 256
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    reuse_cache: bool = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_variables: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RequestError("max_new_tokens", found=self.max_new_tokens, expected="1 or more")
+        if (
+            isinstance(self.strategy, ExitEarly)
+            and self.strategy.policy.verify == "rollback"
+            and not self.sampling.is_greedy
+        ):
+            raise RequestError(
+                "verify rollback is a rule for greedy decoding",
+                found=f"temperature {self.sampling.temperature}",
+                remedy="set the temperature to 0, or verify exact",
+            )
+        if (self.tools or self.template_variables) and not is_chat(self.prompt):
+            raise RequestError(
+                "tools and template_variables reach the chat template, and this prompt does not go through it",
+                found="text" if isinstance(self.prompt, str) else "token ids",
+                expected="chat messages",
+                remedy='give [{"role": "user", "content": ...}] as the prompt',
+            )
+
+
+class RequestOptions(TypedDict, total=False):
+    """What the Python calls take besides the prompt; see :class:`Request` for those that are not explained here.
+
+    Attributes:
+        strategy: One of the three values, or the name of one.
+        exit_layer: With the name ``self-speculative``: see :class:`Speculate`.
+        draft: Likewise.
+        exits: With the name ``early-exit``: an :class:`ExitPolicy`, a criterion, or a rule such as ``top_prob >= 0.9``.
+        sampling: All of the sampling; or give some of the options below.
+        temperature: See :class:`~shortstack.runtime.decode.sampling.SamplingParams`, likewise those that follow.
+    """
+
+    strategy: Strategy | StrategyName
+    exit_layer: int | None
+    draft: DraftPolicy | None
+    exits: ExitPolicy | Criterion | str | None
+    sampling: SamplingParams | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    max_new_tokens: int
+    stop: Sequence[str]
+    ignore_eos: bool
+    reuse_cache: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    template_variables: Mapping[str, Any] | None
+
+
+_SAMPLING = tuple(each.name for each in fields(SamplingParams))
+_AS_THEY_ARE = ("max_new_tokens", "stop", "ignore_eos", "reuse_cache", "tools", "template_variables")
+_OF_STRATEGY = ("exit_layer", "draft", "exits")
+
+
+def make_request(prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
+    """Return the request that a Python call describes.
+
+    A strategy that is left out follows from the options: ``exits`` asks for early exit, ``exit_layer`` or ``draft`` for
+    self-speculation, and nothing for plain decoding.
+
+    Raises:
+        RequestError: An option is unknown, out of range, or would have no effect.
+    """
+    if unknown := sorted(options.keys() - RequestOptions.__annotations__.keys()):
+        raise RequestError(
+            f"unknown option {', '.join(unknown)}",
+            expected=f"options among {', '.join(RequestOptions.__annotations__)}",
+        )
+    given: dict[str, Any] = dict(options)
+    sampling = _sampling(given.get("sampling"), {name: given[name] for name in _SAMPLING if name in given})
+    strategy = _strategy(given.get("strategy"), {name: given.get(name) for name in _OF_STRATEGY})
+    return Request(prompt, strategy, sampling, **{name: given[name] for name in _AS_THEY_ARE if name in given})
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is chat messages."""
+    return not isinstance(prompt, str) and any(isinstance(item, Mapping) for item in prompt)
+
+
+def _sampling(params: SamplingParams | None, single: Mapping[str, Any]) -> SamplingParams:
+    if params is None:
+        return SamplingParams(**single)
+    if single:
+        raise RequestError(
+            f"sampling is given as a whole, and {', '.join(single)} besides",
+            remedy="give either SamplingParams or single options",
+        )
+    return params
+
+
+def _strategy(wanted: Strategy | StrategyName | None, options: Mapping[str, Any]) -> Strategy:
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(wanted, Strategy):
+        _refuse(given, wanted, f"the strategy is given as a value, {type(wanted).__name__}(...)", "put it in there")
+        return wanted
+    if wanted is None:
+        wanted = "early-exit" if "exits" in given else "self-speculative" if given else "plain"
+    if wanted not in get_args(StrategyName):
+        names = " or ".join(repr(name) for name in get_args(StrategyName))
+        raise RequestError("strategy", found=repr(wanted), expected=f"{names}, or Plain(), Speculate(), ExitEarly()")
+    exits = given.pop("exits", None)
+    if (exits is not None) != (wanted == "early-exit"):
+        raise RequestError(
+            f"strategy {wanted!r}: exits",
+            found="no exit policy" if exits is None else "an exit policy",
+            expected=f"an ExitPolicy or a rule such as {EXAMPLE!r} with the strategy 'early-exit', and with no other",
+        )
+    if exits is not None:
+        _refuse(given, wanted, "early exit drafts nothing", "set ExitPolicy.exit_layers to choose exits")
+        return ExitEarly(_policy(exits))
+    if wanted == "plain":
+        _refuse(given, wanted, "plain decoding drafts nothing", "leave it out, or use the strategy 'self-speculative'")
+        return Plain()
+    return Speculate(**given)
+
+
+def _policy(exits: ExitPolicy | Criterion | str) -> ExitPolicy:
+    if isinstance(exits, ExitPolicy):
+        return exits
+    return ExitPolicy(parse_criterion(exits) if isinstance(exits, str) else exits)
+
+
+def _refuse(given: Mapping[str, Any], wanted: object, reason: str, remedy: str) -> None:
+    if given:
+        raise RequestError(f"{', '.join(given)} would have no effect: {reason}", found=wanted, remedy=remedy)
