@@ -25,6 +25,7 @@ from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.decode.stream import FinishReason, Stream
 from shortstack.runtime.engine.open_graphs import open_graphs
 from shortstack.runtime.engine.passes import PrefillPasses, check_passes
+from shortstack.runtime.engine.row_classes import fewest_rows
 from shortstack.runtime.engine.session import Placement
 from shortstack.runtime.engine.stack import Stack
 from shortstack.runtime.engine.whole_text import Activations, Array, run_text
@@ -116,6 +117,7 @@ class Model:
             self.graphs = open_graphs(bundle, providers, threads, upper)
             self.tokenizer = tokenizer.result()
         self.cache = self.graphs.new_cache(bundle.manifest.max_length)
+        self._fewest_rows = fewest_rows(self.graphs)
         self._stacks: dict[tuple[int, ...], Stack] = {}
         self._sequence = TokenSequence()
         self._loops = Loops(self._sequence)
@@ -289,5 +291,5 @@ class Model:
     def _stack(self, used: tuple[int, ...]) -> Stack:
         """Return the stack that uses these exits, made once: it holds the prebuilt bindings."""
         if used not in self._stacks:
-            self._stacks[used] = Stack(self.graphs, self.cache, used, self._prefill_passes)
+            self._stacks[used] = Stack(self.graphs, self.cache, used, self._prefill_passes, self._fewest_rows)
         return self._stacks[used]

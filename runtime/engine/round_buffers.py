@@ -2,11 +2,11 @@
 
 ::
 
-    row               0    1    2   ...  window - 1
+    row               0    1    2   ...  window - 1, and a spare one behind it: w = window + 1
     ids   [1, w+1]    x0   d1   d2  ...              token ids; row r's draft writes its token to row r + 1
     state [1, w+1, h] s    g1   g2  ...              the state of the position before each row, as far as known
     hidden[1, w, h]   ·    ·    ·                    per boundary: what the segment below left for the one above
-    final [1, w]      p1   p2   p3                   what the final head says after row r
+    final [1, w]      p1   p2   p3                   what the final head predicts after row r
 
 States are kept where an exit in use sees them. s is the whole model's; row r's draft leaves the exit's guess of its own
 position's state in row r + 1. Then verifying, which ends the round, leaves the whole model's state of row r's own
@@ -43,20 +43,21 @@ class RoundBuffers:
         spec = manifest.spec
         self._dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
         self._hidden_size = spec.hidden_size
-        self._num_rows = [np.array(rows, np.int64) for rows in range(window + 1)]
+        rows = window + 1  # one spare, see the module's docstring
+        self._num_rows = [np.array(count, np.int64) for count in range(rows + 1)]
         self._has_state = levels.has_state
         self.heads: list[Head] = []
         for exit_spec in levels.exits:
             ids = read_draft_vocab(bundle, exit_spec)
             vocab = spec.vocab_size if ids is None else len(ids)
-            self.heads.append(Head(window, vocab, self._dtype, ids, has_gate=exit_spec.has_gate))
-        self.heads.append(Head(window, spec.vocab_size, self._dtype, None))
-        self.exit = self.heads[0] if levels.exits else Head(window, spec.vocab_size, self._dtype, None)
-        self._ids = np.zeros((1, window + 1), np.int64)
+            self.heads.append(Head(rows, vocab, self._dtype, ids, has_gate=exit_spec.has_gate))
+        self.heads.append(Head(rows, spec.vocab_size, self._dtype, None))
+        self.exit = self.heads[0] if levels.exits else Head(rows, spec.vocab_size, self._dtype, None)
+        self._ids = np.zeros((1, rows + 1), np.int64)
         self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input: no copy
-        self.hidden = [np.zeros((1, window, self._hidden_size), self._dtype) for _ in manifest.plan.segments[1:]]
+        self.hidden = [np.zeros((1, rows, self._hidden_size), self._dtype) for _ in manifest.plan.segments[1:]]
         # Without the rows if no exit in use sees a state: other exits of the bundle are bound to none of them.
-        self._states = np.zeros((1, window + 1 if self._has_state else 0, self._hidden_size), self._dtype)
+        self._states = np.zeros((1, rows + 1 if self._has_state else 0, self._hidden_size), self._dtype)
 
     def put(self, row: int, token: int) -> None:
         """Set the token of a row."""
@@ -74,7 +75,7 @@ class RoundBuffers:
         return self._rows(self._ids[:, start:end], below, above, end - num_rows, num_rows, head, with_logits)
 
     def prompt_rows(
-        self, segment: int, ids: np.ndarray, below: np.ndarray, head: Head | None, with_logits: bool
+        self, segment: int, ids: np.ndarray, below: np.ndarray, head: Head | None, with_logits: bool, spare: int = 0
     ) -> tuple[Rows, np.ndarray]:
         """Return what a segment reads and writes on a chunk of a prompt, and where its residual stream goes.
 
@@ -84,10 +85,14 @@ class RoundBuffers:
             below: What the segment below left, [1, rows, hidden]; unused by the lowest segment.
             head: The head that looks at the chunk's last position; None for no head.
             with_logits: Whether the head hands over logits.
+            spare: Rows to append that nobody reads; the head looks at them too.
         """
+        if spare:
+            ids = np.pad(ids, ((0, 0), (0, spare)))
+            below = below if segment == 0 else np.pad(below, ((0, 0), (0, spare), (0, 0)))
         above = np.empty((1, ids.shape[1], self._hidden_size), self._dtype)
         hidden = None if segment == 0 else below
-        num_rows = 0 if head is None else 1
+        num_rows = 0 if head is None else 1 + spare
         return self._rows(ids, hidden, above, 0, num_rows, head or self.heads[-1], with_logits), above
 
     def _rows(

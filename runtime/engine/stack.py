@@ -11,6 +11,9 @@ a group runs over its rows again and again, each run a pass: as often as there a
 over a prompt as :mod:`shortstack.runtime.engine.passes` says. The first token of a text then runs alone.
 
 Where the upper segments own no cache, a prompt runs through them with its last position only.
+
+Where a row alone is rounded differently from a row among others (:mod:`shortstack.runtime.engine.row_classes`), no row
+runs alone: a *spare* row follows it, in segments and heads, and what it computes lies behind the text and is not read.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Stack:
         exit_layers: The exits that are used, each by the number of layers run before it, ascending. Without any the
             stack is uncut: a "draft" runs nothing and verifying runs every segment.
         prefill_passes: Over a prompt, in models with iterated groups.
+        fewest_rows: Rows that a run must have, 1 or 2.
     """
 
     def __init__(
@@ -49,11 +53,13 @@ class Stack:
         cache: KVCache,
         exit_layers: Sequence[int] = (),
         prefill_passes: PrefillPasses = "converged",
+        fewest_rows: int = 1,
     ) -> None:
         manifest = graphs.bundle.manifest
         spec = manifest.spec
         self._cache = cache
         self._prefill_passes = prefill_passes
+        self._fewest_rows = fewest_rows
         self._levels = levels_of(manifest, exit_layers)
         self._buffers = RoundBuffers(graphs.bundle, self._levels, WINDOW_ROWS)
         # Of each segment its own, since levels may run at the same time.
@@ -110,6 +116,9 @@ class Stack:
     def run(self, level: int, start: int, end: int, past: int, num_rows: int, with_logits: bool) -> None:
         """See :meth:`LeveledDecoder.run`; bindings are built at their first use."""
         segments = self._levels.segments[level]
+        spare = self._spare_rows(past + start, past + end, num_rows)
+        end += spare
+        num_rows += spare if num_rows else 0
         for index in segments:
             has_head = num_rows > 0 and index == segments[-1]
             key = (index, start, end, num_rows if has_head else 0, with_logits and has_head)
@@ -119,11 +128,12 @@ class Stack:
                 rows = self._buffers.round_rows(*key[:4], self.heads[level], key[4])
                 binding = self._bindings[key] = binder.bind(rows)
             binder.set_lengths(past + start, end - start)
-            for _ in range(end - start if binder.iterated else 1):
+            for _ in range(end - spare - start if binder.iterated else 1):
                 binding.run()
 
     def reserve(self, positions: int, keep: int) -> None:
         """See :meth:`LeveledDecoder.reserve`."""
+        positions = min(positions + self._fewest_rows - 1, max(positions, self.max_length))
         if positions > self._cache.capacity or self._generation != self._cache.generation:
             self._bindings.clear()  # before the cache grows: bindings hold its old buffers
             self._cache.reserve(positions, keep)
@@ -136,6 +146,15 @@ class Stack:
     def keep_state(self, row: int) -> None:
         """See :meth:`~Decoder.keep_state`."""
         self._buffers.keep_state(row)
+
+    def _spare_rows(self, start: int, end: int, num_rows: int) -> int:
+        """Return how many spare rows a run over positions ``[start, end)`` needs: 1 where a row, or a head's, is alone.
+
+        None at the context's end, which no decoding loop reaches, nor where the first token of a text must run alone.
+        """
+        is_alone = 1 in (end - start, num_rows)
+        must_be = self._first_alone and start == 0
+        return int(is_alone and not must_be and self._fewest_rows > 1 and end < self.max_length)
 
     def _chunks(self, tokens: Sequence[int], past: int) -> Iterator[tuple[np.ndarray, int]]:
         """Yield the ids [1, rows] of a prompt's chunks, and the position of each one's first."""
@@ -161,13 +180,14 @@ class Stack:
                 past, ids, below = past + ids.shape[1] - 1, ids[:, -1:], below[:, -1:]
             count = ids.shape[1]
             head = self.heads[self._levels.level_of(index)] if is_end and index == segments[-1] else None
+            spare = self._spare_rows(past, past + count, 1 if head is not None else 0)
             binder = self._binders[index]
-            binder.set_lengths(past, count)
-            rows, above = self._buffers.prompt_rows(index, ids, below, head, with_logits)
+            binder.set_lengths(past, count + spare)
+            rows, above = self._buffers.prompt_rows(index, ids, below, head, with_logits, spare)
             binding = binder.bind(rows)
             if count > 1 and binder.iterated:
                 run_passes(binding.run, self._cache, binder.iterated, (past, past + count), self._prefill_passes)
             else:
                 binding.run()
-            below = above
+            below = above[:, :count]
         return below

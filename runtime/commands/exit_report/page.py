@@ -32,7 +32,7 @@ def render_page(report: ExitReport) -> str:
         "coordinate": lambda value: f"{value:.2f}".rstrip("0").rstrip("."),
         "percent": lambda share: f"{share:.0%}",
     }
-    source = resources.files("shortstack.runtime.exit_report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    source = resources.files("shortstack.runtime.commands.exit_report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,
         buckets=range(BUCKETS),
