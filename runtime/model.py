@@ -178,7 +178,6 @@ class Model:
 
     def start(self, request: Request) -> Stream:
         """Start the generation that a request describes; :meth:`stream` makes the request and calls this."""
-        self._check_open()
         ids = self.encode(request.prompt, tools=request.tools, template_variables=request.template_variables)
         stack = self._stack(request.strategy.exits_in(self.bundle.manifest.plan))
         stop_strings = StopStrings(request.stop)
@@ -217,6 +216,7 @@ class Model:
         Raises:
             RequestError: The prompt is empty, too long, or holds an id outside the vocabulary.
         """
+        self._check_open()
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:

@@ -30,7 +30,7 @@ def texts(model: Model, policy: ExitPolicy, count: int = 30) -> list[Result]:
 
 def thresholds(model: Model, exit_layers: tuple[int, ...] = EXITS) -> dict[int, float]:
     assert isinstance(AUTO.criterion, Adaptive)
-    return dict(model._thresholds[exit_layers, AUTO.criterion].begin().threshold.by_exit)
+    return dict(model._loops._thresholds[exit_layers, AUTO.criterion].begin().threshold.by_exit)
 
 
 def test_thresholds_are_learned_from_text_to_text_and_let_more_tokens_leave(opened: Bundle) -> None:
