@@ -3,12 +3,7 @@
 ``shortstack --help`` reads the table and nothing else, so it answers at once and works where neither onnxruntime nor
 torch is installed. What a command does, and which options it takes, stands in the module that the table names.
 
-Exit codes::
-
-    0    done
-    1    a finding: the command ran and its answer is "no" (parity)
-    2    a misuse, or an input that cannot be used: one line on stderr says what to do
-    130  interrupted
+The exit codes stand in :mod:`shortstack.graphs.errors`.
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ from collections.abc import Sequence
 import click
 
 from shortstack import __version__
-from shortstack.graphs.errors import DependencyError, ShortstackError
+from shortstack.graphs.errors import INTERRUPTED, DependencyError, ShortstackError
 
 # command -> (module:attribute, summary). The attribute is a click.Command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -65,8 +60,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "torch": ("export",),
     "transformers": ("export",),
 }
-
-INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
 
 def missing_dependency(command: str, error: ModuleNotFoundError) -> DependencyError | None:

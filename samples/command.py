@@ -6,9 +6,7 @@ import sys
 
 import click
 
-from shortstack.graphs.errors import ShortstackError
-
-INTERRUPTED = 130  # 128 + SIGINT, what shells report
+from shortstack.graphs.errors import INTERRUPTED, ShortstackError
 
 
 def run_command(command: click.Command, *, when_interrupted: str = "") -> None:

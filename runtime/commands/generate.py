@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from shortstack.graphs.errors import RequestError
+from shortstack.graphs.errors import INTERRUPTED, RequestError
 from shortstack.graphs.kv_map import iterated_groups
 from shortstack.runtime.commands.agreement import Agreement, agreement_of
 from shortstack.runtime.commands.options import (
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile
 
 _TURNS = 3  # of early exit and plain decoding for a report, since times vary
-_INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
 
 @click.command()
@@ -132,7 +131,7 @@ def generate(
     else:
         print_summary(runs[-1], shows_exits=showing.show_exits)
     if not is_complete:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     lossless = [run for run in runs if run.strategy != "early-exit" or not _is_lossy(policy)]
     if compare and sampling.is_greedy and len({run.token_ids for run in lossless}) > 1:
         sys.exit(1)
