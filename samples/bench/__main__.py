@@ -71,7 +71,7 @@ def bench(
         **{name: versions.get(name) for name in rival_names(models)},
         "exit_layer": exit_layer,
         "prompt_tokens": ", ".join(map(str, settings.prompt_lengths)),
-        "decoded": f"{settings.repeats - 1} x {settings.blocks} blocks of {settings.block_tokens} tokens, taking turns",
+        "decoded": f"{settings.repeats - 1} x {settings.chunks} chunks of {settings.chunk_tokens} tokens, taking turns",
     }
     tokenizer = Tokenizer.load(models.bundle(exit_layer))
     text = tokenizer.encode("\n\n".join(prompts()))

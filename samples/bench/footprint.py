@@ -64,7 +64,7 @@ def memory_section(
     def measure_rival(worker: WorkerProcess) -> tuple[int, int, int]:
         loaded = worker.ask("memory")
         worker.ask("start", prompt=prompt, tokens=settings.memory_tokens)
-        worker.ask("block", count=settings.memory_tokens - 1)
+        worker.ask("chunk", count=settings.memory_tokens - 1)
         after = worker.ask("memory")
         return after["peak_bytes"], loaded["rss_bytes"], after["pss_bytes"]
 

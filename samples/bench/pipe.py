@@ -70,7 +70,7 @@ def script_worker(python: str, script: str, model: Path, threads: int) -> Worker
 
     Args:
         python: The interpreter.
-        script: The worker: a file beside this one, or a whole path.
+        script: The worker: a file next to this one, or a whole path.
         model: What it loads.
         threads: Size of its thread pool.
     """

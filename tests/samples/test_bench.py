@@ -12,7 +12,7 @@ import pytest
 from shortstack.graphs.errors import ShortstackError
 from shortstack.samples.bench.artifacts import Artifacts, stored_bytes
 from shortstack.samples.bench.drafting import relative_costs
-from shortstack.samples.bench.engines import Blocks, common_prefix, compare
+from shortstack.samples.bench.engines import Account, common_prefix, compare
 from shortstack.samples.bench.figures import expected_tokens, predicted_speed_up, ratios, spread
 from shortstack.samples.bench.footprint import disk_section, load_section, memory_section
 from shortstack.samples.bench.pipe import WorkerProcess, bundle_worker
@@ -61,8 +61,8 @@ def test_costs_are_relative_to_the_plain_step_of_the_same_round() -> None:
 
 
 def test_a_comparison_tells_speed_and_where_tokens_part() -> None:
-    ours = Blocks([[1, 2, 3], [1, 2, 3]], [1.0], [1.0, 2.0], [0.5, 1.0])
-    theirs = Blocks([[1, 2, 3], [1, 9, 3]], [3.0], [2.0, 4.0], [2.0, 4.0])
+    ours = Account([[1, 2, 3], [1, 2, 3]], [1.0], [1.0, 2.0], [0.5, 1.0])
+    theirs = Account([[1, 2, 3], [1, 9, 3]], [3.0], [2.0, 4.0], [2.0, 4.0])
     result = compare(ours, theirs)
     assert (result.speed.median, result.cpu_speed.median, result.prefill_speed.median) == (2.0, 4.0, 3.0)
     assert (result.same_tokens, result.tokens) == (1, 3)
@@ -98,15 +98,15 @@ def test_a_model_that_is_there_is_not_made_again(models: Artifacts, monkeypatch:
     assert stored_bytes(models.bundle(EXIT_LAYER, DRAFT_VOCAB)) > stored_bytes(models.bundle(EXIT_LAYER))
 
 
-def test_a_worker_decodes_in_blocks_what_it_decodes_at_once(models: Artifacts) -> None:
+def test_a_worker_decodes_in_chunks_what_it_decodes_at_once(models: Artifacts) -> None:
     with bundle_worker(models.bundle(EXIT_LAYER), 1) as worker:
         first = worker.ask("start", prompt=TEXT, tokens=9)
-        blocks = [worker.ask("block", count=4) for _ in range(2)]
+        chunks = [worker.ask("chunk", count=4) for _ in range(2)]
         at_once = worker.ask("decode", prompt=TEXT, tokens=9)
         drafted = worker.ask("decode", prompt=TEXT, tokens=9, draft=3)
         memory = worker.ask("memory")
-    assert first["tokens"] + blocks[0]["tokens"] + blocks[1]["tokens"] == at_once["tokens"] == drafted["tokens"]
-    assert all(0 < block["run_s"] < block["elapsed_s"] for block in blocks)
+    assert first["tokens"] + chunks[0]["tokens"] + chunks[1]["tokens"] == at_once["tokens"] == drafted["tokens"]
+    assert all(0 < chunk["run_s"] < chunk["elapsed_s"] for chunk in chunks)
     assert memory["peak_bytes"] >= memory["rss_bytes"] > 0
 
 

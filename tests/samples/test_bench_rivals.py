@@ -50,7 +50,7 @@ def quantized(models: Artifacts, tmp_path: Path) -> Artifacts:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_every_worker_is_first_and_behind_each_other_one_equally_often(workers: int) -> None:
-    orders = [turn_order(workers, block) for block in range(2 * workers)]
+    orders = [turn_order(workers, chunk) for chunk in range(2 * workers)]
     assert all(sorted(order) == list(range(workers)) for order in orders)
     assert set(Counter(order[0] for order in orders).values()) == {2}
     behind = Counter(pair for order in orders for pair in pairwise(order))
@@ -211,17 +211,18 @@ def test_the_llama_worker_decodes_one_token_at_a_time(monkeypatch: pytest.Monkey
     llama = ScriptedLlama()
     monkeypatch.setitem(sys.modules, "llama_cpp", llama)
     monkeypatch.syspath_prepend(str(Path(artifacts.__file__).parent))
-    for name in ("llama_worker", "memory"):
+    for name in ("llama_worker", "memory", "serve"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     worker = importlib.import_module("llama_worker").Worker("model.gguf", 2)
+    ask = worker.operations()
     assert worker.load_s > 0
-    assert worker.answer({"op": "start", "prompt": [3, 4, 5], "tokens": 4})["tokens"] == [6]
-    assert worker.answer({"op": "block", "count": 3})["tokens"] == [7, 8, 9]
+    assert ask["start"](prompt=[3, 4, 5], tokens=4)["tokens"] == [6]
+    assert ask["chunk"](count=3)["tokens"] == [7, 8, 9]
     assert llama.decoded == [[3, 4, 5], [6], [7], [8]]
     (context,) = llama.contexts
     assert (context.n_threads, context.n_threads_batch, context.n_ctx) == (2, 2, 7)
-    worker.answer({"op": "start", "prompt": [1], "tokens": 2})
+    ask["start"](prompt=[1], tokens=2)
     assert (len(llama.contexts), llama.cleared) == (1, 1)  # there was room
-    worker.answer({"op": "start", "prompt": [1], "tokens": 20})
+    ask["start"](prompt=[1], tokens=20)
     assert [context.n_ctx for context in llama.contexts] == [7, 21]
-    assert worker.answer({"op": "memory"})["peak_bytes"] > 0
+    assert ask["memory"]()["peak_bytes"] > 0
