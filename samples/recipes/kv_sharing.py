@@ -44,7 +44,7 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_bytes import kv_bytes_per_token
 from shortstack.graphs.kv_map import check_boundaries
 from shortstack.graphs.plan import ExitSpec
-from shortstack.samples.recipes.training.command import recipe_command
+from shortstack.samples.recipes.training.command import exit_layer_option, loss_weights, recipe_command
 from shortstack.samples.recipes.training.data import Batches, Example
 from shortstack.samples.recipes.training.kv_convert import KeysValues, parse_sharing, share_keys_values
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
@@ -146,7 +146,7 @@ def train(
               help="Of middle and top maps, in a step.")  # fmt: skip
 @click.option("--passes-with-gradient", type=click.IntRange(1), default=Passes().with_gradient, show_default=True,
               help="After them; with one, no gradient reaches K,V from the layers below that use them.")  # fmt: skip
-@click.option("--exit-layer", "exit_layers", type=click.IntRange(1), multiple=True, help="Exit to train; repeatable.")
+@exit_layer_option
 @click.option("--exit-weight", "weights", type=click.FloatRange(0), multiple=True,
               help="EE-LLM's weight of an exit's loss, in the order of the exits [LayerSkip's weights].")  # fmt: skip
 @click.option("--e-scale", type=click.FloatRange(0), default=1.0, show_default=True, help="Weight of exits' losses.")
@@ -163,11 +163,7 @@ def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     if any(exit_layer >= layers for exit_layer in exit_layers):
         raise RequestError("--exit-layer", found=list(exit_layers), expected=f"below the {layers} layers of the model")
     check_boundaries(kv_map, exit_layers)
-    if options["weights"] and len(options["weights"]) != len(given):
-        raise RequestError(
-            "--exit-weight", found=f"{len(options['weights'])} weights", expected=f"one for each of {len(given)} exits"
-        )
-    by_depth = dict(zip(given, options["weights"], strict=False))
+    by_depth = dict(zip(given, loss_weights(options["weights"], len(given)), strict=True)) if options["weights"] else {}
     recipe = KVSharingSpec(
         kv_map=kv_map,
         # the mean of random weights is smaller than a random weight

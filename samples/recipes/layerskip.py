@@ -36,7 +36,7 @@ from shortstack.export.twin.folder import save_twin
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
-from shortstack.samples.recipes.training.command import recipe_command
+from shortstack.samples.recipes.training.command import exit_layer_option, recipe_command
 from shortstack.samples.recipes.training.data import Batches, Example
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
 from shortstack.samples.recipes.training.low_rank import adapter_tensors, add_lora, save_adapter
@@ -174,7 +174,7 @@ def _shrink_frozen(twin: nn.Module) -> None:
 
 
 @recipe_command
-@click.option("--exit-layer", "exit_layers", type=click.IntRange(1), multiple=True, help="Exit to train; repeatable.")
+@exit_layer_option
 @click.option("--report-layer", "report_layers", type=click.IntRange(1), multiple=True, help="Measure this depth too.")
 @click.option("--p-max", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Layer dropout at the top.")
 @click.option("--e-scale", type=click.FloatRange(0), default=1.0, show_default=True, help="Weight of exits' losses.")

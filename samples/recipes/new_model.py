@@ -11,7 +11,6 @@ FOLDER holds ``config.json``, ``tokenizer.json`` and ``generation_config.json``;
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from shortstack.export.twin.folder import config_of
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.bundle import staged_folder
-from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import ModelSpec
+from shortstack.samples.command import command_errors
 from shortstack.samples.recipes.training.data import read_texts
 
 END = "<|end|>"
@@ -93,7 +93,7 @@ def main(
     intermediate: int | None, heads: int, kv_heads: int, context: int, initializer_range: float,
 ) -> None:  # fmt: skip
     """Write the tokenizer and the config of a new model to FOLDER."""
-    try:
+    with command_errors():
         if hidden % heads or (hidden // heads) % 2 or heads % kv_heads:
             raise RequestError(
                 "--hidden, --heads and --kv-heads do not fit",
@@ -116,9 +116,6 @@ def main(
         )
         texts = read_texts(data, prompt.replace("\\n", "\n"), completion.replace("\\n", "\n"))
         parameters = new_model(folder, texts, spec, initializer_range)
-    except ShortstackError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
     click.echo(f"{folder}: {parameters} parameters, {vocab} tokens")
 
 

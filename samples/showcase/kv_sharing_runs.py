@@ -37,6 +37,7 @@ from shortstack.samples.recipes.new_model import new_model
 from shortstack.samples.recipes.training.data import Example, read_examples, read_texts
 from shortstack.samples.recipes.training.loop import STATE_FILE, LoopSpec
 from shortstack.samples.recipes.training.measure import measure_depths
+from shortstack.samples.recipes.training.settings import check_settings
 from shortstack.samples.recipes.training.source import open_source
 from shortstack.samples.showcase.recall import Kind, completed, draw_rows
 
@@ -103,14 +104,9 @@ def prepare(out: Path, data: Path, spec: RunsSpec) -> None:
     settings = out / "settings.json"
     if settings.exists():
         found, wanted = json.loads(settings.read_text(encoding="utf-8")), asdict(spec)
-        other = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-        if other:
-            raise RequestError(
-                f"{out} was made with other settings",
-                found=", ".join(f"{name} = {found.get(name)}" for name in other),
-                expected=", ".join(f"{name} = {wanted.get(name)}" for name in other),
-                remedy="choose another folder, or the same settings",
-            )
+        check_settings(
+            f"{out} was made with other settings", found, wanted, "choose another folder, or the same settings"
+        )
     else:
         asked, answers = (read_texts(data, *pair) for pair in ((spec.prompt, ""), ("", spec.completion)))
         rows = [{"prompt": "", "completion": f"{ask}{answer}"} for ask, answer in zip(asked, answers, strict=True)]

@@ -22,6 +22,7 @@ from shortstack.export.twin.folder import load_twin, twin_of
 from shortstack.runtime import load
 from shortstack.samples.recipes import ee_llm, layerskip, new_model
 from shortstack.samples.recipes.training import loop
+from shortstack.samples.recipes.training.command import EE_LLM_KINDS
 from shortstack.samples.recipes.training.source import open_source
 
 
@@ -118,7 +119,7 @@ def test_from_scratch_starts_with_a_tokenizer_of_its_own(data: Path, tmp_path: P
     assert load(tmp_path / "bundle").generate("red blue 3\n", max_new_tokens=4).tokens
 
 
-@pytest.mark.parametrize("kind", list(ee_llm.KINDS))
+@pytest.mark.parametrize("kind", list(EE_LLM_KINDS))
 @pytest.mark.parametrize("head", ["shared", "own"])
 def test_ee_llm_trains_stack_and_exits_as_one(
     tiny_bundles: TinyBundles, data: Path, tmp_path: Path, kind: str, head: str

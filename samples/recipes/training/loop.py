@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shortstack.graphs.errors import RequestError
 from shortstack.samples.recipes.training.schedules import learning_rate
+from shortstack.samples.recipes.training.settings import check_settings
 
 STATE_FILE = "state.pt"
 
@@ -194,15 +195,12 @@ def _resume(
         state = torch.load(file, weights_only=True)
     except Exception as error:  # torch raises what pickle raises
         raise RequestError(f"{file} cannot be read ({error})", remedy="remove it to start over") from None
-    found = state["settings"]
-    other = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))
-    if other:
-        raise RequestError(
-            f"{file.parent} holds a run with other settings",
-            found=", ".join(f"{name} = {found.get(name)}" for name in other),
-            expected=", ".join(f"{name} = {settings.get(name)}" for name in other),
-            remedy="choose another folder, or call the recipe as before to go on",
-        )
+    check_settings(
+        f"{file.parent} holds a run with other settings",
+        state["settings"],
+        settings,
+        "choose another folder, or call the recipe as before to go on",
+    )
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(state["parameters"][name])
