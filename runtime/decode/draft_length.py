@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.remeasure import Remeasure
+from shortstack.runtime.decode.speed_up import predicted_speed_up
 
 _ALPHA_WEIGHT = 0.1  # of one judged token in the running mean: a memory of about ten tokens
 _COST_WEIGHT = 0.2  # of one measurement in a running cost, if it is higher
@@ -92,10 +93,9 @@ class DraftLength:
         """Return the speed of rounds of ``drafts`` tokens over plain decoding, from what was measured so far."""
         assert self._plain_s is not None
         assert self._draft_row_s is not None
-        rows = drafts + self.has_bonus
-        tokens = sum(self.alpha**i for i in range(rows))
-        round_s = rows * self._draft_row_s + self._verify_cost_s(rows)
-        return tokens * self._plain_s / round_s
+        judging_s = self._verify_cost_s(drafts + self.has_bonus)
+        bonus_s = self._draft_row_s if self.has_bonus else None
+        return predicted_speed_up(self.alpha, drafts, self._draft_row_s, judging_s, bonus=bonus_s, plain=self._plain_s)
 
     def observe_plain(self, elapsed_s: float) -> None:
         """Learn what a plain step takes."""

@@ -13,7 +13,7 @@ from shortstack.graphs.errors import ShortstackError
 from shortstack.samples.bench.artifacts import Artifacts, stored_bytes
 from shortstack.samples.bench.drafting import relative_costs
 from shortstack.samples.bench.engines import Account, common_prefix, compare
-from shortstack.samples.bench.figures import expected_tokens, predicted_speed_up, ratios, spread
+from shortstack.samples.bench.figures import ratios, spread
 from shortstack.samples.bench.footprint import disk_section, load_section, memory_section
 from shortstack.samples.bench.pipe import WorkerProcess, bundle_worker
 from shortstack.samples.bench.report import Row, Section, at_least, at_most, machine, print_report, to_json
@@ -35,20 +35,6 @@ def test_a_spread_is_the_median_and_the_quartiles() -> None:
 
 def test_a_slow_spell_that_hits_both_of_a_pair_leaves_the_ratio_alone() -> None:
     assert ratios([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]).show(1) == "2.0 [2.0, 2.0]"
-
-
-def test_a_round_emits_the_geometric_sum_of_alpha() -> None:
-    assert expected_tokens(0.0, 4) == 1.0
-    assert expected_tokens(1.0, 4) == 4.0
-    assert expected_tokens(0.5, 3) == pytest.approx((1 - 0.5**3) / (1 - 0.5))
-
-
-def test_the_predicted_speed_up_is_tokens_over_cost() -> None:
-    verify = {1: 0.8, 2: 0.9, 3: 1.0}
-    assert predicted_speed_up(0.5, 2, 0.3, verify) == pytest.approx(1.5 / (0.6 + 0.9))
-    assert predicted_speed_up(0.5, 2, 0.3, verify, bonus_row=0.2) == pytest.approx(1.75 / (0.6 + 0.2 + 1.0))
-    # Nothing gained, nothing lost: a draft that always holds, at the cost of the layers it ran anyway.
-    assert predicted_speed_up(1.0, 1, 0.2, verify) == pytest.approx(1.0)
 
 
 def test_costs_are_relative_to_the_plain_step_of_the_same_round() -> None:
