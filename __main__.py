@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import click
 
 from shortstack import __version__
-from shortstack.graphs.errors import INTERRUPTED, DependencyError, ShortstackError
+from shortstack.graphs.errors import INTERRUPTED, ShortstackError
+from shortstack.missing import missing_dependency
 
 # command -> (module:attribute, summary). The attribute is a click.Command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -47,31 +48,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
 }
 
-# top-level module -> the extras that bring it, of which any one is enough.
-EXTRAS: dict[str, tuple[str, ...]] = {
-    "gguf": ("export",),
-    "huggingface_hub": ("export",),
-    "ml_dtypes": ("export",),
-    "onnx": ("export",),
-    "onnx_ir": ("export",),
-    "onnxruntime": ("cpu", "gpu"),
-    "optimum": ("export",),
-    "safetensors": ("export",),
-    "torch": ("export",),
-    "transformers": ("export",),
-}
-
-
-def missing_dependency(command: str, error: ModuleNotFoundError) -> DependencyError | None:
-    """Names the extra that brings the module which was not found, or None if no extra does."""
-    module = (error.name or "").partition(".")[0]
-    extras = EXTRAS.get(module)
-    if extras is None:
-        return None
-    # No full stop at the end: it would be copied into the shell with the command.
-    installs = " or ".join(f"pip install 'shortstack[{extra}]'" for extra in extras)
-    return DependencyError(f"`shortstack {command}` needs '{module}', which is not installed. Run: {installs}")
-
 
 class LazyGroup(click.Group):
     """A click group whose commands are the rows of ``COMMANDS``."""
@@ -92,7 +68,7 @@ class LazyGroup(click.Group):
         try:
             command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            explained = missing_dependency(cmd_name, error)
+            explained = missing_dependency(f"shortstack {cmd_name}", error)
             if explained is None:
                 raise
             raise explained from error
@@ -109,7 +85,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            explained = missing_dependency(ctx.invoked_subcommand or "", error)
+            explained = missing_dependency(f"shortstack {ctx.invoked_subcommand}", error)
             if explained is None:
                 raise
             raise explained from error

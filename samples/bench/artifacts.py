@@ -134,6 +134,9 @@ def make(command: Sequence[str], what: str) -> None:
     """
     click.echo(f"making {what} ...", err=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode == ShortstackError.exit_code and done.stdout.strip():  # its last line says what to do
+        said = done.stdout.strip().splitlines()[-1].removeprefix("error: ")
+        raise ShortstackError(f"making {what} failed: {said}")
     if done.returncode:
         raise ShortstackError(f"making {what} failed ({' '.join(command)}):\n{done.stdout[-2000:]}")
 
