@@ -40,6 +40,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 _TRAINING = ("shortstack.samples.recipes.", "shortstack.samples.showcase.")  # these need both of the extras below
 _TRAINING_EXTRAS = ("export", "train")
 
+ONLY_IN_THE_REPOSITORY = ("bench", "recipes", "showcase")
+"""The folders of samples that the wheel leaves out."""
+
 _ROOT = Path(__file__).resolve().parent
 
 
@@ -64,8 +67,17 @@ def missing_dependency(command: str, error: ModuleNotFoundError, also: tuple[str
 
 
 def report_missing_packages() -> None:
-    """Let this process, a ``python -m``, end with the one line and exit code 2 where a package is not installed."""
+    """Let this process, a ``python -m``, end with one line and exit code 2 where a package is not installed.
+
+    So it does where the command itself is not: the wheel leaves some out.
+    """
     sys.excepthook = _report
+    module = next((word for word in sys.orig_argv if word.startswith("shortstack.samples.")), "")
+    room = module.removeprefix("shortstack.samples.").partition(".")[0]
+    if room in ONLY_IN_THE_REPOSITORY and not (_ROOT / "samples" / room).is_dir():
+        after = "Run the command in a clone, after: pip install -e '.[cpu,export,train]'"
+        print(f"error: {module} is in the repository and not in the wheel. {after}", file=sys.stderr)
+        sys.exit(DependencyError.exit_code)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -50,17 +50,17 @@ def pyproject(repository: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def package_folders(repository: Path, pyproject: dict[str, Any]) -> dict[str, Path]:
-    """Package name -> folder, for every package that pyproject.toml lists."""
-    setuptools = pyproject["tool"]["setuptools"]
+    """Package name -> folder, for every package that pyproject.toml lists, in the wheel or not."""
+    setuptools, own = pyproject["tool"]["setuptools"], pyproject["tool"]["shortstack"]
     return {
         name: repository / setuptools["package-dir"].get(name, "/".join(name.split(".")[1:]))
-        for name in setuptools["packages"]
+        for name in [*setuptools["packages"], *own["not-in-the-wheel"]]
     }
 
 
 @pytest.fixture(scope="session")
 def package_sources(package_folders: dict[str, Path]) -> list[Path]:
-    """Every .py file that is shipped."""
+    """Every .py file of the packages, in the wheel or not."""
     return sorted(path for folder in package_folders.values() for path in folder.glob("*.py"))
 
 
