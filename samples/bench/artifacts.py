@@ -27,7 +27,7 @@ Precision = Literal["fp32", "int4", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int4", "int8")
 
 _EXPORTERS = ("graphs/**/*.py", "export/**/*.py")
-_QUANTIZERS = ("quant/**/*.py", "samples/*.jsonl", "samples/*.txt")  # the texts that calibrate
+_QUANTIZERS = ("quant/**/*.py", "graphs/texts/*.jsonl", "graphs/texts/*.txt")  # the texts calibrate
 
 
 @dataclass(frozen=True, slots=True)
