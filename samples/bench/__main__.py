@@ -36,7 +36,7 @@ _WITH_RIVALS = {"engines", "disk", "memory", "load"}
 @click.option("--genai-python", default=sys.executable, help="An interpreter that has onnxruntime-genai.")
 @click.option("--llama-python", default=sys.executable, help="An interpreter that has llama-cpp-python.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Where models are kept.  [default: bench in our cache]")
-@click.option("--quick", is_flag=True, help="Run everything small: two minutes, numbers of no worth.")
+@click.option("--quick", is_flag=True, help="Run everything small: two minutes, and the numbers mean nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def bench(
     checkpoint: Path | None,
@@ -55,7 +55,7 @@ def bench(
     """Compare split bundles with one uncut graph and with other engines, and drafting with plain decoding."""
     if (recipe or method) and precision == "fp32":
         raise click.UsageError(
-            "--recipe and --method say how to quantize: name a --precision of int4 or int8 with them"
+            "--recipe and --method choose how to quantize: name a --precision of int4 or int8 with them"
         )
     settings = QUICK if quick else FULL
     thread_counts = threads[:1] if quick else threads

@@ -76,7 +76,7 @@ class Worker:
         return int(logits.argmax())
 
     def _empty_context(self, tokens: int) -> None:
-        """Make room for so many tokens: the context of the generation before if it is large enough, else a new one."""
+        """Make room for that many tokens: reuse the last generation's context if it is large enough."""
         if self._context is not None:
             if llama.llama_n_ctx(self._context) >= tokens:
                 llama.llama_memory_clear(llama.llama_get_memory(self._context), False)

@@ -64,7 +64,7 @@ def start(first_token: Callable[[], int]) -> dict[str, Any]:
 
 
 def chunk(next_token: Callable[[], int], count: int) -> dict[str, Any]:
-    """Return the answer to ``chunk``: so many further tokens, and how long they took."""
+    """Return the answer to ``chunk``: further tokens, and how long they took."""
     started, cpu = time.perf_counter(), time.process_time()
     tokens = [next_token() for _ in range(count)]
     elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu

@@ -14,7 +14,7 @@ OUT afterwards::
     model/          the checkpoint with its exits: ``shortstack export OUT/model BUNDLE --exits OUT/model``
     report.json     tokens, time, settings, and the quality of every depth before and after
     training.png
-    state.pt        the run itself; the same command goes on where it stopped
+    state.pt        the run itself; the same command continues where it stopped
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from shortstack.samples.recipes.training.source import Source, open_source
 
 @dataclass(frozen=True, slots=True)
 class EELLMSpec:
-    """What is trained, apart from the loop.
+    """What is trained, without the loop's settings.
 
     Attributes:
         exits: The exits.

@@ -16,7 +16,7 @@ OUT afterwards::
     exits.json, exits.safetensors    for ``shortstack export --exits OUT``
     report.json                      tokens, time, settings; acceptance draft by draft, cost, predicted speed-up
     training.png
-    state.pt, features/              the run itself; the same command goes on where it stopped
+    state.pt, features/              the run itself; the same command continues where it stopped
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def read_rows(common: Common, source: Source) -> tuple[list[Example], list[bool]
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Linear: inner width of a gated MLP beside the map.",
+    help="Linear: inner width of a gated MLP next to the map.",
 )
 @click.option("--sees-token", is_flag=True, help="Linear: reads the token's embedding.")
 @click.option("--sees-state", is_flag=True, help="Linear: reads the whole model's state of the position before.")

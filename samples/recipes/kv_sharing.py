@@ -23,7 +23,7 @@ OUT afterwards::
                     model that it was (``held_out_before``), as converted (``held_out_converted``), as trained
                     (``held_out_after``)
     training.png
-    state.pt        the run itself; the same command goes on where it stopped
+    state.pt        the run itself; the same command continues where it stopped
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ _FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class KVSharingSpec:
-    """What becomes of the model, apart from the loop.
+    """What becomes of the model, without the loop's settings.
 
     Attributes:
         kv_map: Whose K,V each layer uses.
         keys_values: What a producer's W_K and W_V start as.
         passes: How often iterated groups run in a step.
-        exit_layers: Exits that are trained along, each the number of layers run before it, none inside such a group.
+        exit_layers: Exits that are trained with it, each the number of layers run before it, none inside such a group.
         exit_weights: EE-LLM's weight of each exit's loss, the last layer's being 1; without any, LayerSkip's rules.
         e_scale: LayerSkip's weight of the exits' losses.
         scale: How its weights fall with depth.
@@ -151,7 +151,7 @@ def train(
               help="EE-LLM's weight of an exit's loss, in the order of the exits [LayerSkip's weights].")  # fmt: skip
 @click.option("--e-scale", type=click.FloatRange(0), default=1.0, show_default=True, help="Weight of exits' losses.")
 @click.option("--scale", type=click.Choice(["layerskip", "equal"]), default="layerskip", show_default=True,
-              help="How exits are weighed: as in LayerSkip's paper, later ones more, or alike.")  # fmt: skip
+              help="How exits are weighed: as in LayerSkip's paper, later ones more, or equally.")  # fmt: skip
 def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     """Make CHECKPOINT's layers share keys and values, and uptrain it; write model, report and picture to OUT."""
     torch.manual_seed(loop.seed)  # from scratch it draws the weights

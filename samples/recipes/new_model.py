@@ -42,7 +42,7 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec, initializer_range
         How many parameters the model has.
 
     Raises:
-        BundleError: The folder is in the way.
+        BundleError: The folder exists already.
         RequestError: There is too little text for so many tokens.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -57,7 +57,7 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec, initializer_range
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != spec.vocab_size:
         raise RequestError(
-            "--vocab is more than the text gives",
+            "--vocab is more than the text has",
             found=spec.vocab_size,
             expected=f"at most {tokenizer.get_vocab_size()}",
         )

@@ -141,13 +141,13 @@ def task_rows(out: Path, spec: RunsSpec, tokenizer: Any, end: Sequence[int]) -> 
 
 
 def run(out: Path, spec: RunsSpec, name: str, kv_map: tuple[int, ...], seed: int, device: str) -> dict[str, Any]:
-    """Train one model and measure it, or go on with that; return what it is worth, JSON-ready."""
+    """Train one model and measure it, or continue to; return what it is worth, JSON-ready."""
     label = f"{name}-{seed}"
     result, folder, model = out / "quality" / f"{label}.json", out / "runs" / label, out / "models" / label
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return found
-    torch.manual_seed(seed)  # draws the weights: those that two maps have in common start alike
+    torch.manual_seed(seed)  # draws the weights: those that two maps have in common start equal
     source = open_source(str(out / "start"), from_scratch=True)
     data = out / "data"
     recipe = KVSharingSpec(
@@ -173,7 +173,7 @@ def run(out: Path, spec: RunsSpec, name: str, kv_map: tuple[int, ...], seed: int
         "training_s": report["training_s"],
     }
     write_json(result, quality)
-    (folder / STATE_FILE).unlink()  # nothing goes on from here, and it is ten times the model
+    (folder / STATE_FILE).unlink()  # nothing continues from here, and it is ten times the model
     shutil.rmtree(folder / "model")
     return quality
 
@@ -232,7 +232,7 @@ def _run_aside(
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write a file beside and rename it."""
+    """Write a file under another name, then rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -46,7 +46,7 @@ def test_costs_are_relative_to_the_plain_step_of_the_same_round() -> None:
     assert costs.curve[2] == pytest.approx(1.5)
 
 
-def test_a_comparison_tells_speed_and_where_tokens_part() -> None:
+def test_a_comparison_gives_the_speed_and_where_tokens_first_differ() -> None:
     ours = Account([[1, 2, 3], [1, 2, 3]], [1.0], [1.0, 2.0], [0.5, 1.0])
     theirs = Account([[1, 2, 3], [1, 9, 3]], [3.0], [2.0, 4.0], [2.0, 4.0])
     result = compare(ours, theirs)

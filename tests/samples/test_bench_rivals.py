@@ -49,7 +49,7 @@ def quantized(models: Artifacts, tmp_path: Path) -> Artifacts:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_every_worker_is_first_and_behind_each_other_one_equally_often(workers: int) -> None:
+def test_every_worker_goes_first_and_follows_each_other_one_equally_often(workers: int) -> None:
     orders = [turn_order(workers, chunk) for chunk in range(2 * workers)]
     assert all(sorted(order) == list(range(workers)) for order in orders)
     assert set(Counter(order[0] for order in orders).values()) == {2}
@@ -89,7 +89,7 @@ def test_loading_is_judged_against_genai_where_weights_are_quantized(
     assert rows[f"load / {GENAI}"].is_met is None
 
 
-def test_rivals_stand_beside_our_sizes_on_disk_and_in_memory(quantized: Artifacts, small: Settings) -> None:
+def test_sizes_of_rivals_are_listed_next_to_ours_on_disk_and_in_memory(quantized: Artifacts, small: Settings) -> None:
     rows = by_name(disk_section(quantized, EXIT_LAYER, [scripted(LLAMA)], small, max_mb=0.0))
     assert rows[f"{LLAMA}, MB"].value == stored_bytes(Path(SCRIPT)) / 1e6
     assert rows["full exit head, MB"].is_met is False
@@ -97,7 +97,7 @@ def test_rivals_stand_beside_our_sizes_on_disk_and_in_memory(quantized: Artifact
     assert rows[f"{LLAMA}, peak MB"].shown == "3 (loaded 1, decoded PSS 2)"
 
 
-def test_what_is_not_installed_is_left_out_and_the_way_to_it_shown(
+def test_a_rival_that_is_not_installed_is_left_out_and_its_remedy_shown(
     models: Artifacts, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def absent(python: str) -> str:
@@ -150,7 +150,7 @@ def test_a_quantized_bundle_is_made_from_the_exported_one(
     assert models.description == "fp32"
 
 
-def test_bundles_of_older_sources_make_room(models: Artifacts, tmp_path: Path) -> None:
+def test_bundles_of_older_sources_are_removed(models: Artifacts, tmp_path: Path) -> None:
     for name in ("bundles-0123", "quantized-0123", "something else"):
         (tmp_path / name).mkdir()
     found = open_artifacts(models.checkpoint, tmp_path, "int4")

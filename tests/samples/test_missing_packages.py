@@ -68,7 +68,7 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(command
     assert done.stdout == ""
 
 
-def test_a_package_that_is_imported_late_is_reported_alike(tmp_path: Path) -> None:
+def test_a_package_that_is_imported_late_is_reported_in_the_same_way(tmp_path: Path) -> None:
     arguments = ["x", str(tmp_path / "out.jsonl"), "--self-prompted", "1"]
     done = run_without("onnx_ir", ["shortstack.samples.recipes.self_data", *arguments], tmp_path)
     assert done.returncode == 2

@@ -54,7 +54,7 @@ def test_layerskip_lowers_the_loss_at_exits_and_on_top(tiny_bundles: TinyBundles
     assert np.abs(load(tmp_path / "bundle").activations(ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
 
 
-def test_a_run_that_stopped_goes_on_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
     arguments = ["--exit-layer", 2, "--p-max", 0.3, "--save-every", 2, *options(data, 6)]
     assert_resumes(layerskip.main, tiny_bundles.checkpoint(BASE), tmp_path, 4, *arguments)
 
@@ -157,7 +157,7 @@ def test_ee_llm_trains_stack_and_exits_as_one(
         (["--exit-layer", 1, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_wrong_requests_are_told_what_to_do(
+def test_a_wrong_request_names_what_to_change(
     tiny_bundles: TinyBundles, data: Path, tmp_path: Path, arguments: list[object], says: str
 ) -> None:
     result = CliRunner().invoke(

@@ -23,7 +23,7 @@ from shortstack.samples.recipes.training.source import Source
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """The options that every recipe has, the loop's apart.
+    """The options that every recipe has, without the loop's.
 
     Attributes:
         checkpoint: Where to start.
@@ -113,7 +113,7 @@ _OPTIONS = (
     click.option(
         "--measure-every", type=click.IntRange(0), default=0, help="Steps between measurements; 0: at the end."
     ),
-    click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop training after so long."),
+    click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop training after this time."),
     click.option("--seed", type=int, default=0, show_default=True, help="Fixes data order and dropout."),
     click.option("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]"),
     click.option("--from-scratch", is_flag=True, help="Random weights; CHECKPOINT needs config and tokenizer only."),
@@ -197,7 +197,7 @@ def recipe_command(body: Callable[..., dict[str, Any]]) -> click.Command:
         for name in ("prompt", "completion"):
             options[name] = options[name].replace("\\n", "\n")
         common = Common(loop=loop, **options)
-        with command_errors(f"stopped; the same command goes on where {common.out} was last saved"):
+        with command_errors(f"stopped; the same command continues where {common.out} was last saved"):
             report = body(loop=loop, common=common, **own)
         print_report(report, as_json)
 

@@ -101,7 +101,7 @@ def head_parameters(spec: ModelSpec, exit_spec: ExitSpec) -> int:
 def draft_cost(spec: ModelSpec, exit_spec: ExitSpec, costs: Costs) -> float:
     """Return f, the cost of one draft.
 
-    An MLP exit's own layer still runs whole: the trunk goes on from it.
+    An MLP exit's own layer still runs whole: the layers above read it.
     """
     lower = exit_spec.exit_layer * layer_parameters(spec)
     whole = spec.num_hidden_layers * layer_parameters(spec) + spec.vocab_size * spec.hidden_size
@@ -116,7 +116,7 @@ class Drafts:
         is_right: bool [positions, drafts]: draft j from position t is the whole model's token behind t + j.
         confidence: float [positions, drafts]: the exit's top-1 probability.
         is_usable: bool [positions, drafts]: position t + j is inside the answer, and the text up to there is what the
-            whole model says, so that the comparison means something.
+            whole model predicts, so that the comparison means something.
         answer_ends: One past the last position of each answer, ascending, int64 [answers].
     """
 
@@ -142,7 +142,7 @@ class Policy:
     """How many tokens to draft.
 
     Attributes:
-        drafts: At most so many a round.
+        drafts: Most drafts of a round.
         threshold: A draft whose top-1 probability is below is thrown away and ends the round; 0 keeps all.
     """
 

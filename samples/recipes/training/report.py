@@ -35,7 +35,7 @@ def write_report(
         history: What happened.
         before: Quality by depth on held-out text before training.
         after: The same afterwards.
-        extra: What only this recipe has to say, by name, as JSON-ready data.
+        extra: What only this recipe reports, by name, as JSON-ready data.
 
     Returns:
         The report.

@@ -72,7 +72,7 @@ def open_source(checkpoint: str, *, from_scratch: bool, adapter: Path | None = N
             opened = AdaptedCheckpoint(opened, adapter)
         twin, files = twin_of(opened), opened.files()
     if names.TOKENIZER_FILE not in files:
-        raise CheckpointError(f"{checkpoint} has no {names.TOKENIZER_FILE}", remedy="save the tokenizer beside it")
+        raise CheckpointError(f"{checkpoint} has no {names.TOKENIZER_FILE}", remedy="save the tokenizer next to it")
     try:
         tokenizer = Tokenizer.from_str(files[names.TOKENIZER_FILE].decode())
     except Exception as error:  # the library raises nothing narrower
