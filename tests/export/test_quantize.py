@@ -131,7 +131,8 @@ def test_people_get_a_table(tiny_bundles: TinyBundles, tmp_path: Path, capsys: p
     capsys.readouterr()
     assert run(["quantize", str(tiny_bundles.bundle(BASE, 1)), str(out), "--weights", "int8", *SMALL]) == 0
     said = capsys.readouterr()
-    assert said.err == ""
+    assert said.err == "" or said.err.startswith("done in 0:")  # where it took more than a moment
+    assert said.err.count("\n") <= 1
     for words in (
         "perplexity",
         "KL divergence",
