@@ -18,6 +18,7 @@ from pathlib import Path
 from shortstack.graphs import names
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.manifest import FileEntry, Manifest, read_manifest
+from shortstack.graphs.path_kind import PathKind, bundle_name, export_command, not_a_bundle, path_kind
 from shortstack.graphs.plan import Segment
 
 _CHUNK_BYTES = 1 << 22
@@ -46,10 +47,10 @@ def open_bundle(folder: str | Path, *, verify_hashes: bool = False) -> Bundle:
         BundleError: Naming every file that is missing, of another size, a link, or (on request) of another hash.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BundleError(
-            f"{folder} is not a folder", remedy="make a bundle with `shortstack export CHECKPOINT OUT --exit-layer E`"
-        )
+    if (kind := path_kind(folder)) is not PathKind.BUNDLE:
+        made_of = (folder, bundle_name(folder)) if kind.is_model else ("CHECKPOINT", "OUT")
+        remedy = f"make a bundle with `{export_command(*made_of, '--exit-layer', 'E')}`"
+        raise BundleError(not_a_bundle(folder), remedy=remedy)
     manifest = read_manifest(folder / names.MANIFEST_FILE)
     problems: list[str] = []
     for name, entry in manifest.files.items():

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.path_kind import PathKind, is_hub_id, looks_like_megatron, path_kind
 
 __all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
@@ -36,7 +34,7 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
         return _open_file(path, source)
     if is_folder:
         return _open_folder(path, source)
-    if not _HUB_ID.fullmatch(source) or source.endswith((".gguf", ".safetensors")):
+    if not is_hub_id(source):
         raise CheckpointError(
             f"{source!r} does not exist and is not a hub id",
             expected="a folder, a .gguf file or organisation/name",
@@ -56,6 +54,10 @@ def _open_file(path: Path, source: str) -> Checkpoint:
 
 
 def _open_folder(path: Path, source: str) -> Checkpoint:
+    if path_kind(path) is PathKind.BUNDLE:
+        raise CheckpointError(
+            f"{path} is a bundle", expected="a checkpoint", remedy="name the checkpoint that it was made from"
+        )
     gguf_files = sorted(path.glob("*.gguf"))
     has_safetensors = any(path.glob("*.safetensors"))
     is_complete = has_safetensors and (path / "config.json").exists()  # else they may be exits beside the checkpoint
@@ -67,12 +69,6 @@ def _open_folder(path: Path, source: str) -> Checkpoint:
         listed = ", ".join(file.name for file in gguf_files[:5])
         raise CheckpointError(f"{path} holds {len(gguf_files)} .gguf files ({listed})", remedy="name one of them")
     return _gguf(gguf_files[0], source)
-
-
-def looks_like_megatron(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that Megatron saved, or one iteration of it, complete or not."""
-    patterns = ("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "release/mp_rank_*")
-    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _gguf(file: Path, source: str) -> Checkpoint:

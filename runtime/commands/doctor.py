@@ -12,6 +12,8 @@ import click
 import onnxruntime as ort
 
 from shortstack import __version__
+from shortstack.command_options import Command, provider_option, threads_option
+from shortstack.command_paths import BundlePath
 from shortstack.graphs.precision import EXACT_BLOCK_SIZE
 from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
 from shortstack.runtime.model import Model, load
@@ -25,10 +27,10 @@ _TEXT = (
 _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "fphp")
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(), required=False)
-@click.option("--provider", "providers", multiple=True, help="Execution provider: cpu, cuda, or onnxruntime's name.")
-@click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
+@click.command(cls=Command)
+@click.argument("bundle", type=BundlePath(), required=False)
+@provider_option
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, as_json: bool) -> int:
     """Say what this machine has; with BUNDLE, also whether its graphs verify drafts exactly here.

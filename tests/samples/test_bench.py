@@ -97,7 +97,7 @@ def test_a_worker_decodes_in_chunks_what_it_decodes_at_once(models: Artifacts) -
 
 
 def test_a_worker_that_fails_says_why(models: Artifacts) -> None:
-    with pytest.raises(ShortstackError, match="is not a folder"):
+    with pytest.raises(ShortstackError, match="does not exist"):
         bundle_worker(models.folder / "absent", 1)
     with pytest.raises(ShortstackError, match="ended with code 3"):
         WorkerProcess([sys.executable, "-c", "raise SystemExit(3)"])
