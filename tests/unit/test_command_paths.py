@@ -120,12 +120,14 @@ def test_a_printed_command_reads_back_as_the_same_words(word: str) -> None:
         (
             ["generate", "megatron", "Hi", "--strategy", "self-speculative"],
             "megatron is a checkpoint and not a bundle. Run: "
-            "shortstack export megatron megatron-bundle --exit-layer 8 && shortstack generate megatron-bundle Hi --strategy self-speculative",
+            "shortstack export megatron megatron-bundle --exit-layer 8 && "
+            "shortstack generate megatron-bundle Hi --strategy self-speculative",
         ),
         (
             ["generate", "megatron", "Hi", "--compare", "-e", "4"],
             "megatron is a checkpoint and not a bundle. Run: "
-            "shortstack export megatron megatron-bundle --exit-layer 4 && shortstack generate megatron-bundle Hi --compare --exit-layer 4",
+            "shortstack export megatron megatron-bundle --exit-layer 4 && "
+            "shortstack generate megatron-bundle Hi --compare --exit-layer 4",
         ),
         (
             ["doctor", "smol"],
