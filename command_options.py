@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from click.formatting import term_len
 
 from shortstack.command_paths import check_paths
 from shortstack.graphs.errors import RequestError
@@ -24,12 +23,12 @@ Decorator = Callable[[Function], Function]
 
 _OPTION_WIDTH = 30  # of the column of options at most, as in click
 
-# variable -> what it sets. `shortstack --help` prints them; a test checks that each is in use.
+# variable -> what it sets. `shortstack --help` prints them, and a test checks that each is in use.
 ENVIRONMENT = {
-    "SHORTSTACK_THREADS": "--threads of every command.",
-    "SHORTSTACK_PROVIDER": "--provider of every command; several with spaces between them: 'cuda cpu'.",
-    "SHORTSTACK_LOG": "--log-level: debug, info or warning.",
-    "SHORTSTACK_DEBUG": "1: --debug.",
+    "SHORTSTACK_THREADS": "Sets --threads where a command has it.",
+    "SHORTSTACK_PROVIDER": "Sets --provider where a command has it; several with spaces between them: 'cuda cpu'.",
+    "SHORTSTACK_LOG": "Sets --log-level: debug, info or warning.",
+    "SHORTSTACK_DEBUG": "Sets --debug: 1.",
     "SHORTSTACK_CACHE": "Folder of the model that the samples fetch.  [default: ~/.cache/shortstack]",
 }
 
@@ -44,11 +43,11 @@ class Command(click.Command):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 groups.setdefault(getattr(parameter, "help_group", "Options"), []).append(record)
-        width = max(term_len(flags) for records in groups.values() for flags, _ in records)
+        width = max(len(flags) for records in groups.values() for flags, _ in records)
         width = min(width, _OPTION_WIDTH)
         for title in sorted(groups, key=lambda title: title == "Options"):
             first, *rest = groups[title]
-            padded = first[0] + " " * (width - term_len(first[0]))  # so that all groups have the same columns
+            padded = first[0] + " " * (width - len(first[0]))  # so that all groups have the same columns
             with formatter.section(title):
                 formatter.write_dl([(padded, first[1]), *rest], col_max=_OPTION_WIDTH)
 

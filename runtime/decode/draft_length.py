@@ -11,11 +11,14 @@ again after 8, 16, 32, ... steps, so that neither one slow run nor one hard pass
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.remeasure import Remeasure
 from shortstack.runtime.decode.speed_up import predicted_speed_up
+
+log = logging.getLogger(__name__)
 
 _ALPHA_WEIGHT = 0.1  # of one judged token in the running mean: a memory of about ten tokens
 _COST_WEIGHT = 0.2  # of one measurement in a running cost, if it is higher
@@ -86,6 +89,9 @@ class DraftLength:
         if is_winning != self._is_winning:
             self._is_winning = is_winning
             self._remeasure.restart()
+            log.info(
+                "drafting %s: rounds of %d tokens promise %.2fx", "on" if is_winning else "off", best, self.best_gain
+            )
         drafts_now = is_winning != self._remeasure.is_due()  # when it is due, the way that loses is taken
         return best if drafts_now else 0
 

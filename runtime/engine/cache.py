@@ -8,6 +8,7 @@ memory follows the text and not the longest context.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,6 +20,8 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.names import CacheOwner
 from shortstack.graphs.precision import SPARE_ROWS
 from shortstack.runtime.engine.session import Device
+
+log = logging.getLogger(__name__)
 
 CHUNK_POSITIONS = 256
 
@@ -52,6 +55,11 @@ class KVCache:
     def buffer(self, owner: CacheOwner, part: str) -> ort.OrtValue:
         """Return the buffer of an owner's ``key`` or ``value``."""
         return self._buffers[owner, part]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(buffer.tensor_size_in_bytes() for buffer in self._buffers.values())
 
     def read(self, owner: CacheOwner, start: int, end: int) -> list[np.ndarray]:
         """Return copies of an owner's keys and values at positions ``[start, end)``, [1, kv_heads, rows, head_dim]."""
@@ -100,3 +108,4 @@ class KVCache:
                 if device.is_host:
                     self._arrays[owner, part] = new
         self.capacity = capacity - SPARE_ROWS
+        log.info("the cache holds %d positions now: %.1f MB", self.capacity, self.size_bytes / 1e6)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,9 @@ import onnxruntime as ort
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.graphs.errors import BundleError, RequestError
-from shortstack.threads import make_thread_pool, session_options, usable_cores, use_own_pools
+from shortstack.threads import describe_threads, make_thread_pool, session_options, usable_cores, use_own_pools
+
+log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
 _SHORT_NAMES = {"cpu": CPU, "cuda": "CUDAExecutionProvider", "tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
@@ -89,7 +93,8 @@ def open_sessions(
     Args:
         bundle: The bundle.
         providers: Execution providers, by onnxruntime's name or ``cpu``, ``cuda``; None takes the CPU.
-        threads: Threads of the pool; None takes the number of usable cores. Counts at the first call of a process.
+        threads: Threads of the process's pool. The first load of a process decides; later ones leave it out or repeat
+            the number. None: as decided, at first one for each usable core.
         upper: Where all segments but the lowest compute; None: where the lowest does.
 
     Returns:
@@ -100,6 +105,7 @@ def open_sessions(
         BundleError: onnxruntime cannot load a graph.
         ContractError: A graph does not match the contract.
     """
+    started_s = time.monotonic()
     lower_names = resolve_providers(providers)
     upper_names = resolve_providers(upper.providers) if upper is not None else lower_names
     lower_threads, upper_threads = threads, None
@@ -117,6 +123,7 @@ def open_sessions(
         names = lower_names if segment.is_first else upper_names
         options = session_options(lower_threads if segment.is_first else upper_threads)
         options.log_severity_level = 3
+        graph_started_s = time.monotonic()
         try:
             session = ort.InferenceSession(str(path), options, providers=names)
         except Exception as error:
@@ -135,6 +142,15 @@ def open_sessions(
         check_ports(str(path), found, bundle.manifest.contract(segment))
         sessions.insert(0, session)
         devices.insert(0, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu"))
+        log.debug("%s opened on %s in %.2f s", path.name, names[0], time.monotonic() - graph_started_s)
+    log.info(
+        "%s opened in %.2f s: %d graphs on %s, threads: %s",
+        bundle.folder,
+        time.monotonic() - started_s,
+        len(sessions),
+        lower_names[0] if upper_names == lower_names else f"{lower_names[0]}, the upper ones on {upper_names[0]}",
+        describe_threads(lower_threads, upper_threads),
+    )
     return sessions, devices
 
 
