@@ -157,8 +157,8 @@ def test_a_tensor_in_another_file_is_not_followed(bundle: Path, refuses: Refused
     refuses([], str(graph), "lies in another file", "'../../passwd'", bundle=bundle)
 
 
-def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path, refuses: RefusedQuantize) -> None:
-    refuses([], str(tmp_path / "nowhere"), "not a folder", bundle=tmp_path / "nowhere")
+def test_a_folder_that_is_not_a_bundle_is_named(tmp_path: Path, refuses: RefusedQuantize) -> None:
+    refuses([], str(tmp_path / "nowhere"), "does not exist", bundle=tmp_path / "nowhere")
     refuses([], str(tmp_path), "bundle.json", bundle=tmp_path)
 
 
