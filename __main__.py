@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "doctor": (
         "shortstack.runtime.commands.doctor:doctor",
-        "Say what this machine has, and whether drafts verify exactly.",
+        "Show what this machine has, and whether it verifies drafts exactly.",
     ),
     "calibrate": (
         "shortstack.runtime.commands.calibrate:calibrate",

@@ -28,6 +28,7 @@ Clock = Callable[[], float]
 
 SPEAK_EVERY_S = 30.0
 QUICK_S = 2.0  # work that took less ends without its total time
+_TIMES_WIDTH = len("12:34, 12:34 left")  # so that the bar keeps its length
 
 
 @dataclass(slots=True)
@@ -155,7 +156,7 @@ class _Times(ProgressColumn):
         pace: Pace = task.fields["pace"]
         left_s = pace.left_s() if pace.ended_s is None else None
         left = f", {duration(left_s)} left" if left_s else ""
-        return Text(f"{duration(pace.elapsed_s())}{left}")
+        return Text(f"{duration(pace.elapsed_s())}{left}".ljust(_TIMES_WIDTH))
 
 
 @contextlib.contextmanager

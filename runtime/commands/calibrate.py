@@ -1,4 +1,4 @@
-"""`shortstack calibrate`: the boldest threshold for early exit that keeps a bound on what is lost."""
+"""`shortstack calibrate`: the boldest threshold for early exit that keeps a bound on the loss."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def calibrate(
     threads: int | None,
     as_json: bool,
 ) -> int:
-    """Find the boldest threshold at which answers of BUNDLE stay as close to its full answers as is asked.
+    """Find the boldest threshold for early exit at which BUNDLE still answers almost as the full model does.
 
     With probability 1 - epsilon over the draw of the prompts, the mean loss over all prompts of their kind is at most
     delta. Exits with 1 where no threshold passes; the profile then asks for the full model.
@@ -164,7 +164,7 @@ def _check_target(target: Path) -> None:
             read_profile(target)
         except RequestError:
             raise RequestError(
-                f"--out {target} exists and is no exit profile", remedy="remove it, or choose another name"
+                f"--out {target} exists and is not an exit profile", remedy="remove it, or choose another name"
             ) from None
 
 

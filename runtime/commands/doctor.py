@@ -33,7 +33,7 @@ _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, as_json: bool) -> int:
-    """Say what this machine has; with BUNDLE, also whether its graphs verify drafts exactly here.
+    """Show what this machine has; with BUNDLE, also whether its graphs verify drafts exactly here.
 
     Exits with 1 when a run of several rows picks another token than the same rows run one by one.
     """
@@ -67,7 +67,7 @@ def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, 
 
 
 def _print(facts: dict[str, Any], checks: list[RowCheck]) -> None:
-    flags = ", ".join(facts["cpu_flags"]) or "none of those that integer kernels use"
+    flags = ", ".join(facts["cpu_flags"]) or "none of the features that integer kernels use"
     click.echo(f"shortstack {facts['shortstack']}, Python {facts['python']}, onnxruntime {facts['onnxruntime']}")
     click.echo(f"providers   {', '.join(facts['providers'])}")
     click.echo(f"processor   {facts['cpu']}, {facts['cores']} usable cores ({flags})")
@@ -100,7 +100,7 @@ def _tokens(model: Model) -> list[int]:
 
 
 def _cpu() -> tuple[str, list[str]]:
-    """Return the processor's name and those of its features that matter here; Linux tells, others say less."""
+    """Return the processor's name and those of its features that matter here; only Linux lists the features."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

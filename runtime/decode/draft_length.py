@@ -90,7 +90,10 @@ class DraftLength:
             self._is_winning = is_winning
             self._remeasure.restart()
             log.info(
-                "drafting %s: rounds of %d tokens promise %.2fx", "on" if is_winning else "off", best, self.best_gain
+                "drafting %s: rounds of %d drafts predicted at %.2fx of plain decoding",
+                "on" if is_winning else "off",
+                best,
+                self.best_gain,
             )
         drafts_now = is_winning != self._remeasure.is_due()  # when it is due, the way that loses is taken
         return best if drafts_now else 0

@@ -218,7 +218,7 @@ def test_files_that_hold_no_prompts_are_refused(refused: Refused, folder: Path, 
 
 def test_a_file_that_is_no_profile_is_not_replaced(refused: Refused, folder: Path, data: Path, tmp_path: Path) -> None:
     before = data.read_bytes()
-    refused(["calibrate", folder, "--data", data, *QUICK, "-o", data], "exists and is no exit profile")
+    refused(["calibrate", folder, "--data", data, *QUICK, "-o", data], "exists and is not an exit profile")
     assert data.read_bytes() == before
     refused(["calibrate", folder, "--data", data, *QUICK, "-o", tmp_path / "none" / "p.json"], "is not a folder")
     assert left_behind(tmp_path) == ["bundle", data.name]

@@ -118,7 +118,7 @@ def test_a_missing_package_that_a_command_imports_late_is_reported_too(
     assert f"Run: {install_command(('cpu',))} or {install_command(('gpu',))}" in said
 
 
-def test_a_missing_module_that_no_extra_brings_is_a_bug_and_not_hidden(add_command: AddCommand) -> None:
+def test_a_missing_module_that_belongs_to_no_extra_is_a_bug_and_is_not_hidden(add_command: AddCommand) -> None:
     add_command(raising(ModuleNotFoundError("No module named 'shortstack.lost'", name="shortstack.lost")))
     with pytest.raises(ModuleNotFoundError, match="lost"):
         __main__.run(["probe"])
@@ -129,7 +129,7 @@ def test_python_m_shortstack_is_the_same_command() -> None:
     assert done.stdout.startswith(f"shortstack {__version__} ")
 
 
-def test_a_closed_pipe_is_no_traceback() -> None:
+def test_a_closed_pipe_prints_no_traceback() -> None:
     # `true` reads nothing: what is written after it has gone meets a closed pipe.
     shell = f'(sleep 0.3; "{sys.executable}" -m shortstack --help) | true'
     done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)

@@ -100,5 +100,5 @@ def test_drafting_is_logged_when_it_is_switched_and_only_then(caplog: pytest.Log
         for _ in range(3):
             assert length.choose(8) == 0
     on, off = (record.getMessage() for record in caplog.records)
-    assert re.fullmatch(r"drafting on: rounds of 4 tokens promise [12]\.\d\dx", on)
-    assert re.fullmatch(r"drafting off: rounds of \d tokens promise 0\.\d\dx", off)
+    assert re.fullmatch(r"drafting on: rounds of 4 drafts predicted at [12]\.\d\dx of plain decoding", on)
+    assert re.fullmatch(r"drafting off: rounds of \d drafts predicted at 0\.\d\dx of plain decoding", off)
