@@ -60,8 +60,8 @@ _TURNS = 3  # of early exit and plain decoding for a report, since times vary
         type=int,
         multiple=True,
         metavar="E",
-        help="The exit that drafts [default: the lowest]; with early exit, an exit where tokens may leave, and may be "
-        "given more than once [default: all].",
+        help="The exit that drafts [default: the lowest]. With early exit: where tokens may leave; may be given more "
+        "than once [default: all].",
     ),
     click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Most tokens to generate."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be given more than once."),
