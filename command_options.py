@@ -108,6 +108,25 @@ def gather(group: type, keyword: str, *options: Decorator, title: str = "Options
     return decorate
 
 
+def refuse_given(names: tuple[str, ...], reason: str, remedy: str) -> None:
+    """Refuse options that would do nothing, if the command line gave them.
+
+    Args:
+        names: The names of the options' values.
+        reason: Why they would do nothing.
+        remedy: What to do instead.
+
+    Raises:
+        RequestError: At least one was given; names all of them.
+    """
+    context = click.get_current_context()
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        listed = ", ".join(flags[name] for name in given)
+        raise RequestError(f"{listed} would have no effect: {reason}", remedy=remedy)
+
+
 provider_option = click.option(
     "--provider",
     "providers",

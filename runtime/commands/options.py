@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
-from click.core import ParameterSource
 
-from shortstack.command_options import gather
+from shortstack.command_options import gather, refuse_given
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.sampling import SamplingParams
@@ -254,25 +253,25 @@ def refuse_options_without_effect(
         raise RequestError("--compare runs every strategy", remedy="drop --strategy")
     if not drafts and not exits:
         remedy = "add --strategy self-speculative or --compare"
-        _refuse_given(("exit_layers", *draft_names), "plain decoding drafts nothing", remedy)
+        refuse_given(("exit_layers", *draft_names), "plain decoding drafts nothing", remedy)
     if not drafts:
-        _refuse_given(draft_names, f"{strategy or 'plain'} decoding does not draft", "drop it, or add --compare")
+        refuse_given(draft_names, f"{strategy or 'plain'} decoding does not draft", "drop it, or add --compare")
     if not exits and not compare:
-        _refuse_given(exit_names, "no token leaves early", "add --strategy early-exit")
+        refuse_given(exit_names, "no token leaves early", "add --strategy early-exit")
     elif not exits:
-        _refuse_given(exit_names, "nothing says when tokens leave early", f"add --exit-when '{EXAMPLE}'")
+        refuse_given(exit_names, "nothing says when tokens leave early", f"add --exit-when '{EXAMPLE}'")
     if len(exit_layers) > 1 and not exits:
         raise RequestError(
             "--exit-layer: one exit drafts", found=", ".join(map(str, exit_layers)), remedy="give it once"
         )
     if exiting.profile is not None:
-        _refuse_given(
+        refuse_given(
             ("exit_when", "exit_layers", "prefill_exit"), "the profile says when tokens leave", "drop it, or --profile"
         )
     if showing.report is None:
-        _refuse_given(("no_sweep",), "without a report nothing is swept", "add --report FILE")
+        refuse_given(("no_sweep",), "without a report nothing is swept", "add --report FILE")
     elif not exits:
-        _refuse_given(("report",), "no token leaves early", f"add --strategy early-exit --exit-when '{EXAMPLE}'")
+        refuse_given(("report",), "no token leaves early", f"add --strategy early-exit --exit-when '{EXAMPLE}'")
     elif not showing.report.parent.is_dir() or showing.report.is_dir():
         raise RequestError(f"--report {showing.report} cannot be written", remedy="choose another file")
     elif sampling_temperature != 0:
@@ -280,13 +279,4 @@ def refuse_options_without_effect(
             "--report compares greedy decoding", found=f"temperature {sampling_temperature}", remedy="drop one of them"
         )
     if sampling_temperature == 0:
-        _refuse_given(_IDLE_WHEN_GREEDY, "a temperature of 0 is greedy", "add --temperature T with T above 0")
-
-
-def _refuse_given(names: tuple[str, ...], reason: str, remedy: str) -> None:
-    context = click.get_current_context()
-    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
-    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if given:
-        listed = ", ".join(flags[name] for name in given)
-        raise RequestError(f"{listed} would have no effect: {reason}", remedy=remedy)
+        refuse_given(_IDLE_WHEN_GREEDY, "a temperature of 0 is greedy", "add --temperature T with T above 0")
