@@ -1,9 +1,9 @@
 """The KV buffers of a model.
 
-Each owner, a producer layer or the block of an exit, has one full-capacity buffer for keys and one for values,
-[1, kv_heads, capacity, head_dim], bound as past and as present: a run writes its rows in place. Rolling back is passing
-a smaller length to the next run; rows beyond it are never read and are overwritten later. Capacity grows in chunks, so
-memory follows the text and not the longest context.
+An owner is a producer layer or the block of an exit. It has one full-capacity buffer for keys and one for values, each
+[1, kv_heads, capacity, head_dim]. Both are bound as past and as present, so a run writes its rows in place. To roll
+back, a caller passes a smaller length to the next run: rows beyond that length are never read, and later runs overwrite
+them. The capacity grows in chunks, so memory follows the length of the text and not that of the longest context.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class KVCache:
     """KV buffers of one sequence.
 
     Args:
-        owners: Element type of each owner's buffers, and where they are.
+        owners: For each owner, the element type of its buffers and the device that holds them.
         kv_heads: Key/value heads.
         head_dim: Width of one head in the buffers.
         max_length: The longest context, in positions.
 
     Attributes:
-        capacity: Positions that the buffers hold now, the spare row not counted.
-        generation: Goes up when the buffers are replaced, so that bindings to them can be renewed.
+        capacity: Positions that the buffers hold now, without the spare row.
+        generation: Goes up whenever the buffers are replaced; bindings to older ones must then be built again.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class KVCache:
         self._kv_heads = kv_heads
         self._head_dim = head_dim
         self._buffers: dict[tuple[CacheOwner, str], ort.OrtValue] = {}
-        self._arrays: dict[tuple[CacheOwner, str], np.ndarray] = {}  # the buffers on the host, where they are there
+        self._arrays: dict[tuple[CacheOwner, str], np.ndarray] = {}  # of the buffers on the host
         self.max_length = max_length
         self.capacity = 0
         self.generation = 0
@@ -74,17 +74,17 @@ class KVCache:
                 self._buffers[owner, part].update_inplace(array)
 
     def _host(self, owner: CacheOwner, part: str) -> np.ndarray:
-        """Return a buffer's own array, or a copy of one that is on another device."""
+        """Return a buffer's own array, or a copy if the buffer is on another device."""
         if (owner, part) in self._arrays:
             return self._arrays[owner, part]
         copy: np.ndarray = self._buffers[owner, part].numpy()
         return copy
 
     def reserve(self, positions: int, keep: int) -> None:
-        """Make room for ``positions`` positions, and keep the first ``keep`` rows of what is there.
+        """Make room for ``positions`` positions, and keep the first ``keep`` rows of the present contents.
 
         Raises:
-            RequestError: More than ``max_length``.
+            RequestError: ``positions`` is more than ``max_length``.
         """
         if positions <= self.capacity:
             return
@@ -98,7 +98,7 @@ class KVCache:
         # Graphs may write one spare row behind the last position (Precision.has_spare_row).
         capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length) + SPARE_ROWS
         shape = (1, self._kv_heads, capacity, self._head_dim)
-        self.generation += 1  # first, so that nothing stays bound to the old buffers if memory runs out on the way
+        self.generation += 1  # first, so that no binding keeps using the old buffers if memory runs out halfway
         for owner, (dtype, device) in self._owners.items():
             for part in names.KV_PARTS:
                 new = np.zeros(shape, dtype)

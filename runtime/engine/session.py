@@ -1,4 +1,4 @@
-"""Opens a bundle's graphs as onnxruntime sessions: providers, one thread pool for all, the contract checked."""
+"""Opens a bundle's graphs as onnxruntime sessions: chooses providers, shares one thread pool, checks the contract."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Device:
 
     Attributes:
         kind: onnxruntime's device name: ``cpu`` or ``cuda``.
-        index: Which one.
+        index: The number of the device among those of its kind.
     """
 
     kind: str = "cpu"
@@ -43,7 +43,7 @@ class Device:
 
     @property
     def is_host(self) -> bool:
-        """Whether numpy arrays are the storage itself."""
+        """Whether graphs read and write numpy arrays directly, without copies."""
         return self.kind == "cpu"
 
 
@@ -53,9 +53,9 @@ class Placement:
 
     Attributes:
         providers: Execution providers in order of preference: ``cpu``, ``cuda``, or onnxruntime's names.
-        threads: Threads of a pool of their own, beside which the other segments get the remaining cores; the process
-            then has no common pool. None shares the process's pool, which suits a pipeline too if it has one thread:
-            then each segment runs on the thread that calls it.
+        threads: Size of a thread pool for these segments alone. The other segments then get the remaining cores, and
+            the process has no common pool. None shares the process's pool. A shared pool of one thread suits a
+            pipeline too, since each segment then runs on the thread that calls it.
     """
 
     providers: tuple[str, ...] = ("cpu",)
@@ -63,10 +63,10 @@ class Placement:
 
 
 def resolve_providers(providers: Sequence[str] | None) -> list[str]:
-    """Return onnxruntime's names for the providers asked for, in order, CPU last.
+    """Return onnxruntime's names for the wanted providers, in order, with the CPU as the last resort.
 
     Raises:
-        RequestError: A provider is unknown or not in the installed onnxruntime.
+        RequestError: A provider is unknown, or the installed onnxruntime does not have it.
     """
     if isinstance(providers, str):
         providers = [providers]
@@ -101,7 +101,7 @@ def open_sessions(
         The sessions, bottom to top, and the device of each one's cache.
 
     Raises:
-        RequestError: An unknown provider, or another thread count than the process already has.
+        RequestError: A provider is unknown, or the process already has a pool with another number of threads.
         BundleError: onnxruntime cannot load a graph.
         ContractError: A graph does not match the contract.
     """
@@ -116,8 +116,9 @@ def open_sessions(
     make_thread_pool(threads)
     sessions: list[ort.InferenceSession] = []
     devices: list[Device] = []
-    # Top to bottom. Packing a head's weight reads all of it from the file; the top session lets go of those pages once
-    # it has packed, the bottom one keeps them for the embedding, so the other way round a tied weight peaks twice.
+    # Top to bottom. To pack a head's weight, a session reads all of it from the file. The top session releases those
+    # pages after packing, while the bottom one keeps them for the embedding. In the other order a weight that both use
+    # (a tied embedding) would be in memory twice at the peak.
     for segment in reversed(bundle.manifest.plan.segments):
         path = bundle.graph_path(segment)
         names = lower_names if segment.is_first else upper_names
