@@ -1,6 +1,6 @@
-"""From a request to the decoding loop that answers it, and what the loops have learned so far.
+"""Builds the decoding loop that answers a request, and keeps what the loops have learned so far.
 
-A new drafter is one file in :mod:`shortstack.runtime.decode` and one line in :meth:`Loops._speculative`.
+A new drafter needs one file in :mod:`shortstack.runtime.decode` and one line in :meth:`Loops._speculative`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from shortstack.runtime.request import ExitEarly, Plain, Request, Speculate
 
 
 class Loops:
-    """The loops of one model. What they learn about costs and acceptance outlives a generation.
+    """The loops of one model. What they learn about costs and acceptance is kept from one generation to the next.
 
     Args:
-        sequence: The text of the running generation, which every loop grows.
+        sequence: The text of the running generation, which every loop extends.
     """
 
     def __init__(self, sequence: TokenSequence) -> None:
@@ -44,10 +44,10 @@ class Loops:
         """Return the loop that answers a request.
 
         Args:
-            request: What is asked.
+            request: The request.
             stack: The model, cut at the exits that the request's strategy uses.
-            stats: Counts what is done.
-            limit: How many tokens to emit at most.
+            stats: Counts tokens, runs and seconds.
+            limit: The most tokens to emit.
         """
         choice = make_choice(request.sampling)
         match request.strategy:
@@ -82,7 +82,7 @@ class Loops:
         if isinstance(wanted := policy.criterion, Adaptive):
             learned = self._thresholds.setdefault((used, wanted), AdaptiveThreshold(wanted, used))
             policy, observe = replace(policy, criterion=learned.begin()), learned.observe
-        # Where verification draws at random, what is drafted must not follow the clock.
+        # Drafts decide how random draws are used, so with a seed their number must not depend on measured times.
         fixed = policy.max_pending or (stack.window if is_repeatable else None)
         cap = self._caps.setdefault((fixed, used), PendingCap(stack.window, fixed))
 
@@ -99,7 +99,7 @@ class Loops:
             return PipelineCatchUp(stack, stats)
 
         catch_up: CatchUp
-        if stack.filling_levels == 1:  # nothing is ever pending: there is nothing to pipeline
+        if stack.filling_levels == 1:  # no row is ever pending, so there is nothing to pipeline
             catch_up = flush()
         elif policy.kv_policy == "auto":
             catch_up = AutoCatchUp({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))
