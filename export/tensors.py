@@ -1,7 +1,7 @@
-"""A checkpoint's tensors as the graphs want them: q, k and v stacked, heads padded, matrices in floats or in blocks.
+"""Reads a checkpoint's tensors in the form that the graphs need: q, k and v stacked, heads padded, floats or blocks.
 
 Heads are padded with zeros to a width that the attention kernel takes (:attr:`ModelSpec.cache_head_dim`). Rotary
-embedding pairs column i with column i + head_dim / 2, so each half of a head is padded by itself.
+embedding pairs column i with column i + head_dim / 2, so each half of a head is padded separately.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class ModelTensors:
     """Reads one model's tensors.
 
     Args:
-        checkpoint: Where they are.
-        arch: What they are called there.
+        checkpoint: Where the tensors are read from.
+        arch: The model's family, which names the tensors.
         spec: The model.
-        plan: Which matrices are wanted in blocks.
+        plan: Which matrices are stored in blocks.
 
     Attributes:
         spec: The model.
@@ -45,11 +45,11 @@ class ModelTensors:
         self._sources = matrix_sources(arch, spec)
 
     def vector(self, role: str, layer: int | None = None) -> Floats:
-        """Return a norm's weight or a projection's bias, by role."""
+        """Return the norm's weight or projection's bias that plays a role."""
         return self._checkpoint.tensor(self._arch.tensor_name(role, layer))
 
     def layer_vector(self, part: str, layer: int) -> Floats:
-        """Return a norm's weight or a projection's bias of one layer, by part, as :func:`packed_vector` does."""
+        """Return a norm's weight or a projection's bias of one layer, by part; see :func:`packed_vector`."""
         owns_kv = self.spec.kv_map[layer] == layer
         return packed_vector(part, lambda role: self.vector(role, layer), self.spec, owns_kv=owns_kv)
 
@@ -58,7 +58,7 @@ class ModelTensors:
         return self._checkpoint.tensor(ROPE_FACTORS) if self.spec.rope_scaling.kind == "factors" else None
 
     def matrix(self, name: str) -> Floats | BlockTensor:
-        """Return a matrix [out, in] as the plan wants it stored.
+        """Return a matrix [out, in] in the form that the plan asks for.
 
         Args:
             name: Its name in the bundle.
@@ -75,7 +75,7 @@ class ModelTensors:
     def _kept(self, source: MatrixSource) -> BlockTensor:
         stored = [self._checkpoint.blocks(tensor) for tensor in source.tensors]
         parts = [blocks.read() for blocks in stored if blocks is not None]
-        assert len(parts) == len(stored), f"{source.tensors} are planned in blocks and stored as floats"
+        assert len(parts) == len(stored), f"{source.tensors} should be kept in blocks, but are stored as floats"
         block_format = parts[0].format
         codes, scales = [part.codes for part in parts], [part.scales for part in parts]
         if source.row_heads:
@@ -86,7 +86,7 @@ class ModelTensors:
 
 
 def packed_matrix(parts: Sequence[Floats], source: MatrixSource, spec: ModelSpec) -> Floats:
-    """Return a matrix [out, in] made of the tensors that its source lists, in that order."""
+    """Stack the tensors that a source lists, in that order, into one matrix [out, in]."""
     if source.row_heads:
         parts = [pad_heads(part, n, spec) for part, n in zip(parts, source.row_heads, strict=True)]
     if source.pads_columns:
@@ -95,11 +95,11 @@ def packed_matrix(parts: Sequence[Floats], source: MatrixSource, spec: ModelSpec
 
 
 def packed_vector(part: str, vector: Callable[[str], Floats], spec: ModelSpec, *, owns_kv: bool = True) -> Floats:
-    """Return a norm's weight or a projection's bias of a layer; those of q, k and v stacked and padded like their rows.
+    """Return a norm's weight or a projection's bias of a layer; the biases of q, k and v are stacked like their rows.
 
     Args:
         part: Its name in :mod:`shortstack.graphs.layer_parts`.
-        vector: Gives a tensor of the layer by role.
+        vector: Reads the tensor of the layer that plays a role.
         spec: The model.
         owns_kv: See :func:`qkv_heads`.
     """
@@ -116,7 +116,7 @@ def pad_heads(array: npt.NDArray[Number], heads: int, spec: ModelSpec, fill: int
         array: [heads * head_dim, ...].
         heads: How many heads it holds.
         spec: The model.
-        fill: What to pad with: what stands for zero in ``array``.
+        fill: The value to pad with, the one that stands for zero in ``array``.
     """
     extra = (spec.cache_head_dim - spec.head_dim) // 2
     if extra == 0:

@@ -1,4 +1,4 @@
-"""Checkpoints as they come: a folder of Hugging Face or Megatron, a hub id or a GGUF file, behind one interface."""
+"""Opens any checkpoint: a Hugging Face or Megatron folder, a hub id or a GGUF file, all behind one interface."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
-        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, a
-            folder that Megatron or EE-LLM saved to, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``, which
-            is downloaded into the hub's cache. What exists on disk is never looked up on the hub.
+        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, or a
+            folder that Megatron or EE-LLM saved to. Otherwise a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``,
+            which is downloaded into the hub's cache. A path that exists on disk is never looked up on the hub.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: There is no such checkpoint, it cannot be fetched, or it is damaged.
-        UnsupportedError: It is there in a form this version does not read.
+        UnsupportedError: This version cannot read its form.
     """
     try:
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
         raise CheckpointError(f"{source!r} cannot be read ({error})", remedy="check the path") from None
     if is_file:
         return _open_file(path, source)
@@ -60,7 +60,7 @@ def _open_folder(path: Path, source: str) -> Checkpoint:
         )
     gguf_files = sorted(path.glob("*.gguf"))
     has_safetensors = any(path.glob("*.safetensors"))
-    is_complete = has_safetensors and (path / "config.json").exists()  # else they may be exits beside the checkpoint
+    is_complete = has_safetensors and (path / "config.json").exists()  # else they may be the exits of a checkpoint
     if not gguf_files and not is_complete and looks_like_megatron(path):
         return _megatron(path, source)
     if not gguf_files or has_safetensors:

@@ -53,7 +53,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "alpha by pattern": ({"alpha_pattern": {"q_proj": "8"}}, ("alpha_pattern.q_proj: found '8'",)),
     "rank too small": ({"r": 3}, ("lora_A, lora_B found [[4, 64], [64, 4]], expected [[3, 64], [64, 3]] for rank 3",)),
     "rank by pattern": ({"rank_pattern": {"layers.2.self_attn.q_proj": 5}}, ("layers.2.self_attn.q_proj", "rank 5")),
-    "no pattern": ({"rank_pattern": {"q_proj(": 4}}, ("the pattern 'q_proj('", "no regular expression")),
+    "no pattern": ({"rank_pattern": {"q_proj(": 4}}, ("the pattern 'q_proj('", "not a regular expression")),
     "patterns no object": ({"rank_pattern": [4]}, ("rank_pattern: found [4], expected an object",)),
     "too many patterns": ({"alpha_pattern": {f"x{i}": 1 for i in range(5000)}}, ("5000 patterns", "at most 4096")),
 }
@@ -81,11 +81,11 @@ TENSORS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], tuple[str, .
     "integers": (lambda t: t.update({A: t[A].astype(np.int8)}), (f"tensor {A}: found type I8, expected one of F64",)),
     "another layer": (
         lambda t: t.update({A.replace("layers.2", "layers.9"): t[A], B.replace("layers.2", "layers.9"): t[B]}),
-        ("layers.9.self_attn.q_proj is no linear layer of", "Name the checkpoint that the adapter was trained on"),
+        ("layers.9.self_attn.q_proj is not a linear layer of", "Name the checkpoint that the adapter was trained on"),
     ),
     "a norm": (
         lambda t: t.update({"base_model.model.model.norm.lora_A.weight": t[A]}),
-        ("model.norm is no linear layer of",),
+        ("model.norm is not a linear layer of",),
     ),
     "an embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[A]}),
@@ -93,7 +93,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], tuple[str, .
     ),
     "an embedding as a matrix": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_A.weight": t[A]}),
-        ("model.embed_tokens is no linear layer of",),
+        ("model.embed_tokens is not a linear layer of",),
     ),
     "a saved embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": t[A]}),
@@ -121,14 +121,14 @@ def test_tensors_that_do_not_fit_are_named(
 def test_a_tied_head_belongs_to_the_embedding(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     checkpoint = tiny_bundles.checkpoint(TIED)
     adapter = lora(tmp_path / "adapter", checkpoint, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(CheckpointError, match=r"lm_head is no linear layer of .*tied LM head is part of the embedding"):
+    with pytest.raises(CheckpointError, match=r"lm_head is not a linear layer of .*LM head is part of the embedding"):
         AdaptedCheckpoint(open_checkpoint(str(checkpoint)), adapter)
 
 
 def test_a_sum_that_is_not_finite_is_refused(base: Path, adapter: Path) -> None:
     edit_tensors(adapter, lambda t: t.update({A: t[A] * 0 + 1e30, B: t[B] * 0 + 1e30}))
     checkpoint = AdaptedCheckpoint(open_checkpoint(str(base)), adapter)
-    with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.q_proj\.weight is not finite when merged"):
+    with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.q_proj\.weight is not finite after merging"):
         checkpoint.tensor("model.layers.2.self_attn.q_proj.weight")
 
 

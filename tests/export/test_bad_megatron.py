@@ -93,7 +93,7 @@ def test_options_that_are_objects_are_not_taken_for_numbers(write: Callable[...,
 def test_a_file_that_is_no_checkpoint_is_named(write: Callable[..., Path], refuses: Refuses, content: bytes) -> None:
     folder = write()
     rank_file(folder).write_bytes(content)
-    refuses(folder, megatron.RANK_FILE, "is not a complete file of torch.save", "Copy it again")
+    refuses(folder, megatron.RANK_FILE, "is not a complete torch.save file", "Copy it again")
 
 
 def test_a_file_of_the_format_before_zip_archives_is_named(write: Callable[..., Path], refuses: Refuses) -> None:
@@ -105,7 +105,7 @@ def test_a_file_of_the_format_before_zip_archives_is_named(write: Callable[..., 
 def test_a_truncated_file_is_named(write: Callable[..., Path], refuses: Refuses, share: float) -> None:
     file = rank_file(folder := write(Layout(1, 2)), "mp_rank_00_001")
     os.truncate(file, int(file.stat().st_size * share))
-    refuses(folder, "mp_rank_00_001", "is not a complete file of torch.save")
+    refuses(folder, "mp_rank_00_001", "is not a complete torch.save file")
 
 
 @pytest.mark.parametrize("content", [{}, [], {"args": {}}, {"args": None, "model": {}}], ids=str)
@@ -194,7 +194,7 @@ def test_a_link_out_of_the_folder_is_not_followed(
 
 def test_a_missing_tokenizer_is_asked_for(write: Callable[..., Path], refuses: Refuses) -> None:
     (folder := write()).joinpath("tokenizer.json").unlink()
-    refuses(folder, "has no tokenizer.json", "Megatron saves none", "Put tokenizer.json and tokenizer_config.json")
+    refuses(folder, "has no tokenizer.json", "saves no tokenizer", "Put tokenizer.json and tokenizer_config.json")
 
 
 def test_the_tokenizer_of_a_larger_model_is_refused(
@@ -203,7 +203,7 @@ def test_the_tokenizer_of_a_larger_model_is_refused(
     folder = write(
         edit=lambda model: model["language_model"]["embedding"]["word_embeddings"].update(weight=torch.ones(96, 64))
     )
-    refuses(folder, "tokenizer.json is of another model", "found 300 token ids", "at most 96")
+    refuses(folder, "tokenizer.json belongs to another model", "found 300 token ids", "at most 96")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff"])
@@ -242,7 +242,7 @@ def test_all_differences_from_llama_are_told_at_once(write: Callable[..., Path],
 def test_a_model_of_another_shape_is_refused(
     write: Callable[..., Path], refuses: Refuses, field: str, value: object
 ) -> None:
-    refuses(write(**{field: value}), field, "another kind than Llama")
+    refuses(write(**{field: value}), field, "a model that is not a Llama")
 
 
 @pytest.mark.parametrize(

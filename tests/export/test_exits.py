@@ -145,7 +145,7 @@ def test_parity_compares_trained_exits_with_the_twin(
     command = ["parity", checkpoint, str(bundle), "--prompts", "2", "--greedy-tokens", "8"]
     assert run([*command, "--exits", str(tmp_path / "exits")]) == 0
     assert "greedy continuations: identical" in capsys.readouterr().out
-    refused(command, "exit after 1 layers", "weights of its own", "--exits FOLDER")
+    refused(command, "exit after 1 layers", "its own weights", "--exits FOLDER")
     exit_nodes.write_random_exits(Path(checkpoint), tmp_path / "others", *OWN)
     assert run([*command, "--exits", str(tmp_path / "others")]) == 1
     error = capsys.readouterr().err
@@ -153,7 +153,7 @@ def test_parity_compares_trained_exits_with_the_twin(
     assert "head after 2 layers" not in error
     assert "head after 3 layers" in error
     exit_nodes.write_random_exits(Path(checkpoint), tmp_path / "other-kind", replace(OWN[0], norm="own"), OWN[1])
-    refused([*command, "--exits", tmp_path / "other-kind"], "exit after 1 layers is another one")
+    refused([*command, "--exits", tmp_path / "other-kind"], "exit after 1 layers differs from the one in the folder")
 
 
 def test_the_quality_report_feeds_exits_what_they_see(tiny_bundles: TinyBundles, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_full_layers_with_other_heads_are_refused(field: str) -> None:
         assert spec_of(**gemma, **{field: same}) == spec_of(**gemma)
     with pytest.raises(UnsupportedError) as caught:
         spec_of(**gemma, **{field: 2 * value})
-    found = f"config.json: {field} gives full_attention layers other", f"found {2 * value}"
+    found = f"config.json: {field} gives full_attention layers different", f"found {2 * value}"
     for words in (*found, f"expected {of_all} = {value}, or null", "Set it to null if"):
         assert words in str(caught.value), str(caught.value)
     with pytest.raises(CheckpointError, match=f"{field}: found 'all', expected an integer"):
