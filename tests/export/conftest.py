@@ -1,4 +1,4 @@
-"""What the tests of bad input share: a command line that must be refused, and things to damage."""
+"""Fixtures for the tests of bad input: a command line that must be refused, and files to damage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shortstack.runtime import Model, load
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command line that must be refused: exit code 2, nothing on stdout, one line on stderr with these words."""
+    """Run a command line that must be refused: exit code 2, nothing on stdout, one line on stderr with these words."""
 
     def refused(arguments: list[str | Path], *says: str) -> str:
         capsys.readouterr()
@@ -76,5 +76,5 @@ def base(tiny_bundles: TinyBundles) -> Path:
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    """A sound adapter of every linear layer, to damage."""
+    """A valid adapter of every linear layer, to damage."""
     return lora(tmp_path / "adapter", base)

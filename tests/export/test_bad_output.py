@@ -1,4 +1,4 @@
-"""What an output folder that is in the way, or an export that dies, leaves: the old bundle, or nothing."""
+"""If the output path is occupied, or the export dies, the old bundle stays or nothing is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shortstack.export import assemble
 from shortstack.graphs.bundle import open_bundle
 
 
-def test_an_output_that_is_in_the_way_is_never_touched(
+def test_files_at_the_output_path_are_never_touched(
     tiny_bundles: TinyBundles, tmp_path: Path, refused: Refused
 ) -> None:
     export = ["export", tiny_bundles.checkpoint(BASE)]
@@ -45,7 +45,7 @@ def test_a_parent_that_cannot_be_written_is_named(tiny_bundles: TinyBundles, tmp
         tmp_path.chmod(0o700)
 
 
-def test_a_bundle_is_replaced_only_when_asked(
+def test_a_bundle_is_replaced_only_with_overwrite(
     tiny_bundles: TinyBundles, bundle: Path, refused: Refused, tmp_path: Path
 ) -> None:
     export = ["export", tiny_bundles.checkpoint(BASE), bundle]

@@ -1,4 +1,4 @@
-"""``export --keep-blocks``: Q4_0 and Q8_0 blocks of a GGUF file reach the bundle bit for bit; what cannot is named."""
+"""``export --keep-blocks``: Q4_0 and Q8_0 blocks reach the bundle bit for bit, and the others are named."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ QKV = names.layer_weight(0, "attn.qkv_proj.weight")
 O_PROJ = names.layer_weight(0, "attn.o_proj.weight")
 
 ROUNDED_ACTIVATIONS = 0.05
-"""Mean difference of a logit between kept blocks and the same weights in float32, over the logits' standard deviation.
+"""Mean difference of a logit between kept blocks and the same weights in float32, by the logits' standard deviation.
 
 The kernel rounds activations to int8, 32 at a time. Measured on SPECULATOR: 0.022 to 0.024 at every depth, Q4_0 and
-Q8_0 alike (the worst of 43,000 logits 0.33). With float activations the logits were the float bundle's to the bit."""
+Q8_0 alike (0.33 for the worst of 43,000 logits). With float activations the logits equal the float bundle's bits."""
 
 
 def quantized(value: np.ndarray, kind: str) -> np.ndarray:
-    """A matrix as gguf brings it back from blocks."""
+    """Return a matrix after gguf quantized and dequantized it."""
     found = gguf.dequantize(gguf.quantize(value, Kind[kind]), Kind[kind])
     return np.asarray(found, np.float32)
 
@@ -91,7 +91,7 @@ def graphs(bundle: Bundle) -> list[onnx.GraphProto]:
 
 
 def places(bundle: Bundle, name: str) -> dict[str, tuple[int, int]]:
-    """Offset and length of a tensor in weights.data, by each name that a graph calls it, reshaped ones included."""
+    """Return offset and length of a tensor in weights.data, by each name that a graph has for it, reshaped or not."""
     found = {}
     for graph in graphs(bundle):
         for tensor in graph.initializer:
@@ -102,17 +102,17 @@ def places(bundle: Bundle, name: str) -> dict[str, tuple[int, int]]:
 
 
 def stored_bytes(bundle: Bundle, name: str) -> bytes:
-    """A tensor's bytes, which lie in one place whatever it is called."""
+    """Return a tensor's bytes, which lie in one place under all its names."""
     ((offset, length),) = set(places(bundle, name).values())
     return (bundle.folder / names.WEIGHTS_FILE).read_bytes()[offset : offset + length]
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_any_bytes_of_a_block_mean_what_gguf_makes_of_them(kind: str) -> None:
+def test_random_bytes_of_a_block_decode_as_in_gguf(kind: str) -> None:
     rows, blocks = 7, 12
     _, block_bytes = gguf.GGML_QUANT_SIZES[Kind[kind]]
     raw = np.random.randint(0, 256, (rows, blocks, block_bytes), np.uint8)
-    scales = np.random.standard_normal((rows, blocks)).astype(np.float16)  # of both signs
+    scales = np.random.standard_normal((rows, blocks)).astype(np.float16)  # both signs occur
     scales[0, :4] = [0.0, -0.0, 65504.0, 6e-8]
     raw[..., :2] = scales[..., None].view(np.uint8)
     flat = raw.reshape(rows, -1)
@@ -122,7 +122,7 @@ def test_any_bytes_of_a_block_mean_what_gguf_makes_of_them(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_blocks_come_out_as_gguf_dequantizes_them_with_q_and_k_in_rotate_half_order(tmp_path: Path, kind: str) -> None:
+def test_blocks_equal_what_gguf_dequantizes_with_q_and_k_in_rotate_half_order(tmp_path: Path, kind: str) -> None:
     tensors = wide_weights() | {"output.weight": weights()["token_embd.weight"]}
     read, plan = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind], tiny=WIDE))
     assert set(plan.kept.values()) == {kind}
@@ -137,13 +137,13 @@ def test_blocks_come_out_as_gguf_dequantizes_them_with_q_and_k_in_rotate_half_or
         names.layer_weight(0, "mlp.down_proj.weight"): "blk.0.ffn_down",
     }.items():
         same_bits(dequantized(read, name), quantized(tensors[f"{gguf_name}.weight"], kind))
-    # A row is quantized by itself, so permuting, quantizing and putting back is quantizing.
+    # Each row is quantized separately, so permuting, quantizing and permuting back equals quantizing.
     stacked = [quantized(tensors[f"blk.0.attn_{part}.weight"], kind) for part in "qkv"]
     same_bits(dequantized(read, QKV), np.concatenate(stacked))
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_padded_heads_keep_blocks_of_q_k_v_and_lose_those_of_o(tmp_path: Path, kind: str) -> None:
+def test_padded_heads_keep_the_blocks_of_q_k_v_but_not_of_o_proj(tmp_path: Path, kind: str) -> None:
     tensors = weights()
     read, plan = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind]))
     assert read.spec.cache_head_dim > HEAD_DIM
@@ -155,7 +155,7 @@ def test_padded_heads_keep_blocks_of_q_k_v_and_lose_those_of_o(tmp_path: Path, k
     assert isinstance(o_proj, BlockTensor)
     assert o_proj.format == BlockFormat(8)
     exact = pad_heads(quantized(tensors["blk.0.attn_output.weight"], kind).T, SMALL.heads, read.spec).T
-    # Half a step of the widest block; int8 has 255 of them.
+    # Half a quantization step of the widest block; int8 has 255 steps.
     assert np.abs(o_proj.dequantize() - exact).max() <= o_proj.scales.max() * 0.51
 
 
@@ -173,7 +173,7 @@ def test_the_bytes_of_a_bundle_are_the_packed_blocks_and_a_tied_head_is_the_embe
         assert isinstance(matrix, BlockTensor)
         assert stored_bytes(bundle, names.block_codes(name)) == matrix.packed_codes().tobytes()
         assert stored_bytes(bundle, names.block_scales(name)) == matrix.scales.tobytes()
-    # A look-up takes them in two dimensions, a product in three.
+    # A look-up needs the codes in two dimensions, a product in three.
     embedding = places(bundle, names.block_codes(names.EMBED_TOKENS))
     head = places(bundle, names.block_codes(names.LM_HEAD))
     assert len(embedding) == (2 if is_tied else 1)
@@ -184,7 +184,7 @@ def test_the_bytes_of_a_bundle_are_the_packed_blocks_and_a_tied_head_is_the_embe
 
 
 def without_int8_activations(bundle: Bundle) -> Bundle:
-    """Change a bundle so that its blocks meet float activations: as accurate as it is slow."""
+    """Change a bundle to multiply its blocks with float activations, which is accurate and slow."""
     for segment in bundle.manifest.plan.segments:
         path = str(bundle.graph_path(segment))
         model = onnx.load(path, load_external_data=False)
@@ -198,7 +198,7 @@ def without_int8_activations(bundle: Bundle) -> Bundle:
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_logits_are_those_of_the_dequantized_bundle_but_for_the_rounding_of_activations(
+def test_logits_equal_the_dequantized_bundles_except_for_rounded_activations(
     tiny_bundles: TinyBundles, tmp_path: Path, kind: str
 ) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", kind)
@@ -283,7 +283,7 @@ MIXED = {
 }
 
 
-def test_what_cannot_be_kept_is_named_on_stderr_and_in_json(
+def test_matrices_that_cannot_be_kept_are_named_on_stderr_and_in_json(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0", kinds=MIXED)
@@ -317,7 +317,7 @@ def test_what_cannot_be_kept_is_named_on_stderr_and_in_json(
     assert model.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).tokens
 
 
-def test_without_the_option_blocks_are_dequantized_and_nothing_is_said(
+def test_without_the_option_blocks_are_dequantized_without_a_message(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0")
