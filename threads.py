@@ -54,6 +54,11 @@ def make_thread_pool(threads: int | None = None) -> None:
         )
 
 
+def common_threads() -> int | None:
+    """Return the size of the process's pool; None before it is made, and where sessions have pools of their own."""
+    return _pool_threads
+
+
 def use_own_pools() -> None:
     """Give each session of this process its own pool from now on; must come before the first session of any graph.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +13,7 @@ from shortstack import __version__
 from shortstack.command_options import Command, provider_option, threads_option
 from shortstack.command_paths import BundlePath
 from shortstack.graphs.precision import EXACT_BLOCK_SIZE
+from shortstack.runtime.commands.machine import processor
 from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
 from shortstack.runtime.model import Model, load
 from shortstack.threads import usable_cores
@@ -37,14 +36,14 @@ def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, 
 
     Exits with 1 when a run of several rows picks another token than the same rows run one by one.
     """
-    cpu, flags = _cpu()
+    cpu, features = processor()
     facts: dict[str, Any] = {
         "shortstack": __version__,
         "python": platform.python_version(),
         "onnxruntime": ort.__version__,
         "providers": ort.get_available_providers(),
         "cpu": cpu,
-        "cpu_flags": flags,
+        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in features],
         "cores": usable_cores(),
     }
     checks: list[RowCheck] = []
@@ -97,15 +96,3 @@ def _tokens(model: Model) -> list[int]:
     while len(ids) <= MOST_ROWS:
         ids += ids or [0]
     return ids[: min(len(ids), model.cache.max_length)]
-
-
-def _cpu() -> tuple[str, list[str]]:
-    """Return the processor's name and those of its features that matter here; only Linux lists the features."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    have = set(listed[1].split()) if listed else set()
-    return name[1].strip() if name else platform.machine(), [flag for flag in _CPU_FLAGS if flag in have]
