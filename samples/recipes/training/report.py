@@ -47,6 +47,7 @@ def write_report(
         "training_s": round(history.elapsed_s, 1),
         "held_out_before": {str(depth): quality.to_json() for depth, quality in before.items()},
         "held_out_after": {str(depth): quality.to_json() for depth, quality in after.items()},
+        "losses": history.losses,
         "measures": history.measures,
         **extra,
         "tools": {"shortstack": __version__, "torch": torch.__version__},
