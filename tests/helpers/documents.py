@@ -98,9 +98,9 @@ def command_lines(text: str) -> Iterator[str]:
     """Yield the command lines of a block, lines that end in a backslash joined."""
     for line in text.replace("\\\n", " ").splitlines():
         command = line.strip().removeprefix("$ ")
-        if re.match(r"(shortstack|python|make|optimum-cli|pip|env/bin/\w+) ", command) and not command.startswith(
-            "make a "
-        ):
+        if re.match(
+            r"(shortstack|python|head|tail|make|optimum-cli|pip|env/bin/\w+) ", command
+        ) and not command.startswith("make a "):
             yield command
 
 
