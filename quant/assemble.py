@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
-from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.cast import cast
-from shortstack.graphs.ir.lint import lint
-from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
-from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.ir.write_bundle import tool_versions, write_bundle
 from shortstack.graphs.precision import SPARE_ROWS, Precision
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.progress import Stage, progress_stages
@@ -144,32 +138,18 @@ def _write(
             store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
         _store_id_maps(source, store)
         advance(3)
-    advance = stage("Building graphs", len(plan.segments))
-    for segment in plan.segments:
-        model = segment_model(spec, plan, segment, dtype, store, kv_cache)
-        lint(model, names.segment_file(segment.start, segment.end))
-        ir.save(model, folder / names.segment_file(segment.start, segment.end))
-        advance(1)
     graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
     # A float16 copy made by `shortstack quantize` has a report: on itself, not on what is made of it.
-    for name in manifest.files.keys() - graphs - {names.WEIGHTS_FILE, names.QUALITY_FILE}:
-        shutil.copyfile(source.bundle.folder / name, folder / name)
-    advance = stage("Hashing", 1)
-    write_manifest(
-        folder,
-        Manifest(
-            spec=spec,
-            plan=plan,
-            dtype=dtype,
-            max_length=manifest.max_length,
-            files=describe_files(folder),
-            source_name=manifest.source_name,
-            source_sha256=manifest.source_sha256,
-            tools=manifest.tools | {"shortstack": __version__, **{p: version(p) for p in ("numpy", "onnx", "onnx-ir")}},
-            precision=Precision(store.formats, kv_cache),
-        ),
+    copied = manifest.files.keys() - graphs - {names.WEIGHTS_FILE, names.QUALITY_FILE}
+    result = dataclasses.replace(
+        manifest,
+        dtype=dtype,
+        files={},
+        tools=manifest.tools | tool_versions(),
+        precision=Precision(store.formats, kv_cache),
     )
-    advance(1)
+    files = {name: (source.bundle.folder / name).read_bytes() for name in copied}
+    write_bundle(folder, result, store, files, stage)
     return errors
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx
@@ -20,6 +21,7 @@ from shortstack.__main__ import run
 from shortstack.graphs import manifest as manifests
 from shortstack.graphs import names
 from shortstack.graphs.bundle import describe_files, open_bundle
+from shortstack.graphs.ir import write_bundle as bundle_writer
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.precision import BlockFormat, KVType, Precision
 from shortstack.graphs.spec import DType
@@ -206,7 +208,11 @@ def test_options_change_the_recipe(
 # What is left when it dies
 
 
-@pytest.mark.parametrize("place", ["describe_files", "judge", "segment_model"])
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [(bundle_writer, "describe_files"), (bundle_writer, "segment_model"), (assemble, "judge")],
+    ids=["hashes", "graphs", "report"],
+)
 @pytest.mark.parametrize(
     ("raised", "code"),
     [
@@ -221,6 +227,7 @@ def test_a_quantization_that_dies_half_way_leaves_the_old_bundle_and_nothing_els
     sound: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
     place: str,
     raised: BaseException,
     code: int | None,
@@ -230,7 +237,7 @@ def test_a_quantization_that_dies_half_way_leaves_the_old_bundle_and_nothing_els
         raise raised
 
     before = open_bundle(bundle).manifest
-    monkeypatch.setattr(assemble, place, fail)
+    monkeypatch.setattr(module, place, fail)
     for out in (bundle, tmp_path / "new"):
         command = ["quantize", str(sound), str(out), "-r", "float", "--weights", "int8", "--overwrite", *SMALL]
         if code is None:
