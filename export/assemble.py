@@ -15,7 +15,7 @@ from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.draft_vocab import choose_draft_vocab
 from shortstack.export.exit_plan import plan_exits
-from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, BlockPlan, plan_blocks
+from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks, choose_blocks
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors
@@ -33,7 +33,7 @@ from shortstack.graphs.spec import ModelSpec
 from shortstack.progress import progress_stages
 
 
-def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambda plan: None) -> Bundle:
+def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lambda blocks: None) -> Bundle:
     """Cut a checkpoint into a bundle.
 
     Args:
@@ -55,9 +55,9 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
         arch, spec = resolve(checkpoint)
         plan, exit_weights = plan_exits(request, checkpoint, spec)
         max_length = _max_length(request, spec)
-        blocks = BlockPlan()
+        blocks = KeptBlocks()
         if request.keep_blocks:
-            blocks = plan_blocks(checkpoint, matrix_sources(arch, spec))
+            blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
             tell(blocks)
         files = checkpoint.files()
         if names.TOKENIZER_FILE not in files:

@@ -97,12 +97,12 @@ def export(
     CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id.
     """
     from shortstack.export.assemble import export_bundle
-    from shortstack.export.kept_blocks import BlockPlan
+    from shortstack.export.kept_blocks import KeptBlocks
     from shortstack.export.spec import DTYPES, ExportSpec
 
     if draft_text is not None and draft_vocab is None:
         raise RequestError("--draft-text chooses the ids for --draft-vocab", remedy="add --draft-vocab N")
-    plans: list[BlockPlan] = []  # one, or none without --keep-blocks
+    chosen: list[KeptBlocks] = []  # one, or none without --keep-blocks
     bundle = export_bundle(
         ExportSpec(
             checkpoint=checkpoint,
@@ -118,15 +118,15 @@ def export(
             adapter=adapter,
             exits=exits,
         ),
-        plans.append,
+        chosen.append,
     )
-    for plan in plans:
-        click.echo("\n".join(plan.lines()), err=True)
+    for kept in chosen:
+        click.echo("\n".join(kept.lines()), err=True)
     manifest = bundle.manifest
     total_bytes = sum(entry.bytes for entry in manifest.files.values())
     segments = [[s.start, s.end] for s in manifest.plan.segments]
     if as_json:
-        blocks = {key: value for plan in plans for key, value in plan.to_json().items()}
+        blocks = {key: value for kept in chosen for key, value in kept.to_json().items()}
         click.echo(json.dumps({"bundle": str(out), "segments": segments, "bytes": total_bytes, **blocks}))
     else:
         cuts = " | ".join(f"layers {start}-{end - 1}" for start, end in segments)

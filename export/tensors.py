@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture
 from shortstack.export.checkpoint import Checkpoint
-from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, BlockPlan
+from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, matrix_sources, qkv_heads
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.spec import ModelSpec
@@ -31,17 +31,17 @@ class ModelTensors:
         checkpoint: Where the tensors are read from.
         arch: The model's family, which names the tensors.
         spec: The model.
-        plan: Which matrices are stored in blocks.
+        blocks: Which matrices are wanted in blocks.
 
     Attributes:
         spec: The model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec, plan: BlockPlan) -> None:
+    def __init__(self, checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec, blocks: KeptBlocks) -> None:
         self.spec = spec
         self._checkpoint = checkpoint
         self._arch = arch
-        self._plan = plan
+        self._blocks = blocks
         self._sources = matrix_sources(arch, spec)
 
     def vector(self, role: str, layer: int | None = None) -> Floats:
@@ -58,16 +58,16 @@ class ModelTensors:
         return self._checkpoint.tensor(ROPE_FACTORS) if self.spec.rope_scaling.kind == "factors" else None
 
     def matrix(self, name: str) -> Floats | BlockTensor:
-        """Return a matrix [out, in] in the form that the plan asks for.
+        """Return a matrix [out, in] as it is to be stored.
 
         Args:
             name: Its name in the bundle.
         """
         source = self._sources[name]
-        if name in self._plan.kept:
+        if name in self._blocks.kept:
             return self._kept(source)
         floats = self._floats(source)
-        return nearest(floats, REQUANTIZED_FORMAT) if name in self._plan.requantized else floats
+        return nearest(floats, REQUANTIZED_FORMAT) if name in self._blocks.requantized else floats
 
     def _floats(self, source: MatrixSource) -> Floats:
         return packed_matrix([self._checkpoint.tensor(tensor) for tensor in source.tensors], source, self.spec)

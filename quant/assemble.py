@@ -22,10 +22,10 @@ from shortstack.progress import Stage, progress_stages
 from shortstack.quant.kv_scales import measure_kv_scales
 from shortstack.quant.layers import Weight
 from shortstack.quant.method import find_method
+from shortstack.quant.preset import assign
 from shortstack.quant.quality import Quality, write_quality
 from shortstack.quant.quality_measure import judge
-from shortstack.quant.recipe import assign
-from shortstack.quant.rounding import Rounded, Walk
+from shortstack.quant.rounding import LayerwiseRounding, Rounded
 from shortstack.quant.search import search
 from shortstack.quant.source import Source
 from shortstack.quant.spec import QuantizeSpec
@@ -49,26 +49,28 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
     if request.out.resolve() == request.bundle.resolve():
         raise RequestError(f"{request.out} is the bundle to be quantized", remedy="choose another output folder")
     source = Source(open_bundle(request.bundle))
-    method = find_method(request.recipe.method)
+    method = find_method(request.preset.method)
     manifest = source.bundle.manifest
     dtype = request.dtype or manifest.dtype
-    is_int8_cache = request.recipe.kv_cache == "int8"
+    is_int8_cache = request.preset.kv_cache == "int8"
     is_weighed = method.uses_text or request.max_kl is not None
-    is_walkable = _check_walkable(source.spec, is_weighed)
+    is_layerwise = _check_layerwise(source.spec, is_weighed)
     texts = _read_texts(source.bundle, request, is_weighed or is_int8_cache)
     with progress_stages() as stage:
-        assignment = assign(request.recipe, source.spec, manifest.plan)
+        assignment = assign(request.preset, source.spec, manifest.plan)
         if request.max_kl is not None:
             assert texts.calibration is not None
             assignment = search(source, method, assignment, texts.calibration, request.max_kl, stage)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
             scales: Mapping[str, np.ndarray] = {}
-            if is_int8_cache and not is_walkable:
+            if is_int8_cache and not is_layerwise:
                 assert texts.calibration is not None
                 advance = stage("Running the float model", len(texts.calibration))
                 scales = measure_kv_scales(source.bundle, texts.calibration, advance)
-            walk = Walk(source, assignment, method, texts.calibration if is_walkable else None, is_int8_cache)
-            errors = _write(walk, scales, dtype, folder, request, stage)
+            rounding = LayerwiseRounding(
+                source, assignment, method, texts.calibration if is_layerwise else None, is_int8_cache
+            )
+            errors = _write(rounding, scales, dtype, folder, request, stage)
             result = open_bundle(folder)
             quality = None
             if request.with_report:
@@ -81,7 +83,7 @@ def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
     return open_bundle(request.out), quality
 
 
-def _check_walkable(spec: ModelSpec, is_weighed: bool) -> bool:
+def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
     """Return whether the layers of a model can be run one by one; refuse to weigh weights by text where they cannot."""
     blind = [layer for layer in range(spec.num_hidden_layers) if not spec.sees_itself(layer)]
     if is_weighed and blind:
@@ -110,24 +112,29 @@ def _read_texts(bundle: Bundle, request: QuantizeSpec, is_calibrated: bool) -> T
 
 
 def _write(
-    walk: Walk, kv_scales: Mapping[str, np.ndarray], dtype: DType, folder: Path, request: QuantizeSpec, stage: Stage
+    rounding: LayerwiseRounding,
+    kv_scales: Mapping[str, np.ndarray],
+    dtype: DType,
+    folder: Path,
+    request: QuantizeSpec,
+    stage: Stage,
 ) -> Mapping[str, float]:
-    """Write all files of the bundle; return the error of each rounded matrix. The walk may find further scales."""
-    source = walk.source
+    """Write all files of the bundle; return the error of each rounded matrix. Rounding may find further scales."""
+    source = rounding.source
     manifest, spec = source.bundle.manifest, source.spec
-    plan, kv_cache = manifest.plan, request.recipe.kv_cache
+    plan, kv_cache = manifest.plan, request.preset.kv_cache
     errors: dict[str, float] = {}
     with WeightStore(folder) as store:
-        advance = stage(f"Rounding ({request.recipe.method})", spec.num_hidden_layers + 3)
-        for rounded in walk.layers():
+        advance = stage(f"Rounding ({request.preset.method})", spec.num_hidden_layers + 3)
+        for rounded in rounding.layers():
             _store(rounded, dtype, store, errors)
             advance(1)
         for name, scale in kv_scales.items():
             store.add(name, scale)
         known: dict[str, str] = {}
-        for rounded in walk.heads():
+        for rounded in rounding.heads():
             _store(rounded, dtype, store, errors, known)
-        for rounded in walk.exits():
+        for rounded in rounding.exits():
             _store(rounded, dtype, store, errors)
         if names.UNIT_NORM in source:
             store.add(names.UNIT_NORM, source.floats(names.UNIT_NORM).astype(dtype))

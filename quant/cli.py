@@ -11,19 +11,28 @@ import click
 from shortstack.graphs import names
 from shortstack.graphs.precision import BLOCK_SIZES, EXACT_BLOCK_SIZE, KV_TYPES, KVType
 from shortstack.graphs.spec import DType
-from shortstack.quant.recipe import FORMAT_NAMES, METHOD_NAMES, Format, Recipe, parse_format
-from shortstack.quant.recipes import RECIPES, find_recipe
+from shortstack.quant.method import METHODS
+from shortstack.quant.preset import FORMAT_NAMES, Format, parse_format
+from shortstack.quant.presets import PRESETS, find_preset
 
 _DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
 _FORMAT = click.Choice(FORMAT_NAMES)
-_RECIPES = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
+_PRESETS = "; ".join(f"{preset.name}: {preset.summary}" for preset in PRESETS.values())
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--recipe", "-r", "recipe_name", default="int4", show_default=True, help=f"A named mix. {_RECIPES}.")
-@click.option("--method", type=click.Choice(METHOD_NAMES), help="How weights are rounded.  [default: the recipe's]")
+@click.option(
+    "--preset",
+    "--recipe",
+    "-r",
+    "preset_name",
+    default="int4",
+    show_default=True,
+    help=f"A named mix of formats; --recipe is an older spelling. {_PRESETS}.",
+)
+@click.option("--method", type=click.Choice(list(METHODS)), help="How weights are rounded.  [default: the preset's]")
 @click.option("--weights", type=_FORMAT, help="Format of all matrices of the layers.")
 @click.option("--head", type=_FORMAT, help="Format of the LM head, and of the embedding where it is tied.")
 @click.option("--draft-head", type=_FORMAT, help="Format of the exits' heads: changes speed, never output.")
@@ -32,13 +41,13 @@ _RECIPES = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.va
 @click.option(
     "--block-size",
     type=click.Choice([str(b) for b in BLOCK_SIZES]),
-    help="Weights that share a scale; only 32 verifies drafts bit for bit.  [default: the recipe's]",
+    help="Weights that share a scale; only 32 verifies drafts bit for bit.  [default: the preset's]",
 )
 @click.option(
     "--symmetric/--asymmetric",
     "is_symmetric",
     default=None,
-    help="Blocks without or with a zero point.  [default: the recipe's]",
+    help="Blocks without or with a zero point.  [default: the preset's]",
 )
 @click.option(
     "--dtype",
@@ -71,7 +80,7 @@ _RECIPES = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.va
 def quantize(
     bundle: Path,
     out: Path,
-    recipe_name: str,
+    preset_name: str,
     method: str | None,
     weights: str | None,
     head: str | None,
@@ -99,24 +108,24 @@ def quantize(
     def named(name: str) -> Format:
         return parse_format(name, int(block_size or EXACT_BLOCK_SIZE), bool(is_symmetric))
 
-    recipe = _reshape(find_recipe(recipe_name), None if block_size is None else int(block_size), is_symmetric)
+    preset = find_preset(preset_name).reshaped(None if block_size is None else int(block_size), is_symmetric)
     if weights is not None:
-        recipe = dataclasses.replace(recipe, weights=named(weights), parts={}, layers={})
+        preset = dataclasses.replace(preset, weights=named(weights), parts={}, layers={})
     if head is not None:
-        recipe = dataclasses.replace(recipe, head=named(head), embedding=named(head), first_rows_format=None)
+        preset = dataclasses.replace(preset, head=named(head), embedding=named(head), first_rows_format=None)
     if draft_head is not None:
-        recipe = dataclasses.replace(recipe, draft_head=named(draft_head))
+        preset = dataclasses.replace(preset, draft_head=named(draft_head))
     if kv_producers is not None:
-        recipe = dataclasses.replace(recipe, parts={**recipe.parts, names.QKV_PROJ: named(kv_producers)})
+        preset = dataclasses.replace(preset, parts={**preset.parts, names.QKV_PROJ: named(kv_producers)})
     if method is not None:
-        recipe = dataclasses.replace(recipe, method=method)
+        preset = dataclasses.replace(preset, method=method)
     if kv_cache is not None:
-        recipe = dataclasses.replace(recipe, kv_cache=kv_cache)
+        preset = dataclasses.replace(preset, kv_cache=kv_cache)
     result, quality = quantize_bundle(
         QuantizeSpec(
             bundle=bundle,
             out=out,
-            recipe=recipe,
+            preset=preset,
             dtype=None if dtype is None else _DTYPES[dtype],
             calibration=calibration or CALIBRATION_TEXT,
             calibration_tokens=calibration_tokens,
@@ -135,27 +144,3 @@ def quantize(
     if quality is not None:
         print_quality(quality)
     click.echo(f"{out}: {total_bytes / 1e6:.1f} MB")
-
-
-def _reshape(recipe: Recipe, block_size: int | None, is_symmetric: bool | None) -> Recipe:
-    """Return a recipe with another block size or symmetry of all its formats."""
-
-    def shaped(wanted: Format) -> Format:
-        if wanted is None:
-            return None
-        return dataclasses.replace(
-            wanted,
-            block_size=block_size or wanted.block_size,
-            is_symmetric=wanted.is_symmetric if is_symmetric is None else is_symmetric,
-        )
-
-    return dataclasses.replace(
-        recipe,
-        weights=shaped(recipe.weights),
-        head=shaped(recipe.head),
-        embedding=shaped(recipe.embedding),
-        first_rows_format=shaped(recipe.first_rows_format),
-        draft_head=recipe.draft_head if isinstance(recipe.draft_head, str) else shaped(recipe.draft_head),
-        parts={part: shaped(wanted) for part, wanted in recipe.parts.items()},
-        layers={layer: shaped(wanted) for layer, wanted in recipe.layers.items()},
-    )

@@ -38,7 +38,7 @@ class Quality:
     """The report.
 
     Attributes:
-        recipe: Its name.
+        preset: Its name.
         method: How weights were rounded.
         formats: Number of matrices by format.
         calibration: File and tokens; None without calibration.
@@ -55,7 +55,7 @@ class Quality:
         max_kl: What ``--max-kl`` asked for; None without it.
     """
 
-    recipe: str
+    preset: str
     method: str
     formats: Mapping[str, int]
     calibration: str | None
@@ -72,8 +72,8 @@ class Quality:
     max_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON-ready data."""
-        return asdict(self)
+        """Return it as JSON-ready data; the preset stands under its older name, ``recipe``."""
+        return {"recipe" if name == "preset" else name: value for name, value in asdict(self).items()}
 
 
 def write_quality(folder: Path, quality: Quality) -> None:

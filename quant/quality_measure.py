@@ -126,8 +126,8 @@ def judge(
         for side, bundle in enumerate((source, result))
     ]
     return Quality(
-        recipe=request.recipe.name,
-        method=request.recipe.method,
+        preset=request.preset.name,
+        method=request.preset.method,
         formats=formats,
         calibration=None
         if texts.calibration is None

@@ -23,8 +23,8 @@ from shortstack.graphs.precision import BlockFormat
 from shortstack.progress import Stage
 from shortstack.quant.layers import HeadGraph, LayerGraph, Lent, Weight
 from shortstack.quant.method import Method
-from shortstack.quant.recipe import Assignment, Format
-from shortstack.quant.rounding import Walk
+from shortstack.quant.preset import Assignment, Format
+from shortstack.quant.rounding import LayerwiseRounding
 from shortstack.quant.source import Source
 
 Floats = npt.NDArray[np.float32]
@@ -145,7 +145,7 @@ def search(
     Args:
         source: The float bundle.
         method: How to round.
-        assignment: The recipe's: block size, symmetry and the offsets of its layers are kept, its bits are not.
+        assignment: The preset's: block size, symmetry and the offsets of its layers are kept, its bits are not.
         rows: Calibration text, int64 [texts, seq].
         max_kl: The limit.
         stage: Starts a stage of the progress bar.
@@ -160,7 +160,7 @@ def search(
     for bits, wanted in formats.items():
         advance = stage(f"Rounding to int{bits}", depth)
         flat = Assignment(wanted, {})
-        rounded[bits] = _round_all(Walk(source, flat, method, seen, follows_floats=True), advance)
+        rounded[bits] = _round_all(LayerwiseRounding(source, flat, method, seen, follows_floats=True), advance)
     candidates = _Candidates(source, rows[-measured:], rounded)
     candidates.prepare(stage("Running the float model", depth))
     advance = stage("Measuring sensitivity", len(everything))
@@ -218,18 +218,18 @@ def cheapest_mix(
     return mix(low)
 
 
-def _round_all(walk: Walk, advance: Callable[[float], None]) -> dict[str, BlockTensor]:
+def _round_all(rounding: LayerwiseRounding, advance: Callable[[float], None]) -> dict[str, BlockTensor]:
     found: dict[str, BlockTensor] = {}
-    for rounded in walk.layers():
+    for rounded in rounding.layers():
         found |= {name: t for name, t in rounded.tensors.items() if isinstance(t, BlockTensor)}
         advance(1)
-    for rounded in walk.heads():
+    for rounded in rounding.heads():
         found |= {name: t for name, t in rounded.tensors.items() if isinstance(t, BlockTensor)}
     return found
 
 
 def _with_bits(wanted: Format, bits: int) -> BlockFormat:
-    """Return a recipe's format with other bits; offsets make up for coarse steps, and 8 bits have none."""
+    """Return a preset's format with other bits; offsets make up for coarse steps, and 8 bits have none."""
     shape = wanted or BlockFormat(bits)
     return replace(shape, bits=bits, has_offsets=shape.has_offsets and bits == 4)
 

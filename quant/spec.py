@@ -8,7 +8,7 @@ from pathlib import Path
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import DType
 from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
-from shortstack.quant.recipe import Recipe
+from shortstack.quant.preset import Preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class QuantizeSpec:
     Attributes:
         bundle: The bundle to shrink.
         out: The bundle to write.
-        recipe: What becomes of its parts.
+        preset: What becomes of its parts.
         dtype: Type of activations and of what is not in blocks; None keeps the bundle's.
         calibration: Text that calibrated methods look at.
         calibration_tokens: How much of it.
@@ -27,7 +27,7 @@ class QuantizeSpec:
         prompts: How many greedy continuations are compared.
         continuation_tokens: Length of each.
         max_kl: Search the cheapest mix whose mean KL divergence from the source stays under this, in nats per token;
-            None takes the recipe as it is.
+            None takes the preset as it is.
         with_report: Whether to compare the result with its source.
         overwrite: Replace an existing bundle.
 
@@ -37,7 +37,7 @@ class QuantizeSpec:
 
     bundle: Path
     out: Path
-    recipe: Recipe
+    preset: Preset
     dtype: DType | None = None
     calibration: Path = CALIBRATION_TEXT
     calibration_tokens: int = 8_192

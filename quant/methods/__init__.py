@@ -11,18 +11,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
-from shortstack.quant.methods.gptq import gptq
-from shortstack.quant.methods.hqq import hqq
-from shortstack.quant.methods.k_quant import k_quant
-from shortstack.quant.methods.rtn import rtn
 from shortstack.quant.methods.stats import Floats, InputStats
 
 # A matrix [out, in], its format, and what it multiplies.
 Rounding = Callable[[Floats, BlockFormat, InputStats | None], BlockTensor]
-
-METHODS: Mapping[str, Rounding] = MappingProxyType({"rtn": rtn, "k-quant": k_quant, "hqq": hqq, "gptq": gptq})

@@ -26,7 +26,7 @@ from shortstack.export.adapter_config import matching_pattern
 from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
-from shortstack.export.kept_blocks import plan_blocks
+from shortstack.export.kept_blocks import choose_blocks
 from shortstack.export.parity.compare import compare
 from shortstack.export.parity.reference import Reference
 from shortstack.export.sources import matrix_sources
@@ -207,7 +207,7 @@ def test_only_the_blocks_that_the_adapter_does_not_change_are_kept(
 
     merged = AdaptedCheckpoint(open_checkpoint(str(file)), adapter)
     arch, spec = resolve(merged)
-    tensors = ModelTensors(merged, arch, spec, plan_blocks(merged, matrix_sources(arch, spec)))
+    tensors = ModelTensors(merged, arch, spec, choose_blocks(merged, matrix_sources(arch, spec)))
     matrix = tensors.matrix(down)
     assert not isinstance(matrix, np.ndarray)
     wanted = merged.tensor("model.layers.1.mlp.down_proj.weight")

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from helpers import exit_nodes, tolerances
 from helpers.exit_checks import MAX_ABS, USUAL_DEVIATION, bundle_of, check, check_inspect
-from helpers.quantized import INT4, INT8, QuantizedBundles, recipe
+from helpers.quantized import INT4, INT8, QuantizedBundles, preset
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
@@ -169,7 +169,7 @@ def test_a_quantized_block_stays_close_to_the_original(
     tiny_bundles: TinyBundles, tmp_path: Path, quantized: QuantizedBundles, tiny: TinyModel, method: str
 ) -> None:
     twin, _, bundle = bundle_of(tiny, tiny_bundles, tmp_path, *THREE)
-    rounded = quantized(bundle, recipe(INT8, method=method))
+    rounded = quantized(bundle, preset(INT8, method=method))
     formats = open_bundle(rounded).manifest.precision.weights
     own = [names.exit_weight(e.exit_layer, part) for e in THREE for part in exit_matrices(twin.spec, e)]
     assert {formats[name] for name in own} == {INT8}
@@ -186,11 +186,11 @@ def test_a_quantized_block_stays_close_to_the_original(
 
 
 def test_only_the_cache_of_layers_is_int8(speculator: Path, quantized: QuantizedBundles) -> None:
-    manifest = open_bundle(quantized(speculator, recipe(INT8, "int8"))).manifest
+    manifest = open_bundle(quantized(speculator, preset(INT8, "int8"))).manifest
     ports = {port.name: port.dtype for port in manifest.contract(manifest.plan.segments[0]).inputs}
     assert ports[names.past(0, "key")] == "int8"
     assert ports[names.past(names.exit_block(1), "key")] == "float32"
-    check_inspect(quantized(speculator, recipe(INT8, "int8")))
+    check_inspect(quantized(speculator, preset(INT8, "int8")))
 
 
 # Decoding
@@ -231,7 +231,7 @@ def test_drafts_of_a_block_give_the_plain_tokens_and_the_cache_of_one_run(specul
 def test_drafts_of_a_quantized_block_give_the_plain_tokens(
     speculator: Path, quantized: QuantizedBundles, weights: BlockFormat, kv_cache: KVType
 ) -> None:
-    check_drafts(load(quantized(speculator, recipe(weights, kv_cache))))
+    check_drafts(load(quantized(speculator, preset(weights, kv_cache))))
 
 
 def test_a_rejected_draft_leaves_no_trace_in_the_next(tiny_bundles: TinyBundles, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from helpers import exit_nodes, gguf_files, tolerances
 from helpers.bad_input import Refused
 from helpers.exit_checks import MAX_ABS, USUAL_DEVIATION, bundle_of, check, check_inspect
-from helpers.quantized import INT4, INT8, QuantizedBundles, recipe, stored_tensors
+from helpers.quantized import INT4, INT8, QuantizedBundles, preset, stored_tensors
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
@@ -92,7 +92,7 @@ def test_a_quantized_bundle_keeps_its_exits(
     tiny_bundles: TinyBundles, tmp_path: Path, quantized: QuantizedBundles, method: str
 ) -> None:
     twin, _, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *MIX)
-    rounded = quantized(bundle, recipe(INT8, method=method))
+    rounded = quantized(bundle, preset(INT8, method=method))
     precision = open_bundle(rounded).manifest.precision
     for exit_spec in MIX:
         for part in exit_matrices(twin.spec, exit_spec):
@@ -113,7 +113,7 @@ def test_scaling_a_layer_does_not_change_the_norm_of_the_mlp_exit_above_it(
     tiny_bundles: TinyBundles, tmp_path: Path, quantized: QuantizedBundles
 ) -> None:
     *_, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, ExitSpec(2, branch="mlp"))
-    rounded = quantized(bundle, recipe(INT4, method="awq"))
+    rounded = quantized(bundle, preset(INT4, method="awq"))
     of_layer, of_exit = names.layer_weight(1, "post_attention_norm.weight"), names.exit_weight(2, MLP_NORM)
     before, after = stored_tensors(bundle), stored_tensors(rounded)
     assert not np.allclose(after[of_layer].read(rounded), before[of_layer].read(bundle), atol=1e-3)
@@ -172,7 +172,7 @@ def test_a_bundle_with_trained_exits_is_quantized_with_a_report(
 ) -> None:
     *_, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *OWN)
     few: dict[str, Any] = {"heldout_tokens": 256, "prompts": 2, "continuation_tokens": 8}
-    rounded = quantized(bundle, recipe(INT4), with_report=True, **few)
+    rounded = quantized(bundle, preset(INT4), with_report=True, **few)
     report = json.loads((rounded / names.QUALITY_FILE).read_text(encoding="utf-8"))
     assert report["is_exact"]
     assert set(report["result"]["exit_agreement"]) == {"1", "3"}

@@ -21,7 +21,7 @@ from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.gguf_blocks import EXACT_FORMATS, unpack_blocks
-from shortstack.export.kept_blocks import BlockPlan, plan_blocks
+from shortstack.export.kept_blocks import KeptBlocks, choose_blocks
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors, pad_heads
@@ -57,11 +57,11 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))
 
 
-def opened(file: Path) -> tuple[ModelTensors, BlockPlan]:
+def opened(file: Path) -> tuple[ModelTensors, KeptBlocks]:
     checkpoint = open_checkpoint(str(file))
     arch, spec = resolve(checkpoint)
-    plan = plan_blocks(checkpoint, matrix_sources(arch, spec))
-    return ModelTensors(checkpoint, arch, spec, plan), plan
+    blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
+    return ModelTensors(checkpoint, arch, spec, blocks), blocks
 
 
 def dequantized(tensors: ModelTensors, name: str) -> np.ndarray:
@@ -124,10 +124,10 @@ def test_random_bytes_of_a_block_decode_as_in_gguf(kind: str) -> None:
 @pytest.mark.parametrize("kind", EXACT)
 def test_blocks_equal_what_gguf_dequantizes_with_q_and_k_in_rotate_half_order(tmp_path: Path, kind: str) -> None:
     tensors = wide_weights() | {"output.weight": weights()["token_embd.weight"]}
-    read, plan = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind], tiny=WIDE))
-    assert set(plan.kept.values()) == {kind}
-    assert not plan.requantized
-    assert not plan.floats
+    read, blocks = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind], tiny=WIDE))
+    assert set(blocks.kept.values()) == {kind}
+    assert not blocks.requantized
+    assert not blocks.floats
     for name, gguf_name in {
         names.EMBED_TOKENS: "token_embd",
         names.LM_HEAD: "output",
@@ -145,9 +145,9 @@ def test_blocks_equal_what_gguf_dequantizes_with_q_and_k_in_rotate_half_order(tm
 @pytest.mark.parametrize("kind", EXACT)
 def test_padded_heads_keep_the_blocks_of_q_k_v_but_not_of_o_proj(tmp_path: Path, kind: str) -> None:
     tensors = weights()
-    read, plan = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind]))
+    read, blocks = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind]))
     assert read.spec.cache_head_dim > HEAD_DIM
-    assert plan.requantized == {O_PROJ: f"{kind} with padded heads"}
+    assert blocks.requantized == {O_PROJ: f"{kind} with padded heads"}
     heads = {"q": SMALL.heads, "k": SMALL.kv_heads, "v": SMALL.kv_heads}
     padded = [pad_heads(quantized(tensors[f"blk.0.attn_{x}.weight"], kind), n, read.spec) for x, n in heads.items()]
     assert (dequantized(read, QKV) == np.concatenate(padded)).all()
@@ -166,9 +166,9 @@ def test_the_bytes_of_a_bundle_are_the_packed_blocks_and_a_tied_head_is_the_embe
     tiny = replace(SPECULATOR, name=f"blocks-{is_tied}", is_tied=is_tied)
     file = tiny_file(tiny_bundles, tiny, tmp_path / "m.gguf", "Q4_0")
     bundle = export_bundle(ExportSpec(str(file), tmp_path / "out", (1,), keep_blocks=True))
-    read, plan = opened(file)
-    assert bundle.manifest.precision.weights == dict.fromkeys(plan.kept, EXACT_FORMATS["Q4_0"])
-    for name in plan.kept:
+    read, blocks = opened(file)
+    assert bundle.manifest.precision.weights == dict.fromkeys(blocks.kept, EXACT_FORMATS["Q4_0"])
+    for name in blocks.kept:
         matrix = read.matrix(name)
         assert isinstance(matrix, BlockTensor)
         assert stored_bytes(bundle, names.block_codes(name)) == matrix.packed_codes().tobytes()
@@ -264,8 +264,8 @@ def test_exits_share_the_kept_rows_of_a_trimmed_head(tiny_bundles: TinyBundles, 
 def test_half_precision_holds_the_scales_exactly(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0")
     bundle = export_bundle(ExportSpec(str(file), tmp_path / "out", (1,), dtype="float16", keep_blocks=True))
-    read, plan = opened(file)
-    for name in plan.kept:
+    read, blocks = opened(file)
+    for name in blocks.kept:
         matrix = read.matrix(name)
         assert isinstance(matrix, BlockTensor)
         scales = np.frombuffer(stored_bytes(bundle, names.block_scales(name)), np.float16)

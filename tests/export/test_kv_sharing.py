@@ -15,7 +15,7 @@ import pytest
 from helpers import tolerances
 from helpers.kv_bundles import KVBundles
 from helpers.kv_cases import LAYERS, NINE, PRODUCERS, TOLERANCE, cases, early, exits_of, ids, step_by_step, wanted
-from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, recipe
+from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, preset
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
@@ -148,7 +148,7 @@ def test_quantized_bundles_share_and_verify_exactly(
 ) -> None:
     exits = exits_of(kv_map)
     source = kv_bundles.bundle(kv_map, *exits, **WIDE)
-    mix = recipe(weights, kv_cache, method=method)
+    mix = preset(weights, kv_cache, method=method)
     if iterated_groups(kv_map) and method != "rtn":
         with pytest.raises(UnsupportedError, match="--method rtn"):
             quantized(source, mix)

@@ -15,7 +15,7 @@ import pytest
 
 from helpers.bad_input import left_behind
 from helpers.progress_lines import without_progress
-from helpers.quantized import INT4, INT4_OFFSETS, INT8, PROMPT, QuantizedBundles, recipe
+from helpers.quantized import INT4, INT4_OFFSETS, INT8, PROMPT, QuantizedBundles, preset
 from helpers.tiny_models import BASE, SPECULATOR, TinyBundles
 from shortstack.__main__ import run
 from shortstack.graphs import manifest as manifests
@@ -66,7 +66,7 @@ def test_a_bundle_of_the_first_format_opens_and_is_quantized_to_the_same(
     plain = [load(folder).generate(PROMPT, ignore_eos=True).tokens for folder in (source, old)]
     assert plain[0] == plain[1]
     assert len(plain[0]) == 48 - len(PROMPT)
-    small = [quantized(folder, recipe(INT4, kv_cache)) for folder in (source, old)]
+    small = [quantized(folder, preset(INT4, kv_cache)) for folder in (source, old)]
     assert open_bundle(small[0]).manifest.weights_sha256 == open_bundle(small[1]).manifest.weights_sha256
     model = load(small[1])
     tokens = model.generate(PROMPT, ignore_eos=True).tokens
@@ -154,7 +154,7 @@ def test_the_report_of_a_float16_copy_is_not_taken_for_that_of_what_is_made_of_i
         run(["quantize", str(tiny_bundles.bundle(BASE, 1)), str(half), "-r", "float", "--dtype", "fp16", *SMALL]) == 0
     )
     assert (half / names.QUALITY_FILE).is_file()
-    assert not (quantized(half, recipe(INT8)) / names.QUALITY_FILE).exists()
+    assert not (quantized(half, preset(INT8)) / names.QUALITY_FILE).exists()
 
 
 INT8_LAYERS = {names.layer_weight(layer, part): INT8 for layer in range(4) for part in names.LAYER_MATRICES}
@@ -188,7 +188,7 @@ VOCABULARY = (names.EMBED_TOKENS, names.LM_HEAD)
     ],
     ids=["int8", "fp16", "int8 cache", "single formats", "kv producers", "int4"],
 )
-def test_options_change_the_recipe(
+def test_options_change_the_preset(
     tiny_bundles: TinyBundles,
     tmp_path: Path,
     options: tuple[str, ...],

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from helpers.quantized import INT4, INT8, open_session, recipe
+from helpers.quantized import INT4, INT8, open_session, preset
 from helpers.tiny_models import BASE, SWITCHES, TinyBundles, TinyModel
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
@@ -151,7 +151,7 @@ def test_a_searched_mix_stays_under_its_limit_and_a_larger_limit_is_cheaper(
     sizes, everything = [], units(Source(open_bundle(source)))
     for number, max_kl in enumerate((1e-6, 0.02, 0.3, 100.0)):
         out = tmp_path / str(number)
-        mix = recipe(INT4)
+        mix = preset(INT4)
         quantize_bundle(QuantizeSpec(source, out, mix, calibration_tokens=TOKENS, max_kl=max_kl, with_report=False))
         model = load(out)
         total = 0.0

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.quantized import INT4, INT8, QuantizedBundles, recipe
+from helpers.quantized import INT4, INT8, QuantizedBundles, preset
 from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.export.twin.exits import ExitNode, save_exits
 from shortstack.export.twin.folder import load_twin
@@ -283,7 +283,7 @@ def test_float16_states_draft_about_as_well(tiny_bundles: TinyBundles, three: Sa
 def test_quantized_exits_give_the_plain_tokens_and_draft_repeatably(
     three: Sample, quantized: QuantizedBundles, weights: BlockFormat, kv_cache: KVType
 ) -> None:
-    model = load(quantized(three.path, recipe(weights, kv_cache)))
+    model = load(quantized(three.path, preset(weights, kv_cache)))
     drafted = accepted = 0
     for prompt in prompts(2):
         expected = decode(model, prompt).tokens

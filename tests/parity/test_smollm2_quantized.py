@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct quantized by the recipes that have a name: still exact among themselves, and how good."""
+"""SmolLM2-135M-Instruct quantized by the presets that have a name: still exact among themselves, and how good."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from shortstack.graphs.texts.prompts import prompts
 from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.presets import find_preset
 from shortstack.quant.quality import Quality
-from shortstack.quant.recipes import find_recipe
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import DraftPolicy, Model, load
 from shortstack.runtime.commands.row_check import check_rows
@@ -36,7 +36,7 @@ def quantized(
         QuantizeSpec(
             smollm2_bundle,
             out,
-            find_recipe(request.param),
+            find_preset(request.param),
             calibration_tokens=4096,
             heldout_tokens=4096,
             prompts=2,
@@ -72,12 +72,12 @@ def test_rows_of_one_run_equal_rows_run_one_by_one_bit_for_bit(quantized: Quanti
         assert all(check.is_exact for check in check_rows(model, text[:length]))
 
 
-def test_the_named_recipes_keep_what_they_promise(quantized: Quantized) -> None:
+def test_the_named_presets_keep_what_they_promise(quantized: Quantized) -> None:
     quality = quantized.quality
     loss = quality.result.perplexity / quality.source.perplexity - 1
-    print(f"{quality.recipe}: perplexity {loss:+.2%}, KL {quality.kl:.4f}, {quantized.total_bytes / 1e6:.1f} MB")
+    print(f"{quality.preset}: perplexity {loss:+.2%}, KL {quality.kl:.4f}, {quantized.total_bytes / 1e6:.1f} MB")
     assert quality.is_exact
-    if quality.recipe == "int4":
+    if quality.preset == "int4":
         assert quantized.total_bytes <= 100e6
         assert loss <= 0.03
     else:

@@ -45,7 +45,7 @@ def quantized(models: Artifacts, tmp_path: Path) -> Artifacts:
     """Bundles that lie where quantized ones would; these tests do not look into them."""
     for name in ("uncut", f"exit-{EXIT_LAYER}", f"exit-{EXIT_LAYER}-vocab-{DRAFT_VOCAB}"):
         (tmp_path / f"{name}-int4").symlink_to(models.folder / name)
-    return replace(models, quantized_folder=tmp_path, precision="int4", recipe="int4")
+    return replace(models, quantized_folder=tmp_path, precision="int4", preset="int4")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -136,17 +136,17 @@ def test_a_quantized_bundle_is_made_from_the_exported_one(
 ) -> None:
     made: list[Sequence[str]] = []
     monkeypatch.setattr(artifacts, "make", lambda command, what: made.append(command[3:]))
-    found = replace(models, quantized_folder=tmp_path, precision="int4", recipe="int4-k-quant")
+    found = replace(models, quantized_folder=tmp_path, precision="int4", preset="int4-k-quant")
     out = found.bundle(EXIT_LAYER)
     assert out == tmp_path / "exit-3-int4-k-quant"
     source = str(models.folder / "exit-3")
-    assert made == [["quantize", source, str(out), "--recipe", "int4-k-quant", "--no-report"]]
-    assert found.description == "int4, recipe int4-k-quant"
-    rounded = replace(found, recipe="int4", method="rtn")
+    assert made == [["quantize", source, str(out), "--preset", "int4-k-quant", "--no-report"]]
+    assert found.description == "int4, preset int4-k-quant"
+    rounded = replace(found, preset="int4", method="rtn")
     assert rounded.bundle(EXIT_LAYER).name == "exit-3-int4-rtn"
     assert made[1][-3:] == ["--method", "rtn", "--no-report"]
     assert rounded.description == "int4, rounded by rtn"
-    assert replace(found, recipe="int4").description == "int4"
+    assert replace(found, preset="int4").description == "int4"
     assert models.description == "fp32"
 
 
@@ -159,8 +159,8 @@ def test_bundles_of_older_sources_are_removed(models: Artifacts, tmp_path: Path)
     assert open_artifacts(models.checkpoint, tmp_path).folder == found.folder  # the same for every precision
 
 
-def test_a_recipe_without_a_precision_is_refused() -> None:
-    result = CliRunner().invoke(bench, ["--recipe", "int4"])
+def test_a_preset_without_a_precision_is_refused() -> None:
+    result = CliRunner().invoke(bench, ["--preset", "int4"])
     assert result.exit_code == 2
     assert "name a --precision" in result.output
 

@@ -177,10 +177,10 @@ def test_a_bundle_that_does_not_exist_is_a_misuse(tmp_path: Path, capsys: pytest
 def test_a_quantized_bundle_is_exact_on_this_machine(
     tiny_bundles: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int
 ) -> None:
-    from helpers.quantized import QuantizedBundles, recipe
+    from helpers.quantized import QuantizedBundles, preset
     from helpers.tiny_models import BASE
 
-    folder = QuantizedBundles(tmp_path)(tiny_bundles.bundle(BASE, 1), recipe(BlockFormat(bits)))
+    folder = QuantizedBundles(tmp_path)(tiny_bundles.bundle(BASE, 1), preset(BlockFormat(bits)))
     code, out = doctor(capsys, str(folder), "--json")
     assert code == 0
     facts = json.loads(out)
