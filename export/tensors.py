@@ -79,7 +79,7 @@ class ModelTensors:
         block_format = parts[0].format
         codes, scales = [part.codes for part in parts], [part.scales for part in parts]
         if source.row_heads:
-            zero = 1 << (block_format.bits - 1)  # the code of zero
+            zero = block_format.middle_code
             codes = [pad_heads(c, n, self.spec, zero) for c, n in zip(codes, source.row_heads, strict=True)]
             scales = [pad_heads(s, n, self.spec) for s, n in zip(scales, source.row_heads, strict=True)]
         return BlockTensor(block_format, np.concatenate(codes), np.concatenate(scales), None)

@@ -182,16 +182,13 @@ def _store(
 
 def _digest(tensor: Weight) -> str:
     """Return a hash of a matrix, its format included."""
-    parts: list[np.ndarray | None] = (
-        [tensor]
-        if not isinstance(tensor, BlockTensor)
-        else [tensor.packed_codes(), tensor.all_scales(), tensor.packed_zero_points()]
-    )
-    kind = (tensor.format, tensor.shape) if isinstance(tensor, BlockTensor) else tensor.shape
-    digest = hashlib.sha256(str(kind).encode())
+    if isinstance(tensor, BlockTensor):
+        kind, parts = str((tensor.format, tensor.shape)), list(tensor.packed_parts().values())
+    else:
+        kind, parts = str(tensor.shape), [tensor]
+    digest = hashlib.sha256(kind.encode())
     for part in parts:
-        if part is not None:
-            digest.update(np.ascontiguousarray(part).data)
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
 
 

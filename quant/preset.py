@@ -15,12 +15,13 @@ from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import ROWS, exit_matrices
 from shortstack.graphs.plan import SplitPlan
-from shortstack.graphs.precision import BlockFormat, KVType
+from shortstack.graphs.precision import CODE_TYPES, BlockFormat, KVType
 from shortstack.graphs.spec import ModelSpec
 
 Format = BlockFormat | None  # None: floats of the bundle's dtype
 
-FORMAT_NAMES = ("int4", "int8", "float")
+_BITS = {code_type.name: code_type.bits for code_type in CODE_TYPES.values()}
+FORMAT_NAMES = (*_BITS, "float")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +101,16 @@ class Assignment:
 
 
 def parse_format(name: str, block_size: int, is_symmetric: bool) -> Format:
-    """Return the format that the command line calls ``int4``, ``int8`` or ``float``.
+    """Return the format that the command line calls by one of FORMAT_NAMES.
 
     Raises:
         RequestError: Another name.
     """
     if name == "float":
         return None
-    if name not in FORMAT_NAMES:
+    if name not in _BITS:
         raise RequestError("format", found=name, expected=f"one of {', '.join(FORMAT_NAMES)}")
-    return BlockFormat(int(name[3:]), block_size, is_symmetric)
+    return BlockFormat(_BITS[name], block_size, is_symmetric)
 
 
 def assign(preset: Preset, spec: ModelSpec, plan: SplitPlan) -> Assignment:

@@ -99,10 +99,9 @@ class WeightStore:
             tensor: Its codes, scales and zero points.
             dtype: Float type of the scales: that of the activations.
         """
-        self.add(names.block_codes(name), tensor.packed_codes())
-        self.add(names.block_scales(name), tensor.all_scales().astype(dtype))
-        if (zero_points := tensor.packed_zero_points()) is not None:
-            self.add(names.block_zero_points(name), zero_points)
+        for part, array in tensor.packed_parts().items():
+            is_packed = array.dtype == np.uint8
+            self.add(names.block_part(name, part), array if is_packed else array.astype(dtype))
         self._blocks[name] = BlockMatrix(tensor.format, *tensor.shape)
 
     def blocks(self, name: str) -> BlockMatrix | None:
@@ -124,9 +123,9 @@ class WeightStore:
         """Give a stored tensor a second name, for a graph that calls it so."""
         if existing in self._blocks:
             self._blocks[name] = self._blocks[existing]
-            for part in (names.block_codes, names.block_scales, names.block_zero_points):
-                if part(existing) in self._tensors:
-                    self.alias(part(name), part(existing))
+            for part in names.BLOCK_PARTS:
+                if (stored := names.block_part(existing, part)) in self._tensors:
+                    self.alias(names.block_part(name, part), stored)
             return
         tensor = self._tensors[existing]
         self._tensors[name] = self._reference(tensor, name, tensor.shape)

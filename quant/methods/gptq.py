@@ -63,7 +63,7 @@ def _round_rows(
         zeros: Filled in likewise; None when symmetric.
     """
     width, size = left.shape[1], block_format.block_size
-    top = np.float32((1 << block_format.bits) - 1)
+    top = np.float32(block_format.largest_code)
     diagonal = np.diag(upper)
     importance = (1 / diagonal**2).astype(np.float32)
     for block in range(scales.shape[1]):
@@ -72,7 +72,7 @@ def _round_rows(
         scales[:, block] = scale
         if zeros is not None and zero is not None:
             zeros[:, block] = zero
-        origin = np.float32(1 << (block_format.bits - 1)) if zero is None else zero.astype(np.float32)
+        origin = np.float32(block_format.middle_code) if zero is None else zero.astype(np.float32)
         inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
         inside = np.ascontiguousarray(left[:, start:end].T)  # [size, rows]: a column is contiguous
         errors = np.empty_like(inside)

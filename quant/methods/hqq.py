@@ -45,11 +45,11 @@ def _fit(x: Floats, scale: Floats, zero: Floats | None, block_format: BlockForma
         zero: First zero points alike; None for symmetric blocks, whose scale is refined instead.
         block_format: Bits.
     """
-    top = np.float32((1 << block_format.bits) - 1)
-    origin = np.full_like(scale, 1 << (block_format.bits - 1)) if zero is None else zero
+    top = np.float32(block_format.largest_code)
+    origin = np.full_like(scale, block_format.middle_code) if zero is None else zero
     first = (np.where(scale == 0, np.float32(1), scale), origin)
     # The paper's beta is for weights of about 1: a block's largest error is then half of a step of about 1/8.
-    unit = np.abs(first[0]) * np.float32(1 << (block_format.bits - 1))
+    unit = np.abs(first[0]) * np.float32(block_format.middle_code)
     found, beta = first, _BETA
     for _ in range(_ITERATIONS):
         scale, origin = found

@@ -30,7 +30,7 @@ def with_offsets(
     inner = replace(block_format, has_offsets=False)
     x = into_blocks(weight, inner)  # [out, blocks, block_size]
     low, high = x.min(axis=2), x.max(axis=2)
-    step = (high - low) / np.float32((1 << block_format.bits) - 1)
+    step = (high - low) / np.float32(block_format.largest_code)
     step = np.where(step == 0, np.float32(1), step)
     shift = low - np.rint(low / step) * step  # [out, blocks], within half a step of zero
     base = round_matrix((x - shift[:, :, None]).reshape(weight.shape), inner, stats)

@@ -95,11 +95,10 @@ def open_session(model: onnx.ModelProto) -> ort.InferenceSession:
 
 
 def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.float64]:
-    """Packed rows as the kernels' documentation describes them: of two codes the first in the lower half."""
-    flat = packed.reshape(len(packed), -1)
-    if bits == 4:
-        flat = np.stack([flat & 15, flat >> 4], axis=2).reshape(len(packed), -1)
-    return flat[:, :count].astype(np.float64)
+    """Packed rows as the kernels' documentation describes them: the first code of a byte in its lowest bits."""
+    lowest_first = np.unpackbits(packed.reshape(len(packed), -1), axis=1, bitorder="little")
+    codes = lowest_first.reshape(len(packed), -1, bits) @ (1 << np.arange(bits))
+    return codes[:, :count].astype(np.float64)
 
 
 def read_matrix(folder: Path, name: str, width: int) -> npt.NDArray[np.float64]:

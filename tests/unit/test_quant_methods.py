@@ -6,9 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from helpers.quantized import unpacked
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.ir.block_tensor import BlockTensor
-from shortstack.graphs.precision import BLOCK_SIZES, BlockFormat
+from shortstack.graphs.precision import BLOCK_SIZES, CODE_TYPES, BlockFormat
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.method import METHODS
 from shortstack.quant.methods import awq
@@ -18,7 +19,7 @@ ROWS = 6
 ROUNDINGS = {method.name: method.round for method in METHODS.values() if not method.scales_layers}
 # Products in float32 instead of exact ones: twice its precision at the size of the weights.
 FLOAT32_RTOL = 2.4e-7
-FORMATS = [BlockFormat(*shape) for shape in itertools.product((4, 8), BLOCK_SIZES, (False, True))]
+FORMATS = [BlockFormat(*shape) for shape in itertools.product(CODE_TYPES, BLOCK_SIZES, (False, True))]
 WIDTHS = (256, 80, 33)  # whole blocks of every size; an even and an odd rest
 
 
@@ -39,14 +40,6 @@ def correlated_stats(rng: np.random.Generator, width: int, positions: int = 512)
     for part in np.array_split((x * np.exp(rng.uniform(-1.15, 1.15, width))).astype(np.float32), 3):
         builder.add(part)
     return builder.finish()
-
-
-def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.float64]:
-    """Read packed codes as the kernels' documentation describes them: the first of two codes in the lower half."""
-    flat = packed.reshape(len(packed), -1)
-    if bits == 4:
-        flat = np.stack([flat & 15, flat >> 4], axis=2).reshape(len(packed), -1)
-    return flat[:, :count].astype(np.float64)
 
 
 def step_per_weight(tensor: BlockTensor) -> Floats:
