@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shortstack.graphs import names
-from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
+from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.cast import cast
@@ -23,64 +23,52 @@ from shortstack.quant.kv_scales import measure_kv_scales
 from shortstack.quant.layers import Weight
 from shortstack.quant.method import find_method
 from shortstack.quant.preset import assign
-from shortstack.quant.quality import Quality, write_quality
-from shortstack.quant.quality_measure import judge
+from shortstack.quant.record import QuantizationRecord
 from shortstack.quant.rounding import LayerwiseRounding, Rounded
 from shortstack.quant.search import search
 from shortstack.quant.source import Source
 from shortstack.quant.spec import QuantizeSpec
-from shortstack.quant.texts import ROW_TOKENS, Texts, open_tokenizer, read_prompts, read_rows
+from shortstack.quant.texts import Rows, open_tokenizer, read_rows, row_length
 
 
-def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
+def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle:
     """Shrink a bundle.
 
     Args:
         request: What to quantize, and how.
+        stage: Starts a stage of the progress bar; None shows progress of its own.
 
     Returns:
-        The finished bundle, and how it compares with its source (None if that was not asked for).
+        The finished bundle; :func:`shortstack.quant.quality_report.make_report` compares it with its source.
 
     Raises:
         BundleError: The source cannot be read, or the output folder is in the way.
         RequestError: The source is quantized already, or an option does not fit.
     """
+    if stage is None:
+        with progress_stages() as stage:
+            return quantize_bundle(request, stage)
     check_free(request.out, request.overwrite)
     if request.out.resolve() == request.bundle.resolve():
         raise RequestError(f"{request.out} is the bundle to be quantized", remedy="choose another output folder")
     source = Source(open_bundle(request.bundle))
     method = find_method(request.preset.method)
-    manifest = source.bundle.manifest
-    dtype = request.dtype or manifest.dtype
     is_int8_cache = request.preset.kv_cache == "int8"
     is_weighed = method.uses_text or request.max_kl is not None
     is_layerwise = _check_layerwise(source.spec, is_weighed)
-    texts = _read_texts(source.bundle, request, is_weighed or is_int8_cache)
-    with progress_stages() as stage:
-        assignment = assign(request.preset, source.spec, manifest.plan)
-        if request.max_kl is not None:
-            assert texts.calibration is not None
-            assignment = search(source, method, assignment, texts.calibration, request.max_kl, stage)
-        with staged_folder(request.out, overwrite=request.overwrite) as folder:
-            scales: Mapping[str, np.ndarray] = {}
-            if is_int8_cache and not is_layerwise:
-                assert texts.calibration is not None
-                advance = stage("Running the float model", len(texts.calibration))
-                scales = measure_kv_scales(source.bundle, texts.calibration, advance)
-            rounding = LayerwiseRounding(
-                source, assignment, method, texts.calibration if is_layerwise else None, is_int8_cache
-            )
-            errors = _write(rounding, scales, dtype, folder, request, stage)
-            result = open_bundle(folder)
-            quality = None
-            if request.with_report:
-                quality = judge(source.bundle, result, texts, errors, request, stage)
-                write_quality(folder, quality)
-                written = dataclasses.replace(
-                    result.manifest, files=result.manifest.files | describe_files(folder, only={names.QUALITY_FILE})
-                )
-                write_manifest(folder, written)
-    return open_bundle(request.out), quality
+    rows = _read_calibration(source.bundle, request) if is_weighed or is_int8_cache else None
+    assignment = assign(request.preset, source.spec, source.bundle.manifest.plan)
+    if request.max_kl is not None:
+        assert rows is not None
+        assignment = search(source, method, assignment, rows, request.max_kl, stage)
+    with staged_folder(request.out, overwrite=request.overwrite) as folder:
+        scales: Mapping[str, np.ndarray] = {}
+        if is_int8_cache and not is_layerwise:
+            assert rows is not None
+            scales = measure_kv_scales(source.bundle, rows, stage("Running the float model", len(rows)))
+        rounding = LayerwiseRounding(source, assignment, method, rows if is_layerwise else None, is_int8_cache)
+        _write(rounding, scales, folder, request, rows, stage)
+    return open_bundle(request.out)
 
 
 def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
@@ -96,33 +84,24 @@ def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
     return not blind
 
 
-def _read_texts(bundle: Bundle, request: QuantizeSpec, is_calibrated: bool) -> Texts:
-    """Read what is needed, in rows that fit the bundle's context, so that a bad file is refused before long work."""
-    tokenizer, longest = open_tokenizer(bundle.folder), bundle.manifest.max_length
-    row_tokens = min(ROW_TOKENS, longest)
-    calibration = heldout = None
-    prompts: tuple[tuple[int, ...], ...] = ()
-    if is_calibrated:
-        calibration = read_rows(request.calibration, "--calibration", tokenizer, request.calibration_tokens, row_tokens)
-    if request.with_report:
-        heldout = read_rows(request.heldout, "--heldout", tokenizer, request.heldout_tokens, row_tokens)
-        found = read_prompts(request.heldout, "--heldout", tokenizer, request.prompts)
-        prompts = tuple(prompt[: max(1, longest // 2)] for prompt in found)  # room to continue
-    return Texts(calibration, heldout, prompts)
+def _read_calibration(bundle: Bundle, request: QuantizeSpec) -> Rows:
+    """Read the calibration text in rows that fit the bundle's context."""
+    length, tokens = row_length(bundle.manifest.max_length), request.calibration_tokens
+    return read_rows(request.calibration, "--calibration", open_tokenizer(bundle.folder), tokens, length)
 
 
 def _write(
     rounding: LayerwiseRounding,
     kv_scales: Mapping[str, np.ndarray],
-    dtype: DType,
     folder: Path,
     request: QuantizeSpec,
+    rows: Rows | None,
     stage: Stage,
-) -> Mapping[str, float]:
-    """Write all files of the bundle; return the error of each rounded matrix. Rounding may find further scales."""
+) -> None:
+    """Round the model and write all files of the bundle; rounding may find further scales of an int8 cache."""
     source = rounding.source
     manifest, spec = source.bundle.manifest, source.spec
-    plan, kv_cache = manifest.plan, request.preset.kv_cache
+    plan, kv_cache, dtype = manifest.plan, request.preset.kv_cache, request.dtype or manifest.dtype
     errors: dict[str, float] = {}
     with WeightStore(folder) as store:
         advance = stage(f"Rounding ({request.preset.method})", spec.num_hidden_layers + 3)
@@ -145,9 +124,17 @@ def _write(
             store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
         _store_id_maps(source, store)
         advance(3)
+    record = QuantizationRecord(
+        preset=request.preset.name,
+        method=request.preset.method,
+        source_weights_sha256=manifest.weights_sha256,
+        calibration=None if rows is None else f"{request.calibration.name}: {rows.size} tokens",
+        max_kl=request.max_kl,
+        errors=errors,
+    )
     graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
-    # A float16 copy made by `shortstack quantize` has a report: on itself, not on what is made of it.
-    copied = manifest.files.keys() - graphs - {names.WEIGHTS_FILE, names.QUALITY_FILE}
+    # A float16 copy made by `shortstack quantize` has a record and a report: on itself, not on what is made of it.
+    own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE}
     result = dataclasses.replace(
         manifest,
         dtype=dtype,
@@ -155,9 +142,8 @@ def _write(
         tools=manifest.tools | tool_versions(),
         precision=Precision(store.formats, kv_cache),
     )
-    files = {name: (source.bundle.folder / name).read_bytes() for name in copied}
-    write_bundle(folder, result, store, files, stage)
-    return errors
+    files = {name: (source.bundle.folder / name).read_bytes() for name in manifest.files.keys() - graphs - own}
+    write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage)
 
 
 def _store(

@@ -99,7 +99,7 @@ def random_bundle(spec: ModelSpec, exit_layers: Sequence[int], cache: Path) -> P
         del twin
         export_bundle(ExportSpec(f"{folder}/checkpoint", Path(folder) / "float", tuple(exit_layers)))
         shutil.rmtree(f"{folder}/checkpoint")
-        quantize_bundle(QuantizeSpec(Path(folder) / "float", out, _PRESET, with_report=False))
+        quantize_bundle(QuantizeSpec(Path(folder) / "float", out, _PRESET))
     return out
 
 

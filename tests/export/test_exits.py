@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -27,6 +26,8 @@ from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import MLP_NORM, exit_matrices
 from shortstack.graphs.plan import ExitSpec
+from shortstack.quant.quality_report import make_report
+from shortstack.quant.spec import ReportSpec
 from shortstack.runtime import DraftPolicy, load
 
 TIED = next(tiny for tiny in SWITCHES if tiny.name == "all-biases-tied")
@@ -171,11 +172,10 @@ def test_a_bundle_with_trained_exits_is_quantized_with_a_report(
     tiny_bundles: TinyBundles, tmp_path: Path, quantized: QuantizedBundles
 ) -> None:
     *_, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *OWN)
-    few: dict[str, Any] = {"heldout_tokens": 256, "prompts": 2, "continuation_tokens": 8}
-    rounded = quantized(bundle, preset(INT4), with_report=True, **few)
-    report = json.loads((rounded / names.QUALITY_FILE).read_text(encoding="utf-8"))
-    assert report["is_exact"]
-    assert set(report["result"]["exit_agreement"]) == {"1", "3"}
+    rounded = quantized(bundle, preset(INT4))
+    report = make_report(ReportSpec(bundle, rounded, heldout_tokens=256, prompts=2, continuation_tokens=8))
+    assert report.is_exact
+    assert set(report.result.exit_agreement) == {1, 3}
 
 
 # What a bundle with exits holds

@@ -27,7 +27,8 @@ from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.texts import CALIBRATION_TEXT
 from shortstack.quant import quality_measure
 from shortstack.quant.assemble import quantize_bundle
-from shortstack.quant.spec import QuantizeSpec
+from shortstack.quant.quality_report import make_report
+from shortstack.quant.spec import QuantizeSpec, ReportSpec
 from shortstack.quant.texts import open_tokenizer, read_rows
 from shortstack.runtime import DraftPolicy, ExitPolicy, Model, load, parse_criterion
 from shortstack.runtime.engine import stack as stacks
@@ -284,9 +285,8 @@ def test_a_report_counts_one_cache_per_producer_and_finds_drafts_exact(
     kv_bundles: KVBundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality_measure, "_peak_rss_bytes", lambda bundle: 1)  # takes a process each
-    few: dict[str, int] = {"calibration_tokens": 256, "heldout_tokens": 64, "prompts": 2, "continuation_tokens": 6}
-    source = source_of(kv_bundles, "sandwich-top")
-    _, quality = quantize_bundle(QuantizeSpec(source, tmp_path / "small", preset(INT8, "int8"), **few))
-    assert quality is not None
+    source, small = source_of(kv_bundles, "sandwich-top"), tmp_path / "small"
+    quantize_bundle(QuantizeSpec(source, small, preset(INT8, "int8"), calibration_tokens=256))
+    quality = make_report(ReportSpec(source, small, heldout_tokens=64, prompts=2, continuation_tokens=6))
     assert quality.formats["int8 KV cache"] == 3
     assert quality.is_exact

@@ -152,7 +152,7 @@ def test_a_searched_mix_stays_under_its_limit_and_a_larger_limit_is_cheaper(
     for number, max_kl in enumerate((1e-6, 0.02, 0.3, 100.0)):
         out = tmp_path / str(number)
         mix = preset(INT4)
-        quantize_bundle(QuantizeSpec(source, out, mix, calibration_tokens=TOKENS, max_kl=max_kl, with_report=False))
+        quantize_bundle(QuantizeSpec(source, out, mix, calibration_tokens=TOKENS, max_kl=max_kl))
         model = load(out)
         total = 0.0
         for row, expected in zip(measured, teachers, strict=True):

@@ -47,7 +47,7 @@ class QuantizedBundles:
         key = repr((bundle, mix, sorted(options.items())))
         if key not in self._made:
             out = self.folder / f"quantized-{len(self._made):03d}"
-            fields: dict[str, Any] = {"calibration_tokens": FEW_TOKENS, "with_report": False, **options}
+            fields: dict[str, Any] = {"calibration_tokens": FEW_TOKENS, **options}
             quantize_bundle(QuantizeSpec(bundle, out, mix, **fields))
             self._made[key] = out
         return self._made[key]

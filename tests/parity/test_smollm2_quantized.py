@@ -11,7 +11,8 @@ from shortstack.graphs.texts.prompts import prompts
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.presets import find_preset
 from shortstack.quant.quality import Quality
-from shortstack.quant.spec import QuantizeSpec
+from shortstack.quant.quality_report import make_report
+from shortstack.quant.spec import QuantizeSpec, ReportSpec
 from shortstack.runtime import DraftPolicy, Model, load
 from shortstack.runtime.commands.row_check import check_rows
 
@@ -32,18 +33,8 @@ def quantized(
     request: pytest.FixtureRequest, smollm2_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Quantized:
     out = tmp_path_factory.mktemp("quantized") / request.param
-    bundle, quality = quantize_bundle(
-        QuantizeSpec(
-            smollm2_bundle,
-            out,
-            find_preset(request.param),
-            calibration_tokens=4096,
-            heldout_tokens=4096,
-            prompts=2,
-            continuation_tokens=16,
-        )
-    )
-    assert quality is not None
+    bundle = quantize_bundle(QuantizeSpec(smollm2_bundle, out, find_preset(request.param), calibration_tokens=4096))
+    quality = make_report(ReportSpec(smollm2_bundle, out, heldout_tokens=4096, prompts=2, continuation_tokens=16))
     return Quantized(load(out), quality, sum(entry.bytes for entry in bundle.manifest.files.values()))
 
 
