@@ -63,7 +63,7 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
         if names.TOKENIZER_FILE not in files:
             raise CheckpointError(
                 f"{checkpoint.source} has no {names.TOKENIZER_FILE}",
-                remedy="save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+                remedy="save it next to the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
             )
         _check_tokenizer(checkpoint.source, files[names.TOKENIZER_FILE])
         draft_vocabs = {names.exit_weight(e.exit_layer, HEAD_IDS) for e in plan.exits if e.draft_vocab is not None}

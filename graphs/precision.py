@@ -7,9 +7,9 @@ scale and, when asymmetric, one integer zero point::
 
 A symmetric block has the zero point ``2^(bits - 1)`` without storing it.
 
-A zero point is an integer, as the fast kernels want it; GGUF's Q4_1 and Q4_K, for two, shift each block by any real
-number. *Offsets* are what is left of that shift, one number per block, stored as further columns of the same matrix
-behind the weights and multiplied with the sum of the block's inputs::
+A zero point is an integer, since the fast kernels take no other; GGUF's Q4_1 and Q4_K, for example, shift each block
+by any real number. *Offsets* are what is left of that shift, one number per block. They are stored as further columns
+of the same matrix, after the weights, and multiplied with the sum of the block's inputs::
 
     y = sum_k w_k x_k + sum_b offset_b (sum of x over block b)
 

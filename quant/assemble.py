@@ -72,7 +72,7 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
 
 
 def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
-    """Return whether the layers of a model can be run one by one; refuse to weigh weights by text where they cannot."""
+    """Return whether the layers of a model can be run one by one; refuse to calibrate where they cannot."""
     blind = [layer for layer in range(spec.num_hidden_layers) if not spec.sees_itself(layer)]
     if is_weighed and blind:
         raise UnsupportedError(
@@ -149,9 +149,9 @@ def _write(
 def _store(
     rounded: Rounded, dtype: DType, store: WeightStore, errors: dict[str, float], known: dict[str, str] | None = None
 ) -> None:
-    """Store what was rounded; with ``known``, names of matrices by their hash, equal ones once.
+    """Store what was rounded; with ``known``, the names of stored matrices by their hash, equal ones once.
 
-    Exits have equal heads unless a method looked at what each of them multiplies.
+    Exits have equal heads, unless a method rounded each head for its own inputs.
     """
     for name, tensor in rounded.tensors.items():
         same = name if known is None else known.setdefault(_digest(tensor), name)
@@ -160,7 +160,7 @@ def _store(
         elif isinstance(tensor, BlockTensor):
             store.add_blocks(name, tensor, dtype)
         elif name.endswith("_scale"):
-            store.add(name, tensor)  # of an int8 cache: float32 whatever the activations are
+            store.add(name, tensor)  # of an int8 cache: always float32
         else:
             store.add(name, cast(name, tensor, dtype))
     errors |= rounded.errors

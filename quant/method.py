@@ -1,4 +1,4 @@
-"""The rounding methods by the names of the command line: what each needs to see, and its steps."""
+"""The rounding methods by the names of the command line: what each needs, and its steps."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Method:
     Attributes:
         name: What the command line calls it.
         round: Rounds one matrix, see :mod:`shortstack.quant.methods`.
-        uses_text: Whether it looks at what matrices multiply, if there is calibration text.
-        needs_text: Whether it cannot do without.
+        uses_text: Whether it looks at the inputs of matrices, if there is calibration text.
+        needs_text: Whether it cannot work without calibration text.
         scales_layers: Whether AWQ's scaling of a layer comes first.
     """
 
@@ -52,7 +52,7 @@ def find_method(name: str) -> Method:
     """Return a method by name.
 
     Raises:
-        RequestError: There is none of that name.
+        RequestError: No method has that name.
     """
     if name not in METHODS:
         raise RequestError("--method is unknown", found=repr(name), expected=f"one of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""What a quantized bundle is to be: a preset, and the assignment of one format to each matrix that comes of it.
+"""What a quantized bundle is to be: a preset, and the assignment of one format to each matrix that follows from it.
 
 A preset speaks of parts, an assignment of matrices. A layer's matrix has one entry in an assignment, and a bundle
 stores it once: there is no way to say that a draft runs another layer than its verification. Only an exit's own
@@ -38,8 +38,8 @@ class Preset:
         first_rows: How many rows of the LM head, from the first, have another format: byte-pair merges are numbered by
             falling frequency, so these are the tokens that matter most.
         first_rows_format: Which; None where ``first_rows`` is 0.
-        draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head. What else exits have of
-            their own is int8 where ``weights`` are in blocks.
+        draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head. Other matrices
+            of exits are int8 where ``weights`` are in blocks.
         parts: Formats of single matrices of every layer, by names.LAYER_MATRICES.
         layers: Formats of all matrices of single layers, negative numbers counted from the top. Wins over ``parts``.
         kv_cache: Element type of the cache.
@@ -91,7 +91,7 @@ class Assignment:
         matrices: By name: embedding, untied LM head, every layer matrix. None: floats.
         draft_heads: By depth, exits whose head is a tensor of its own.
         first_rows: Rows of the LM head that have another format, and which; None where all have one.
-        exit_matrices: By name: what exits have of their own besides, branches and the parts of low-rank heads.
+        exit_matrices: By name: the exits' other own matrices, of branches and of low-rank heads.
     """
 
     matrices: Mapping[str, Format]
@@ -137,7 +137,7 @@ def assign(preset: Preset, spec: ModelSpec, plan: SplitPlan) -> Assignment:
         matrices[names.LM_HEAD] = preset.head
     draft_heads: dict[int, Format] = {}
     exit_formats: dict[str, Format] = {}
-    # A branch is small beside the layers below it, and rounding it costs accepted drafts: 8 bits.
+    # A branch is small compared with the layers below it, and rounding it costs accepted drafts: 8 bits.
     branch = None if preset.weights is None else BlockFormat(8, preset.weights.block_size)
     for exit_spec in plan.exits:
         depth_of_exit = exit_spec.exit_layer
@@ -150,7 +150,7 @@ def assign(preset: Preset, spec: ModelSpec, plan: SplitPlan) -> Assignment:
             if part != "head.weight":
                 exit_formats[names.exit_weight(depth_of_exit, part)] = wanted_head if part in ROWS else branch
     first_rows = None
-    # Of a small vocabulary all rows are first ones: then there is nothing to tell apart.
+    # In a small vocabulary all rows are first rows: then one format is enough.
     if preset.first_rows_format is not None and preset.head is not None and preset.first_rows < spec.vocab_size:
         first_rows = (preset.first_rows, preset.first_rows_format)
     return Assignment(matrices, draft_heads, first_rows, exit_formats)

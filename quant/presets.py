@@ -1,4 +1,4 @@
-"""The presets that have a name; measured on SmolLM2-135M-Instruct, see the README."""
+"""The presets, by name; measured on SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def find_preset(name: str) -> Preset:
     """Return a preset by name.
 
     Raises:
-        RequestError: There is none of that name.
+        RequestError: No preset has that name.
     """
     if name not in PRESETS:
         raise RequestError(

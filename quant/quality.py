@@ -36,7 +36,7 @@ class Quality:
 
     Attributes:
         preset: Its name; None where the bundle does not say how it was quantized.
-        method: How weights were rounded; None likewise.
+        method: How weights were rounded; None where the bundle does not say.
         formats: Number of matrices by format.
         calibration: File and tokens; None without calibration.
         heldout: File and tokens.

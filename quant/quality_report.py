@@ -74,7 +74,7 @@ def _check_pair(source: Bundle, result: Bundle, record: QuantizationRecord | Non
     before, after = source.manifest, result.manifest
     if record is not None:
         belongs = record.source_weights_sha256 == before.weights_sha256
-    else:  # of an older version: the same checkpoint, cut alike, is all that can be seen
+    else:  # of an older version: it only shows whether both come from one checkpoint, cut at the same exits
         belongs = before.precision.is_float and not after.precision.is_float
         belongs &= (before.source_sha256, before.spec, before.plan) == (after.source_sha256, after.spec, after.plan)
     if not belongs:

@@ -53,7 +53,7 @@ class LayerwiseRounding:
         assignment: The format of each matrix.
         method: How to round.
         rows: Calibration text, int64 [texts, seq]; None rounds without looking at text.
-        kv_scales: Whether the scales of an int8 cache are wanted too; needs ``rows``.
+        kv_scales: Whether to find the scales of an int8 cache too; needs ``rows``.
         follows_floats: Round each layer for the inputs that the float layers below give it, not the rounded ones.
         hidden: The residual stream of the calibration text, [texts, seq, hidden], after the layers rounded so far.
     """
@@ -71,7 +71,7 @@ class LayerwiseRounding:
     def layers(self) -> Iterator[Rounded]:
         """Round layer after layer."""
         spec, plan = self.source.spec, self.source.bundle.manifest.plan
-        # Other exits' heads multiply something else than the stream behind the final norm: they are rounded unseen.
+        # Other exits' heads multiply something else than the normalised stream: they are rounded without text.
         bare = {e.exit_layer for e in plan.exits if e.branch == "none" and e.norm == "final"}
         heads = bare & self.assignment.draft_heads.keys()
         if self.rows is not None:
@@ -105,7 +105,7 @@ class LayerwiseRounding:
             )
 
     def exits(self) -> Iterator[Rounded]:
-        """Round what exits have of their own besides heads; biases, norms and gates stay floats."""
+        """Round the exits' own matrices other than heads; biases, norms and gates stay floats."""
         source = self.source
         for exit_spec in source.bundle.manifest.plan.exits:
             for part in stored_parts(source.spec, exit_spec):
@@ -162,7 +162,7 @@ class LayerwiseRounding:
                 continue
             seen = stats.get(name)
             fitted = block_format.fitted(weight.shape[1])
-            # An untied embedding multiplies nothing: its rows are looked up, and their own error is all that counts.
+            # An untied embedding multiplies nothing: its rows are looked up, so only their own error counts.
             round_matrix = k_quant if seen is None and self.method.needs_text else self.method.round
             if fitted.has_offsets:
                 blocks = with_offsets(round_matrix, weight, fitted, seen)

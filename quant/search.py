@@ -33,13 +33,13 @@ _MLP = tuple(part for part in names.LAYER_MATRICES if part.startswith("mlp."))
 _WIDTHS = tuple(sorted(CODE_TYPES, reverse=True))  # bits, from the finest codes to the coarsest
 _MEASURED_TOKENS = 1024
 _HEAD_ROWS = 256
-# Held-out text is another text than the one searched on: aim a little lower than asked.
+# The report measures on another text than the search: aim a little lower than asked.
 _AIM = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What goes to another format together.
+    """Matrices that change their format together.
 
     Attributes:
         layer: The layer; None for the head and the embedding.
@@ -191,7 +191,7 @@ def cheapest_mix(
     int4 everywhere in the same order. Bisection finds the last step that still stays under the limit.
 
     Args:
-        order: Units, the one that bears low precision best first.
+        order: Units, the least sensitive first.
         kl: The divergence of a mix.
         limit: Largest allowed divergence.
         advance: Called with 1 after each mix.

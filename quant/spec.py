@@ -22,7 +22,7 @@ class QuantizeSpec:
     Attributes:
         bundle: The bundle to shrink.
         out: The bundle to write.
-        preset: What becomes of its parts.
+        preset: The format of each of its parts.
         dtype: Type of activations and of what is not in blocks; None keeps the bundle's.
         calibration: Text that calibrated methods look at.
         calibration_tokens: How much of it.

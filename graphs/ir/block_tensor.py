@@ -5,7 +5,7 @@
     codes       uint8 [rows, width]                one code each, 0 .. 2^bits - 1
     packed      uint8 [rows, blocks, block_bytes]  8 / bits codes a byte, the first one in the lowest bits
     scales      float [rows, blocks]
-    zero points uint8 [rows, blocks]               packed along blocks likewise; absent when symmetric
+    zero points uint8 [rows, blocks]               packed along blocks in the same way; absent when symmetric
 
 Offsets (graphs/precision.py) are a matrix of their own here, [rows, blocks], in blocks of the same kind; packed, its
 blocks stand behind those of the weights.

@@ -25,7 +25,7 @@ _ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class BlockMatrix:
-    """What a graph must know of a matrix [rows, width] stored in blocks; its tensors have the names of its parts."""
+    """What a graph must know about a matrix [rows, width] in blocks; :func:`names.block_part` names its tensors."""
 
     format: BlockFormat
     rows: int
@@ -114,7 +114,7 @@ class WeightStore:
         return {name: matrix.format for name, matrix in self._blocks.items()}
 
     def reshaped(self, name: str, shape: tuple[int, ...]) -> ir.ExternalTensor:
-        """Return a stored tensor's bytes under another shape, for an operator that wants them so."""
+        """Return a stored tensor's bytes under another shape, for an operator that takes them so."""
         tensor = self._tensors[name]
         label = f"{name}.{'x'.join(map(str, shape))}"
         return self._reference(tensor, label, ir.Shape(shape))

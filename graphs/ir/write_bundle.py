@@ -1,7 +1,6 @@
-"""The last step of whatever writes a bundle: from stored weights to graphs, further files and bundle.json.
+"""The last step of writing a bundle: from stored weights to graphs, further files and bundle.json.
 
-Whoever calls it has filled a :class:`WeightStore` and knows the model; ``export`` and ``quantize`` do not differ after
-that.
+``export`` and ``quantize`` each fill a :class:`WeightStore` in their own way; from there on they do the same.
 """
 
 from __future__ import annotations

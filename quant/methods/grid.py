@@ -19,7 +19,7 @@ def search_grid(x: Floats, importance: Floats, block_format: BlockFormat) -> tup
     Each candidate range gives codes, those give the best scale by weighted least squares, s = sum(w x c) / sum(w c^2)
     with c = code - zero point, and the candidate with the least sum(w (x - s c)^2) wins: the search of llama.cpp's
     k-quants (``make_qx_quants`` and ``make_qkx2_quants`` in ggml-quants.c), but with an integer zero point, which
-    rounding afterwards would throw away much of (onnxruntime's ``quant_tensor_k_quant_cpu`` does that).
+    rounding it afterwards would lose much of (onnxruntime's ``quant_tensor_k_quant_cpu`` does that).
 
     Args:
         x: The weights, float32 [rows, size], size at most the block size.
@@ -71,7 +71,7 @@ def _candidates(low: Floats, high: Floats, block_format: BlockFormat) -> list[tu
     found = []
     for shrink in shrinks:
         scale = whole * np.float32(shrink)
-        # A narrower range is cut alike at both ends.
+        # A narrower range is cut equally at both ends.
         centre = np.rint((low + high) / (-2 * scale) + top / 2)
         found += [(scale, np.clip(centre + shift, 0, top).astype(np.float32)) for shift in _ZERO_SHIFTS]
     return found

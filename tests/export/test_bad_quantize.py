@@ -1,4 +1,4 @@
-"""What a quantization that cannot be meets: one line that says what is wrong, exit code 2, and nothing written."""
+"""A quantization that cannot work is refused: one line that says what is wrong, exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_text_that_is_not_there_is_named(refuses: RefusedQuantize, tmp_path: P
 
 
 @pytest.mark.parametrize("version", [0, 99])
-def test_a_bundle_of_a_newer_format_is_named(bundle: Path, refuses: RefusedQuantize, version: int) -> None:
+def test_a_bundle_of_another_format_version_is_named(bundle: Path, refuses: RefusedQuantize, version: int) -> None:
     path = bundle / names.MANIFEST_FILE
     edit_json(path, format_version=version)
     edit_json(path, digest=manifest._digest(json.loads(path.read_text(encoding="utf-8"))))

@@ -166,8 +166,8 @@ def test_scales_lie_a_little_above_the_models_own_keys_and_values(
     owners = producers(spec.kv_map, 0, LAYERS)
     wanted = {names.kv_scale(layer, part) for layer in owners for part in names.KV_PARTS}
     assert {name for name in stored if name.endswith("_scale")} == wanted
-    teacher = load(source).activations(text_of(source, 256))
-    for layer, (part, seen) in product(owners, zip(names.KV_PARTS, (teacher.keys, teacher.values), strict=True)):
+    ran = load(source).activations(text_of(source, 256))
+    for layer, (part, seen) in product(owners, zip(names.KV_PARTS, (ran.keys, ran.values), strict=True)):
         scale = stored[names.kv_scale(layer, part)].read(small).reshape(spec.num_key_value_heads, 2, -1)
         half = spec.head_dim // 2
         assert (scale[..., half:] <= 1e-8).all(), "columns that pad a head hold zeros"

@@ -153,7 +153,7 @@ def test_a_report_without_a_bundle_is_refused_with_the_command_that_makes_one(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
-def test_options_that_a_report_alone_does_not_heed_are_refused(
+def test_options_that_a_report_alone_does_not_use_are_refused(
     sound: Path, finished: Path, refused: Refused, options: tuple[str, ...], named: str
 ) -> None:
     command = ["quantize", sound, finished, "--report-only", *options]

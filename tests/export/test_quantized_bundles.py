@@ -1,4 +1,4 @@
-"""Quantized tiny bundles: they compute what floats of the same values do, and hold what manifest and inspect say."""
+"""Quantized tiny bundles compute what floats of the same values compute, and hold what manifest and inspect say."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def with_weights_of(source: Path, quantized: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("kv_cache", ["float", "int8"])
 @pytest.mark.parametrize("tiny", MODELS, ids=lambda tiny: tiny.name)
-def test_blocks_compute_what_floats_of_the_same_values_do(
+def test_blocks_compute_what_floats_of_the_same_values_compute(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, tmp_path: Path, tiny: TinyModel, kv_cache: KVType
 ) -> None:
     source = tiny_bundles.bundle(tiny, 1)
@@ -92,7 +92,7 @@ def test_blocks_compute_what_floats_of_the_same_values_do(
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_other_block_sizes_compute_what_floats_of_the_same_values_do(
+def test_other_block_sizes_compute_what_floats_of_the_same_values_compute(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, tmp_path: Path, bits: int, block_size: int
 ) -> None:
     source = tiny_bundles.bundle(BASE, 1)

@@ -116,7 +116,7 @@ def test_stored_bytes_are_those_of_the_packed_tensors(
         assert fitted.stored_bytes(rows, width, np.dtype(scale_dtype).itemsize) == expected, fitted
 
 
-def test_a_precision_survives_json_and_refuses_what_is_none() -> None:
+def test_a_precision_survives_json_and_refuses_what_is_not_one() -> None:
     precision = Precision({"b": BlockFormat(4, 64, True), "a": BlockFormat(8, has_offsets=True)}, "int8")
     data = precision.to_json()
     assert list(data["weights"]) == ["a", "b"]

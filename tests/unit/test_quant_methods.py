@@ -161,7 +161,7 @@ def test_gptq_refuses_to_round_without_inputs() -> None:
 
 @pytest.mark.parametrize("inputs", ["none seen", "some never fire", "all alike"])
 @pytest.mark.parametrize("block_format", [BlockFormat(4), BlockFormat(8, 16, True)], ids=str)
-def test_gptq_bears_inputs_that_say_little(inputs: str, block_format: BlockFormat, rng: np.random.Generator) -> None:
+def test_gptq_copes_with_sparse_inputs(inputs: str, block_format: BlockFormat, rng: np.random.Generator) -> None:
     weight = weights(rng, ROWS, 64)
     gram = {
         "none seen": np.zeros((64, 64)),
@@ -191,7 +191,7 @@ def test_zero_and_constant_blocks_stay_what_they_are(
 
 
 @pytest.mark.parametrize("method", ROUNDINGS)
-def test_rows_are_rounded_alike_whatever_stands_beside_them(method: str, rng: np.random.Generator) -> None:
+def test_a_row_is_rounded_the_same_alone_and_among_others(method: str, rng: np.random.Generator) -> None:
     weight, stats = weights(rng, 8, 96), correlated_stats(rng, 96)
     alone = ROUNDINGS[method](weight[5:6].copy(), BlockFormat(4), stats).dequantize()
     together = ROUNDINGS[method](weight, BlockFormat(4), stats).dequantize()
