@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import option_group, refuse_given
+from shortstack.command_options import Command, option_group, refuse_given
+from shortstack.command_paths import BundlePath
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.spec import DType
 from shortstack.quant.options import (
@@ -25,8 +26,8 @@ from shortstack.quant.options import (
 _DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.command(cls=Command)
+@click.argument("bundle", type=BundlePath(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @mixing_options
 @option_group(
