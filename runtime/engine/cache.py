@@ -95,7 +95,7 @@ class KVCache:
                 expected=f"at most {self.max_length}",
                 remedy="shorten the prompt, or export with a larger --max-length",
             )
-        # Graphs may write one spare row behind the last position (Precision.has_spare_row).
+        # Graphs may write one spare row after the last position (Precision.has_spare_row).
         capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length) + SPARE_ROWS
         shape = (1, self._kv_heads, capacity, self._head_dim)
         self.generation += 1  # first, so that no binding keeps using the old buffers if memory runs out halfway
