@@ -1,7 +1,7 @@
 """A generation as a value: the prompt, how to decode, how to choose tokens, when to end.
 
 The Python calls, the command line, the benchmark's workers and a server all create the same :class:`Request`. The way
-to decode is one of three values, so nobody can write two that do not go together::
+to decode is one of three values, so a request cannot ask for two ways at once::
 
     Plain()                                       every token through every layer
     Speculate(exit_layer=8, draft=DraftPolicy(4)) an exit drafts, the whole model verifies; the output of Plain()
