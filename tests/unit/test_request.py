@@ -1,4 +1,4 @@
-"""A request as a value, and the short forms of the Python calls that make one."""
+"""A request as a value, and the short forms of the Python calls that create one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_single_sampling_options_are_gathered() -> None:
     assert make_request("Hi", sampling=None).sampling == SamplingParams()
 
 
-def test_everything_else_reaches_the_request_as_it_is() -> None:
+def test_all_other_options_reach_the_request_unchanged() -> None:
     options: dict[str, Any] = {
         "max_new_tokens": 3,
         "stop": ("x",),
