@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from shortstack.runtime.decode.choice import Choice, make_choice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
-from shortstack.runtime.decode.drafters import ExitDrafter
+from shortstack.runtime.decode.drafters import Drafter, ExitDrafter
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
@@ -35,7 +35,7 @@ class Loops:
 
     def __init__(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
-        self._lengths: dict[tuple[int, DraftPolicy], DraftLength] = {}
+        self._lengths: dict[tuple[type[Drafter], int, DraftPolicy], DraftLength] = {}
         self._caps: dict[tuple[int | None, tuple[int, ...]], PendingCap] = {}
         self._ways: dict[tuple[int, ...], WayCosts] = {}
         self._thresholds: dict[tuple[tuple[int, ...], Adaptive], AdaptiveThreshold] = {}
@@ -64,8 +64,9 @@ class Loops:
     def _speculative(
         self, stack: Stack, choice: Choice, stats: Stats, limit: int, policy: DraftPolicy
     ) -> Iterator[Step]:
-        length = self._lengths.setdefault((stack.exit_layer, policy), DraftLength(policy))
-        return speculative(stack, self._sequence, choice, stats, limit, length, ExitDrafter(stack, choice))
+        drafter = ExitDrafter(stack, choice)
+        length = self._lengths.setdefault((type(drafter), stack.exit_layer, policy), DraftLength(policy))
+        return speculative(stack, self._sequence, choice, stats, limit, length, drafter)
 
     def _early_exit(
         self,

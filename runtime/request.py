@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack, get_args
 
 from shortstack.graphs.errors import RequestError
@@ -130,8 +131,9 @@ class Request:
     template_variables: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise RequestError("max_new_tokens", found=self.max_new_tokens, expected="1 or more")
+        is_count = isinstance(self.max_new_tokens, Integral) and not isinstance(self.max_new_tokens, bool)
+        if not is_count or self.max_new_tokens < 1:
+            raise RequestError("max_new_tokens", found=repr(self.max_new_tokens), expected="a whole number, 1 or more")
         if (
             isinstance(self.strategy, ExitEarly)
             and self.strategy.policy.verify == "rollback"

@@ -20,9 +20,6 @@ from shortstack.graphs.spec import ModelSpec
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and the bytes in total."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-"""The files that :meth:`Checkpoint.files` may return and that are copied into a bundle."""
-
 
 @dataclass(frozen=True, slots=True)
 class StoredBlocks:
@@ -106,7 +103,7 @@ class Checkpoint(Protocol):
         """
 
     def files(self) -> dict[str, bytes]:
-        """Return the content of the :data:`TOKENIZER_FILES` that exist; ``generation_config.json`` is always included.
+        """Return the content of those of ``names.TEXT_FILES`` that exist; ``generation_config.json`` always does.
 
         Raises:
             CheckpointError: One of them is damaged.

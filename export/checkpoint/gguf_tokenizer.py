@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from shortstack.export.checkpoint.config import Config, not_one_of
 from shortstack.export.checkpoint.gguf_pretokenizers import SPLITS, Split
+from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
 T = TypeVar("T", str, int, float)
@@ -84,8 +85,8 @@ def tokenizer_files(metadata: Config) -> dict[str, bytes]:
     if template is not None:
         config["chat_template"] = template
     return {
-        "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+        names.TOKENIZER_FILE: tokenizer.to_str().encode(),
+        names.TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
     }
 
 

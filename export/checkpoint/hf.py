@@ -16,7 +16,6 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from shortstack.export.checkpoint.checkpoint import (
-    TOKENIZER_FILES,
     Progress,
     StoredBlocks,
     StoredExit,
@@ -26,6 +25,7 @@ from shortstack.export.checkpoint.checkpoint import (
 from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.names import TEXT_FILES
 from shortstack.graphs.spec import ModelSpec
 
 WEIGHTS_FILE = "model.safetensors"
@@ -117,7 +117,7 @@ class HuggingFaceCheckpoint:
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that exist, and always a generation config."""
-        paths = {name: member(self.folder_or_file, name) for name in TOKENIZER_FILES}
+        paths = {name: member(self.folder_or_file, name) for name in TEXT_FILES}
         found = {name: _read(path) for name, path in paths.items() if path is not None}
         return complete_files(found, self.config, str(self.folder_or_file))
 

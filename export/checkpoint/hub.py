@@ -13,11 +13,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from shortstack.export.checkpoint.checkpoint import TOKENIZER_FILES
 from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.names import TEXT_FILES
 
 # `*` also matches `/`: the prefix keeps copies in subfolders, such as original/model.safetensors, from being fetched.
-_PATTERNS = ("config.json", *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+_PATTERNS = ("config.json", *TEXT_FILES, "model*.safetensors", "model.safetensors.index.json")
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:

@@ -21,7 +21,6 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from shortstack.export.checkpoint.checkpoint import (
-    TOKENIZER_FILES,
     Progress,
     StoredBlocks,
     StoredExit,
@@ -43,6 +42,7 @@ from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.exit_parts import exit_parts
+from shortstack.graphs.names import TEXT_FILES
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 
@@ -115,7 +115,7 @@ class MegatronCheckpoint:
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that the user added to the folder, and a generation config."""
-        found = {name: content for name in TOKENIZER_FILES if (content := self._read(name)) is not None}
+        found = {name: content for name in TEXT_FILES if (content := self._read(name)) is not None}
         if names.TOKENIZER_FILE not in found:
             raise CheckpointError(
                 f"{self._homes[-1]} has no {names.TOKENIZER_FILE}, and Megatron saves no tokenizer",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from shortstack.export.checkpoint.config import Config, parse_json_object
+from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
 
 
@@ -20,16 +21,16 @@ def complete_files(found: dict[str, bytes], config: Config, where: str) -> dict[
         CheckpointError: A JSON file among them is damaged, or the chat template has an unknown form.
     """
     files = dict(found)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in (names.TOKENIZER_FILE, names.TOKENIZER_CONFIG_FILE, names.GENERATION_CONFIG_FILE):
         if name in files:
             parse_json_object(files[name], f"{where}/{name}")
-    if "chat_template.jinja" not in files and "tokenizer_config.json" in files:
+    if names.CHAT_TEMPLATE_FILE not in files and names.TOKENIZER_CONFIG_FILE in files:
         name = f"{where}/tokenizer_config.json"
-        template = chat_template(Config(parse_json_object(files["tokenizer_config.json"], name), name))
+        template = chat_template(Config(parse_json_object(files[names.TOKENIZER_CONFIG_FILE], name), name))
         if template is not None:
-            files["chat_template.jinja"] = template.encode()
-    if "generation_config.json" not in files:
-        files["generation_config.json"] = generation_config(config)
+            files[names.CHAT_TEMPLATE_FILE] = template.encode()
+    if names.GENERATION_CONFIG_FILE not in files:
+        files[names.GENERATION_CONFIG_FILE] = generation_config(config)
     return files
 
 

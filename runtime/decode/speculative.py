@@ -91,6 +91,7 @@ def _round(
     stack.put(0, sequence.tokens[-1])
     draft = drafter.draft(past, sequence.tokens, wanted, length.least_confidence)
     drafts = list(draft.proposals)
+    assert len(drafts) <= wanted, f"the drafter proposed {len(drafts)} tokens where {wanted} were asked for"
     rows = len(drafts)
     if rows == 0 or (length.has_bonus and rows < max_rows):
         rows += 1

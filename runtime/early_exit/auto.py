@@ -86,7 +86,9 @@ class AutoCatchUp:
 
     def fill_pending(self, rows: int) -> None:
         """See :meth:`CatchUp.fill_pending`."""
+        started = time.perf_counter()
         self._made[self._way].fill_pending(rows)
+        self._elapsed_s += time.perf_counter() - started
 
     def close(self) -> None:
         """See :meth:`CatchUp.close`."""

@@ -124,6 +124,8 @@ class _Parser:
         if self._take("["):
             while True:
                 layer = self._integer()
+                if layer in by_exit:
+                    raise self._error(str(layer), "an exit that has no threshold yet")
                 self._need(":")
                 by_exit[layer] = self._number()
                 if not self._take(","):

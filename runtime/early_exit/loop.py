@@ -115,11 +115,11 @@ class EarlyExit:
 
     def _first(self) -> Step:
         """Decide the first token from the prompt."""
-        if self._policy.prefill_exit and (step := self._leave_from_prompt()) is not None:
-            return step
+        if self._policy.prefill_exit:
+            return self._leave_from_prompt()
         return self._emit(prefill(self._stack, self._sequence, self._choice, self._stats), self._last, 0, 0)
 
-    def _leave_from_prompt(self) -> Step | None:
+    def _leave_from_prompt(self) -> Step:
         """Run the prompt up to the first exit that is sure, or else through all levels; return the first step."""
         started = time.perf_counter()
         prompt = _PendingPrompt(self._stack, self._sequence.tokens[self._sequence.cached :], self._sequence.cached)

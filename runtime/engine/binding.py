@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from shortstack.graphs.errors import BundleError
-from shortstack.runtime.engine.session import Device
+from shortstack.runtime.engine.session import Device, one_line
 
 Tensor: TypeAlias = np.ndarray | ort.OrtValue
 
@@ -54,9 +54,8 @@ class Binding:
         try:
             self._run(self._binding)
         except Exception as error:
-            first_line = str(error).splitlines()[0][:300]
             raise BundleError(
-                f"onnxruntime {ort.__version__} failed while running a graph: {first_line}",
+                f"onnxruntime {ort.__version__} failed while running a graph: {one_line(error)}",
                 remedy="check the bundle with --verify and `shortstack parity`, and how much memory is free",
             ) from error
 

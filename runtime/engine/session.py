@@ -128,9 +128,8 @@ def open_sessions(
         try:
             session = ort.InferenceSession(str(path), options, providers=names)
         except Exception as error:
-            first_line = re.sub(r"\s+", " ", str(error)).strip()[:300]
             raise BundleError(
-                f"{path} cannot be loaded by onnxruntime {ort.__version__}: {first_line}",
+                f"{path} cannot be loaded by onnxruntime {ort.__version__}: {one_line(error)}",
                 remedy="copy the bundle again as a whole, or re-export it",
             ) from None
         if session.get_providers()[0] != names[0]:  # onnxruntime falls back to the CPU with a warning
@@ -153,6 +152,11 @@ def open_sessions(
         describe_threads(lower_threads, upper_threads),
     )
     return sessions, devices
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of what onnxruntime says of an error, on one line."""
+    return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__
 
 
 def _ports(arguments: Sequence[Any]) -> tuple[Port, ...]:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from shortstack.export.twin.folder import config_of
 from shortstack.export.twin.model import Twin
+from shortstack.graphs import names
 from shortstack.graphs.bundle import staged_folder
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import ModelSpec
@@ -66,11 +67,13 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec, initializer_range
     with staged_folder(folder) as staged:
         config = config_of(spec) | {"initializer_range": initializer_range}
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(str(staged / "tokenizer.json"))
+        tokenizer.save(str(staged / names.TOKENIZER_FILE))
         described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": None}
-        (staged / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (staged / names.TOKENIZER_CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         end_id = tokenizer.token_to_id(END)
-        (staged / "generation_config.json").write_text(json.dumps({"eos_token_id": end_id}) + "\n", encoding="utf-8")
+        (staged / names.GENERATION_CONFIG_FILE).write_text(
+            json.dumps({"eos_token_id": end_id}) + "\n", encoding="utf-8"
+        )
     return parameters
 
 

@@ -37,6 +37,7 @@ from tokenizers import Tokenizer
 
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
+from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import check_boundaries
 from shortstack.samples.bench.report import machine, progress
@@ -181,7 +182,7 @@ def main(
         )
     prepare(out, data, spec)
     quality = run_all(out, spec, seeds, pick_device(device), jobs, threads)
-    tokenizer = Tokenizer.from_file(str(out / "start" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(out / "start" / names.TOKENIZER_FILE))
     text, asked = tokenizer.encode("".join(questions(out, spec.held_out_rows))).ids, questions(out, count)
     progress("speed")
     measured = measure_bundles(out, spec, speed, text, asked)

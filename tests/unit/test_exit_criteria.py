@@ -163,6 +163,7 @@ def test_a_criterion_written_as_text_is_read_back_the_same(
         ("top_prob >= 1e999", "threshold of top_prob is out of range"),
         ("entropy <= -1", "threshold of entropy is out of range"),
         ("similarity >= -2", "threshold of similarity is out of range"),
+        ("top_prob >= 0.5 [4: 0.9, 4: 0.5]", "found: 4, expected: an exit that has no threshold yet"),
         ("top_prob >= 0.5 [4: -1]", "threshold of top_prob is out of range"),
         ("top_prob >= 0.5 ~ 0", "decay of top_prob"),
         ("entropy <= 0.5 ~ 4", "entropy has no decay"),

@@ -52,6 +52,8 @@ def test_short_forms_make_the_strategy_that_they_describe(options: dict[str, Any
         ({"temperature": 0.5, "sampling": SamplingParams()}, ("temperature",)),
         ({"temperature": -1.0}, ("temperature",)),
         ({"max_new_tokens": 0}, ("max_new_tokens", "1 or more")),
+        ({"max_new_tokens": 2.5}, ("max_new_tokens", "a whole number")),
+        ({"max_new_tokens": True}, ("max_new_tokens", "a whole number")),
         ({"max_tokens": 3}, ("unknown option max_tokens", "max_new_tokens")),
         (
             {"exits": ExitPolicy(POLICY.criterion, verify="rollback", rollback_below=0.1), "temperature": 1.0},
