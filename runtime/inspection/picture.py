@@ -1,4 +1,4 @@
-"""The stack as a picture: where each bar, line and label of `shortstack inspect --html` stands. Knows no SVG.
+"""The stack as a picture: where each bar, line and label of `shortstack inspect --html` is drawn. Knows no SVG.
 
 ::
 
@@ -7,7 +7,7 @@
             │ LM head   │                    column   area follows bytes, but for blocks with a zigzag, cut short
             ├───────────┤
      ┌────> │ layer 3   │ ┐
-     │┌───> │ layer 2   │ ┘ segment 1             an arrow down beside layers: they run in passes
+     │┌───> │ layer 2   │ ┘ segment 1             an arrow down next to layers: they run in passes
      │      ├ ─ hidden ─┼──────> exit 2      right    exits; width of a head follows its rows
      │└── ▪ │ layer 1   │ ┐
      └─── ▪ │ layer 0   │ ┘ segment 0

@@ -1,4 +1,4 @@
-"""The page of `generate --report`: what stands on it, that it loads nothing, and how a real browser shows it."""
+"""The page of `generate --report`: what it shows, that it loads nothing, and how a real browser shows it."""
 
 from __future__ import annotations
 

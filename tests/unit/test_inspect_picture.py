@@ -156,11 +156,11 @@ def test_many_iterated_groups_are_counted_where_their_layers_do_not_fit(make_bun
 
 
 @pytest.mark.parametrize("exits", [(3,), (1, 3), (3, 5)])
-def test_lines_of_text_beside_the_column_do_not_overlap(exits: tuple[int, ...], make_bundle: MakeBundle) -> None:
+def test_lines_of_text_next_to_the_column_do_not_overlap(exits: tuple[int, ...], make_bundle: MakeBundle) -> None:
     spec = tiny_spec(8, kv_map=(0, 2, 2, 4, 4, 7, 7, 7))
     picture = draw_stack(report_of(make_bundle(spec, *map(ExitSpec, exits))))
-    beside = next(label.x for label in picture.labels if label.text.startswith("exit after"))
-    baselines = sorted(label.y for label in picture.labels if label.x == beside)
+    right = next(label.x for label in picture.labels if label.text.startswith("exit after"))
+    baselines = sorted(label.y for label in picture.labels if label.x == right)
     assert len(baselines) >= 3 * len(exits) + 2
     assert all(below - above >= 13 for above, below in pairwise(baselines))
 

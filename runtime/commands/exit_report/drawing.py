@@ -1,4 +1,4 @@
-"""Where each bar, point and label of the report's charts stands. Knows no SVG; the shapes are those of `inspect`.
+"""Where each bar, point and label of the report's charts is drawn. Knows no SVG; the shapes are those of `inspect`.
 
 Units are those of the view box, y grows downwards.
 """
@@ -17,7 +17,7 @@ _BAR_X, _BAR_WIDTH, _ROW, _BAR_HEIGHT, _BAR_TOP = 124.0, 168.0, 28.0, 18.0, 26.0
 _LEFT, _RIGHT, _TOP, _HEIGHT = 50.0, 466.0, 46.0, 190.0
 _BOTTOM = _TOP + _HEIGHT
 _CIRCLE = 4.0
-_TITLE_Y = 14.0  # baseline of what stands above a chart
+_TITLE_Y = 14.0  # baseline of the text above a chart
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Axis:
         return [index * self.step for index in range(int(self.end / self.step + 1e-6) + 1)]
 
     def share(self, value: float) -> float:
-        """Return where a value stands, 0..1."""
+        """Return where a value lies, 0..1."""
         return min(max(value / self.end, 0.0), 1.0)
 
 

@@ -34,7 +34,7 @@ class ReportToken:
         position: From 0.
         token: As it was streamed.
         css: Colour class of its depth.
-        is_shared: The other generation has it, too, once the two are aligned.
+        is_shared: The other generation has it too, once the two are aligned.
     """
 
     position: int

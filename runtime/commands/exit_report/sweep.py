@@ -1,6 +1,6 @@
-"""The same request at other thresholds: the curve of quality over speed that one criterion can reach.
+"""The same request at other thresholds: which quality one criterion reaches at which speed.
 
-Only a criterion with one threshold has such a curve: one measure, or one among counts and bounds on depth, with the
+Only a criterion with one threshold can vary: one measure, or one among counts and bounds on depth, with the
 same threshold at all exits. It is found and replaced; the rest of the criterion stays. The request's own threshold is
 not run again: the report has its figures, and a setting has one speed.
 """
@@ -55,7 +55,7 @@ class SweepPoint:
 
 
 def varied_bound(criterion: Criterion) -> Bound | None:
-    """Return the one bound of a criterion that can vary; None where there is none, or more than one."""
+    """Return the one bound of a criterion that can vary; None unless there is exactly one."""
     bounds = list(_bounds(criterion))
     return bounds[0] if len(bounds) == 1 and not bounds[0].threshold.by_exit else None
 
