@@ -94,6 +94,12 @@ def test_each_line_ends_in_its_name_and_its_final_value() -> None:
     assert high - low >= 0.06 - 1e-9
 
 
+def test_the_title_says_how_much_was_seen_in_which_time() -> None:
+    assert training_figure(HISTORY, "LayerSkip").get_suptitle() == "LayerSkip: 60 k tokens in 90 s"
+    long = History([], [], 1_271_563, 3360.0)
+    assert training_figure(long, "LayerSkip").get_suptitle() == "LayerSkip: 1.27 M tokens in 56 min"
+
+
 def test_losses_are_shown_as_logged_and_smoothed_with_units() -> None:
     left, right = training_figure(HISTORY, "LayerSkip").axes
     raw = [line for line in left.lines if line.get_label().startswith("_")]
@@ -110,7 +116,9 @@ def test_a_short_run_is_drawn_as_logged(tmp_path: Path) -> None:
     left, _ = training_figure(history, "LayerSkip").axes
     assert (left.get_title(), left.get_yscale(), len(left.lines)) == ("training", "linear", 1)
     draw(history, tmp_path / "training.png", "LayerSkip")
-    draw(History(), tmp_path / "nothing.png", "LayerSkip")
+    nothing = training_figure(History(), "Closed form")
+    assert [[text.get_text() for text in axes.texts] for axes in nothing.axes] == [["nothing was logged"]] * 2
+    draw(History(), tmp_path / "nothing.png", "Closed form")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["nothing.png", "training.png"]
 
 
@@ -132,7 +140,7 @@ def test_a_curve_shows_entries_above_its_usual_range(tmp_path: Path, monkeypatch
     [axes] = drawn[0].axes
     assert axes.get_ylim()[1] == pytest.approx(0.99)
     assert [text.get_text() for text in axes.get_legend().texts] == [
-        "trained; head of all rows", "trained; head of 6,144 rows"
+        "trained; all rows", "trained; 6,144 rows"
     ]  # fmt: skip
 
 

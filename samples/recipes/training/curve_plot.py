@@ -30,7 +30,7 @@ def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -
         costs: What judging costs, for the lines of equal speed-up.
         file: The PNG to write, under another name first.
     """
-    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(11, 5.5), constrained_layout=True)
     right = max(entry["draft_cost"] for entry in entries) * 1.05
     top = max(_TOP, *(min(1.0, entry["alphas"][0] + 0.02) for entry in entries))
     f, alpha = np.meshgrid(np.linspace(0.01, right, 160), np.linspace(0.0, min(top, 0.99), 160))
@@ -50,11 +50,11 @@ def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -
             color=f"C{kinds.index(kind) % 10}",
             marker=markers.get(vocab or 0, "o"),
             markersize=8 if kind.startswith("trained") else 4,
-            label=f"{kind}; head of {f'{vocab:,}' if vocab else 'all'} rows",
+            label=f"{kind}; {f'{vocab:,}' if vocab else 'all'} rows",
         )
         for entry in points:
             place = (entry["draft_cost"], entry["alphas"][0])
-            axes.annotate(str(entry["spec"]["exit_layer"]), place, (2, 3), textcoords="offset points", fontsize=7)
+            axes.annotate(str(entry["spec"]["exit_layer"]), place, (6, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("cost of a draft, in plain steps (number at a point: layers before the exit)")
     axes.set_ylabel("acceptance of the first draft, 0 to 1")
     axes.set_title(
@@ -62,7 +62,7 @@ def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -
     )
     axes.set_xlim(0, right)
     axes.set_ylim(0, top)
-    axes.legend(frameon=False, fontsize=7, loc="upper right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     partial = file.with_suffix(".partial")
     figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)

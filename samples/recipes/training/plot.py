@@ -97,8 +97,14 @@ def training_figure(history: History, title: str) -> Any:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        _name_ends(axes, ends, colours)
-    figure.suptitle(f"{title}: {history.tokens / 1e6:.2f} M tokens in {history.elapsed_s / 60:.0f} min")
+        if ends:
+            _name_ends(axes, ends, colours)
+        else:
+            axes.text(0.5, 0.5, "nothing was logged", transform=axes.transAxes, ha="center", va="center", color="0.4")
+    tokens, seconds = history.tokens, history.elapsed_s
+    amount = f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
+    duration = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    figure.suptitle(f"{title}: {amount} tokens in {duration}")
     return figure
 
 
