@@ -1,10 +1,10 @@
 """Decides which exits a bundle gets: those of a folder, those in the checkpoint, or plain ones.
 
-==============================  ===========================================================
+==============================  =============================================================
 ``--exits FOLDER``              the folder's exits, and a plain one at every ``--exit-layer``
 the checkpoint holds exits      all of them, or those that ``--exit-layer`` selects
 neither                         a plain one at every ``--exit-layer``
-==============================  ===========================================================
+==============================  =============================================================
 
 A plain exit is the final norm and the LM head. If the model was trained with exits, no plain one is invented at another
 depth: a user who asks for that depth has most likely counted the layers differently.

@@ -14,7 +14,7 @@ from shortstack.graphs.spec import ModelSpec
 
 _MAX_LISTED = 10
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|weight)|" + re.escape(ROPE_FACTORS))
-"""Rotary frequencies, which old checkpoints store although they follow from the config."""
+"""Rotary frequencies. Old checkpoints store them, although they follow from the config."""
 
 
 def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> None:

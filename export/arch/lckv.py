@@ -20,10 +20,10 @@ LCKV's code runs a prompt in a number of passes (``forward_passes`` + ``backward
 Here that number counts only in training, see :mod:`shortstack.export.twin.folder`. The exported graphs compute the
 exact result, that of decoding one token after another.
 
-Compared side by side, the code of opt-llama and cla-llama computes the same result, and so do the passes of lckv-llama
-(commit dd21716, with flash attention's semantics). lckv-llama differs from its own passes where it decodes one token
-after another, and where its eager attention masks position 0. Its flash attention is asked for one position more than
-``sliding_window``, which its eager attention keeps to. Here the eager attention's window holds.
+LCKV's code was run next to ours. That of opt-llama and cla-llama computes the same as ours, and so do the passes of
+lckv-llama (commit dd21716, with flash attention's semantics). lckv-llama differs from its own passes where it decodes
+one token after another, and where its eager attention masks position 0. Its flash attention is asked for one position
+more than ``sliding_window``, which its eager attention keeps to. Here the eager attention's window holds.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _read_list(metadata: Config, key: str, kind: type[T]) -> list[T]:
     """Read a list of ``kind``; an absent field gives an empty list."""
     value = metadata.data.get(key, [])
     if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise CheckpointError(metadata.where(key), found="something else", expected=f"a list of {kind.__name__} values")
+        raise CheckpointError(metadata.where(key), found="other values", expected=f"a list of {kind.__name__} values")
     return value
 
 

@@ -196,7 +196,7 @@ def test_a_consumer_of_another_layers_kv_has_no_k_and_v_projection() -> None:
     assert "model.layers.0.self_attn.k_proj.weight" in expected_tensors(ARCH, spec)
 
 
-def test_a_role_is_per_layer_or_not() -> None:
+def test_a_role_takes_a_layer_exactly_if_every_layer_has_it() -> None:
     assert ARCH.tensor_name("q_proj.weight", 3) == "model.layers.3.self_attn.q_proj.weight"
     assert ARCH.tensor_name("lm_head.weight") == "lm_head.weight"
     with pytest.raises(ValueError, match="one per layer"):
