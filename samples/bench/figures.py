@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shortstack.runtime.decode.speed_up import expected_tokens as expected_tokens  # for the picture of the exits
-
 
 @dataclass(frozen=True, slots=True)
 class Spread:

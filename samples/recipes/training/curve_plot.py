@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from shortstack.samples.bench.figures import expected_tokens
+from shortstack.runtime.decode.speed_up import expected_tokens
 from shortstack.samples.recipes.training.draft_cost import Costs
 
 _LEVELS = (1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
