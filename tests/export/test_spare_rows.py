@@ -7,7 +7,7 @@ import pytest
 
 from helpers import tolerances
 from helpers.kv_bundles import KVBundles
-from helpers.quantized import QuantizedBundles, recipe
+from helpers.quantized import QuantizedBundles, preset
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack import DraftPolicy, ExitEarly, ExitPolicy, Model, Plain, Speculate, load, parse_criterion
 from shortstack.graphs.precision import BlockFormat, KVType
@@ -84,7 +84,7 @@ def test_what_is_measured_at_load_makes_rows_of_4_bit_bundles_exact(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, kv_cache: KVType
 ) -> None:
     """On a machine whose single rows differ, without the spare row the check of rows would find it."""
-    model = load(quantized(tiny_bundles.bundle(BASE, 1, 3), recipe(BlockFormat(4), kv_cache)))
+    model = load(quantized(tiny_bundles.bundle(BASE, 1, 3), preset(BlockFormat(4), kv_cache)))
     assert all(check.is_exact for check in check_rows(model, prompt(40)))
     if fewest_rows(model.graphs) == 2:
         model._fewest_rows = 1
