@@ -60,17 +60,8 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
             blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
             tell(blocks)
         files = checkpoint.files()
-        if names.TOKENIZER_FILE not in files:
-            raise CheckpointError(
-                f"{checkpoint.source} has no {names.TOKENIZER_FILE}",
-                remedy="save it next to the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-            )
-        _check_tokenizer(checkpoint.source, files[names.TOKENIZER_FILE])
-        draft_vocabs = {names.exit_weight(e.exit_layer, HEAD_IDS) for e in plan.exits if e.draft_vocab is not None}
-        if chosen := draft_vocabs - exit_weights.keys():
-            assert request.draft_vocab is not None
-            ids = choose_draft_vocab(files, request.draft_text, request.draft_vocab, spec.vocab_size)
-            exit_weights |= dict.fromkeys(chosen, ids)
+        _check_tokenizer(checkpoint.source, files.get(names.TOKENIZER_FILE))
+        exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)
         tensors = ModelTensors(checkpoint, arch, spec, blocks)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
             with WeightStore(folder) as store:
@@ -78,7 +69,6 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
                 store_weights(tensors, request.dtype, max_length, store, advance)
                 own_format = REQUANTIZED_FORMAT if store.formats else None
                 store_exits(tensors, plan, exit_weights, request.dtype, store, own_format)
-            files |= _id_maps(plan, exit_weights)
             advance = stage("Hashing the checkpoint", 1)
             manifest = Manifest(
                 spec=spec,
@@ -92,8 +82,25 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
                 precision=Precision(store.formats),
             )
             advance(1)
-            write_bundle(folder, manifest, store, files, stage)
+            write_bundle(folder, manifest, store, {**files, **_id_maps(plan, exit_weights)}, stage)
     return open_bundle(request.out)
+
+
+def _with_draft_vocabs(
+    exit_weights: dict[str, npt.NDArray[np.generic]],
+    request: ExportSpec,
+    plan: SplitPlan,
+    spec: ModelSpec,
+    files: Mapping[str, bytes],
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Return the exits' weights with the token ids of those trimmed heads whose ids no checkpoint gave."""
+    trimmed = {names.exit_weight(e.exit_layer, HEAD_IDS) for e in plan.exits if e.draft_vocab is not None}
+    missing = trimmed - exit_weights.keys()
+    if not missing:
+        return exit_weights
+    assert request.draft_vocab is not None
+    ids = choose_draft_vocab(files, request.draft_text, request.draft_vocab, spec.vocab_size)
+    return exit_weights | dict.fromkeys(missing, ids)
 
 
 def _id_maps(plan: SplitPlan, exit_weights: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, bytes]:
@@ -120,7 +127,12 @@ def _source_name(request: ExportSpec) -> str:
     return " + ".join((name, *(folder.resolve().name for folder in folders)))
 
 
-def _check_tokenizer(source: str, content: bytes) -> None:
+def _check_tokenizer(source: str, content: bytes | None) -> None:
+    if content is None:
+        raise CheckpointError(
+            f"{source} has no {names.TOKENIZER_FILE}",
+            remedy="save it next to the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
     try:
         Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises nothing narrower

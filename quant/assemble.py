@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -98,32 +98,12 @@ def _write(
     rows: Rows | None,
     stage: Stage,
 ) -> None:
-    """Round the model and write all files of the bundle; rounding may find further scales of an int8 cache."""
-    source = rounding.source
-    manifest, spec = source.bundle.manifest, source.spec
-    plan, kv_cache, dtype = manifest.plan, request.preset.kv_cache, request.dtype or manifest.dtype
-    errors: dict[str, float] = {}
+    """Round the model and write all files of the bundle."""
+    source, manifest = rounding.source, rounding.source.bundle.manifest
+    dtype = request.dtype or manifest.dtype
     with WeightStore(folder) as store:
-        advance = stage(f"Rounding ({request.preset.method})", spec.num_hidden_layers + 3)
-        for rounded in rounding.layers():
-            _store(rounded, dtype, store, errors)
-            advance(1)
-        for name, scale in kv_scales.items():
-            store.add(name, scale)
-        known: dict[str, str] = {}
-        for rounded in rounding.heads():
-            _store(rounded, dtype, store, errors, known)
-        for rounded in rounding.exits():
-            _store(rounded, dtype, store, errors)
-        if names.UNIT_NORM in source:
-            store.add(names.UNIT_NORM, source.floats(names.UNIT_NORM).astype(dtype))
-        store.add(names.FINAL_NORM, cast(names.FINAL_NORM, source.floats(names.FINAL_NORM), dtype))
-        for name, fill in ((names.ROPE_COS, 1.0), (names.ROPE_SIN, 0.0)):
-            table = source.floats(name)  # of a bundle before format 2, without the spare row
-            missing = max(0, manifest.max_length + SPARE_ROWS - len(table))
-            store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
-        _store_id_maps(source, store)
-        advance(3)
+        advance = stage(f"Rounding ({request.preset.method})", source.spec.num_hidden_layers + 3)
+        errors = _store_weights(rounding, kv_scales, dtype, store, advance)
     record = QuantizationRecord(
         preset=request.preset.name,
         method=request.preset.method,
@@ -132,18 +112,61 @@ def _write(
         max_kl=request.max_kl,
         errors=errors,
     )
-    graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
-    # A float16 copy made by `shortstack quantize` has a record and a report: on itself, not on what is made of it.
-    own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE}
     result = dataclasses.replace(
         manifest,
         dtype=dtype,
         files={},
         tools=manifest.tools | tool_versions(),
-        precision=Precision(store.formats, kv_cache),
+        precision=Precision(store.formats, request.preset.kv_cache),
     )
+    graphs = {names.segment_file(s.start, s.end) for s in manifest.plan.segments}
+    # A float16 copy made by `shortstack quantize` has a record and a report: on itself, not on what is made of it.
+    own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE}
     files = {name: (source.bundle.folder / name).read_bytes() for name in manifest.files.keys() - graphs - own}
     write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage)
+
+
+def _store_weights(
+    rounding: LayerwiseRounding,
+    kv_scales: Mapping[str, np.ndarray],
+    dtype: DType,
+    store: WeightStore,
+    advance: Callable[[float], None],
+) -> dict[str, float]:
+    """Write every tensor of the bundle to the store.
+
+    Args:
+        rounding: Gives the tensors, and the scales of an int8 cache if it was asked for them.
+        kv_scales: Scales that were found before.
+        dtype: Type of what is not in blocks.
+        store: Where they go.
+        advance: Called with 1 after each layer, and with 3 at the end.
+
+    Returns:
+        The relative error of each rounded matrix, by name.
+    """
+    source = rounding.source
+    errors: dict[str, float] = {}
+    for rounded in rounding.layers():
+        _store(rounded, dtype, store, errors)
+        advance(1)
+    for name, scale in kv_scales.items():
+        store.add(name, scale)
+    known: dict[str, str] = {}
+    for rounded in rounding.heads():
+        _store(rounded, dtype, store, errors, known)
+    for rounded in rounding.exits():
+        _store(rounded, dtype, store, errors)
+    if names.UNIT_NORM in source:
+        store.add(names.UNIT_NORM, source.floats(names.UNIT_NORM).astype(dtype))
+    store.add(names.FINAL_NORM, cast(names.FINAL_NORM, source.floats(names.FINAL_NORM), dtype))
+    for name, fill in ((names.ROPE_COS, 1.0), (names.ROPE_SIN, 0.0)):
+        table = source.floats(name)  # of a bundle before format 2, without the spare row
+        missing = max(0, source.bundle.manifest.max_length + SPARE_ROWS - len(table))
+        store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
+    _store_id_maps(source, store)
+    advance(3)
+    return errors
 
 
 def _store(

@@ -91,7 +91,7 @@ def test_an_unknown_architecture_is_unsupported_but_not_damaged(checkpoint: Path
     [
         ("config.json", ("config.json",)),
         ("model.safetensors", ("no weights", "model.safetensors")),
-        ("tokenizer.json", ("tokenizer.json", "Save it beside the weights")),
+        ("tokenizer.json", ("tokenizer.json", "Save it next to the weights")),
     ],
 )
 def test_a_missing_checkpoint_file_is_named(

@@ -163,8 +163,13 @@ VOCABULARY = (names.EMBED_TOKENS, names.LM_HEAD)
 @pytest.mark.parametrize(
     ("options", "expected", "kv_cache", "dtype"),
     [
-        (("-r", "int8", "--draft-head", "int8"), INT8_LAYERS | dict.fromkeys(VOCABULARY, INT8), "float", "float32"),
-        (("-r", "float", "--dtype", "fp16"), {}, "float", "float16"),
+        (
+            ("--preset", "int8", "--draft-head", "int8"),
+            INT8_LAYERS | dict.fromkeys(VOCABULARY, INT8),
+            "float",
+            "float32",
+        ),
+        (("--recipe", "float", "--dtype", "fp16"), {}, "float", "float16"),
         (("-r", "float", "--kv-cache", "int8"), {}, "int8", "float32"),
         (
             ("-r", "float", "--weights", "int8", "--head", "int4", "--draft-head", "int4"),
@@ -187,7 +192,7 @@ VOCABULARY = (names.EMBED_TOKENS, names.LM_HEAD)
     ],
     ids=["int8", "fp16", "int8 cache", "single formats", "kv producers", "int4"],
 )
-def test_options_change_the_preset(
+def test_a_preset_has_three_spellings_and_options_change_it(
     tiny_bundles: TinyBundles,
     tmp_path: Path,
     options: tuple[str, ...],
