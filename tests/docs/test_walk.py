@@ -19,7 +19,7 @@ import pytest
 from helpers.documents import Page, pages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 1800
+TIMEOUT_S = 3600
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # (pages, command) -> why it is not run here; both are regular expressions, found anywhere.
