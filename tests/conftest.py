@@ -12,7 +12,7 @@ import tomllib
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pytest
@@ -96,26 +96,46 @@ def one_torch_thread() -> Iterator[Callable[[], None]]:
     torch.set_num_threads(before)
 
 
+class Kept(Protocol):
+    """Makes a bundle once and keeps it in .cache/ until a source file in one of the rooms, or a setting, changes."""
+
+    def __call__(self, name: str, rooms: tuple[str, ...], settings: object, make: Callable[[Path], object]) -> Path: ...
+
+
 @pytest.fixture(scope="session")
-def smollm2_bundle(smollm2_gguf: Path, package_sources: list[Path], repository: Path) -> Path:
-    """SmolLM2-135M-Instruct in float32, cut at 4, 8 and 15; kept in .cache/ until the exporter's sources change."""
+def kept(package_sources: list[Path], repository: Path) -> Kept:
+    def kept(name: str, rooms: tuple[str, ...], settings: object, make: Callable[[Path], object]) -> Path:
+        digest = hashlib.sha256(repr(settings).encode())
+        for path in package_sources:
+            if path.relative_to(repository).as_posix().startswith(rooms):
+                digest.update(path.read_bytes())
+        home = repository / ".cache" / "tests"
+        out = home / f"{name}-{digest.hexdigest()[:16]}"
+        home.mkdir(parents=True, exist_ok=True)
+        with (home / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes makes it, the others wait
+            if not (out / "bundle.json").is_file():
+                for old in home.glob(f"{name}-*"):  # 100 to 540 MB each
+                    shutil.rmtree(old, ignore_errors=True)
+                make(out)
+        return out
+
+    return kept
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_gguf: Path, kept: Kept) -> Path:
+    """SmolLM2-135M-Instruct in float32, cut at 4, 8 and 15."""
     from shortstack.export.assemble import export_bundle
     from shortstack.export.spec import ExportSpec
 
-    digest = hashlib.sha256(smollm2_gguf.name.encode())
-    for path in package_sources:
-        if path.relative_to(repository).parts[0] in ("graphs", "export"):
-            digest.update(path.read_bytes())
-    home = repository / ".cache" / "tests"
-    out = home / f"smollm2-{digest.hexdigest()[:16]}"
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes exports, the others wait
-        if not (out / "bundle.json").is_file():
-            for old in home.glob("smollm2-*"):  # 540 MB each
-                shutil.rmtree(old, ignore_errors=True)
-            export_bundle(ExportSpec(str(smollm2_gguf), out, (4, 8, 15), overwrite=True))
-    return out
+    exits = (4, 8, 15)
+    return kept(
+        "smollm2-float",
+        ("graphs/", "export/"),
+        (smollm2_gguf.name, exits),
+        lambda out: export_bundle(ExportSpec(str(smollm2_gguf), out, exits, overwrite=True)),
+    )
 
 
 @pytest.fixture(scope="session")
