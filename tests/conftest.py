@@ -25,6 +25,17 @@ if TYPE_CHECKING:  # fixtures import torch and transformers only when a test ask
     from shortstack.export.parity.reference import Reference
 
 
+def pytest_configure() -> None:
+    """Gives each of several test processes cores of its own.
+
+    onnxruntime and torch then start one thread a core: threads that share a core spin and wait for each other.
+    """
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker is not None and hasattr(os, "sched_setaffinity"):  # Linux only
+        index, cores = int(worker.removeprefix("gw")), sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[index::count] or [cores[index % len(cores)]])
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Seeds every global generator from the test's name, so a test gives the same numbers alone and among others."""
