@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pytest
 
+from helpers.bad_input import MAX_LENGTH, Refused
+from shortstack.__main__ import run
 from shortstack.graphs.errors import ShortstackError
 from shortstack.samples.fetch_model import default_model_path
 
 if TYPE_CHECKING:  # fixtures import torch and transformers only when a test asks for them
+    from helpers.kv_bundles import KVBundles
+    from helpers.quantized import QuantizedBundles
     from helpers.tiny_models import TinyBundles
     from shortstack.export.parity.reference import Reference
 
@@ -94,6 +98,53 @@ def tiny_bundles(tmp_path_factory: pytest.TempPathFactory) -> TinyBundles:
     from helpers.tiny_models import TinyBundles
 
     return TinyBundles(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def kv_bundles(tmp_path_factory: pytest.TempPathFactory) -> KVBundles:
+    from helpers.kv_bundles import KVBundles
+
+    return KVBundles(tmp_path_factory.mktemp("kv"))
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> QuantizedBundles:
+    from helpers.quantized import QuantizedBundles
+
+    return QuantizedBundles(tmp_path_factory.mktemp("quantized"))
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_bundles: TinyBundles) -> Path:
+    from helpers.tiny_models import BASE
+
+    return tiny_bundles.bundle(BASE, 1, 3, draft_vocab=64, max_length=MAX_LENGTH)
+
+
+@pytest.fixture
+def bundle(sound: Path, tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(sound, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command line that must be refused: exit code 2, nothing on stdout, one line on stderr with these words."""
+
+    def refused(arguments: list[str | Path], *says: str) -> str:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        out, error = capsys.readouterr()
+        assert code == 2, error
+        assert out == ""
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1, error
+        assert "Traceback" not in error
+        for words in says:
+            assert words in error, error
+        return error
+
+    return refused
 
 
 @pytest.fixture
