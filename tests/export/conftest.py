@@ -9,7 +9,6 @@ import pytest
 
 from helpers.adapters import lora
 from helpers.tiny_models import BASE, TinyBundles
-from shortstack.runtime import Model, load
 
 
 @pytest.fixture
@@ -28,8 +27,3 @@ def base(tiny_bundles: TinyBundles) -> Path:
 def adapter(base: Path, tmp_path: Path) -> Path:
     """A sound adapter of every linear layer, to damage."""
     return lora(tmp_path / "adapter", base)
-
-
-@pytest.fixture(scope="module")
-def model(sound: Path) -> Model:
-    return load(sound)
