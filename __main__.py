@@ -3,12 +3,7 @@
 ``shortstack --help`` reads the table and nothing else, so it answers at once and works where neither onnxruntime nor
 torch is installed. What a command does, and which options it takes, stands in the module that the table names.
 
-Exit codes::
-
-    0    done
-    1    a finding: the command ran and its answer is "no" (parity)
-    2    a misuse, or an input that cannot be used: one line on stderr says what to do
-    130  interrupted
+The exit codes stand in :mod:`shortstack.graphs.errors`.
 """
 
 from __future__ import annotations
@@ -22,9 +17,13 @@ import sys
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem
 
 from shortstack import __version__
-from shortstack.graphs.errors import DependencyError, ShortstackError
+from shortstack.command_options import ENVIRONMENT
+from shortstack.graphs.errors import INTERRUPTED, ShortstackError
+from shortstack.log_level import LEVELS, show_log
+from shortstack.missing import missing_dependency
 
 # command -> (module:attribute, summary). The attribute is a click.Command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -40,7 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "doctor": (
         "shortstack.runtime.commands.doctor:doctor",
-        "Say what this machine has, and whether drafts verify exactly.",
+        "Show what this machine has, and whether it verifies drafts exactly.",
     ),
     "calibrate": (
         "shortstack.runtime.commands.calibrate:calibrate",
@@ -50,34 +49,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "shortstack.runtime.commands.generate:generate",
         "Decode plainly, self-speculatively or with early exit.",
     ),
+    "completion": ("shortstack.completion:completion", "Print the script that completes commands in a shell."),
 }
 
-# top-level module -> the extras that bring it, of which any one is enough.
-EXTRAS: dict[str, tuple[str, ...]] = {
-    "gguf": ("export",),
-    "huggingface_hub": ("export",),
-    "ml_dtypes": ("export",),
-    "onnx": ("export",),
-    "onnx_ir": ("export",),
-    "onnxruntime": ("cpu", "gpu"),
-    "optimum": ("export",),
-    "safetensors": ("export",),
-    "torch": ("export",),
-    "transformers": ("export",),
-}
-
-INTERRUPTED = 130  # 128 + SIGINT, what shells report
-
-
-def missing_dependency(command: str, error: ModuleNotFoundError) -> DependencyError | None:
-    """Names the extra that brings the module which was not found, or None if no extra does."""
-    module = (error.name or "").partition(".")[0]
-    extras = EXTRAS.get(module)
-    if extras is None:
-        return None
-    # No full stop at the end: it would be copied into the shell with the command.
-    installs = " or ".join(f"pip install 'shortstack[{extra}]'" for extra in extras)
-    return DependencyError(f"`shortstack {command}` needs '{module}', which is not installed. Run: {installs}")
+COMPLETION_VARIABLE = "_SHORTSTACK_COMPLETE"  # set by the script of `shortstack completion`, and read by click
 
 
 class LazyGroup(click.Group):
@@ -99,11 +74,11 @@ class LazyGroup(click.Group):
         try:
             command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            explained = missing_dependency(cmd_name, error)
+            explained = missing_dependency(f"shortstack {cmd_name}", error)
             if explained is None:
                 raise
             raise explained from error
-        assert isinstance(command, click.Command), f"{COMMANDS[cmd_name][0]} is no click command"
+        assert isinstance(command, click.Command), f"{COMMANDS[cmd_name][0]} is not a click command"
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -111,25 +86,49 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the environment variables."""
+        with formatter.section("Environment variables"):
+            formatter.write_dl(list(ENVIRONMENT.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Completes commands from the table, where click would import every one of them."""
+        commands = [
+            CompletionItem(name, help=summary) for name, (_, summary) in COMMANDS.items() if name.startswith(incomplete)
+        ]
+        return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def invoke(self, ctx: click.Context) -> object:
         """Runs the command; a package that it imports late and misses is reported like one that it imports first."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            explained = missing_dependency(ctx.invoked_subcommand or "", error)
+            explained = missing_dependency(f"shortstack {ctx.invoked_subcommand}", error)
             if explained is None:
                 raise
             raise explained from error
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, message=f"shortstack %(version)s (Python {platform.python_version()})")
-@click.option("--debug", is_flag=True, envvar="SHORTSTACK_DEBUG", help="Show the traceback of an error.")
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS),
+    default="warning",
+    envvar="SHORTSTACK_LOG",
+    show_envvar=True,
+    show_default=True,
+    help="Log to stderr; info shows loads, growth of the cache, and drafting switched on and off.",
+)
+@click.option(
+    "--debug", is_flag=True, envvar="SHORTSTACK_DEBUG", show_envvar=True, help="Show the traceback of an error."
+)
 @click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
+def cli(ctx: click.Context, log_level: str, debug: bool) -> None:
     """Cut causal language models at their exits into ONNX graphs, and decode with them."""
     if isinstance(ctx.obj, dict):
         ctx.obj["debug"] = debug
+    show_log(log_level)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -149,6 +148,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except ShortstackError as error:
         if flags["debug"]:
             raise
+        if os.environ.get(COMPLETION_VARIABLE):
+            return error.exit_code  # whoever presses Tab has asked for no message
         message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
         # click drops the colour unless stderr is a terminal; NO_COLOR (no-color.org) drops it there too.
         colour = False if os.environ.get("NO_COLOR") else None
@@ -172,7 +173,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    """The console script ``shortstack``, and ``python -m shortstack``."""
+    """Runs the console script ``shortstack``, and ``python -m shortstack``."""
     # A polite kill unwinds like an exit, so that a half-written bundle is removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(run())

@@ -1,8 +1,11 @@
-"""The threads of onnxruntime's sessions: one pool of the process for all of them, or a pool for each.
+"""The threads of onnxruntime's sessions.
 
-Pools of their own would spin and fight for cores where sessions take turns, so the process has one; onnxruntime makes
-it once, and whoever asks first decides its size. Sessions that run at the same time may want a pool each; then the
-process has none: onnxruntime knows either the one or the other.
+The rule: the first load of a process decides how many threads there are. Later loads leave ``threads`` out or repeat
+the number; another number needs another process.
+
+Why: sessions take turns, and pools of their own would spin and fight for cores. So the process has one pool for all of
+them, and onnxruntime makes it once. Sessions that run at the same time may want a pool each. Then the process has no
+common pool, since onnxruntime knows either the one or the other, and each load decides for its own sessions.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ def usable_cores() -> int:
 
 
 def make_thread_pool(threads: int | None = None) -> None:
-    """Make the process's pool of threads; before its first session of whatever graph.
+    """Make the process's pool of threads if it has none yet; must come before the first session of any graph.
 
     Nothing happens in a process whose sessions have pools of their own.
 
+    Args:
+        threads: How many. None takes the pool as it is, or makes one with a thread for each usable core.
+
     Raises:
-        RequestError: Another size than the process already has, or none that can be.
+        RequestError: The pool has another size already, or the number is not valid.
     """
     global _pool_threads
     _check_count(threads)
@@ -41,15 +47,20 @@ def make_thread_pool(threads: int | None = None) -> None:
         ort.set_global_thread_pool_sizes(_pool_threads, 1)
     elif threads is not None and threads != _pool_threads:
         raise RequestError(
-            "threads: onnxruntime's pool is made once per process",
+            "threads: the first load of this process has decided how many there are",
             found=threads,
             expected=_pool_threads,
-            remedy="start another process for another thread count",
+            remedy=f"leave threads out, give {_pool_threads} again, or start another process",
         )
 
 
+def common_threads() -> int | None:
+    """Return the size of the process's pool; None before it is made, and where sessions have pools of their own."""
+    return _pool_threads
+
+
 def use_own_pools() -> None:
-    """Give the sessions of this process a pool each from now on; before its first session of whatever graph.
+    """Give each session of this process its own pool from now on; must come before the first session of any graph.
 
     Raises:
         RequestError: The process has a common pool already.
@@ -57,17 +68,20 @@ def use_own_pools() -> None:
     global _has_own_pools
     if _pool_threads is not None:
         raise RequestError(
-            "threads of the upper segments: this process has one pool for all of onnxruntime already",
-            remedy="ask for them before anything else is loaded, or start another process",
+            "threads of the upper segments: the first load of this process has made one pool for all sessions",
+            remedy="ask for them in the first load, or start another process",
         )
     _has_own_pools = True
 
 
 def session_options(threads: int | None = None) -> ort.SessionOptions:
-    """Return options for a session on the process's pool, or on one of its own of so many threads (None: all cores).
+    """Return options for a session on the process's pool, or on a pool of its own.
+
+    Args:
+        threads: Threads of its own pool; None: all usable cores.
 
     Raises:
-        RequestError: A number of threads that cannot be.
+        RequestError: The number is not valid.
     """
     _check_count(threads)
     options = ort.SessionOptions()
@@ -76,6 +90,13 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
         options.intra_op_num_threads = threads or usable_cores()
         options.inter_op_num_threads = 1
     return options
+
+
+def describe_threads(lower: int | None, upper: int | None) -> str:
+    """Return what threads the sessions of a load have, for the log; arguments as for :func:`session_options`."""
+    if not _has_own_pools:
+        return str(_pool_threads)
+    return f"{lower or usable_cores()} below, {upper or usable_cores()} above"
 
 
 def _check_count(threads: int | None) -> None:

@@ -6,9 +6,10 @@
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight [rank, in]
                                 base_model.model.<module>.lora_B.weight [out, rank]
 
-The folder is treated as untrusted: both files must lie in it, every shape is checked against the checkpoint before
-anything is computed, pickles are never opened. Neither peft nor torch is needed. The sum is made in float32, whatever
-the base is stored in, so a quantized base is dequantized first, and what becomes of the sum is the exporter's choice.
+The folder is treated as untrusted. Both files must lie in it, every shape is checked against the checkpoint before
+anything is computed, and pickles are never opened. Neither peft nor torch is needed. The sum is computed in float32,
+whatever type the base is stored in. So a quantized base is dequantized first, and the exporter decides how the sum is
+stored.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("base_layer.weight", "save it again with peft's `save_pretrained(FOLDER, save_embedding_layers=False)`"),
     ("embed_tokens.weight", "save it again with peft's `save_pretrained(FOLDER, save_embedding_layers=False)`"),
 )
-"""What else peft puts into the file, by a part of its name, and what to do about it."""
+"""Other tensors that peft may put into the file, each by a part of its name, and the remedy for each."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -64,17 +65,17 @@ class AdaptedCheckpoint:
     """A checkpoint with an adapter merged into it; the methods are those of ``Checkpoint``.
 
     Args:
-        base: The checkpoint that the adapter was trained on, in whatever format.
-        folder: The adapter.
+        base: The checkpoint that the adapter was trained on, in any format.
+        folder: The adapter's folder.
 
     Attributes:
-        source: Both names.
-        touched: Names of the matrices that the adapter changes, in the order of the file's module names.
+        source: The name of the base and that of the adapter.
+        touched: Names of the matrices that the adapter changes, sorted by module name.
 
     Raises:
         CheckpointError: A file is missing, damaged or outside the folder, or the adapter's tensors do not fit the
             checkpoint.
-        UnsupportedError: It is an adapter of another kind.
+        UnsupportedError: The adapter is not a plain LoRA.
     """
 
     def __init__(self, base: Checkpoint, folder: Path) -> None:
@@ -105,18 +106,20 @@ class AdaptedCheckpoint:
         return self._base.shape(name)
 
     def tensor(self, name: str) -> Floats:
-        """Read one tensor, merged, as C-contiguous float32."""
+        """Read one tensor, with the adapter merged, as C-contiguous float32."""
         value = self._base.tensor(name)
         if name not in self._factors:
             return value
         with np.errstate(over="ignore", invalid="ignore"):
             merged = value + self.delta(name)
         if not np.isfinite(merged).all():
-            raise CheckpointError(f"{self.source}: {name} is not finite when merged", remedy="train the adapter again")
+            raise CheckpointError(
+                f"{self.source}: {name} is not finite after merging", remedy="train the adapter again"
+            )
         return merged
 
     def delta(self, name: str) -> Floats:
-        """Return what is added to a touched matrix, [out, in]."""
+        """Return what the adapter adds to a touched matrix, [out, in]."""
         factors = self._factors[name]
         with np.errstate(over="ignore", invalid="ignore"):
             return (self._read(factors.b) @ self._read(factors.a)) * np.float32(factors.scale)
@@ -124,7 +127,7 @@ class AdaptedCheckpoint:
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return how a tensor is quantized, without reading its data; None if it is stored as floats.
 
-        What the adapter changes has no blocks any more that could be kept: its kind says so.
+        A matrix that the adapter changes has no blocks left to keep, and its kind says so.
         """
         stored = self._base.blocks(name)
         if stored is None or name not in self._factors:
@@ -146,7 +149,7 @@ class AdaptedCheckpoint:
         return hashlib.sha256(f"{base}\0{adapter}".encode()).hexdigest()
 
     def _check(self, modules: dict[str, dict[str, str]], settings: LoraSettings) -> dict[str, _Factors]:
-        """Return the factors of each touched matrix, all of them compared with the checkpoint."""
+        """Check all factors against the checkpoint, and return them by the name of the matrix that they change."""
         if not modules:
             raise CheckpointError(f"{self._weights_file} holds no tensors", remedy="save the adapter again")
         problems: list[str] = []
@@ -154,7 +157,7 @@ class AdaptedCheckpoint:
         for module, factors in modules.items():
             name = f"{module}.weight"
             if name not in self._linear_layers:
-                problems.append(f"{module} is no linear layer of {self._base.source}")
+                problems.append(f"{module} is not a linear layer of {self._base.source}")
             elif absent := {"A", "B"} - factors.keys():
                 problems.append(f"{module} lacks lora_{absent.pop()}")
             elif wrong := self._misshapen(name, factors, settings.rank_of(module)):
@@ -202,13 +205,15 @@ def _no_blocks() -> NoReturn:
 
 
 def _files(folder: Path) -> tuple[Path, Path]:
-    """Return an adapter's config and its weights."""
+    """Return the paths of an adapter's config and weights."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder", expected=f"one with {CONFIG_FILE}", remedy="check the path")
+        raise CheckpointError(
+            f"{folder} is not a folder", expected=f"a folder with {CONFIG_FILE}", remedy="check the path"
+        )
     config_file = member(folder, CONFIG_FILE)
     if config_file is None:
         raise CheckpointError(
-            f"{folder} has no {CONFIG_FILE}", remedy="name a folder that peft's save_pretrained wrote"
+            f"{folder} has no {CONFIG_FILE}", remedy="name a folder that peft's save_pretrained has written"
         )
     weights_file = member(folder, WEIGHTS_FILE)
     if weights_file is not None:

@@ -1,8 +1,8 @@
-"""``adapter_config.json`` as peft saves it: by what the product of a LoRA's factors is multiplied, module by module.
+"""Reads ``adapter_config.json`` as peft saves it: the rank and the scale of a LoRA's factors, module by module.
 
-Written against peft 0.21. A field that would change the result in a way that W + s B A does not cover is refused, and
-so is a field that is not known here and is set to anything: a later peft may mean something by it. For
-:mod:`shortstack.export.adapter`; knows nothing about tensors.
+Written against peft 0.21. A field that would make the result anything but W + s B A is refused. So is a field that is
+unknown here and set to any value, because a later peft may give it a meaning. Serves :mod:`shortstack.export.adapter`
+and knows nothing about tensors.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ MERGE_REMEDY = (
     "and export that folder"
 )
 _READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
-# Where the factors apply is what the tensors' names say; what started or ran the training has no say in the result.
+# The tensors' names say where the factors apply, and how training was started or run does not change the result.
 _WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
-    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # init_lora_weights says whether they are used
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # init_lora_weights says if they are used
     *("ensure_weight_tying", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
 )
 _REMEDIES: Mapping[str, str] = {
-    "alora_invocation_tokens": "train a plain LoRA: this one is on for some tokens only, and no merged model is",
-    "arrow_config": "train a plain LoRA: this one is chosen token by token, and no merged model is",
-    "fan_in_fan_out": "set it to false: matrices of this model are [out, in]",
+    "alora_invocation_tokens": "train a plain LoRA: this one applies to some tokens only, and a merged model cannot",
+    "arrow_config": "train a plain LoRA: this one is chosen token by token, and a merged model is not",
+    "fan_in_fan_out": "set it to false: the matrices of this model are [out, in]",
 }
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
-"""Named starts that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part
-of them into the adapter, so that it fits the changed model only."""
+"""Named initializations that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move
+a part of the weights into the adapter, so that the adapter fits only the changed model."""
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_PATTERNS = 4096
@@ -46,13 +46,13 @@ _MAX_PATTERN_CHOICES = 5
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """What multiplies the factors.
+    """The ranks of a LoRA's factors, and what their products are multiplied by.
 
     Attributes:
         rank: Inner width of the factors where no pattern says otherwise.
         alpha: Numerator of the scale where no pattern says otherwise.
-        is_rank_stabilized: Divide by the root of the rank (rsLoRA, https://arxiv.org/abs/2312.03732).
-        ranks: Rank by pattern; the first that fits a module's name, or its end from a dot on, holds.
+        is_rank_stabilized: Divide by the square root of the rank (rsLoRA, https://arxiv.org/abs/2312.03732).
+        ranks: Rank by pattern. The first pattern that matches a module's name, or the end of it after a dot, holds.
         alphas: The same for alpha.
     """
 
@@ -68,7 +68,7 @@ class LoraSettings:
         return self.rank if key is None else self.ranks[key]
 
     def scale_of(self, module: str) -> float:
-        """Return what the product of a module's factors is multiplied by."""
+        """Return s, the number by which the product of a module's factors is multiplied."""
         key = matching_pattern(self.alphas, module)
         alpha = self.alpha if key is None else self.alphas[key]
         rank = self.rank_of(module)
@@ -76,7 +76,7 @@ class LoraSettings:
 
 
 def matching_pattern(patterns: Mapping[str, object], module: str) -> str | None:
-    """Return the first pattern that fits a module's name or its end from a dot on (peft's ``get_pattern_key``)."""
+    """Return the first pattern that matches a module's name, or its end after a dot (peft's ``get_pattern_key``)."""
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
 
 
@@ -85,7 +85,7 @@ def read_settings(file: Path) -> LoraSettings:
 
     Raises:
         CheckpointError: The file is damaged, or a field is missing or of another type.
-        UnsupportedError: It is another kind of adapter, or a LoRA that is no sum of the model and scaled products.
+        UnsupportedError: It is another kind of adapter, or a LoRA that is not a sum of the model and scaled products.
     """
     try:
         size_bytes = file.stat().st_size
@@ -113,7 +113,7 @@ def read_settings(file: Path) -> LoraSettings:
 
 
 def _refuse_other_kinds(config: Config) -> None:
-    """Refuse every field that makes it something else than a plain LoRA, all in one message."""
+    """Refuse, in one message, all fields that make the adapter anything but a plain LoRA."""
     problems, remedies = [], []
     for key, value in sorted(config.data.items()):
         expected = "'none'" if key == "bias" else "nothing, or false"
@@ -144,7 +144,7 @@ def _read_ranks(config: Config) -> dict[str, int]:
 
 
 def _patterns(config: Config, field: str) -> list[tuple[Config, str]]:
-    """Return the object under a field with each of its keys, a regular expression that is safe to try."""
+    """Return the object under a field, paired with each of its keys: regular expressions that are safe to try."""
     section = config.section(field)
     if section is None:
         return []
@@ -158,9 +158,9 @@ def _patterns(config: Config, field: str) -> list[tuple[Config, str]]:
 
 
 def _check_pattern(where: str, pattern: str) -> None:
-    """Refuse what is no regular expression, and those that a file from anywhere could keep us busy with for ever.
+    """Refuse text that is not a regular expression, and expressions that an untrusted file could make run for ever.
 
-    Backtracking is exponential in groups that repeat, and polynomial in the number of places with a choice.
+    Backtracking takes time that is exponential in groups that repeat, and polynomial in the number of choices.
     """
     bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern).replace("(?:", "(")
     choices = len(re.findall(r"[(*+?{]", bare))
@@ -175,7 +175,7 @@ def _check_pattern(where: str, pattern: str) -> None:
     try:
         re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{where}: the pattern {_shown(pattern)} is no regular expression ({error})") from None
+        raise CheckpointError(f"{where}: the pattern {_shown(pattern)} is not a regular expression ({error})") from None
 
 
 def _shown(value: object, limit: int = 60) -> str:

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.metadata import version
+import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from shortstack import __version__
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.draft_vocab import choose_draft_vocab
 from shortstack.export.exit_plan import plan_exits
-from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, BlockPlan, plan_blocks
+from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks, choose_blocks
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors
 from shortstack.export.weights import store_exits, store_weights
 from shortstack.graphs import names
-from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
+from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
 from shortstack.graphs.errors import CheckpointError, RequestError
 from shortstack.graphs.exit_parts import HEAD_IDS
-from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.ir.write_bundle import tool_versions, write_bundle
 from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.plan import SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import ModelSpec
 from shortstack.progress import progress_stages
 
 
-def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambda plan: None) -> Bundle:
+def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lambda blocks: None) -> Bundle:
     """Cut a checkpoint into a bundle.
 
     Args:
@@ -55,15 +55,15 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
         arch, spec = resolve(checkpoint)
         plan, exit_weights = plan_exits(request, checkpoint, spec)
         max_length = _max_length(request, spec)
-        blocks = BlockPlan()
+        blocks = KeptBlocks()
         if request.keep_blocks:
-            blocks = plan_blocks(checkpoint, matrix_sources(arch, spec))
+            blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
             tell(blocks)
         files = checkpoint.files()
         if names.TOKENIZER_FILE not in files:
             raise CheckpointError(
                 f"{checkpoint.source} has no {names.TOKENIZER_FILE}",
-                remedy="save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+                remedy="save it next to the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
             )
         _check_tokenizer(checkpoint.source, files[names.TOKENIZER_FILE])
         draft_vocabs = {names.exit_weight(e.exit_layer, HEAD_IDS) for e in plan.exits if e.draft_vocab is not None}
@@ -78,34 +78,33 @@ def export_bundle(request: ExportSpec, tell: Callable[[BlockPlan], None] = lambd
                 store_weights(tensors, request.dtype, max_length, store, advance)
                 own_format = REQUANTIZED_FORMAT if store.formats else None
                 store_exits(tensors, plan, exit_weights, request.dtype, store, own_format)
-            for exit_spec in plan.exits:
-                if exit_spec.draft_vocab is not None:
-                    ids = exit_weights[names.exit_weight(exit_spec.exit_layer, HEAD_IDS)]
-                    np.save(folder / names.draft_vocab_file(exit_spec.exit_layer), ids, allow_pickle=False)
-            advance = stage("Building graphs", len(plan.segments))
-            for segment in plan.segments:
-                model = segment_model(spec, plan, segment, request.dtype, store)
-                ir.save(model, folder / names.segment_file(segment.start, segment.end))
-                advance(1)
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-            advance = stage("Hashing", 2)
-            source_sha256 = checkpoint.digest()
-            advance(1)
+            files |= _id_maps(plan, exit_weights)
+            advance = stage("Hashing the checkpoint", 1)
             manifest = Manifest(
                 spec=spec,
                 plan=plan,
                 dtype=request.dtype,
                 max_length=max_length,
-                files=describe_files(folder),
+                files={},
                 source_name=_source_name(request),
-                source_sha256=source_sha256,
-                tools={"shortstack": __version__, **{p: version(p) for p in ("numpy", "onnx", "onnx-ir")}},
+                source_sha256=checkpoint.digest(),
+                tools=tool_versions(),
                 precision=Precision(store.formats),
             )
             advance(1)
-            write_manifest(folder, manifest)
+            write_bundle(folder, manifest, store, files, stage)
     return open_bundle(request.out)
+
+
+def _id_maps(plan: SplitPlan, exit_weights: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, bytes]:
+    """Return the files that map the rows of trimmed exit heads to token ids, by name."""
+    files = {}
+    for exit_spec in plan.exits:
+        if exit_spec.draft_vocab is not None:
+            file = io.BytesIO()
+            np.save(file, exit_weights[names.exit_weight(exit_spec.exit_layer, HEAD_IDS)], allow_pickle=False)
+            files[names.draft_vocab_file(exit_spec.exit_layer)] = file.getvalue()
+    return files
 
 
 def _open(request: ExportSpec) -> Checkpoint:

@@ -7,59 +7,76 @@ from pathlib import Path
 
 import click
 
+from shortstack.command_options import Command, option_group
+from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
 
 
-@click.command()
-@click.argument("checkpoint")
+@click.command(cls=Command)
+@click.argument("checkpoint", type=CheckpointPath())
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--exit-layer",
-    "-e",
-    "exit_layers",
-    type=int,
-    multiple=True,
-    metavar="E",
-    help="Cut after E layers and put an exit there; may be given more than once. Without it the model stays whole, or, "
-    "if it was trained with exits (EE-LLM), gets all of them.",
+@option_group(
+    "Exits",
+    click.option(
+        "--exit-layer",
+        "-e",
+        "exit_layers",
+        type=int,
+        multiple=True,
+        metavar="E",
+        help="Cut after E layers and put an exit there; may be given more than once. Without it the model stays whole, "
+        "or, if it was trained with exits (EE-LLM), gets all of them.",
+    ),
+    click.option(
+        "--exits",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="Cut where this folder's trained exits are (exits.json, exits.safetensors) and put them there. Exits that "
+        "lie next to the checkpoint are used only if they are named here. --exit-layer adds plain exits at other "
+        "depths. The folder takes the place of exits that the checkpoint itself holds.",
+    ),
+    click.option(
+        "--draft-vocab",
+        type=int,
+        metavar="N",
+        help="Trim the head of plain exits to the N most useful token ids. The verified output stays the same.",
+    ),
+    click.option(
+        "--draft-text",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Choose those ids by frequency in this text instead of the shipped one.",
+    ),
 )
-@click.option(
-    "--exits",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Cut where this folder's trained exits are (exits.json, exits.safetensors) and put them there. Exits that lie "
-    "beside the checkpoint are used only if named so. --exit-layer adds plain exits at other depths. The folder "
-    "takes the place of exits that the checkpoint itself holds.",
+@option_group(
+    "Model",
+    click.option("--revision", help="Branch, tag or commit of a hub id."),
+    click.option(
+        "--adapter",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="Merge this LoRA adapter, as peft saves it. With --keep-blocks, the quantized matrices that it changes "
+        "become int8.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["fp32", "fp16"]),
+        default="fp32",
+        show_default=True,
+        help="Type of weights and activations; fp16 is for GPUs.",
+    ),
+    click.option(
+        "--keep-blocks",
+        is_flag=True,
+        help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
+    ),
+    click.option("--max-length", type=int, metavar="C", help="Longest context in tokens.  [default: the model's own]"),
 )
-@click.option(
-    "--draft-vocab",
-    type=int,
-    metavar="N",
-    help="Trim exit heads that are the whole LM head to the N most useful token ids. Output stays the same after "
-    "verification.",
+@option_group(
+    "Output",
+    click.option("--overwrite", is_flag=True, help="Replace an existing bundle."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
 )
-@click.option(
-    "--draft-text",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Choose those ids by frequency in this text instead of the shipped one.",
-)
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
-@click.option(
-    "--keep-blocks",
-    is_flag=True,
-    help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
-)
-@click.option(
-    "--adapter",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Merge this LoRA adapter, as peft saves it. With --keep-blocks, quantized matrices it changes become int8.",
-)
-@click.option("--max-length", type=int, metavar="C", help="Longest context in tokens.  [default: the model's own]")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(
     checkpoint: str,
     out: Path,
@@ -80,12 +97,12 @@ def export(
     CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id.
     """
     from shortstack.export.assemble import export_bundle
-    from shortstack.export.kept_blocks import BlockPlan
+    from shortstack.export.kept_blocks import KeptBlocks
     from shortstack.export.spec import DTYPES, ExportSpec
 
     if draft_text is not None and draft_vocab is None:
         raise RequestError("--draft-text chooses the ids for --draft-vocab", remedy="add --draft-vocab N")
-    plans: list[BlockPlan] = []  # one, or none without --keep-blocks
+    chosen: list[KeptBlocks] = []  # one, or none without --keep-blocks
     bundle = export_bundle(
         ExportSpec(
             checkpoint=checkpoint,
@@ -101,15 +118,15 @@ def export(
             adapter=adapter,
             exits=exits,
         ),
-        plans.append,
+        chosen.append,
     )
-    for plan in plans:
-        click.echo("\n".join(plan.lines()), err=True)
+    for kept in chosen:
+        click.echo("\n".join(kept.lines()), err=True)
     manifest = bundle.manifest
     total_bytes = sum(entry.bytes for entry in manifest.files.values())
     segments = [[s.start, s.end] for s in manifest.plan.segments]
     if as_json:
-        blocks = {key: value for plan in plans for key, value in plan.to_json().items()}
+        blocks = {key: value for kept in chosen for key, value in kept.to_json().items()}
         click.echo(json.dumps({"bundle": str(out), "segments": segments, "bytes": total_bytes, **blocks}))
     else:
         cuts = " | ".join(f"layers {start}-{end - 1}" for start, end in segments)

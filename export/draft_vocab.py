@@ -1,8 +1,7 @@
-"""Which token ids a trimmed exit head keeps: the most frequent ones of a text, and every id that ends or frames a turn.
+"""Chooses the token ids that a trimmed exit head keeps: those that end or frame a turn, and the most frequent ones.
 
-Trimming is lossless after verification: a token that the draft head cannot propose is emitted by the final head
-instead.
-Idea: FR-Spec (arXiv 2502.14856); choosing by text of the model's own making: VocabTrim (arXiv 2506.22694).
+Trimming is lossless after verification: the final head emits the tokens that the draft head cannot propose. The idea is
+that of FR-Spec (arXiv 2502.14856). VocabTrim (arXiv 2506.22694) chooses the ids by text that the model itself wrote.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def choose_draft_vocab(
     Args:
         files: The model's text files by name, its tokenizer among them.
         text_file: UTF-8 text; None takes the one that ships with shortstack.
-        size: How many ids.
+        size: How many ids to keep.
         vocab_size: Rows of the full head.
 
     Raises:

@@ -1,4 +1,4 @@
-"""An exit's block on its way into a bundle: from the names and shapes of a trained layer to those of a stored one."""
+"""Converts the block of a trained exit, a whole decoder layer, to the names and shapes in which a bundle stores it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shortstack.graphs.exit_parts import BLOCK
 from shortstack.graphs.layer_parts import layer_parts
 from shortstack.graphs.spec import ModelSpec
 
-# What the tensors of a role are called in a folder of exits: as in transformers' Llama.
+# The module of each role in a folder of exits, named as in transformers' Llama.
 _MODULES = {
     "input_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
@@ -24,15 +24,16 @@ _MODULES = {
 
 
 def pack_block(spec: ModelSpec, exit_layer: int, weights: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Floats]:
-    """Return the weights of an exit's block as layers have them: q, k and v in one matrix, heads padded.
+    """Return the weights of an exit's block in the form that layers have: q, k and v in one matrix, heads padded.
 
     Args:
         spec: The model.
-        exit_layer: The exit.
-        weights: Its weights by :func:`names.exit_weight`, parts of :func:`exit_parts`; matrices [out, in].
+        exit_layer: Layers run before the exit.
+        weights: The exit's weights, by :func:`names.exit_weight` of the parts of :func:`exit_parts`; matrices
+            [out, in].
 
     Returns:
-        The block's weights by :func:`names.exit_weight`, parts of :func:`stored_parts`; matrices [out, in].
+        The block's weights, by :func:`names.exit_weight` of the parts of :func:`stored_parts`; matrices [out, in].
     """
 
     def tensor(role: str) -> Floats:

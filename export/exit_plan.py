@@ -1,13 +1,13 @@
-"""Which exits a bundle gets: those of a folder, those that the checkpoint itself holds, plain ones.
+"""Decides which exits a bundle gets: those of a folder, those in the checkpoint, or plain ones.
 
-==============================  ===========================================================
-``--exits FOLDER``              the folder's, and a plain one at every ``--exit-layer``
-the checkpoint holds exits      all of them, or those that ``--exit-layer`` names
+==============================  =============================================================
+``--exits FOLDER``              the folder's exits, and a plain one at every ``--exit-layer``
+the checkpoint holds exits      all of them, or those that ``--exit-layer`` selects
 neither                         a plain one at every ``--exit-layer``
-==============================  ===========================================================
+==============================  =============================================================
 
-A plain exit is the final norm and the LM head. At a depth where a model was trained with other exits none is made up:
-whoever names that layer has most likely counted from another end.
+A plain exit is the final norm and the LM head. If the model was trained with exits, no plain one is invented at another
+depth: a user who asks for that depth has most likely counted the layers differently.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from shortstack.graphs.spec import ModelSpec
 
 
 def plan_exits(request: ExportSpec, checkpoint: Checkpoint, spec: ModelSpec) -> tuple[SplitPlan, dict[str, Array]]:
-    """Return the exits, and the weights that trained ones bring along.
+    """Return the exits of the bundle, and the weights of those that were trained.
 
     Args:
-        request: What to export.
-        checkpoint: The model.
-        spec: What it is.
+        request: The options of the export.
+        checkpoint: The model's checkpoint.
+        spec: The model.
 
     Raises:
-        CheckpointError: Trained exits cannot be read, or are at odds with the model.
-        RequestError: Options do not fit them.
+        CheckpointError: Trained exits cannot be read, or do not fit the model.
+        RequestError: The options do not fit the exits.
     """
     weights: dict[str, Array] = {}
     plain = request.exit_layers
@@ -73,20 +73,20 @@ def plan_exits(request: ExportSpec, checkpoint: Checkpoint, spec: ModelSpec) -> 
 
 
 def _chosen(stored: Sequence[StoredExit], request: ExportSpec, spec: ModelSpec) -> list[StoredExit]:
-    """Return the exits of a checkpoint that are asked for."""
+    """Return those exits of a checkpoint that ``--exit-layer`` selects, all without it."""
     depths = [exit_.spec.exit_layer for exit_ in stored]
     if unknown := sorted(set(request.exit_layers) - set(depths)):
         raise RequestError(
             f"{request.checkpoint} was trained with exits, and none is at --exit-layer",
             found=", ".join(map(str, unknown)),
             expected=f"layers run before one of its exits: {', '.join(map(str, depths))}",
-            remedy="leave out --exit-layer to have all of them",
+            remedy="leave out --exit-layer to export all of them",
         )
     chosen = [exit_ for exit_ in stored if not request.exit_layers or exit_.spec.exit_layer in request.exit_layers]
     inside = [depth for depth in depths if 0 < depth < spec.num_hidden_layers]
     if outside := [exit_.spec.exit_layer for exit_ in chosen if exit_.spec.exit_layer not in inside]:
         raise UnsupportedError(
-            f"{request.checkpoint} has exits before its first or behind its last layer",
+            f"{request.checkpoint} has exits before its first or after its last layer",
             found=f"after {', '.join(map(str, outside))} of {spec.num_hidden_layers} layers",
             remedy=f"choose others: {' '.join(f'--exit-layer {depth}' for depth in inside)}"
             if inside

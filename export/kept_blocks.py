@@ -10,7 +10,7 @@ o_proj where heads are padded, in blocks            the same: its columns move, 
 floats                                              floats
 ==================================================  ==========================================================
 
-A plan is made from names and types alone, before anything is read or written.
+The choice is made from names and types alone, before anything is read or written.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MAX_LISTED = 4
 
 
 @dataclass(frozen=True, slots=True)
-class BlockPlan:
-    """How a bundle's matrices are stored; the empty plan stores all as floats.
+class KeptBlocks:
+    """How a bundle's matrices are stored; with nothing listed, all as floats.
 
     Attributes:
         kept: The type of blocks, such as ``Q4_0``, of each matrix that keeps them, by name in the bundle.
@@ -63,7 +63,7 @@ class BlockPlan:
         ]
 
 
-def plan_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> BlockPlan:
+def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> KeptBlocks:
     """Decide for each matrix of a bundle.
 
     Args:
@@ -87,7 +87,6 @@ def plan_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> 
             requantized[name] = f"{kinds[0]} with padded heads"
         else:
             kept[name] = kinds[0]
-    plan = BlockPlan(kept, requantized, tuple(floats))
     if not kept:
         raise RequestError(
             f"--keep-blocks: {checkpoint.source} has no matrix whose blocks can be kept",
@@ -95,7 +94,7 @@ def plan_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> 
             expected=f"a GGUF file with matrices in {' or '.join(EXACT_FORMATS)}",
             remedy="leave out --keep-blocks, and shrink the bundle with `shortstack quantize`",
         )
-    return plan
+    return KeptBlocks(kept, requantized, tuple(floats))
 
 
 def _by_kind(matrices: Mapping[str, str]) -> dict[str, list[str]]:

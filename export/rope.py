@@ -1,7 +1,7 @@
-"""Rotary embedding tables: cos and sin per position and frequency, equal to those transformers computes on the fly.
+"""Rotary embedding tables: cos and sin per position and frequency, equal to those that transformers computes.
 
 The last bit of an inverse frequency matters: at position 8000 it moves the angle by 5e-4. So the frequencies are
-computed with torch in float32, in the order of operations of transformers' ``modeling_rope_utils.py``.
+computed with torch in float32, in the same order of operations as in transformers' ``modeling_rope_utils.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rope_tables(spec: ModelSpec, length: int, factors: FloatArray | None = None)
     """Compute the cos and sin tables of positions ``0..length-1``.
 
     Args:
-        spec: The model; its ``rope_theta``, ``head_dim`` and ``rope_scaling`` count.
+        spec: The model, of which ``rope_theta``, ``head_dim`` and ``rope_scaling`` are used.
         length: Number of positions.
         factors: The divisors [head_dim / 2] of a model whose ``rope_scaling.kind`` is ``factors``; None for any other.
 
@@ -33,7 +33,7 @@ def rope_tables(spec: ModelSpec, length: int, factors: FloatArray | None = None)
         CheckpointError: ``factors`` is missing, of another shape, or not positive.
         ValueError: ``factors`` is given to a model that does not use it.
     """
-    import torch  # imported here since it takes seconds, and only tables need it
+    import torch  # imported here because it takes seconds, and only the tables need it
 
     # [length, 1] * [head_dim / 2] -> [length, head_dim / 2]
     angles = torch.arange(length, dtype=torch.int64)[:, None].float() * _inverse_frequencies(spec, factors)
@@ -41,7 +41,7 @@ def rope_tables(spec: ModelSpec, length: int, factors: FloatArray | None = None)
 
 
 def inverse_frequencies(spec: ModelSpec, factors: FloatArray | None = None) -> FloatArray:
-    """Compute the angle per position of each frequency, float32 [head_dim / 2].
+    """Compute by how much the angle of each frequency grows per position, float32 [head_dim / 2].
 
     Formulas, with f_i = theta^(-2i / head_dim) (RoFormer, https://arxiv.org/abs/2104.09864, section 3.2):
 
@@ -97,7 +97,7 @@ def _llama3(frequencies: Any, spec: ModelSpec) -> Any:
 
 def _checked(factors: FloatArray | None, count: int) -> FloatArray:
     if factors is None:
-        raise CheckpointError("the model's rotary frequencies are divided by factors, and the checkpoint has none")
+        raise CheckpointError("the model divides its rotary frequencies by factors, and the checkpoint has none")
     if factors.shape != (count,) or not np.all(np.isfinite(factors)) or not np.all(factors > 0):
         raise CheckpointError(
             "the factors of the model's rotary frequencies",

@@ -1,7 +1,8 @@
-"""What each matrix of a bundle is made of: tensors of the checkpoint, stacked along rows, heads padded or not.
+"""Which tensors of a checkpoint make up each matrix of a bundle, and whether their heads are padded.
 
-A *role* is what a tensor of a layer is called here, whatever it is called where it comes from: ``q_proj.weight``. q, k
-and v are one matrix; every other one is one tensor. Names and numbers only: nothing is read here.
+A *role* is shortstack's own name for a tensor of a layer, such as ``q_proj.weight``, whatever the checkpoint calls it.
+q, k and v are stacked along their rows into one matrix. Every other matrix is one tensor. This module holds names and
+numbers only and reads no tensor.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class MatrixSource:
 
     Attributes:
         tensors: Tensors [out, in] of the checkpoint, stacked along rows.
-        row_heads: Heads that the rows of each tensor are padded to cache_head_dim in; empty if rows stay as they are.
-        column_heads: The same for the columns of the one tensor; 0 if columns stay as they are.
+        row_heads: How many heads the rows of each tensor hold, each of which is padded to cache_head_dim. Empty if no
+            rows are padded.
+        column_heads: The same for the columns, of a matrix that is one tensor. 0 if no columns are padded.
     """
 
     tensors: tuple[str, ...]
@@ -31,7 +33,7 @@ class MatrixSource:
 
     @property
     def pads_columns(self) -> bool:
-        """Whether columns move, so that blocks along them cannot be kept."""
+        """Whether padding moves columns, so that blocks along them cannot be kept."""
         return self.column_heads > 0
 
 
@@ -40,7 +42,7 @@ def qkv_heads(spec: ModelSpec, *, owns_kv: bool = True) -> dict[str, int]:
 
     Args:
         spec: The model.
-        owns_kv: The layer makes its own keys and values; one that uses another layer's has q alone.
+        owns_kv: The layer computes its own keys and values. A layer that uses another one's has q only.
     """
     heads = {"q_proj": spec.num_attention_heads}
     return heads | dict.fromkeys(("k_proj", "v_proj"), spec.num_key_value_heads) if owns_kv else heads
@@ -49,11 +51,11 @@ def qkv_heads(spec: ModelSpec, *, owns_kv: bool = True) -> dict[str, int]:
 def layer_sources(
     spec: ModelSpec, tensor_name: Callable[[str], str], *, owns_kv: bool = True
 ) -> dict[str, MatrixSource]:
-    """Return what each matrix of one layer is made of, by part.
+    """Return the source of each matrix of one layer, by part.
 
     Args:
         spec: The model.
-        tensor_name: What the tensor of a role is called.
+        tensor_name: Gives the name of the tensor that plays a role.
         owns_kv: See :func:`qkv_heads`.
     """
     is_padded = spec.cache_head_dim != spec.head_dim
@@ -72,7 +74,7 @@ def layer_sources(
 
 
 def matrix_sources(arch: Architecture, spec: ModelSpec) -> Mapping[str, MatrixSource]:
-    """Return what each matrix of the model is made of, by its name in a bundle; exits excluded."""
+    """Return the source of each matrix of the model, without its exits, by the matrix's name in a bundle."""
     found = {names.EMBED_TOKENS: MatrixSource((arch.tensor_name("embed_tokens.weight"),))}
     for layer in range(spec.num_hidden_layers):
         name_in_layer = functools.partial(arch.tensor_name, layer=layer)

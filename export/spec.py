@@ -1,4 +1,4 @@
-"""What one export is asked to do."""
+"""The options of one export, as one frozen value."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
 
 @dataclass(frozen=True, slots=True)
 class ExportSpec:
-    """One export.
+    """The options of one export.
 
     Attributes:
-        checkpoint: A folder of Hugging Face or Megatron, a GGUF file or a hub id.
+        checkpoint: A Hugging Face or Megatron folder, a GGUF file or a hub id.
         out: The bundle to write.
-        exit_layers: Depths at which to cut, each the number of layers run before the exit; may be empty. Of a
-            checkpoint that holds exits: which of them to take, all if empty.
-        exits: A folder of trained exits, which bring their depths along and take the place of those that the
-            checkpoint holds; None for those, or for exits without weights of their own.
-        draft_vocab: Rows of every exit head that is the LM head, trimmed to the most frequent token ids; None keeps it
-            whole. Trained exits with heads of their own, or trimmed when they were trained, stay as they are.
+        exit_layers: Depths at which to cut, each the number of layers run before the exit. May be empty. If the
+            checkpoint holds exits, this chooses among them; empty takes all of them.
+        exits: A folder of trained exits. They bring their own depths and replace the exits that the checkpoint holds.
+            None uses those of the checkpoint, or exits without weights of their own.
+        draft_vocab: Number of rows, those of the most frequent token ids, that stay in each exit head that is the LM
+            head. None keeps it whole. Trained exits that have their own heads, or that were trimmed when they were
+            trained, stay as they are.
         draft_text: The text whose token frequencies choose the rows; None takes the one that ships with shortstack.
         dtype: Type of weights, activations and cache.
-        keep_blocks: Store what a GGUF file holds in blocks of Q4_0 or Q8_0 in the same blocks, and its other quantized
-            matrices, those that the adapter changes among them, in int8, as matrices of the exits' own; by default all
-            become ``dtype``.
-        max_length: Longest context in tokens; None takes the model's own.
+        keep_blocks: Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit. Its other quantized matrices, including
+            those that the adapter changes, are stored in int8, and so are the exits' own matrices. By default all
+            matrices become ``dtype``.
+        max_length: Longest context in tokens; None takes the model's limit.
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.
-        adapter: A LoRA adapter to merge, as peft saves it.
+        adapter: The folder of a LoRA adapter to merge, as peft saves it.
     """
 
     checkpoint: str

@@ -1,7 +1,7 @@
-"""A checkpoint's tensors as the graphs want them: q, k and v stacked, heads padded, matrices in floats or in blocks.
+"""Reads a checkpoint's tensors in the form that the graphs need: q, k and v stacked, heads padded, floats or blocks.
 
 Heads are padded with zeros to a width that the attention kernel takes (:attr:`ModelSpec.cache_head_dim`). Rotary
-embedding pairs column i with column i + head_dim / 2, so each half of a head is padded by itself.
+embedding pairs column i with column i + head_dim / 2, so each half of a head is padded separately.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture
 from shortstack.export.checkpoint import Checkpoint
-from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, BlockPlan
+from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, matrix_sources, qkv_heads
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.spec import ModelSpec
@@ -28,28 +28,28 @@ class ModelTensors:
     """Reads one model's tensors.
 
     Args:
-        checkpoint: Where they are.
-        arch: What they are called there.
+        checkpoint: Where the tensors are read from.
+        arch: The model's family, which names the tensors.
         spec: The model.
-        plan: Which matrices are wanted in blocks.
+        blocks: Which matrices are wanted in blocks.
 
     Attributes:
         spec: The model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec, plan: BlockPlan) -> None:
+    def __init__(self, checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec, blocks: KeptBlocks) -> None:
         self.spec = spec
         self._checkpoint = checkpoint
         self._arch = arch
-        self._plan = plan
+        self._blocks = blocks
         self._sources = matrix_sources(arch, spec)
 
     def vector(self, role: str, layer: int | None = None) -> Floats:
-        """Return a norm's weight or a projection's bias, by role."""
+        """Return the norm's weight or projection's bias that plays a role."""
         return self._checkpoint.tensor(self._arch.tensor_name(role, layer))
 
     def layer_vector(self, part: str, layer: int) -> Floats:
-        """Return a norm's weight or a projection's bias of one layer, by part, as :func:`packed_vector` does."""
+        """Return a norm's weight or a projection's bias of one layer, by part; see :func:`packed_vector`."""
         owns_kv = self.spec.kv_map[layer] == layer
         return packed_vector(part, lambda role: self.vector(role, layer), self.spec, owns_kv=owns_kv)
 
@@ -58,16 +58,16 @@ class ModelTensors:
         return self._checkpoint.tensor(ROPE_FACTORS) if self.spec.rope_scaling.kind == "factors" else None
 
     def matrix(self, name: str) -> Floats | BlockTensor:
-        """Return a matrix [out, in] as the plan wants it stored.
+        """Return a matrix [out, in] as it is to be stored.
 
         Args:
             name: Its name in the bundle.
         """
         source = self._sources[name]
-        if name in self._plan.kept:
+        if name in self._blocks.kept:
             return self._kept(source)
         floats = self._floats(source)
-        return nearest(floats, REQUANTIZED_FORMAT) if name in self._plan.requantized else floats
+        return nearest(floats, REQUANTIZED_FORMAT) if name in self._blocks.requantized else floats
 
     def _floats(self, source: MatrixSource) -> Floats:
         return packed_matrix([self._checkpoint.tensor(tensor) for tensor in source.tensors], source, self.spec)
@@ -75,18 +75,18 @@ class ModelTensors:
     def _kept(self, source: MatrixSource) -> BlockTensor:
         stored = [self._checkpoint.blocks(tensor) for tensor in source.tensors]
         parts = [blocks.read() for blocks in stored if blocks is not None]
-        assert len(parts) == len(stored), f"{source.tensors} are planned in blocks and stored as floats"
+        assert len(parts) == len(stored), f"{source.tensors} should be kept in blocks, but are stored as floats"
         block_format = parts[0].format
         codes, scales = [part.codes for part in parts], [part.scales for part in parts]
         if source.row_heads:
-            zero = 1 << (block_format.bits - 1)  # the code of zero
+            zero = block_format.middle_code
             codes = [pad_heads(c, n, self.spec, zero) for c, n in zip(codes, source.row_heads, strict=True)]
             scales = [pad_heads(s, n, self.spec) for s, n in zip(scales, source.row_heads, strict=True)]
         return BlockTensor(block_format, np.concatenate(codes), np.concatenate(scales), None)
 
 
 def packed_matrix(parts: Sequence[Floats], source: MatrixSource, spec: ModelSpec) -> Floats:
-    """Return a matrix [out, in] made of the tensors that its source lists, in that order."""
+    """Stack the tensors that a source lists, in that order, into one matrix [out, in]."""
     if source.row_heads:
         parts = [pad_heads(part, n, spec) for part, n in zip(parts, source.row_heads, strict=True)]
     if source.pads_columns:
@@ -95,11 +95,11 @@ def packed_matrix(parts: Sequence[Floats], source: MatrixSource, spec: ModelSpec
 
 
 def packed_vector(part: str, vector: Callable[[str], Floats], spec: ModelSpec, *, owns_kv: bool = True) -> Floats:
-    """Return a norm's weight or a projection's bias of a layer; those of q, k and v stacked and padded like their rows.
+    """Return a norm's weight or a projection's bias of a layer; the biases of q, k and v are stacked like their rows.
 
     Args:
         part: Its name in :mod:`shortstack.graphs.layer_parts`.
-        vector: Gives a tensor of the layer by role.
+        vector: Reads the tensor of the layer that plays a role.
         spec: The model.
         owns_kv: See :func:`qkv_heads`.
     """
@@ -116,7 +116,7 @@ def pad_heads(array: npt.NDArray[Number], heads: int, spec: ModelSpec, fill: int
         array: [heads * head_dim, ...].
         heads: How many heads it holds.
         spec: The model.
-        fill: What to pad with: what stands for zero in ``array``.
+        fill: The value to pad with, the one that stands for zero in ``array``.
     """
     extra = (spec.cache_head_dim - spec.head_dim) // 2
     if extra == 0:

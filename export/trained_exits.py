@@ -1,12 +1,12 @@
-"""A folder of trained exits, ``exits.json`` and ``exits.safetensors``: read as untrusted input, written atomically.
+"""Reads and writes a folder of trained exits. Reading trusts nothing; writing leaves a complete file or none.
 
-It may lie beside a checkpoint's ``config.json`` and ``model.safetensors``, or alone::
+The two files may share the folder of a checkpoint, next to ``config.json`` and ``model.safetensors``::
 
     exits.json           {"format_version": 1, "hidden_size", "vocab_size", "num_hidden_layers",
                           "exits": [every field of ExitSpec], ascending}
     exits.safetensors    the tensors of :mod:`shortstack.graphs.exit_parts`, matrices [out, in]
 
-Both files are written beside their names and then renamed, the weights first.
+Each file is written under a temporary name and then renamed, the weights first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shortstack.graphs.spec import ModelSpec
 EXITS_FILE = "exits.json"
 EXIT_WEIGHTS_FILE = "exits.safetensors"
 FORMAT_VERSION = 1
-_FITS = ("hidden_size", "vocab_size", "num_hidden_layers")  # what a model must agree in
+_FITS = ("hidden_size", "vocab_size", "num_hidden_layers")  # fields that must equal those of the model
 _MAX_JSON_BYTES = 1 << 20
 _FLOATS: dict[str, npt.DTypeLike] = {
     "F64": np.float64,
@@ -44,7 +44,7 @@ _FLOATS: dict[str, npt.DTypeLike] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,  # importing ml_dtypes is also what lets safetensors' numpy API return bfloat16
 }
-_RETRAIN = "write the folder again with the recipe that made it"
+_RETRAIN = "write the folder again with the recipe that created it"
 
 Array = npt.NDArray[Any]
 
@@ -54,15 +54,15 @@ def read_exits(folder: str | Path, spec: ModelSpec) -> tuple[tuple[ExitSpec, ...
 
     Args:
         folder: The folder.
-        spec: The model that they are for.
+        spec: The model that the exits are for.
 
     Returns:
         The exits, ascending, and their tensors by :func:`names.exit_weight`: float32, C-contiguous, matrices [out, in];
         ids int64.
 
     Raises:
-        CheckpointError: A file is missing, damaged or outside the folder, made for a model of other sizes, or a tensor
-            is missing, unknown, misshapen, not finite, or not ascending token ids; lists all tensors at once.
+        CheckpointError: A file is missing, damaged, outside the folder, or for a model of other sizes. Or a tensor is
+            missing, unknown, misshapen, not finite, or not ascending token ids; the message lists all such tensors.
     """
     folder = Path(folder)
     exits = _read_specs(_required(folder, EXITS_FILE), spec)
@@ -85,15 +85,15 @@ def write_exits(
     """Write a folder of exits; other files in it stay.
 
     Args:
-        folder: Where to; made if need be.
-        spec: The model that they are for.
+        folder: The folder to write; created if it does not exist.
+        spec: The model that the exits are for.
         exits: The exits, ascending.
         tensors: Their weights, as :func:`read_exits` returns them.
         dtype: Type of the stored floats.
 
     Raises:
-        CheckpointError: What :func:`read_exits` would refuse, values that do not fit ``dtype`` among it, or the folder
-            cannot be written.
+        CheckpointError: :func:`read_exits` would refuse the exits, for instance because a value does not fit
+            ``dtype``, or the folder cannot be written.
     """
     folder = Path(folder)
     described = {
@@ -121,7 +121,7 @@ def write_exits(
 
 
 def _stored(name: str, array: Array, dtype: npt.DTypeLike) -> Array:
-    with np.errstate(over="ignore"):  # what does not fit is refused as not finite
+    with np.errstate(over="ignore"):  # a value that does not fit becomes infinite and is refused below
         kind = np.int64 if name.endswith(f".{HEAD_IDS}") else dtype
         return np.ascontiguousarray(array, dtype=kind).reshape(array.shape)
 
@@ -164,7 +164,7 @@ def _read_specs(path: Path, spec: ModelSpec) -> tuple[ExitSpec, ...]:
             remedy="name the exits that were trained for this checkpoint",
         )
     if not isinstance(data["exits"], list) or not data["exits"]:
-        raise CheckpointError(f"{path}: field exits", expected="a list of one exit or more", remedy=_RETRAIN)
+        raise CheckpointError(f"{path}: field exits", expected="a list of at least one exit", remedy=_RETRAIN)
     exits = tuple(_read_spec(path, entry, spec) for entry in data["exits"])
     layers = [e.exit_layer for e in exits]
     if sorted(set(layers)) != layers:

@@ -3,7 +3,7 @@
 - a projection stored as floats is [in, out], as MatMul takes it; in blocks it is [out, in], as MatMulNBits does.
 - the embedding stays [vocab, hidden]: Gather and the head's Gemm both take it so, and a tied head is the same tensor.
 - a trimmed exit head is rows of the LM head, in floats or in blocks as that one is; exits share it.
-- what an exit has of its own is stored like the model's: projections [in, out], heads [rows, in], a block as a layer.
+- an exit's own weights are stored like the model's: projections [in, out], heads [rows, in], a block like a layer.
 """
 
 from __future__ import annotations

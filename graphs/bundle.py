@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.manifest import FileEntry, Manifest, read_manifest
+from shortstack.graphs.path_kind import PathKind, bundle_name, export_command, not_a_bundle, path_kind
 from shortstack.graphs.plan import Segment
 
 _CHUNK_BYTES = 1 << 22
@@ -46,10 +47,10 @@ def open_bundle(folder: str | Path, *, verify_hashes: bool = False) -> Bundle:
         BundleError: Naming every file that is missing, of another size, a link, or (on request) of another hash.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BundleError(
-            f"{folder} is not a folder", remedy="make a bundle with `shortstack export CHECKPOINT OUT --exit-layer E`"
-        )
+    if (kind := path_kind(folder)) is not PathKind.BUNDLE:
+        made_of = (folder, bundle_name(folder)) if kind.is_model else ("CHECKPOINT", "OUT")
+        remedy = f"make a bundle with `{export_command(*made_of, '--exit-layer', 'E')}`"
+        raise BundleError(not_a_bundle(folder), remedy=remedy)
     manifest = read_manifest(folder / names.MANIFEST_FILE)
     problems: list[str] = []
     for name, entry in manifest.files.items():
@@ -90,7 +91,42 @@ def describe_files(folder: Path, only: Container[str] | None = None) -> dict[str
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write bundle.json."""
     text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
-    (folder / names.MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    _write_beside(folder / names.MANIFEST_FILE, (text + "\n").encode())
+
+
+def put_file(bundle: Bundle, name: str, content: bytes) -> Bundle:
+    """Add a file to a finished bundle, or replace one that a bundle can be without, such as a report.
+
+    Whenever this stops, bundle.json describes what is there: it forgets the file before the file changes, and lists it
+    again afterwards.
+
+    Args:
+        bundle: The bundle as it is on disk.
+        name: The file.
+        content: What it will hold.
+
+    Returns:
+        The bundle with the file.
+    """
+    manifest = bundle.manifest
+    others = {other: entry for other, entry in manifest.files.items() if other != name}
+    if name in manifest.files:
+        write_manifest(bundle.folder, replace(manifest, files=others))
+    _write_beside(bundle.folder / name, content)
+    entry = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    written = replace(manifest, files=dict(sorted({**others, name: entry}.items())))
+    write_manifest(bundle.folder, written)
+    return Bundle(bundle.folder, written)
+
+
+def _write_beside(path: Path, content: bytes) -> None:
+    """Write a file under another name first, so that its own name never stands for half of it."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,19 @@
 
 A message has up to four parts: what is wrong and where, what was found, what was expected, and what to do next. Build
 it with the keyword arguments, so that no part is forgotten, and collect all differences before raising.
+
+Exit codes of every command::
+
+    0    done
+    1    a finding: the command ran and its answer is "no" (parity)
+    2    a misuse, or an input that cannot be used: one line on stderr says what to do
+    130  interrupted
 """
 
 from __future__ import annotations
+
+INTERRUPTED = 130
+"""The exit code of an interrupted command: 128 + SIGINT, what shells report."""
 
 
 class ShortstackError(Exception):

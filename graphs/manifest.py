@@ -125,7 +125,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check a bundle.json.
 
     Raises:
-        BundleError: The file is absent, no JSON, of another format version, edited, or inconsistent; names the field.
+        BundleError: The file is absent, not JSON, of another format version, edited, or inconsistent; names the field.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

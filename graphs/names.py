@@ -34,6 +34,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
+TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE)  # of the checkpoint
+QUANTIZATION_FILE = "quantization.json"  # how a quantized bundle was made from its source
 QUALITY_FILE = "quality.json"  # how a quantized bundle compares with its source
 
 KV_PARTS = ("key", "value")
@@ -80,19 +82,27 @@ ROPE_SIN = "rope.sin"
 
 
 # The parts of a matrix that is stored in blocks of small integers (graphs/precision.py)
+BLOCK_PARTS = ("codes", "scales", "zero_points")
+
+
+def block_part(weight: str, part: str) -> str:
+    """Return the tensor that holds one part of a matrix; ``part`` is one of BLOCK_PARTS."""
+    return f"{weight}.{part}"
+
+
 def block_codes(weight: str) -> str:
     """Return the tensor that holds a matrix's packed codes."""
-    return f"{weight}.codes"
+    return block_part(weight, "codes")
 
 
 def block_scales(weight: str) -> str:
     """Return the tensor that holds a matrix's scales, one per block."""
-    return f"{weight}.scales"
+    return block_part(weight, "scales")
 
 
 def block_zero_points(weight: str) -> str:
     """Return the tensor that holds a matrix's packed zero points; absent where blocks are symmetric."""
-    return f"{weight}.zero_points"
+    return block_part(weight, "zero_points")
 
 
 def first_rows(weight: str) -> str:

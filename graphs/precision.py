@@ -7,19 +7,21 @@ scale and, when asymmetric, one integer zero point::
 
 A symmetric block has the zero point ``2^(bits - 1)`` without storing it.
 
-A zero point is an integer, as the fast kernels want it; GGUF's Q4_1 and Q4_K, for two, shift each block by any real
-number. *Offsets* are what is left of that shift, one number per block, stored as further columns of the same matrix
-behind the weights and multiplied with the sum of the block's inputs::
+A zero point is an integer, since the fast kernels take no other; GGUF's Q4_1 and Q4_K, for example, shift each block
+by any real number. *Offsets* are what is left of that shift, one number per block. They are stored as further columns
+of the same matrix, after the weights, and multiplied with the sum of the block's inputs::
 
     y = sum_k w_k x_k + sum_b offset_b (sum of x over block b)
 
-Standard library only.
+What differs between widths of codes stands in one table, :data:`CODE_TYPES`; rounding, packing, the search for a mix
+and the command line read it. Standard library only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from shortstack.graphs.errors import RequestError
@@ -27,7 +29,6 @@ from shortstack.graphs.spec import DType
 
 KVType = Literal["float", "int8"]
 KV_TYPES: tuple[KVType, ...] = ("float", "int8")
-BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 EXACT_BLOCK_SIZE = 32  # rows of one run equal rows run one by one, bit for bit (onnxruntime 1.31 and 1.32, x86)
 SPARE_ROWS = 1  # positions beyond the context that graphs may write, see Precision.has_spare_row
@@ -35,11 +36,52 @@ ACCURACY_LEVEL = 4  # the only level with integer kernels: 8 bits are 60-130 tim
 
 
 @dataclass(frozen=True, slots=True)
+class CodeType:
+    """One width of integer codes that the kernels compute with.
+
+    Attributes:
+        bits: Of a code. Bytes hold whole codes, the first one in the lowest bits.
+        tried_ranges: The ranges that rounding tries for each block, in units of the one that just covers it: the
+            narrowest, the widest and how many, evenly spaced. Narrower ones clip the extremes and resolve the rest.
+        gains_from_offsets: Whether a searched mix keeps offsets at this width: they make up for coarse steps.
+
+    Raises:
+        ValueError: A width that does not fill bytes.
+    """
+
+    bits: int
+    tried_ranges: tuple[float, float, int]
+    gains_from_offsets: bool
+
+    def __post_init__(self) -> None:
+        if self.bits not in (1, 2, 4, 8):
+            raise ValueError(f"codes of {self.bits} bits do not fill a byte")
+
+    @property
+    def name(self) -> str:
+        """What people and the command line call it, such as ``int4``."""
+        return f"int{self.bits}"
+
+
+CODE_TYPES: Mapping[int, CodeType] = MappingProxyType(
+    {
+        code_type.bits: code_type
+        for code_type in (
+            CodeType(4, tried_ranges=(0.70, 1.06, 13), gains_from_offsets=True),
+            # 256 steps resolve everything: only the rounded zero point is worth a second look.
+            CodeType(8, tried_ranges=(0.99, 1.0, 2), gains_from_offsets=False),
+        )
+    }
+)
+"""Every width of codes that a block may have, by its bits."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlockFormat:
     """How one weight matrix is stored.
 
     Attributes:
-        bits: Of a code: 4 or 8.
+        bits: Of a code, a key of CODE_TYPES.
         block_size: Weights that share a scale, a power of two from 16 on.
         is_symmetric: Without stored zero points.
         has_offsets: With an offset column per block.
@@ -54,8 +96,10 @@ class BlockFormat:
     has_offsets: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise RequestError("bits", found=self.bits, expected="4 or 8", remedy="choose int4 or int8")
+        if self.bits not in CODE_TYPES:
+            names = " or ".join(code_type.name for code_type in CODE_TYPES.values())
+            widths = " or ".join(map(str, CODE_TYPES))
+            raise RequestError("bits", found=self.bits, expected=widths, remedy=f"choose {names}")
         if self.block_size not in BLOCK_SIZES:
             raise RequestError(
                 "block size", found=self.block_size, expected=f"one of {', '.join(map(str, BLOCK_SIZES))}"
@@ -63,7 +107,27 @@ class BlockFormat:
 
     def __str__(self) -> str:
         kind = (" symmetric" if self.is_symmetric else "") + (" with offsets" if self.has_offsets else "")
-        return f"int{self.bits}{kind}, blocks of {self.block_size}"
+        return f"{self.code_type.name}{kind}, blocks of {self.block_size}"
+
+    @property
+    def code_type(self) -> CodeType:
+        """The width of its codes."""
+        return CODE_TYPES[self.bits]
+
+    @property
+    def largest_code(self) -> int:
+        """The largest code; the smallest is 0."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle_code(self) -> int:
+        """The zero point of a symmetric block."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the packed codes of one block."""
+        return self.block_size * self.bits // 8
 
     def blocks(self, width: int) -> int:
         """Return how many blocks cover a row of ``width`` weights, its offsets not counted."""
@@ -81,7 +145,7 @@ class BlockFormat:
         """Return the bytes of codes, scales and zero points of a matrix [rows, width]."""
         blocks = self.blocks(self.stored_width(width))
         zeros = 0 if self.is_symmetric else -(-blocks * self.bits // 8)
-        return rows * (blocks * (self.block_size * self.bits // 8 + scale_bytes) + zeros)
+        return rows * (blocks * (self.code_bytes + scale_bytes) + zeros)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +165,11 @@ class Precision:
     def has_spare_row(self, dtype: DType) -> bool:
         """Return whether graphs attend with one empty row more than a run has.
 
-        The CPU's attention kernel computes a run of one row otherwise than runs of two and more, which agree bit for
-        bit (onnxruntime 1.32; about 3e-7 apart). Float weights pass such a difference on as it is; products with blocks
-        round their inputs to 8 bits, which can make a thousandth of it, and a fork. So the kernel always sees two rows
-        or more. Its int8 cache has one kernel for all. Float16 is for GPUs, whose kernels differ anyway.
+        The CPU's attention kernel computes a run of one row differently from runs of two or more rows, which agree
+        bit for bit with each other (onnxruntime 1.32; the difference is about 3e-7). Float weights pass it on as it is.
+        Products with blocks round their inputs to 8 bits: there it can grow to a thousandth, and change a token. So the
+        kernel always sees two rows or more. An int8 cache has one kernel for all. Float16 is for GPUs, whose kernels
+        differ anyway.
 
         Args:
             dtype: Type of activations.

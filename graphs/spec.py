@@ -123,7 +123,7 @@ class ModelSpec:
         return -(-self.head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON-ready data; what few models have is left out where it says nothing."""
+        """Return the spec as JSON-ready data; rare fields are left out where they have their defaults."""
         data = asdict(self)
         data["kv_map"] = list(self.kv_map)
         data["windows"] = list(self.windows)
@@ -152,47 +152,29 @@ class ModelSpec:
         for name, value in data.items():
             expected = _JSON_TYPES[str(known[name].type).split("[")[0]]
             if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-                raise BundleError(
-                    f"{where}.{name}",
-                    found=repr(value),
-                    expected=str(known[name].type),
-                    remedy="restore bundle.json or re-export the bundle",
-                )
+                raise _unusable(f"{where}.{name}", repr(value), str(known[name].type))
             if isinstance(value, int) and expected is int and value < 1:
-                raise BundleError(
-                    f"{where}.{name}",
-                    found=value,
-                    expected="1 or more",
-                    remedy="restore bundle.json or re-export the bundle",
-                )
+                raise _unusable(f"{where}.{name}", value, "1 or more")
         if len(data["kv_map"]) != data["num_hidden_layers"]:
-            raise BundleError(
-                f"{where}.kv_map",
-                found=f"{len(data['kv_map'])} entries",
-                expected=f"num_hidden_layers = {data['num_hidden_layers']}",
-                remedy="restore bundle.json or re-export the bundle",
-            )
+            found, depth = f"{len(data['kv_map'])} entries", data["num_hidden_layers"]
+            raise _unusable(f"{where}.kv_map", found, f"num_hidden_layers = {depth}")
         for name in ("kv_map", "windows"):
             if not all(type(layer) is int for layer in data.get(name, ())):
-                raise BundleError(
-                    f"{where}.{name}",
-                    found=data[name],
-                    expected="one integer per layer",
-                    remedy="restore bundle.json or re-export the bundle",
-                )
+                raise _unusable(f"{where}.{name}", data[name], "one integer per layer")
         try:
             scaling = RopeScaling(**data["rope_scaling"])
         except TypeError as error:
-            raise BundleError(
-                f"{where}.rope_scaling: {error}", remedy="restore bundle.json or re-export the bundle"
-            ) from None
+            raise _unusable(f"{where}.rope_scaling: {error}") from None
         try:
             maps: dict[str, Any] = {name: tuple(data[name]) for name in ("kv_map", "windows") if name in data}
             return cls(**{**data, "rope_scaling": scaling, **maps})
         except ValueError as error:
-            raise BundleError(
-                f"{where}.kv_map or .windows: {error}", remedy="restore bundle.json or re-export the bundle"
-            ) from None
+            raise _unusable(f"{where}.kv_map or .windows: {error}") from None
+
+
+def _unusable(what: str, found: object = None, expected: object = None) -> BundleError:
+    """Return the error about a field with a value that export never writes."""
+    return BundleError(what, found=found, expected=expected, remedy="restore bundle.json or re-export the bundle")
 
 
 _RARE = {"windows", "masks_diagonal"}

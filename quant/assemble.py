@@ -4,91 +4,75 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
-from shortstack import __version__
 from shortstack.graphs import names
-from shortstack.graphs.bundle import Bundle, check_free, describe_files, open_bundle, staged_folder, write_manifest
+from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.cast import cast
-from shortstack.graphs.ir.lint import lint
-from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
-from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.ir.write_bundle import tool_versions, write_bundle
 from shortstack.graphs.precision import SPARE_ROWS, Precision
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.progress import Stage, progress_stages
 from shortstack.quant.kv_scales import measure_kv_scales
 from shortstack.quant.layers import Weight
 from shortstack.quant.method import find_method
-from shortstack.quant.quality import Quality, write_quality
-from shortstack.quant.quality_measure import judge
-from shortstack.quant.recipe import assign
-from shortstack.quant.rounding import Rounded, Walk
+from shortstack.quant.preset import assign
+from shortstack.quant.record import QuantizationRecord
+from shortstack.quant.rounding import LayerwiseRounding, Rounded
 from shortstack.quant.search import search
 from shortstack.quant.source import Source
 from shortstack.quant.spec import QuantizeSpec
-from shortstack.quant.texts import ROW_TOKENS, Texts, open_tokenizer, read_prompts, read_rows
+from shortstack.quant.texts import Rows, open_tokenizer, read_rows, row_length
 
 
-def quantize_bundle(request: QuantizeSpec) -> tuple[Bundle, Quality | None]:
+def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle:
     """Shrink a bundle.
 
     Args:
         request: What to quantize, and how.
+        stage: Starts a stage of the progress bar; None shows progress of its own.
 
     Returns:
-        The finished bundle, and how it compares with its source (None if that was not asked for).
+        The finished bundle; :func:`shortstack.quant.quality_report.make_report` compares it with its source.
 
     Raises:
         BundleError: The source cannot be read, or the output folder is in the way.
         RequestError: The source is quantized already, or an option does not fit.
     """
+    if stage is None:
+        with progress_stages() as stage:
+            return quantize_bundle(request, stage)
     check_free(request.out, request.overwrite)
     if request.out.resolve() == request.bundle.resolve():
         raise RequestError(f"{request.out} is the bundle to be quantized", remedy="choose another output folder")
     source = Source(open_bundle(request.bundle))
-    method = find_method(request.recipe.method)
-    manifest = source.bundle.manifest
-    dtype = request.dtype or manifest.dtype
-    is_int8_cache = request.recipe.kv_cache == "int8"
+    method = find_method(request.preset.method)
+    is_int8_cache = request.preset.kv_cache == "int8"
     is_weighed = method.uses_text or request.max_kl is not None
-    is_walkable = _check_walkable(source.spec, is_weighed)
-    texts = _read_texts(source.bundle, request, is_weighed or is_int8_cache)
-    with progress_stages() as stage:
-        assignment = assign(request.recipe, source.spec, manifest.plan)
-        if request.max_kl is not None:
-            assert texts.calibration is not None
-            assignment = search(source, method, assignment, texts.calibration, request.max_kl, stage)
-        with staged_folder(request.out, overwrite=request.overwrite) as folder:
-            scales: Mapping[str, np.ndarray] = {}
-            if is_int8_cache and not is_walkable:
-                assert texts.calibration is not None
-                advance = stage("Running the float model", len(texts.calibration))
-                scales = measure_kv_scales(source.bundle, texts.calibration, advance)
-            walk = Walk(source, assignment, method, texts.calibration if is_walkable else None, is_int8_cache)
-            errors = _write(walk, scales, dtype, folder, request, stage)
-            result = open_bundle(folder)
-            quality = None
-            if request.with_report:
-                quality = judge(source.bundle, result, texts, errors, request, stage)
-                write_quality(folder, quality)
-                written = dataclasses.replace(
-                    result.manifest, files=result.manifest.files | describe_files(folder, only={names.QUALITY_FILE})
-                )
-                write_manifest(folder, written)
-    return open_bundle(request.out), quality
+    is_layerwise = _check_layerwise(source.spec, is_weighed)
+    rows = _read_calibration(source.bundle, request) if is_weighed or is_int8_cache else None
+    assignment = assign(request.preset, source.spec, source.bundle.manifest.plan)
+    if request.max_kl is not None:
+        assert rows is not None
+        assignment = search(source, method, assignment, rows, request.max_kl, stage)
+    with staged_folder(request.out, overwrite=request.overwrite) as folder:
+        scales: Mapping[str, np.ndarray] = {}
+        if is_int8_cache and not is_layerwise:
+            assert rows is not None
+            scales = measure_kv_scales(source.bundle, rows, stage("Running the float model", len(rows)))
+        rounding = LayerwiseRounding(source, assignment, method, rows if is_layerwise else None, is_int8_cache)
+        _write(rounding, scales, folder, request, rows, stage)
+    return open_bundle(request.out)
 
 
-def _check_walkable(spec: ModelSpec, is_weighed: bool) -> bool:
-    """Return whether the layers of a model can be run one by one; refuse to weigh weights by text where they cannot."""
+def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
+    """Return whether the layers of a model can be run one by one; refuse to calibrate where they cannot."""
     blind = [layer for layer in range(spec.num_hidden_layers) if not spec.sees_itself(layer)]
     if is_weighed and blind:
         raise UnsupportedError(
@@ -100,40 +84,36 @@ def _check_walkable(spec: ModelSpec, is_weighed: bool) -> bool:
     return not blind
 
 
-def _read_texts(bundle: Bundle, request: QuantizeSpec, is_calibrated: bool) -> Texts:
-    """Read what is needed, in rows that fit the bundle's context, so that a bad file is refused before long work."""
-    tokenizer, longest = open_tokenizer(bundle.folder), bundle.manifest.max_length
-    row_tokens = min(ROW_TOKENS, longest)
-    calibration = heldout = None
-    prompts: tuple[tuple[int, ...], ...] = ()
-    if is_calibrated:
-        calibration = read_rows(request.calibration, "--calibration", tokenizer, request.calibration_tokens, row_tokens)
-    if request.with_report:
-        heldout = read_rows(request.heldout, "--heldout", tokenizer, request.heldout_tokens, row_tokens)
-        found = read_prompts(request.heldout, "--heldout", tokenizer, request.prompts)
-        prompts = tuple(prompt[: max(1, longest // 2)] for prompt in found)  # room to continue
-    return Texts(calibration, heldout, prompts)
+def _read_calibration(bundle: Bundle, request: QuantizeSpec) -> Rows:
+    """Read the calibration text in rows that fit the bundle's context."""
+    length, tokens = row_length(bundle.manifest.max_length), request.calibration_tokens
+    return read_rows(request.calibration, "--calibration", open_tokenizer(bundle.folder), tokens, length)
 
 
 def _write(
-    walk: Walk, kv_scales: Mapping[str, np.ndarray], dtype: DType, folder: Path, request: QuantizeSpec, stage: Stage
-) -> Mapping[str, float]:
-    """Write all files of the bundle; return the error of each rounded matrix. The walk may find further scales."""
-    source = walk.source
+    rounding: LayerwiseRounding,
+    kv_scales: Mapping[str, np.ndarray],
+    folder: Path,
+    request: QuantizeSpec,
+    rows: Rows | None,
+    stage: Stage,
+) -> None:
+    """Round the model and write all files of the bundle; rounding may find further scales of an int8 cache."""
+    source = rounding.source
     manifest, spec = source.bundle.manifest, source.spec
-    plan, kv_cache = manifest.plan, request.recipe.kv_cache
+    plan, kv_cache, dtype = manifest.plan, request.preset.kv_cache, request.dtype or manifest.dtype
     errors: dict[str, float] = {}
     with WeightStore(folder) as store:
-        advance = stage(f"Rounding ({request.recipe.method})", spec.num_hidden_layers + 3)
-        for rounded in walk.layers():
+        advance = stage(f"Rounding ({request.preset.method})", spec.num_hidden_layers + 3)
+        for rounded in rounding.layers():
             _store(rounded, dtype, store, errors)
             advance(1)
         for name, scale in kv_scales.items():
             store.add(name, scale)
         known: dict[str, str] = {}
-        for rounded in walk.heads():
+        for rounded in rounding.heads():
             _store(rounded, dtype, store, errors, known)
-        for rounded in walk.exits():
+        for rounded in rounding.exits():
             _store(rounded, dtype, store, errors)
         if names.UNIT_NORM in source:
             store.add(names.UNIT_NORM, source.floats(names.UNIT_NORM).astype(dtype))
@@ -144,41 +124,34 @@ def _write(
             store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
         _store_id_maps(source, store)
         advance(3)
-    advance = stage("Building graphs", len(plan.segments))
-    for segment in plan.segments:
-        model = segment_model(spec, plan, segment, dtype, store, kv_cache)
-        lint(model, names.segment_file(segment.start, segment.end))
-        ir.save(model, folder / names.segment_file(segment.start, segment.end))
-        advance(1)
-    graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
-    # A float16 copy made by `shortstack quantize` has a report: on itself, not on what is made of it.
-    for name in manifest.files.keys() - graphs - {names.WEIGHTS_FILE, names.QUALITY_FILE}:
-        shutil.copyfile(source.bundle.folder / name, folder / name)
-    advance = stage("Hashing", 1)
-    write_manifest(
-        folder,
-        Manifest(
-            spec=spec,
-            plan=plan,
-            dtype=dtype,
-            max_length=manifest.max_length,
-            files=describe_files(folder),
-            source_name=manifest.source_name,
-            source_sha256=manifest.source_sha256,
-            tools=manifest.tools | {"shortstack": __version__, **{p: version(p) for p in ("numpy", "onnx", "onnx-ir")}},
-            precision=Precision(store.formats, kv_cache),
-        ),
+    record = QuantizationRecord(
+        preset=request.preset.name,
+        method=request.preset.method,
+        source_weights_sha256=manifest.weights_sha256,
+        calibration=None if rows is None else f"{request.calibration.name}: {rows.size} tokens",
+        max_kl=request.max_kl,
+        errors=errors,
     )
-    advance(1)
-    return errors
+    graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
+    # A float16 copy made by `shortstack quantize` has a record and a report: on itself, not on what is made of it.
+    own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE}
+    result = dataclasses.replace(
+        manifest,
+        dtype=dtype,
+        files={},
+        tools=manifest.tools | tool_versions(),
+        precision=Precision(store.formats, kv_cache),
+    )
+    files = {name: (source.bundle.folder / name).read_bytes() for name in manifest.files.keys() - graphs - own}
+    write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage)
 
 
 def _store(
     rounded: Rounded, dtype: DType, store: WeightStore, errors: dict[str, float], known: dict[str, str] | None = None
 ) -> None:
-    """Store what was rounded; with ``known``, names of matrices by their hash, equal ones once.
+    """Store what was rounded; with ``known``, the names of stored matrices by their hash, equal ones once.
 
-    Exits have equal heads unless a method looked at what each of them multiplies.
+    Exits have equal heads, unless a method rounded each head for its own inputs.
     """
     for name, tensor in rounded.tensors.items():
         same = name if known is None else known.setdefault(_digest(tensor), name)
@@ -187,7 +160,7 @@ def _store(
         elif isinstance(tensor, BlockTensor):
             store.add_blocks(name, tensor, dtype)
         elif name.endswith("_scale"):
-            store.add(name, tensor)  # of an int8 cache: float32 whatever the activations are
+            store.add(name, tensor)  # of an int8 cache: always float32
         else:
             store.add(name, cast(name, tensor, dtype))
     errors |= rounded.errors
@@ -195,16 +168,13 @@ def _store(
 
 def _digest(tensor: Weight) -> str:
     """Return a hash of a matrix, its format included."""
-    parts: list[np.ndarray | None] = (
-        [tensor]
-        if not isinstance(tensor, BlockTensor)
-        else [tensor.packed_codes(), tensor.all_scales(), tensor.packed_zero_points()]
-    )
-    kind = (tensor.format, tensor.shape) if isinstance(tensor, BlockTensor) else tensor.shape
-    digest = hashlib.sha256(str(kind).encode())
+    if isinstance(tensor, BlockTensor):
+        kind, parts = str((tensor.format, tensor.shape)), list(tensor.packed_parts().values())
+    else:
+        kind, parts = str(tensor.shape), [tensor]
+    digest = hashlib.sha256(kind.encode())
     for part in parts:
-        if part is not None:
-            digest.update(np.ascontiguousarray(part).data)
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
 
 

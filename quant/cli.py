@@ -2,160 +2,108 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import click
 
-from shortstack.graphs import names
-from shortstack.graphs.precision import BLOCK_SIZES, EXACT_BLOCK_SIZE, KV_TYPES, KVType
+from shortstack.command_options import Command, option_group, refuse_given
+from shortstack.command_paths import BundlePath
+from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.spec import DType
-from shortstack.quant.recipe import FORMAT_NAMES, METHOD_NAMES, Format, Recipe, parse_format
-from shortstack.quant.recipes import RECIPES, find_recipe
+from shortstack.quant.options import (
+    Calibrating,
+    Mixing,
+    Reporting,
+    calibrating_options,
+    mixing_options,
+    reporting_options,
+)
 
 _DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
-_FORMAT = click.Choice(FORMAT_NAMES)
-_RECIPES = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.command(cls=Command)
+@click.argument("bundle", type=BundlePath(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--recipe", "-r", "recipe_name", default="int4", show_default=True, help=f"A named mix. {_RECIPES}.")
-@click.option("--method", type=click.Choice(METHOD_NAMES), help="How weights are rounded.  [default: the recipe's]")
-@click.option("--weights", type=_FORMAT, help="Format of all matrices of the layers.")
-@click.option("--head", type=_FORMAT, help="Format of the LM head, and of the embedding where it is tied.")
-@click.option("--draft-head", type=_FORMAT, help="Format of the exits' heads: changes speed, never output.")
-@click.option("--kv-producers", type=_FORMAT, help="Format of the q, k, v projections of layers that own a cache.")
-@click.option("--kv-cache", type=click.Choice(KV_TYPES), help="Element type of the KV cache.")
-@click.option(
-    "--block-size",
-    type=click.Choice([str(b) for b in BLOCK_SIZES]),
-    help="Weights that share a scale; only 32 verifies drafts bit for bit.  [default: the recipe's]",
+@mixing_options
+@option_group(
+    "Formats",
+    click.option(
+        "--dtype",
+        type=click.Choice(list(_DTYPES)),
+        help="Type of activations and of what is not in blocks: fp16 is for GPUs.  [default: the bundle's]",
+    ),
 )
-@click.option(
-    "--symmetric/--asymmetric",
-    "is_symmetric",
-    default=None,
-    help="Blocks without or with a zero point.  [default: the recipe's]",
+@calibrating_options
+@reporting_options
+@option_group(
+    "Output",
+    click.option("--overwrite", is_flag=True, help="Replace an existing bundle."),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(list(_DTYPES)),
-    help="Type of activations and of what is not in blocks: fp16 is for GPUs.  [default: the bundle's]",
-)
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Text or jsonl that calibrated methods look at, instead of the shipped one.",
-)
-@click.option("--calibration-tokens", type=int, default=8_192, show_default=True)
-@click.option(
-    "--heldout",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Text or jsonl that the result is judged on, instead of the shipped one.",
-)
-@click.option("--heldout-tokens", type=int, default=8_192, show_default=True)
-@click.option(
-    "--max-kl",
-    type=float,
-    metavar="X",
-    help="Search the cheapest mix of int4, int8 and float parts that stays under X nats of KL divergence per token.",
-)
-@click.option("--no-report", is_flag=True, help="Do not compare the result with its source.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def quantize(
     bundle: Path,
     out: Path,
-    recipe_name: str,
-    method: str | None,
-    weights: str | None,
-    head: str | None,
-    draft_head: str | None,
-    kv_producers: str | None,
-    kv_cache: KVType | None,
-    block_size: str | None,
-    is_symmetric: bool | None,
+    mixing: Mixing,
     dtype: str | None,
-    calibration: Path | None,
-    calibration_tokens: int,
-    heldout: Path | None,
-    heldout_tokens: int,
-    max_kl: float | None,
-    no_report: bool,
+    calibrating: Calibrating,
+    reporting: Reporting,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Shrink BUNDLE into the bundle OUT: weights in blocks of 4 or 8 bits, activations in fp16, an int8 KV cache."""
-    from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
+    """Shrink BUNDLE into the bundle OUT: weights in blocks of 4 or 8 bits, activations in fp16, an int8 KV cache.
+
+    A report then compares OUT with BUNDLE. OUT is complete before that, and stays if the report is interrupted.
+    """
+    from shortstack.progress import progress_stages
     from shortstack.quant.assemble import quantize_bundle
+    from shortstack.quant.quality_report import make_report, read_report_texts
     from shortstack.quant.quality_table import print_quality
     from shortstack.quant.spec import QuantizeSpec
 
-    def named(name: str) -> Format:
-        return parse_format(name, int(block_size or EXACT_BLOCK_SIZE), bool(is_symmetric))
-
-    recipe = _reshape(find_recipe(recipe_name), None if block_size is None else int(block_size), is_symmetric)
-    if weights is not None:
-        recipe = dataclasses.replace(recipe, weights=named(weights), parts={}, layers={})
-    if head is not None:
-        recipe = dataclasses.replace(recipe, head=named(head), embedding=named(head), first_rows_format=None)
-    if draft_head is not None:
-        recipe = dataclasses.replace(recipe, draft_head=named(draft_head))
-    if kv_producers is not None:
-        recipe = dataclasses.replace(recipe, parts={**recipe.parts, names.QKV_PROJ: named(kv_producers)})
-    if method is not None:
-        recipe = dataclasses.replace(recipe, method=method)
-    if kv_cache is not None:
-        recipe = dataclasses.replace(recipe, kv_cache=kv_cache)
-    result, quality = quantize_bundle(
-        QuantizeSpec(
+    report = reporting.spec(bundle, out)
+    quality = None
+    if reporting.report_only:
+        assert report is not None
+        options = [field.name for group in (Mixing, Calibrating) for field in fields(group)]
+        refuse_given((*options, "dtype", "overwrite"), "OUT is quantized already", "drop it, or --report-only")
+        quality = make_report(report)
+    else:
+        request = QuantizeSpec(
             bundle=bundle,
             out=out,
-            recipe=recipe,
+            preset=mixing.preset(),
             dtype=None if dtype is None else _DTYPES[dtype],
-            calibration=calibration or CALIBRATION_TEXT,
-            calibration_tokens=calibration_tokens,
-            heldout=heldout or HELDOUT_TEXT,
-            heldout_tokens=heldout_tokens,
-            max_kl=max_kl,
-            with_report=not no_report,
+            calibration=calibrating.calibration,
+            calibration_tokens=calibrating.calibration_tokens,
+            max_kl=calibrating.max_kl,
             overwrite=overwrite,
         )
-    )
-    total_bytes = sum(entry.bytes for entry in result.manifest.files.values())
+        texts = None if report is None else read_report_texts(report)  # a bad file is refused before long work
+        with progress_stages() as stage:
+            quantize_bundle(request, stage)
+            if report is not None:
+                with _keeping(out, reporting.later(bundle, out)):
+                    quality = make_report(report, texts, stage)
+    total_bytes = sum(entry.bytes for entry in open_bundle(out).manifest.files.values())
     if as_json:
-        report = None if quality is None else quality.to_json()
-        click.echo(json.dumps({"bundle": str(out), "bytes": total_bytes, "quality": report}, ensure_ascii=False))
+        found = None if quality is None else quality.to_json()
+        click.echo(json.dumps({"bundle": str(out), "bytes": total_bytes, "quality": found}, ensure_ascii=False))
         return
     if quality is not None:
         print_quality(quality)
     click.echo(f"{out}: {total_bytes / 1e6:.1f} MB")
 
 
-def _reshape(recipe: Recipe, block_size: int | None, is_symmetric: bool | None) -> Recipe:
-    """Return a recipe with another block size or symmetry of all its formats."""
-
-    def shaped(wanted: Format) -> Format:
-        if wanted is None:
-            return None
-        return dataclasses.replace(
-            wanted,
-            block_size=block_size or wanted.block_size,
-            is_symmetric=wanted.is_symmetric if is_symmetric is None else is_symmetric,
-        )
-
-    return dataclasses.replace(
-        recipe,
-        weights=shaped(recipe.weights),
-        head=shaped(recipe.head),
-        embedding=shaped(recipe.embedding),
-        first_rows_format=shaped(recipe.first_rows_format),
-        draft_head=recipe.draft_head if isinstance(recipe.draft_head, str) else shaped(recipe.draft_head),
-        parts={part: shaped(wanted) for part, wanted in recipe.parts.items()},
-        layers={layer: shaped(wanted) for layer, wanted in recipe.layers.items()},
-    )
+@contextlib.contextmanager
+def _keeping(out: Path, later: str) -> Iterator[None]:
+    """Say what is there when a report stops, and how to make it later."""
+    try:
+        yield
+    except BaseException:
+        click.echo(f"{out} is complete, but its report is not. To make it: {later}", err=True)
+        raise

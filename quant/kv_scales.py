@@ -1,8 +1,8 @@
 """The scales of an int8 cache: per channel, so that code 127 lies a little beyond the largest key or value seen.
 
-Most models show theirs layer by layer, while weights are rounded (:mod:`shortstack.quant.rounding`). Where layers use
-keys and values of layers above them, or do not see their own position, no layer runs alone: the whole float model then
-runs over the calibration text as it would over a prompt.
+For most models they are found layer by layer, while weights are rounded (:mod:`shortstack.quant.rounding`). Where
+layers use keys and values of layers above them, or do not see their own position, no layer can run alone: then the
+whole float model runs over the calibration text as it would over a prompt.
 """
 
 from __future__ import annotations

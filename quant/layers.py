@@ -1,12 +1,12 @@
-"""One decoder layer at a time, run by itself over calibration text, so that only one layer is ever in memory.
+"""One decoder layer at a time, run by itself over calibration text, so that memory holds one layer only.
 
 ::
 
     hidden [texts, seq, hidden] ── layer as stored ── hidden for the next layer
-                                        ├─ the input of each projection: what rounding is weighed with
-                                        └─ keys and values: what the scales of an int8 cache come from
+                                        ├─ the input of each projection: what rounding is weighted by
+                                        └─ keys and values: the scales of an int8 cache come from them
 
-Computes in float32 whatever the bundle's dtype. Knows nothing about how weights are rounded.
+Computes in float32, also where the bundle is float16. Knows nothing about how weights are rounded.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ Floats = npt.NDArray[np.float32]
 Weight = Floats | BlockTensor
 # Keys and values [texts, kv_heads, seq, head_dim] by ``key`` and ``value``, of producers that other layers use.
 Lent = dict[int, dict[str, Floats]]
-BATCH_ROWS = 2048  # positions of one run: enough to keep the cores busy, little enough to hold every input
+BATCH_ROWS = 2048  # positions of one run: enough to keep the cores busy, few enough to hold every input
 
 _DTYPE: DType = "float32"
 
 
 @dataclass(frozen=True, slots=True)
 class Taps:
-    """What one batch showed of the inside of a layer.
+    """What was inside a layer during one batch.
 
     Attributes:
         inputs: What each projection multiplied [texts * seq, width], by the projection's name.
-        cache: Keys and values [texts, kv_heads, seq, head_dim], by ``key`` and ``value``; none of a consumer.
+        cache: Keys and values [texts, kv_heads, seq, head_dim], by ``key`` and ``value``; empty for a consumer.
     """
 
     inputs: Mapping[str, Floats]
@@ -107,7 +107,7 @@ class LayerGraph:
 
         Args:
             hidden: The residual stream before it.
-            watch: Called with what each batch of texts showed.
+            watch: Called with the taps of each batch of texts.
             lent: What the layers below lend; what this one lends to others is added. Not needed where none share.
         """
         spec, seq = self._spec, hidden.shape[1]

@@ -1,12 +1,17 @@
-"""The rounding methods by the names of the command line: what each needs to see, and its steps."""
+"""The rounding methods by the names of the command line: what each needs, and its steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from shortstack.graphs.errors import RequestError
-from shortstack.quant.methods import METHODS, Rounding
-from shortstack.quant.recipe import METHOD_NAMES
+from shortstack.quant.methods import Rounding
+from shortstack.quant.methods.gptq import gptq
+from shortstack.quant.methods.hqq import hqq
+from shortstack.quant.methods.k_quant import k_quant
+from shortstack.quant.methods.rtn import rtn
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +21,8 @@ class Method:
     Attributes:
         name: What the command line calls it.
         round: Rounds one matrix, see :mod:`shortstack.quant.methods`.
-        uses_text: Whether it looks at what matrices multiply, if there is calibration text.
-        needs_text: Whether it cannot do without.
+        uses_text: Whether it looks at the inputs of matrices, if there is calibration text.
+        needs_text: Whether it cannot work without calibration text.
         scales_layers: Whether AWQ's scaling of a layer comes first.
     """
 
@@ -28,26 +33,27 @@ class Method:
     scales_layers: bool = False
 
 
-_METHODS = {
-    method.name: method
-    for method in (
-        Method("rtn", METHODS["rtn"], uses_text=False),
-        Method("k-quant", METHODS["k-quant"]),
-        Method("hqq", METHODS["hqq"], uses_text=False),
-        Method("gptq", METHODS["gptq"], needs_text=True),
-        Method("awq", METHODS["k-quant"], needs_text=True, scales_layers=True),
-        Method("awq-gptq", METHODS["gptq"], needs_text=True, scales_layers=True),
-    )
-}
-assert tuple(_METHODS) == METHOD_NAMES
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            Method("rtn", rtn, uses_text=False),
+            Method("k-quant", k_quant),
+            Method("hqq", hqq, uses_text=False),
+            Method("gptq", gptq, needs_text=True),
+            Method("awq", k_quant, needs_text=True, scales_layers=True),
+            Method("awq-gptq", gptq, needs_text=True, scales_layers=True),
+        )
+    }
+)
 
 
 def find_method(name: str) -> Method:
     """Return a method by name.
 
     Raises:
-        RequestError: There is none of that name.
+        RequestError: No method has that name.
     """
-    if name not in _METHODS:
-        raise RequestError("--method is unknown", found=repr(name), expected=f"one of {', '.join(METHOD_NAMES)}")
-    return _METHODS[name]
+    if name not in METHODS:
+        raise RequestError("--method is unknown", found=repr(name), expected=f"one of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-from shortstack.graphs import names
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +14,7 @@ class Side:
 
     Attributes:
         weights_sha256: Of its weights.data: what was measured.
-        disk_bytes: All its files.
+        disk_bytes: All its files but such a report.
         peak_rss_bytes: Largest resident memory of a fresh process that loads it and decodes some tokens; 0 where the
             system does not tell.
         perplexity: exp of the mean negative log likelihood of the held-out tokens, in nats.
@@ -38,8 +35,8 @@ class Quality:
     """The report.
 
     Attributes:
-        recipe: Its name.
-        method: How weights were rounded.
+        preset: Its name; None where the bundle does not say how it was quantized.
+        method: How weights were rounded; None where the bundle does not say.
         formats: Number of matrices by format.
         calibration: File and tokens; None without calibration.
         heldout: File and tokens.
@@ -55,8 +52,8 @@ class Quality:
         max_kl: What ``--max-kl`` asked for; None without it.
     """
 
-    recipe: str
-    method: str
+    preset: str | None
+    method: str | None
     formats: Mapping[str, int]
     calibration: str | None
     heldout: str
@@ -72,11 +69,9 @@ class Quality:
     max_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON-ready data."""
-        return asdict(self)
+        """Return it as JSON-ready data; the preset stands under its older name, ``recipe``."""
+        return {"recipe" if name == "preset" else name: value for name, value in asdict(self).items()}
 
-
-def write_quality(folder: Path, quality: Quality) -> None:
-    """Write quality.json."""
-    text = json.dumps(quality.to_json(), indent=1, ensure_ascii=False)
-    (folder / names.QUALITY_FILE).write_text(text + "\n", encoding="utf-8")
+    def content(self) -> bytes:
+        """Return the content of quality.json."""
+        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode()

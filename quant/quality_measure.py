@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import ShortstackError
 from shortstack.progress import Stage
 from shortstack.quant.quality import Quality, Side
-from shortstack.quant.spec import QuantizeSpec
-from shortstack.quant.texts import Texts
+from shortstack.quant.record import QuantizationRecord
+from shortstack.quant.spec import ReportSpec
+from shortstack.quant.texts import ReportTexts
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
 from shortstack.runtime.engine.whole_text import Activations
@@ -51,15 +52,15 @@ class _Tally:
     positions: int = 0
     agreements: list[dict[int, int]] = field(default_factory=lambda: [{}, {}])
 
-    def add(self, tokens: npt.NDArray[np.int64], teachers: tuple[Activations, Activations]) -> None:
-        """Count one row of text [seq]; ``teachers`` are source and result."""
-        depth = max(teachers[0].heads)
-        logp = [_log_softmax(t.heads[depth]) for t in teachers]
+    def add(self, tokens: npt.NDArray[np.int64], activations: tuple[Activations, Activations]) -> None:
+        """Count one row of text [seq]; ``activations`` are those of source and result."""
+        depth = max(activations[0].heads)
+        logp = [_log_softmax(t.heads[depth]) for t in activations]
         tops = [x.argmax(axis=1) for x in logp]
         following, at = tokens[1:], np.arange(len(tokens) - 1)
         for side in (0, 1):
             self.nll[side] -= float(logp[side][at, following].sum(dtype=np.float64))
-            for exit_layer, logits in teachers[side].heads.items():
+            for exit_layer, logits in activations[side].heads.items():
                 if exit_layer == depth:
                     continue
                 best = logits.argmax(axis=1)
@@ -78,19 +79,23 @@ class _Tally:
 
 
 def judge(
-    source: Bundle, result: Bundle, texts: Texts, errors: Mapping[str, float], request: QuantizeSpec, stage: Stage
+    source: Bundle,
+    result: Bundle,
+    texts: ReportTexts,
+    request: ReportSpec,
+    record: QuantizationRecord | None,
+    stage: Stage,
 ) -> Quality:
     """Compare a quantized bundle with its source.
 
     Args:
         source: The bundle before.
         result: The bundle after.
-        texts: What to compare on; ``heldout`` is there.
-        errors: Relative error of each rounded matrix, by name.
+        texts: What to compare on.
         request: What was asked for.
+        record: How the bundle was quantized; None where that is not known.
         stage: Starts a stage of the progress bar.
     """
-    assert texts.heldout is not None
     rows = texts.heldout
     advance = stage("Measuring memory", 2)
     memory = []
@@ -114,10 +119,11 @@ def judge(
     if precision.kv_cache != "float":
         formats[f"{precision.kv_cache} KV cache"] = len(set(source.manifest.spec.kv_map))
     kl = np.concatenate(tally.kl)
+    errors = {} if record is None else record.errors
     sides = [
         Side(
             weights_sha256=bundle.manifest.weights_sha256,
-            disk_bytes=sum(entry.bytes for entry in bundle.manifest.files.values()),
+            disk_bytes=sum(e.bytes for name, e in bundle.manifest.files.items() if name != names.QUALITY_FILE),
             peak_rss_bytes=memory[side],
             perplexity=tally.perplexity(side),
             exit_agreement={e: n / tally.positions for e, n in tally.agreements[side].items()},
@@ -126,12 +132,10 @@ def judge(
         for side, bundle in enumerate((source, result))
     ]
     return Quality(
-        recipe=request.recipe.name,
-        method=request.recipe.method,
+        preset=None if record is None else record.preset,
+        method=None if record is None else record.method,
         formats=formats,
-        calibration=None
-        if texts.calibration is None
-        else f"{request.calibration.name}: {texts.calibration.size} tokens",
+        calibration=None if record is None else record.calibration,
         heldout=f"{request.heldout.name}: {rows.size} tokens",
         source=sides[0],
         result=sides[1],
@@ -142,7 +146,7 @@ def judge(
         continuation_tokens=request.continuation_tokens,
         is_exact=continued.is_exact,
         worst=tuple(sorted(errors.items(), key=lambda item: -item[1])[:WORST]),
-        max_kl=request.max_kl,
+        max_kl=None if record is None else record.max_kl,
     )
 
 

@@ -52,7 +52,8 @@ def print_quality(quality: Quality, console: Console | None = None) -> None:
         table.add_row("self-speculative = plain", "", "yes" if quality.is_exact else "[red]NO[/red]", "")
     console.print(table)
     formats = "; ".join(f"{count} x {words}" for words, count in quality.formats.items())
-    console.print(f"recipe {quality.recipe} ({quality.method}): {formats or 'no matrix in blocks'}", highlight=False)
+    preset = "unknown preset" if quality.preset is None else f"preset {quality.preset} ({quality.method})"
+    console.print(f"{preset}: {formats or 'no matrix in blocks'}", highlight=False)
     console.print(f"calibrated on {quality.calibration or 'nothing'}; judged on {quality.heldout}", highlight=False)
     if quality.worst:
         worst = ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in quality.worst)

@@ -1,8 +1,8 @@
 """From a bundle's floats to blocks, bottom to top: each layer is rounded for the inputs that it will really get.
 
-A calibrated walk keeps the calibration text's residual stream and sends it through one layer at a time: through the
-float layer, to see what its projections multiply, then through the rounded one, on to the next. Without calibration
-every matrix is rounded by itself.
+With calibration text, the residual stream of that text goes through one layer at a time: through the float layer, to
+see what its projections multiply, then through the rounded one, whose output is the input of the next layer. Without
+calibration text every matrix is rounded by itself.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.kv_scales import kv_scale
 from shortstack.quant.layers import LayerGraph, Lent, Taps, Weight
 from shortstack.quant.method import Method
-from shortstack.quant.methods import METHODS
 from shortstack.quant.methods.awq import scale_layer
+from shortstack.quant.methods.k_quant import k_quant
 from shortstack.quant.methods.offsets import with_offsets
 from shortstack.quant.methods.stats import InputStats, InputStatsBuilder, output_error
-from shortstack.quant.recipe import Assignment, Format
+from shortstack.quant.preset import Assignment, Format
 from shortstack.quant.source import Source
 
 Floats = npt.NDArray[np.float32]
@@ -45,7 +45,7 @@ class Rounded:
 
 
 @dataclass(slots=True)
-class Walk:
+class LayerwiseRounding:
     """Rounds one model.
 
     Attributes:
@@ -53,9 +53,9 @@ class Walk:
         assignment: The format of each matrix.
         method: How to round.
         rows: Calibration text, int64 [texts, seq]; None rounds without looking at text.
-        kv_scales: Whether the scales of an int8 cache are wanted too; needs ``rows``.
+        kv_scales: Whether to find the scales of an int8 cache too; needs ``rows``.
         follows_floats: Round each layer for the inputs that the float layers below give it, not the rounded ones.
-        hidden: The residual stream of the calibration text, [texts, seq, hidden], as far as the walk has come.
+        hidden: The residual stream of the calibration text, [texts, seq, hidden], after the layers rounded so far.
     """
 
     source: Source
@@ -71,7 +71,7 @@ class Walk:
     def layers(self) -> Iterator[Rounded]:
         """Round layer after layer."""
         spec, plan = self.source.spec, self.source.bundle.manifest.plan
-        # Other exits' heads multiply something else than the stream behind the final norm: they are rounded unseen.
+        # Other exits' heads multiply something else than the normalised stream: they are rounded without text.
         bare = {e.exit_layer for e in plan.exits if e.branch == "none" and e.norm == "final"}
         heads = bare & self.assignment.draft_heads.keys()
         if self.rows is not None:
@@ -105,7 +105,7 @@ class Walk:
             )
 
     def exits(self) -> Iterator[Rounded]:
-        """Round what exits have of their own besides heads; biases, norms and gates stay floats."""
+        """Round the exits' own matrices other than heads; biases, norms and gates stay floats."""
         source = self.source
         for exit_spec in source.bundle.manifest.plan.exits:
             for part in stored_parts(source.spec, exit_spec):
@@ -162,8 +162,8 @@ class Walk:
                 continue
             seen = stats.get(name)
             fitted = block_format.fitted(weight.shape[1])
-            # An untied embedding multiplies nothing: its rows are looked up, and their own error is all that counts.
-            round_matrix = METHODS["k-quant"] if seen is None and self.method.needs_text else self.method.round
+            # An untied embedding multiplies nothing: its rows are looked up, so only their own error counts.
+            round_matrix = k_quant if seen is None and self.method.needs_text else self.method.round
             if fitted.has_offsets:
                 blocks = with_offsets(round_matrix, weight, fitted, seen)
             else:
@@ -173,7 +173,7 @@ class Walk:
         return Rounded(tensors, errors)
 
     def _head_stats(self) -> InputStats:
-        """Return the inputs of a head that sits on the residual stream where the walk is."""
+        """Return the inputs of a head that reads the residual stream after the layers rounded so far."""
         assert self.hidden is not None
         flat = self.hidden.reshape(-1, self.hidden.shape[-1])
         builder = InputStatsBuilder()

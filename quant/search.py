@@ -1,10 +1,10 @@
 """The cheapest mix of int4, int8 and float parts that stays under a KL divergence, greedy by sensitivity.
 
-Units are the attention and the MLP of each layer, the head, and an untied embedding. Each is rounded both ways once,
-for the inputs that the float model gives it. A unit's *sensitivity* is the KL divergence from the source when it alone
-is int4, per byte that int4 saves over int8. In that order units go from int8 to int4; how many may go is found by
-bisection, every candidate mix being run. Where int8 everywhere is already too much, units go from int8 to float
-instead, the most sensitive first.
+Units are the attention and the MLP of each layer, the head, and an untied embedding. Each is rounded once to every
+width of codes, for the inputs that the float model gives it. A unit's *sensitivity* is the KL divergence from the
+source when it alone is int4, per byte that int4 saves over int8. In that order units go from int8 to int4; how many may
+go is found by bisection, and every candidate mix is run. Where int8 everywhere is already too much, units go from int8
+to float instead, the most sensitive first.
 
 KL is measured on text that rounding did not see: the last quarter of the calibration text.
 """
@@ -19,26 +19,27 @@ import numpy.typing as npt
 
 from shortstack.graphs import names
 from shortstack.graphs.ir.block_tensor import BlockTensor
-from shortstack.graphs.precision import BlockFormat
+from shortstack.graphs.precision import CODE_TYPES, BlockFormat
 from shortstack.progress import Stage
 from shortstack.quant.layers import HeadGraph, LayerGraph, Lent, Weight
 from shortstack.quant.method import Method
-from shortstack.quant.recipe import Assignment, Format
-from shortstack.quant.rounding import Walk
+from shortstack.quant.preset import Assignment, Format
+from shortstack.quant.rounding import LayerwiseRounding
 from shortstack.quant.source import Source
 
 Floats = npt.NDArray[np.float32]
 _ATTENTION = tuple(part for part in names.LAYER_MATRICES if part.startswith("attn."))
 _MLP = tuple(part for part in names.LAYER_MATRICES if part.startswith("mlp."))
+_WIDTHS = tuple(sorted(CODE_TYPES, reverse=True))  # bits, from the finest codes to the coarsest
 _MEASURED_TOKENS = 1024
 _HEAD_ROWS = 256
-# Held-out text is another text than the one searched on: aim a little lower than asked.
+# The report measures on another text than the search: aim a little lower than asked.
 _AIM = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What goes to another format together.
+    """Matrices that change their format together.
 
     Attributes:
         layer: The layer; None for the head and the embedding.
@@ -145,7 +146,7 @@ def search(
     Args:
         source: The float bundle.
         method: How to round.
-        assignment: The recipe's: block size, symmetry and the offsets of its layers are kept, its bits are not.
+        assignment: The preset's: block size, symmetry and the offsets of its layers are kept, its bits are not.
         rows: Calibration text, int64 [texts, seq].
         max_kl: The limit.
         stage: Starts a stage of the progress bar.
@@ -155,21 +156,21 @@ def search(
     seen = rows[:-measured] if len(rows) > measured else rows
     everything = units(source)
     matrix_names = [name for unit in everything for name in unit.matrices]
-    formats = {bits: {name: _with_bits(assignment.matrices[name], bits) for name in matrix_names} for bits in (4, 8)}
+    formats = {bits: {name: _with_bits(assignment.matrices[name], bits) for name in matrix_names} for bits in _WIDTHS}
     rounded = {}
     for bits, wanted in formats.items():
-        advance = stage(f"Rounding to int{bits}", depth)
+        advance = stage(f"Rounding to {CODE_TYPES[bits].name}", depth)
         flat = Assignment(wanted, {})
-        rounded[bits] = _round_all(Walk(source, flat, method, seen, follows_floats=True), advance)
+        rounded[bits] = _round_all(LayerwiseRounding(source, flat, method, seen, follows_floats=True), advance)
     candidates = _Candidates(source, rows[-measured:], rounded)
     candidates.prepare(stage("Running the float model", depth))
     advance = stage("Measuring sensitivity", len(everything))
     sensitivity: dict[Unit, float] = {}
     for unit in everything:
-        sensitivity[unit] = candidates.kl(dict.fromkeys(unit.matrices, 4)) / _saved_bytes(unit, rounded)
+        sensitivity[unit] = candidates.kl(dict.fromkeys(unit.matrices, _WIDTHS[-1])) / _saved_bytes(unit, rounded)
         advance(1)
     order = sorted(everything, key=lambda unit: sensitivity[unit])
-    advance = stage("Searching the mix", int(np.ceil(np.log2(len(order) + 1))) + 1)
+    advance = stage("Searching the mix", int(np.ceil(np.log2(len(order) + 1))) + len(_WIDTHS) - 1)
     chosen = cheapest_mix(order, candidates.kl, max_kl * _AIM, advance)
     matrices: dict[str, Format] = dict(assignment.matrices)
     for unit in everything:
@@ -186,20 +187,23 @@ def cheapest_mix(
 ) -> dict[str, int]:
     """Return the bits of each matrix of the cheapest mix under a limit, floats left out.
 
-    Mixes are prefixes of one order, from float everywhere over int8 everywhere to int4 everywhere, so that bisection
-    finds the longest way down that still stays under the limit.
+    The mixes are the steps of one way down: from float everywhere to int8 everywhere, unit by unit, then from there to
+    int4 everywhere in the same order. Bisection finds the last step that still stays under the limit.
 
     Args:
-        order: Units, the one that bears low precision best first.
+        order: Units, the least sensitive first.
         kl: The divergence of a mix.
         limit: Largest allowed divergence.
         advance: Called with 1 after each mix.
     """
 
     def mix(steps: int) -> dict[str, int]:
-        """Return the mix after so many steps: first every unit goes to int8, in order, then to int4."""
-        bits = {name: 8 for unit in order[:steps] for name in unit.matrices}
-        return bits | {name: 4 for unit in order[: max(0, steps - len(order))] for name in unit.matrices}
+        """Return the mix after so many steps: every unit takes the finest codes, in order, then the next finer ones."""
+        bits: dict[str, int] = {}
+        for done, width in enumerate(_WIDTHS):
+            changed = order[: max(0, steps - done * len(order))]
+            bits |= {name: width for unit in changed for name in unit.matrices}
+        return bits
 
     def is_under(steps: int) -> bool:
         found = kl(mix(steps)) <= limit
@@ -207,31 +211,32 @@ def cheapest_mix(
         return found
 
     # Above `low` nothing is known; at `high` the limit is broken. Float everywhere has no divergence at all.
-    low, high = 0, 2 * len(order) + 1
-    if is_under(len(order)):
-        low = len(order)
-    else:
-        high = len(order)
+    low, high = 0, len(_WIDTHS) * len(order) + 1
+    for whole in range(len(order), high - 1, len(order) or 1):  # one width everywhere
+        if not is_under(whole):
+            high = whole
+            break
+        low = whole
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if is_under(middle) else (low, middle)
     return mix(low)
 
 
-def _round_all(walk: Walk, advance: Callable[[float], None]) -> dict[str, BlockTensor]:
+def _round_all(rounding: LayerwiseRounding, advance: Callable[[float], None]) -> dict[str, BlockTensor]:
     found: dict[str, BlockTensor] = {}
-    for rounded in walk.layers():
+    for rounded in rounding.layers():
         found |= {name: t for name, t in rounded.tensors.items() if isinstance(t, BlockTensor)}
         advance(1)
-    for rounded in walk.heads():
+    for rounded in rounding.heads():
         found |= {name: t for name, t in rounded.tensors.items() if isinstance(t, BlockTensor)}
     return found
 
 
 def _with_bits(wanted: Format, bits: int) -> BlockFormat:
-    """Return a recipe's format with other bits; offsets make up for coarse steps, and 8 bits have none."""
+    """Return a preset's format with other bits; its offsets are kept only where they gain something."""
     shape = wanted or BlockFormat(bits)
-    return replace(shape, bits=bits, has_offsets=shape.has_offsets and bits == 4)
+    return replace(shape, bits=bits, has_offsets=shape.has_offsets and CODE_TYPES[bits].gains_from_offsets)
 
 
 def _saved_bytes(unit: Unit, rounded: Mapping[int, Mapping[str, BlockTensor]]) -> int:
@@ -239,4 +244,4 @@ def _saved_bytes(unit: Unit, rounded: Mapping[int, Mapping[str, BlockTensor]]) -
         blocks = rounded[bits][name]
         return blocks.format.stored_bytes(*blocks.shape)
 
-    return sum(stored(8, name) - stored(4, name) for name in unit.matrices)
+    return sum(stored(_WIDTHS[0], name) - stored(_WIDTHS[-1], name) for name in unit.matrices)

@@ -1,4 +1,4 @@
-"""What one quantization is asked to do."""
+"""What one quantization, and the report on it, are asked to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import DType
 from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
-from shortstack.quant.recipe import Recipe
+from shortstack.quant.preset import Preset
+
+CALIBRATION_TOKENS = 8_192
+HELDOUT_TOKENS = 2_048
+_FEWEST_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +22,12 @@ class QuantizeSpec:
     Attributes:
         bundle: The bundle to shrink.
         out: The bundle to write.
-        recipe: What becomes of its parts.
+        preset: The format of each of its parts.
         dtype: Type of activations and of what is not in blocks; None keeps the bundle's.
         calibration: Text that calibrated methods look at.
         calibration_tokens: How much of it.
-        heldout: Text that the result is judged on.
-        heldout_tokens: How much of it.
-        prompts: How many greedy continuations are compared.
-        continuation_tokens: Length of each.
         max_kl: Search the cheapest mix whose mean KL divergence from the source stays under this, in nats per token;
-            None takes the recipe as it is.
-        with_report: Whether to compare the result with its source.
+            None takes the preset as it is.
         overwrite: Replace an existing bundle.
 
     Raises:
@@ -37,24 +36,46 @@ class QuantizeSpec:
 
     bundle: Path
     out: Path
-    recipe: Recipe
+    preset: Preset
     dtype: DType | None = None
     calibration: Path = CALIBRATION_TEXT
-    calibration_tokens: int = 8_192
-    heldout: Path = HELDOUT_TEXT
-    heldout_tokens: int = 8_192
-    prompts: int = 8
-    continuation_tokens: int = 64
+    calibration_tokens: int = CALIBRATION_TOKENS
     max_kl: float | None = None
-    with_report: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
             raise RequestError("--max-kl", found=self.max_kl, expected="nats per token, above 0; try 0.01")
-        for option, tokens in (
-            ("--calibration-tokens", self.calibration_tokens),
-            ("--heldout-tokens", self.heldout_tokens),
-        ):
-            if tokens < 32:
-                raise RequestError(option, found=tokens, expected="at least 32, better some thousands")
+        _check_tokens("--calibration-tokens", self.calibration_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ReportSpec:
+    """One report on a quantized bundle.
+
+    Attributes:
+        source: The bundle before.
+        result: The bundle after.
+        heldout: Text that they are compared on.
+        heldout_tokens: How much of it.
+        prompts: How many greedy continuations are compared.
+        continuation_tokens: Length of each.
+
+    Raises:
+        RequestError: A number out of range.
+    """
+
+    source: Path
+    result: Path
+    heldout: Path = HELDOUT_TEXT
+    heldout_tokens: int = HELDOUT_TOKENS
+    prompts: int = 8
+    continuation_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _check_tokens("--heldout-tokens", self.heldout_tokens)
+
+
+def _check_tokens(option: str, tokens: int) -> None:
+    if tokens < _FEWEST_TOKENS:
+        raise RequestError(option, found=tokens, expected=f"at least {_FEWEST_TOKENS}, better some thousands")

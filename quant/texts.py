@@ -18,7 +18,7 @@ import numpy.typing as npt
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.text.tokenizer import Tokenizer
 
-ROW_TOKENS = 256
+_ROW_TOKENS = 256
 _FEWEST_TOKENS = 32
 
 _PROMPT_TOKENS = 32
@@ -27,18 +27,21 @@ Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """What a quantization reads, as token ids.
+class ReportTexts:
+    """What two bundles are compared on, as token ids.
 
     Attributes:
-        calibration: Rows to calibrate on; None where nothing is calibrated.
-        heldout: Rows to judge by; None where nothing is judged.
-        prompts: Beginnings of texts to continue greedily, from the held-out file.
+        heldout: Rows of text that calibration did not see, int64 [texts, seq].
+        prompts: Beginnings of texts to continue greedily, from the same file.
     """
 
-    calibration: Rows | None
-    heldout: Rows | None
+    heldout: Rows
     prompts: tuple[tuple[int, ...], ...]
+
+
+def row_length(max_length: int) -> int:
+    """Return how long rows of text are, for a bundle whose context has so many tokens."""
+    return min(_ROW_TOKENS, max_length)
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -63,8 +66,8 @@ def read_prompts(path: Path, option: str, tokenizer: Tokenizer, count: int) -> t
     return tuple(prompts)
 
 
-def read_rows(path: Path, option: str, tokenizer: Tokenizer, tokens: int, row_tokens: int = ROW_TOKENS) -> Rows:
-    """Return the beginning of a file as rows of token ids, int64 [rows, row_tokens]; the rest of the last row is lost.
+def read_rows(path: Path, option: str, tokenizer: Tokenizer, tokens: int, row_tokens: int = _ROW_TOKENS) -> Rows:
+    """Return the beginning of a file as rows of token ids, int64 [rows, row_tokens]; an incomplete last row is dropped.
 
     A text shorter than one row makes one row of its own length.
 

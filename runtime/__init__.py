@@ -1,21 +1,21 @@
 """From a bundle to tokens: sessions, KV buffers, decoding loops, sampling, text.
 
-Never needs torch, transformers or onnx. The public names are those of :mod:`shortstack`, which this package hands on.
+Never needs torch, transformers or onnx. The public names are those of :mod:`shortstack`, re-exported here.
 
 =============  ========================================================================================================
 engine         sessions, KV buffers, prebuilt bindings, the stack of segments
 text           tokenizer, streamed text, stop strings
 decode         the decoding loops and what they share: choice, sampling, drafters, draft length, the running text
-early_exit     tokens that leave at an exit, and layers above that catch up
+early_exit     tokens that leave at an exit, and the layers above that catch up
 request        a generation as a value
-loops          from a request to a decoding loop
+loops          the decoding loop for a request
 model          a loaded bundle: text in, text out
 calibration    thresholds for early exit with a guarantee
 inspection     what a bundle holds; decodes nothing
 commands       the command line
 =============  ========================================================================================================
 
-Each line imports those above it, and none below.
+Each line may import those above it, but none below.
 """
 
 from __future__ import annotations

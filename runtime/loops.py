@@ -1,6 +1,6 @@
-"""From a request to the decoding loop that answers it, and what the loops have learned so far.
+"""Builds the decoding loop that answers a request, and keeps what the loops have learned so far.
 
-A new drafter is one file in :mod:`shortstack.runtime.decode` and one line in :meth:`Loops._speculative`.
+A new drafter needs one file in :mod:`shortstack.runtime.decode` and one line in :meth:`Loops._speculative`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from shortstack.runtime.decode.choice import Choice, make_choice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
-from shortstack.runtime.decode.drafters import ExitDrafter
+from shortstack.runtime.decode.drafters import Drafter, ExitDrafter
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
@@ -27,15 +27,15 @@ from shortstack.runtime.request import ExitEarly, Plain, Request, Speculate
 
 
 class Loops:
-    """The loops of one model. What they learn about costs and acceptance outlives a generation.
+    """The loops of one model. What they learn about costs and acceptance is kept from one generation to the next.
 
     Args:
-        sequence: The text of the running generation, which every loop grows.
+        sequence: The text of the running generation, which every loop extends.
     """
 
     def __init__(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
-        self._lengths: dict[tuple[int, DraftPolicy], DraftLength] = {}
+        self._lengths: dict[tuple[type[Drafter], int, DraftPolicy], DraftLength] = {}
         self._caps: dict[tuple[int | None, tuple[int, ...]], PendingCap] = {}
         self._ways: dict[tuple[int, ...], WayCosts] = {}
         self._thresholds: dict[tuple[tuple[int, ...], Adaptive], AdaptiveThreshold] = {}
@@ -44,10 +44,10 @@ class Loops:
         """Return the loop that answers a request.
 
         Args:
-            request: What is asked.
+            request: The request.
             stack: The model, cut at the exits that the request's strategy uses.
-            stats: Counts what is done.
-            limit: How many tokens to emit at most.
+            stats: Counts tokens, runs and seconds.
+            limit: The most tokens to emit.
         """
         choice = make_choice(request.sampling)
         match request.strategy:
@@ -64,8 +64,9 @@ class Loops:
     def _speculative(
         self, stack: Stack, choice: Choice, stats: Stats, limit: int, policy: DraftPolicy
     ) -> Iterator[Step]:
-        length = self._lengths.setdefault((stack.exit_layer, policy), DraftLength(policy))
-        return speculative(stack, self._sequence, choice, stats, limit, length, ExitDrafter(stack, choice))
+        drafter = ExitDrafter(stack, choice)
+        length = self._lengths.setdefault((type(drafter), stack.exit_layer, policy), DraftLength(policy))
+        return speculative(stack, self._sequence, choice, stats, limit, length, drafter)
 
     def _early_exit(
         self,
@@ -82,7 +83,7 @@ class Loops:
         if isinstance(wanted := policy.criterion, Adaptive):
             learned = self._thresholds.setdefault((used, wanted), AdaptiveThreshold(wanted, used))
             policy, observe = replace(policy, criterion=learned.begin()), learned.observe
-        # Where verification draws at random, what is drafted must not follow the clock.
+        # Drafts decide how random draws are used, so with a seed their number must not depend on measured times.
         fixed = policy.max_pending or (stack.window if is_repeatable else None)
         cap = self._caps.setdefault((fixed, used), PendingCap(stack.window, fixed))
 
@@ -99,7 +100,7 @@ class Loops:
             return PipelineCatchUp(stack, stats)
 
         catch_up: CatchUp
-        if stack.filling_levels == 1:  # nothing is ever pending: there is nothing to pipeline
+        if stack.filling_levels == 1:  # no row is ever pending, so there is nothing to pipeline
             catch_up = flush()
         elif policy.kv_policy == "auto":
             catch_up = AutoCatchUp({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))

@@ -40,10 +40,10 @@ class Result:
     """One finished generation.
 
     Attributes:
-        text: What was generated, without the prompt, special tokens and stop string.
-        tokens: The generated token ids, the stopping one included.
-        finish_reason: Why it ended.
-        stats: What it took.
+        text: The generated text, without the prompt, special tokens and stop string.
+        tokens: The generated token ids, including the one that ended the text.
+        finish_reason: Why the generation ended.
+        stats: Its counts and times.
     """
 
     text: str
@@ -66,17 +66,19 @@ def load(
     Args:
         path: The bundle's folder.
         providers: Execution providers in order of preference: ``cpu``, ``cuda``, or onnxruntime's names. None: CPU.
-        threads: Threads of the process's one pool. The first load of a process decides, by this number or, with None,
-            by the cores that it may use; later loads leave it out or repeat it.
-        upper: Where all segments but the lowest compute, for early exit as a pipeline. None: where the lowest does.
-        prefill_passes: How often a prompt runs through layers that use keys and values of layers above them: so many
-            times, until it has ``converged``, or ``sequential``: position by position.
-        verify_hashes: Check every file's sha256 first.
+        threads: Size of the process's one thread pool. The first load in a process sets it; None takes the number of
+            usable cores. Later loads leave it out or repeat it.
+        upper: Where all segments but the lowest compute, for early exit as a pipeline. None: where the lowest segment
+            computes.
+        prefill_passes: How often a prompt runs through layers that use keys and values of layers above them: a fixed
+            number of times, or until the layers have ``converged``, or ``sequential``: position by position.
+        verify_hashes: Whether to check every file's sha256 first.
 
     Raises:
-        BundleError: The folder is not a sound bundle.
-        ContractError: A graph is not what bundle.json says.
-        RequestError: An unknown provider, another number of threads than the process has, or passes that are not valid.
+        BundleError: The folder is not a valid bundle.
+        ContractError: A graph does not match bundle.json.
+        RequestError: A provider is unknown, ``threads`` differs from the process's pool, or ``prefill_passes`` is not
+            valid.
     """
     bundle = open_bundle(path, verify_hashes=verify_hashes)
     return Model(bundle, providers=providers, threads=threads, upper=upper, prefill_passes=prefill_passes)
@@ -85,7 +87,7 @@ def load(
 class Model:
     """A bundle with its sessions, its cache and its tokenizer. One generation at a time.
 
-    As a context manager it is closed at the end, which gives its memory back.
+    As a context manager, it is closed at the end, which frees its memory.
 
     Args:
         bundle: The bundle.
@@ -143,28 +145,28 @@ class Model:
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        """The depths that can draft."""
+        """The exits of the bundle, each by the number of layers run before it."""
         return self.bundle.manifest.plan.boundaries
 
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Stream:
         """Start generating.
 
         Args:
-            prompt: Chat messages (``[{"role": "user", "content": ...}]``) go through the bundle's chat template, a
-                string goes in as it is, token ids go in untouched.
+            prompt: Chat messages (``[{"role": "user", "content": ...}]``) go through the bundle's chat template. A
+                string is encoded as it is, and token ids are used unchanged.
             options: ``max_new_tokens``, 256 by default; ``strategy``: ``plain`` (the default), ``self-speculative`` or
                 ``early-exit``, or one of the values :class:`~shortstack.runtime.request.Plain`, ``Speculate`` and
-                ``ExitEarly``; ``exit_layer`` and ``draft`` of self-speculation; ``exits``, when tokens leave early;
-                ``sampling``, or ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``seed``;
-                ``stop``, ``ignore_eos``, ``reuse_cache``, ``tools``, ``template_variables``. All are explained in
-                :mod:`shortstack.runtime.request`.
+                ``ExitEarly``; for self-speculation, ``exit_layer`` and ``draft``; for early exit, ``exits``: when
+                tokens leave; ``sampling``, or ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
+                ``seed``; ``stop``, ``ignore_eos``, ``reuse_cache``, ``tools``, ``template_variables``.
+                :mod:`shortstack.runtime.request` explains them all.
 
         Returns:
             An iterator over :class:`~shortstack.runtime.decode.stream.Token`; closing it early leaves the model usable.
 
         Raises:
-            RequestError: An empty or too long prompt, an unknown strategy or exit, an exit policy that this bundle
-                cannot follow, or options that do not go together.
+            RequestError: The prompt is empty or too long, the strategy or an exit is unknown, the bundle cannot follow
+                the exit policy, or options do not go together.
         """
         return self.start(make_request(prompt, **options))
 
@@ -181,7 +183,7 @@ class Model:
         ids = self.encode(request.prompt, tools=request.tools, template_variables=request.template_variables)
         stack = self._stack(request.strategy.exits_in(self.bundle.manifest.plan))
         stop_strings = StopStrings(request.stop)
-        # Every check is behind us: from here on the generation before is over.
+        # All checks have passed; from here on the previous generation is over.
         if self._stream is not None:
             self._stream.supersede()
         if not request.reuse_cache:
@@ -206,7 +208,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return a prompt's token ids, checked against vocabulary and context.
+        """Return a prompt's token ids, checked against the vocabulary and the context.
 
         Args:
             prompt: Text, chat messages or token ids.
@@ -214,7 +216,8 @@ class Model:
             template_variables: Likewise.
 
         Raises:
-            RequestError: The prompt is empty, too long, or holds an id outside the vocabulary.
+            RequestError: The prompt is empty or too long, mixes messages and ids, holds an id outside the vocabulary,
+                or the chat template refuses it.
         """
         self._check_open()
         if isinstance(prompt, str):
@@ -223,10 +226,10 @@ class Model:
             messages = [item for item in prompt if isinstance(item, Mapping)]
             others = [item for item in prompt if not isinstance(item, Mapping)]
             if messages and others:
-                raise RequestError("the prompt mixes chat messages and token ids", remedy="give one or the other")
+                raise RequestError("the prompt mixes chat messages and token ids", remedy="give only one of the two")
             for item in others:
                 if not isinstance(item, Integral) or isinstance(item, bool):
-                    raise RequestError("the prompt holds something else than token ids", found=repr(item))
+                    raise RequestError("the prompt holds something other than token ids", found=repr(item))
             ids = [int(item) for item in others]
             if messages:
                 ids = self.tokenizer.encode_chat(messages, tools=tools, variables=template_variables)
@@ -243,15 +246,15 @@ class Model:
             raise RequestError(
                 "the prompt is too long for this bundle",
                 found=f"{len(ids)} tokens",
-                expected=f"fewer than {self.cache.max_length}, so that one more fits",
+                expected=f"fewer than {self.cache.max_length}, to leave room for at least one new token",
                 remedy="shorten the prompt, or export with a larger --max-length",
             )
         return ids
 
     def activations(self, tokens: Sequence[int], states: Array | None = None) -> Activations:
-        """Return what the model computes for one text: logits of every head, hidden states, keys and values.
+        """Run one text and return the logits of every head, the hidden states, the keys and the values.
 
-        The text runs through buffers of its own, so a generation is not disturbed.
+        The text runs through separate buffers, so a generation in progress is not disturbed.
 
         Args:
             tokens: The text.
@@ -261,10 +264,10 @@ class Model:
         return run_text(self.graphs, tokens, states)
 
     def exclusive_stack(self, exit_layers: int | Sequence[int] | None = None) -> Stack:
-        """Return a stack for direct use; the generation before is over and its cache forgotten.
+        """Return a stack for direct use. This ends the previous generation and forgets its cache.
 
         Args:
-            exit_layers: Which exits it uses; None is the uncut stack.
+            exit_layers: The exits that it uses; None gives the uncut stack.
         """
         self._check_open()
         if self._stream is not None:
@@ -274,7 +277,7 @@ class Model:
         return self._stack(tuple(wanted))
 
     def close(self) -> None:
-        """End a generation that is still running, and let go of sessions and buffers."""
+        """End a generation that is still running, and release sessions and buffers."""
         if self._is_closed:
             return
         if self._stream is not None:
@@ -289,7 +292,7 @@ class Model:
             raise RequestError(f"the model of {self.bundle.folder} is closed", remedy="load it again")
 
     def _stack(self, used: tuple[int, ...]) -> Stack:
-        """Return the stack that uses these exits, made once: it holds the prebuilt bindings."""
+        """Return the stack that uses these exits. It is made once, since it holds the prebuilt bindings."""
         if used not in self._stacks:
             self._stacks[used] = Stack(self.graphs, self.cache, used, self._prefill_passes, self._fewest_rows)
         return self._stacks[used]

@@ -1,10 +1,10 @@
-"""A generation as a value: what to continue, how to decode it, how to choose tokens, when to end.
+"""A generation as a value: the prompt, how to decode, how to choose tokens, when to end.
 
-The Python calls, the command line, the benchmark's workers and a server all fill the same :class:`Request`. How to
-decode is one of three values, so two that do not go together cannot be written::
+The Python calls, the command line, the benchmark's workers and a server all create the same :class:`Request`. The way
+to decode is one of three values, so a request cannot ask for two ways at once::
 
     Plain()                                       every token through every layer
-    Speculate(exit_layer=8, draft=DraftPolicy(4)) the same output, drafted by an exit
+    Speculate(exit_layer=8, draft=DraftPolicy(4)) an exit drafts, the whole model verifies; the output of Plain()
     ExitEarly(ExitPolicy(...))                    a token leaves at the first exit that is sure of it
 
 :func:`make_request` also takes the short forms of the Python calls: ``strategy="self-speculative"``,
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack, get_args
 
 from shortstack.graphs.errors import RequestError
@@ -38,18 +39,19 @@ class Plain:
     name: ClassVar[StrategyName] = "plain"
 
     def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
-        """Return the exits that it uses in a bundle of this plan: none."""
+        """Return the exits in use in a bundle of this plan: none."""
         return ()
 
 
 @dataclass(frozen=True, slots=True)
 class Speculate:
-    """An exit drafts and the whole model verifies: the output of plain decoding, sooner.
+    """An exit drafts and the whole model verifies: faster than plain decoding, with the same output.
 
     Attributes:
         exit_layer: Which exit drafts, by the number of layers run before it; None takes the lowest.
-        draft: How many tokens to draft; None drafts adaptively, four at most, but always four where the sampling has a
-            seed: what is drafted decides how draws are used, and adaptive lengths follow the clock.
+        draft: How many tokens to draft. None drafts adaptively, four at most; if the sampling has a seed, None always
+            drafts four. Drafts decide how random draws are used, and adaptive lengths depend on measured times, so a
+            seed alone would not repeat the output.
     """
 
     exit_layer: int | None = None
@@ -60,7 +62,7 @@ class Speculate:
         """Return the exit that drafts in a bundle of this plan.
 
         Raises:
-            RequestError: The bundle does not have it.
+            RequestError: The bundle does not have that exit, or has no exit at all.
         """
         exits = plan.boundaries
         if not exits:
@@ -83,14 +85,14 @@ class ExitEarly:
     """A token leaves at the first exit that is sure of it, and the layers above catch up.
 
     Attributes:
-        policy: When a token leaves, who checks it, and how the layers above catch up.
+        policy: When a token leaves, whether it is checked, and how the layers above catch up.
     """
 
     policy: ExitPolicy
     name: ClassVar[StrategyName] = "early-exit"
 
     def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
-        """Return the exits in use in a bundle of this plan; errors as in :meth:`ExitPolicy.exits_in`."""
+        """Return the exits in use in a bundle of this plan; see :meth:`ExitPolicy.exits_in` for the errors."""
         return self.policy.exits_in(plan)
 
 
@@ -102,19 +104,20 @@ class Request:
     """One generation.
 
     Attributes:
-        prompt: Chat messages go through the bundle's chat template, a string goes in as it is, token ids go in
-            untouched.
+        prompt: Chat messages go through the bundle's chat template. A string is encoded as it is, and token ids are
+            used unchanged.
         strategy: How to decode.
         sampling: How to choose tokens; the default is greedy.
-        max_new_tokens: Tokens to generate at most.
+        max_new_tokens: The most tokens to generate.
         stop: Strings that end the text; they are not part of it.
-        ignore_eos: Go on after an end-of-sequence token.
-        reuse_cache: Keep the cache of the longest common beginning with the generation before (multi-turn chat).
+        ignore_eos: Whether to go on after an end-of-sequence token.
+        reuse_cache: Whether to keep the cache of the longest prefix that this text shares with the one before, as in
+            multi-turn chat.
         tools: JSON schemas of tools, for chat templates that know them.
         template_variables: Further variables of the chat template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        RequestError: A value is out of range, or two do not go together.
+        RequestError: A value is out of range, or two values do not go together.
     """
 
     prompt: Prompt
@@ -128,8 +131,9 @@ class Request:
     template_variables: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise RequestError("max_new_tokens", found=self.max_new_tokens, expected="1 or more")
+        is_count = isinstance(self.max_new_tokens, Integral) and not isinstance(self.max_new_tokens, bool)
+        if not is_count or self.max_new_tokens < 1:
+            raise RequestError("max_new_tokens", found=repr(self.max_new_tokens), expected="a whole number, 1 or more")
         if (
             isinstance(self.strategy, ExitEarly)
             and self.strategy.policy.verify == "rollback"
@@ -138,11 +142,11 @@ class Request:
             raise RequestError(
                 "verify rollback is a rule for greedy decoding",
                 found=f"temperature {self.sampling.temperature}",
-                remedy="set the temperature to 0, or verify exact",
+                remedy="set the temperature to 0, or use verify exact",
             )
         if (self.tools or self.template_variables) and not is_chat(self.prompt):
             raise RequestError(
-                "tools and template_variables reach the chat template, and this prompt does not go through it",
+                "tools and template_variables are for the chat template, and this prompt does not go through it",
                 found="text" if isinstance(self.prompt, str) else "token ids",
                 expected="chat messages",
                 remedy='give [{"role": "user", "content": ...}] as the prompt',
@@ -150,15 +154,17 @@ class Request:
 
 
 class RequestOptions(TypedDict, total=False):
-    """What the Python calls take besides the prompt; see :class:`Request` for those that are not explained here.
+    """The options of the Python calls besides the prompt; see :class:`Request` for those that are not explained here.
 
     Attributes:
-        strategy: One of the three values, or the name of one.
-        exit_layer: With the name ``self-speculative``: see :class:`Speculate`.
-        draft: Likewise.
-        exits: With the name ``early-exit``: an :class:`ExitPolicy`, a criterion, or a rule such as ``top_prob >= 0.9``.
-        sampling: All of the sampling; or give some of the options below.
-        temperature: See :class:`~shortstack.runtime.decode.sampling.SamplingParams`, likewise those that follow.
+        strategy: One of the three values, or its name.
+        exit_layer: For the name ``self-speculative``, see :class:`Speculate`.
+        draft: For the name ``self-speculative``, see :class:`Speculate`.
+        exits: For the name ``early-exit``: an :class:`ExitPolicy`, a criterion, or an expression such as
+            ``top_prob >= 0.9``.
+        sampling: All sampling options as one value, instead of single ones below.
+        temperature: For this and all up to ``seed``, see
+            :class:`~shortstack.runtime.decode.sampling.SamplingParams`.
     """
 
     strategy: Strategy | StrategyName
@@ -181,15 +187,15 @@ class RequestOptions(TypedDict, total=False):
 
 
 _SAMPLING = tuple(each.name for each in fields(SamplingParams))
-_AS_THEY_ARE = ("max_new_tokens", "stop", "ignore_eos", "reuse_cache", "tools", "template_variables")
+_OF_REQUEST = ("max_new_tokens", "stop", "ignore_eos", "reuse_cache", "tools", "template_variables")
 _OF_STRATEGY = ("exit_layer", "draft", "exits")
 
 
 def make_request(prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
     """Return the request that a Python call describes.
 
-    A strategy that is left out follows from the options: ``exits`` asks for early exit, ``exit_layer`` or ``draft`` for
-    self-speculation, and nothing for plain decoding.
+    If the strategy is left out, the options decide: ``exits`` means early exit, ``exit_layer`` or ``draft`` means
+    self-speculation, and without any of them decoding is plain.
 
     Raises:
         RequestError: An option is unknown, out of range, or would have no effect.
@@ -197,16 +203,16 @@ def make_request(prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
     if unknown := sorted(options.keys() - RequestOptions.__annotations__.keys()):
         raise RequestError(
             f"unknown option {', '.join(unknown)}",
-            expected=f"options among {', '.join(RequestOptions.__annotations__)}",
+            expected=f"some of {', '.join(RequestOptions.__annotations__)}",
         )
     given: dict[str, Any] = dict(options)
     sampling = _sampling(given.get("sampling"), {name: given[name] for name in _SAMPLING if name in given})
     strategy = _strategy(given.get("strategy"), {name: given.get(name) for name in _OF_STRATEGY})
-    return Request(prompt, strategy, sampling, **{name: given[name] for name in _AS_THEY_ARE if name in given})
+    return Request(prompt, strategy, sampling, **{name: given[name] for name in _OF_REQUEST if name in given})
 
 
 def is_chat(prompt: Prompt) -> bool:
-    """Whether a prompt is chat messages."""
+    """Return whether a prompt consists of chat messages."""
     return not isinstance(prompt, str) and any(isinstance(item, Mapping) for item in prompt)
 
 
@@ -215,8 +221,8 @@ def _sampling(params: SamplingParams | None, single: Mapping[str, Any]) -> Sampl
         return SamplingParams(**single)
     if single:
         raise RequestError(
-            f"sampling is given as a whole, and {', '.join(single)} besides",
-            remedy="give either SamplingParams or single options",
+            f"sampling is given as a value, and {', '.join(single)} as well",
+            remedy="give either SamplingParams(...) or single options",
         )
     return params
 
@@ -224,7 +230,9 @@ def _sampling(params: SamplingParams | None, single: Mapping[str, Any]) -> Sampl
 def _strategy(wanted: Strategy | StrategyName | None, options: Mapping[str, Any]) -> Strategy:
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(wanted, Strategy):
-        _refuse(given, wanted, f"the strategy is given as a value, {type(wanted).__name__}(...)", "put it in there")
+        _refuse(
+            given, wanted, f"the strategy is given as a value, {type(wanted).__name__}(...)", "set it in that value"
+        )
         return wanted
     if wanted is None:
         wanted = "early-exit" if "exits" in given else "self-speculative" if given else "plain"
@@ -236,7 +244,7 @@ def _strategy(wanted: Strategy | StrategyName | None, options: Mapping[str, Any]
         raise RequestError(
             f"strategy {wanted!r}: exits",
             found="no exit policy" if exits is None else "an exit policy",
-            expected=f"an ExitPolicy or a rule such as {EXAMPLE!r} with the strategy 'early-exit', and with no other",
+            expected=f"an ExitPolicy or an expression such as {EXAMPLE!r} for the strategy 'early-exit' only",
         )
     if exits is not None:
         _refuse(given, wanted, "early exit drafts nothing", "set ExitPolicy.exit_layers to choose exits")

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 import click
 
-from shortstack.graphs.errors import ShortstackError
-
-INTERRUPTED = 130  # 128 + SIGINT, what shells report
+from shortstack.graphs.errors import INTERRUPTED, ShortstackError
 
 
-def run_command(command: click.Command, *, when_interrupted: str = "") -> None:
-    """Run a command on the command line's arguments.
+@contextlib.contextmanager
+def command_errors(when_interrupted: str = "") -> Iterator[None]:
+    """Turn a known error into one line on stderr and its exit code.
 
     Args:
-        command: The command.
-        when_interrupted: What to say on stderr when it is interrupted.
+        when_interrupted: What to say on stderr when the command is interrupted.
     """
     try:
-        command.main(standalone_mode=False)
+        yield
     except ShortstackError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -30,3 +30,9 @@ def run_command(command: click.Command, *, when_interrupted: str = "") -> None:
         if when_interrupted:
             click.echo(when_interrupted, err=True)
         sys.exit(INTERRUPTED)
+
+
+def run_command(command: click.Command, *, when_interrupted: str = "") -> None:
+    """Run a command on the command line's arguments; it ends as :func:`command_errors` says."""
+    with command_errors(when_interrupted):
+        command.main(standalone_mode=False)

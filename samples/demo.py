@@ -1,7 +1,7 @@
 """`make demo`: what trained exits do. Commands, parsed by a stack that learnt to draft; a question, for a draft head.
 
 The default model is fetched, cut with the shipped checkpoints and decoded plainly and self-speculatively. Steps that
-are done are not redone: the bundles stay in the cache folder, beside the model.
+are done are not redone: the bundles stay in the cache folder, next to the model.
 """
 
 from __future__ import annotations

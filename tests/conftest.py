@@ -65,17 +65,17 @@ def pyproject(repository: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def package_folders(repository: Path, pyproject: dict[str, Any]) -> dict[str, Path]:
-    """Package name -> folder, for every package that pyproject.toml lists."""
-    setuptools = pyproject["tool"]["setuptools"]
+    """Package name -> folder, for every package that pyproject.toml lists, in the wheel or not."""
+    setuptools, own = pyproject["tool"]["setuptools"], pyproject["tool"]["shortstack"]
     return {
         name: repository / setuptools["package-dir"].get(name, "/".join(name.split(".")[1:]))
-        for name in setuptools["packages"]
+        for name in [*setuptools["packages"], *own["not-in-the-wheel"]]
     }
 
 
 @pytest.fixture(scope="session")
 def package_sources(package_folders: dict[str, Path]) -> list[Path]:
-    """Every .py file that is shipped."""
+    """Every .py file of the packages, in the wheel or not."""
     return sorted(path for folder in package_folders.values() for path in folder.glob("*.py"))
 
 
@@ -129,7 +129,7 @@ def bundle(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command line that must be refused: exit code 2, nothing on stdout, one line on stderr with these words."""
+    """Run a command line that must be refused: exit code 2, nothing on stdout, one line on stderr with these words."""
 
     def refused(arguments: list[str | Path], *says: str) -> str:
         capsys.readouterr()

@@ -20,11 +20,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def resolve(checkpoint: Checkpoint) -> tuple[Architecture, ModelSpec]:
-    """Find a checkpoint's family, read its spec, and check that its tensors are what the spec says.
+    """Find a checkpoint's family, read its spec, and check its tensors against the spec.
 
     Raises:
-        CheckpointError: The config or the tensors are not what they should be.
-        UnsupportedError: The family, or an option of it, is not one this version exports.
+        CheckpointError: The config is not valid, or the tensors do not fit it.
+        UnsupportedError: This version cannot export the family, or an option of it.
     """
     model_type = checkpoint.config.read(str, "model_type")
     if model_type not in ARCHITECTURES:

@@ -1,4 +1,4 @@
-"""What a model family is to the exporter: how its config reads and what its tensors are called, as data.
+"""Describes a model family to the exporter, as data: how its config is read and what its tensors are called.
 
 Shared code asks an :class:`Architecture` for tensors by role and never asks which family it has. Roles::
 
@@ -43,11 +43,11 @@ class Architecture:
     tensor_names: Mapping[str, str]
 
     def tensor_name(self, role: str, layer: int | None = None) -> str:
-        """Return the name of the tensor that plays ``role``, in ``layer`` if it is one per layer.
+        """Return the name of the tensor that plays ``role``; a role that every layer has needs ``layer``.
 
         Raises:
             KeyError: There is no such role.
-            ValueError: The role is one per layer and no layer is given, or the other way round.
+            ValueError: Every layer has the role and no layer is given, or the other way round.
         """
         pattern = self.tensor_names[role]
         if ("{layer}" in pattern) != (layer is not None):
@@ -56,7 +56,7 @@ class Architecture:
 
 
 def layer_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every role that one layer has; a K,V consumer has no k and v projection."""
+    """Return the tensor shapes of one layer, by role; a K,V consumer has no k and v projections."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_rows, kv_rows = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
     projections = {

@@ -1,4 +1,4 @@
-"""Compares the tensors a checkpoint holds with those its config promises, and reports all differences at once."""
+"""Compares the tensors of a checkpoint with those that its config describes, and reports all differences at once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from shortstack.graphs.spec import ModelSpec
 
 _MAX_LISTED = 10
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|weight)|" + re.escape(ROPE_FACTORS))
-"""Rotary frequencies that old checkpoints store; they follow from the config."""
+"""Rotary frequencies. Old checkpoints store them, although they follow from the config."""
 
 
 def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> None:
-    """Check names and shapes of all tensors; a tied model may hold its LM head twice if both are the same.
+    """Check the names and shapes of all tensors; a tied model may store its LM head too, if it equals the embedding.
 
-    Layers that use the keys and values of another may hold ``k_proj`` and ``v_proj``, which nobody reads: training code
-    often keeps them, and a model may be a copy of one that did not share yet.
+    Layers that use another one's keys and values may still hold ``k_proj`` and ``v_proj``, which are never read.
+    Training code often keeps them, and a model may be a copy of one that did not share yet.
 
     Raises:
-        CheckpointError: A tensor is missing, extra or of another shape, or a layer's queries do not fit the K,V that it
-            reads; the message lists all of them.
+        CheckpointError: A tensor is missing, extra or misshapen, or a layer's queries do not fit the K,V that it reads.
+            The message lists all of them.
     """
     expected = expected_tensors(arch, spec)
     names = checkpoint.names()
@@ -68,14 +68,14 @@ def _unread(arch: Architecture, spec: ModelSpec) -> set[str]:
 
 
 def _unfit_queries(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> list[str]:
-    """Say which layers use another one's K,V though their query heads are wider or narrower than its key heads."""
+    """Describe the layers whose query heads are wider or narrower than the heads of the K,V that they share."""
     unfit = []
     for layer, producer in enumerate(spec.kv_map):
         q_name = arch.tensor_name("q_proj.weight", layer)
         k_rows = _rows(checkpoint, arch.tensor_name("k_proj.weight", producer))
         q_rows = _rows(checkpoint, q_name)
         if layer == producer or not q_rows or not k_rows or k_rows % spec.num_key_value_heads:
-            continue  # nothing is shared, or nothing is known: then one of them is missing or misshapen
+            continue  # the layer shares nothing, or one of the two tensors is missing or misshapen
         head_dim = k_rows // spec.num_key_value_heads
         if q_rows != (wanted := spec.num_attention_heads * head_dim):
             unfit.append(
@@ -86,7 +86,7 @@ def _unfit_queries(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) 
 
 
 def _rows(checkpoint: Checkpoint, name: str) -> int:
-    """Return the rows of a tensor, 0 where there is none."""
+    """Return the number of rows of a tensor, 0 if it is missing or has no dimensions."""
     shape = checkpoint.shape(name) if name in checkpoint.names() else ()
     return shape[0] if shape else 0
 
@@ -98,7 +98,7 @@ def _check_same(checkpoint: Checkpoint, embedding: str, head: str) -> None:
     if not same:
         raise CheckpointError(
             f"{checkpoint.config.where('tie_word_embeddings')} is true, but {head} differs from {embedding}",
-            remedy="set tie_word_embeddings to false if the model has a head of its own, else remove that tensor",
+            remedy="set tie_word_embeddings to false if the model has its own head, else remove that tensor",
         )
 
 

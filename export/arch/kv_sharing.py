@@ -1,18 +1,18 @@
-"""Reads from a Llama-like config which layers share keys and values, and what each layer sees.
+"""Reads from a Llama-like config which layers share keys and values, and which positions each layer sees.
 
-Two ways to say it::
+A config can describe it in two ways::
 
     kv_map: [0, 0, 2, 2]             the twin's own fields, as in ModelSpec: which layer's K,V each layer uses,
-    windows: [64, 64, 0, 0]          how many positions it sees, its own included (0 is all), and whether none sees
-    masks_diagonal: true             its own
+    windows: [64, 64, 0, 0]          how many positions it sees, its own included (0 means all),
+    masks_diagonal: true             and whether no layer sees its own position
 
-    num_kv_shared_layers: 2          Gemma 3n's and 4's: the top so many layers use the K,V of the nearest layer below
-    layer_types: [full_attention,    them that is of their type; a sliding layer sees sliding_window positions
+    num_kv_shared_layers: 2          the fields of Gemma 3n and 4: this many top layers share K,V, and each uses that
+    layer_types: [full_attention,    of the nearest layer of its type below all of them;
                   sliding_attention, ...]
-    sliding_window: 512
+    sliding_window: 512              a sliding layer sees this many positions
 
-Gemma 4 can also give its full_attention layers heads of their own size and number (``global_head_dim``,
-``num_global_key_value_heads``); here all layers have the same ones, and a config in which they differ is refused.
+Gemma 4 can also give its full_attention layers heads of another size and number (``global_head_dim``,
+``num_global_key_value_heads``). Here all layers have the same heads, and a config in which they differ is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """What a config says; the fields are those of ``ModelSpec``."""
+    """What a config says about sharing and windows; the fields are those of ``ModelSpec``."""
 
     kv_map: tuple[int, ...]
     windows: tuple[int, ...]
@@ -43,15 +43,16 @@ class Sharing:
 
 
 def read_sharing(config: Config, spec: ModelSpec) -> Sharing:
-    """Read the fields above; all are optional.
+    """Read the fields listed at the top of this module; all are optional.
 
     Args:
         config: The config.
-        spec: What the config says of the rest of the model.
+        spec: The model as the rest of the config describes it.
 
     Raises:
-        CheckpointError: A field is of another type or length, or at odds with another one.
-        UnsupportedError: A layer is of a type this version cannot export, or full and sliding layers have other heads.
+        CheckpointError: A field has the wrong type or length, or contradicts another one.
+        UnsupportedError: This version cannot export the type of a layer, or full and sliding layers have different
+            heads.
     """
     layers = spec.num_hidden_layers
     _check_heads(config, spec)
@@ -110,16 +111,16 @@ def _read_layer_types(config: Config, layers: int) -> tuple[str, ...]:
 
 
 def _check_heads(config: Config, spec: ModelSpec) -> None:
-    """Check that full_attention layers have the heads of the others: a map may pair any two layers."""
+    """Check that full_attention layers have the same heads as the others, since a map may pair any two layers."""
     for key, of_all in _HEADS_OF_FULL_LAYERS.items():
         expected = getattr(spec, of_all)
         if (found := config.read(int, key, expected)) != expected:
             raise UnsupportedError(
-                f"{config.where(key)} gives {FULL} layers other key/value heads than the rest",
+                f"{config.where(key)} gives {FULL} layers different key/value heads from the rest",
                 found=found,
                 expected=f"{of_all} = {expected}, or null",
-                remedy="set it to null if the weights of all layers are alike; models in which they are not cannot be "
-                "exported",
+                remedy="set it to null if the weights of all layers have the same shapes; models in which they differ "
+                "cannot be exported",
             )
 
 

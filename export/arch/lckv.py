@@ -1,26 +1,29 @@
-"""LCKV: Llama with keys and values shared between layers, as whyNLP/LCKV trains and releases it.
+"""LCKV: Llama with keys and values shared between layers, as the repository whyNLP/LCKV trains and releases it.
 
-The fields and their defaults are those of the repository's ``LCKVLlamaConfig`` (``lckv-llama``: its main branch and the
-checkpoints on the hub), ``OptLlamaConfig`` and ``ClaLlamaConfig`` (``opt-llama`` and ``cla-llama``: the branch
-dev-lckv-publish, the code of https://arxiv.org/abs/2405.10637; no layer of an opt-llama sees its own position). Tensors
-are named as Llama's; a layer that uses another one's keys and values has no ``k_proj`` and ``v_proj``.
+The fields and their defaults are those of the repository's configs. ``LCKVLlamaConfig`` (``lckv-llama``) is that of its
+main branch and of the checkpoints on the hub. ``OptLlamaConfig`` and ``ClaLlamaConfig`` (``opt-llama``, ``cla-llama``)
+are those of the branch dev-lckv-publish, the code of https://arxiv.org/abs/2405.10637. No layer of an opt-llama sees
+its own position. Tensors have Llama's names. A layer that uses another one's keys and values has no ``k_proj`` and
+``v_proj``.
 
 ::
 
-    lckv-llama   layer_types "0_1s_1_3"    whose K,V each layer uses; s: it sees sliding_window positions
+    lckv-llama   layer_types "0_1s_1_3"    the layer whose K,V each layer uses; s: it sees sliding_window positions
                  force_nodiag              no layer sees its own position
-    opt-llama    layer_types "0_1_1_2_0"   0: its own, 1: the target's, 2: the target itself
-                 target_layer              its number, from the top if negative
-                 num_warmup_layers         older: so many layers of type 0, then 1, the last one 2
-    cla-llama    layer_types "2_1_2_1_0"   0 or 2: its own, 1: those of the nearest layer below that has its own
+    opt-llama    layer_types "0_1_1_2_0"   0: its own K,V, 1: those of the target, 2: it is the target
+                 target_layer              the target's number, counted from the top if negative
+                 num_warmup_layers         an older form: this many layers of type 0, then type 1, the last one 2
+    cla-llama    layer_types "2_1_2_1_0"   0 or 2: its own K,V, 1: those of the nearest layer below that has its own
 
-The spec's family is ``llama``: with ``kv_map``, ``windows`` and ``masks_diagonal`` it says all that there is to say.
-How many passes a prompt takes there (``forward_passes`` + ``backward_passes``, or ``num_encoders`` + 1) is for training
-here, see :mod:`shortstack.export.twin.folder`; what is exported is the exact result, that of decoding one by one. Run
-side by side, the code of opt-llama and cla-llama computes the same, and so do lckv-llama's passes (commit dd21716, with
-flash attention's semantics). Where lckv-llama decodes one by one, or its eager attention masks position 0, it differs
-from its own passes; and its flash attention is asked for one position more than the ``sliding_window`` that its eager
-attention keeps to, which is the one that counts here.
+The family of the resulting spec is ``llama``, since ``kv_map``, ``windows`` and ``masks_diagonal`` describe all of it.
+LCKV's code runs a prompt in a number of passes (``forward_passes`` + ``backward_passes``, or ``num_encoders`` + 1).
+Here that number counts only in training, see :mod:`shortstack.export.twin.folder`. The exported graphs compute the
+exact result, that of decoding one token after another.
+
+LCKV's code was run next to ours. That of opt-llama and cla-llama computes the same as ours, and so do the passes of
+lckv-llama (commit dd21716, with flash attention's semantics). lckv-llama differs from its own passes where it decodes
+one token after another, and where its eager attention masks position 0. Its flash attention is asked for one position
+more than ``sliding_window``, which its eager attention keeps to. Here the eager attention's window holds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Llama: Llama 2, 3, 3.1 and 3.2, SmolLM and SmolLM2, TinyLlama, and LayerSkip's checkpoints of them.
 
-The fields and their defaults are those of ``transformers.LlamaConfig``; https://arxiv.org/abs/2307.09288 is the model.
-Layers may share keys and values, and have windows: :mod:`shortstack.export.arch.kv_sharing`.
+The fields and their defaults are those of ``transformers.LlamaConfig``. https://arxiv.org/abs/2307.09288 describes the
+model. Layers may share keys and values and have windows, see :mod:`shortstack.export.arch.kv_sharing`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_spec(config: Config) -> ModelSpec:
     """Read a Llama ``config.json``.
 
     Raises:
-        CheckpointError: A field is missing, of another type, or at odds with another one.
+        CheckpointError: A field is missing, has the wrong type, or contradicts another one.
         UnsupportedError: The config asks for something this version cannot export.
     """
     spec = read_stack(config)
@@ -56,7 +56,7 @@ def read_spec(config: Config) -> ModelSpec:
 
 
 def read_stack(config: Config) -> ModelSpec:
-    """Read all but what layers share and see, which related families say in their own ways; errors as above."""
+    """Read all but the sharing and the windows, which related families spell differently; errors as in read_spec."""
     activation = config.read(str, "hidden_act", "silu")
     if activation != "silu":
         raise not_one_of(config.where("hidden_act"), activation, ("silu",))
@@ -110,7 +110,7 @@ def read_rope(config: Config) -> tuple[float, RopeScaling]:
     Where both styles are present, a field of ``rope_parameters`` wins.
 
     Raises:
-        CheckpointError: A field is missing, of another type, or not positive.
+        CheckpointError: A field is missing, has the wrong type, or is not positive.
         UnsupportedError: The rotary embedding is of a kind this version cannot export.
     """
     parameters, scaling = config.section("rope_parameters"), config.section("rope_scaling")
@@ -153,7 +153,7 @@ def read_rope(config: Config) -> tuple[float, RopeScaling]:
 
 
 def _rope_type_key(fields: Config) -> str | None:
-    """Return the field that names the kind of scaling; before transformers 4.43 it was ``type``."""
+    """Return the name of the field that holds the kind of scaling: before transformers 4.43 it was ``type``."""
     return next((key for key in ("rope_type", "type") if key in fields), None)
 
 

@@ -1,42 +1,40 @@
-"""Checkpoints as they come: a folder of Hugging Face or Megatron, a hub id or a GGUF file, behind one interface."""
+"""Opens any checkpoint: a Hugging Face or Megatron folder, a hub id or a GGUF file, all behind one interface."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.path_kind import PathKind, is_hub_id, looks_like_megatron, path_kind
 
 __all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
-        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, a
-            folder that Megatron or EE-LLM saved to, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``, which
-            is downloaded into the hub's cache. What exists on disk is never looked up on the hub.
+        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, or a
+            folder that Megatron or EE-LLM saved to. Otherwise a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``,
+            which is downloaded into the hub's cache. A path that exists on disk is never looked up on the hub.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: There is no such checkpoint, it cannot be fetched, or it is damaged.
-        UnsupportedError: It is there in a form this version does not read.
+        UnsupportedError: This version cannot read its form.
     """
     try:
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
         raise CheckpointError(f"{source!r} cannot be read ({error})", remedy="check the path") from None
     if is_file:
         return _open_file(path, source)
     if is_folder:
         return _open_folder(path, source)
-    if not _HUB_ID.fullmatch(source) or source.endswith((".gguf", ".safetensors")):
+    if not is_hub_id(source):
         raise CheckpointError(
             f"{source!r} does not exist and is not a hub id",
             expected="a folder, a .gguf file or organisation/name",
@@ -56,9 +54,13 @@ def _open_file(path: Path, source: str) -> Checkpoint:
 
 
 def _open_folder(path: Path, source: str) -> Checkpoint:
+    if path_kind(path) is PathKind.BUNDLE:
+        raise CheckpointError(
+            f"{path} is a bundle", expected="a checkpoint", remedy="name the checkpoint that it was made from"
+        )
     gguf_files = sorted(path.glob("*.gguf"))
     has_safetensors = any(path.glob("*.safetensors"))
-    is_complete = has_safetensors and (path / "config.json").exists()  # else they may be exits beside the checkpoint
+    is_complete = has_safetensors and (path / "config.json").exists()  # else they may be the exits of a checkpoint
     if not gguf_files and not is_complete and looks_like_megatron(path):
         return _megatron(path, source)
     if not gguf_files or has_safetensors:
@@ -67,12 +69,6 @@ def _open_folder(path: Path, source: str) -> Checkpoint:
         listed = ", ".join(file.name for file in gguf_files[:5])
         raise CheckpointError(f"{path} holds {len(gguf_files)} .gguf files ({listed})", remedy="name one of them")
     return _gguf(gguf_files[0], source)
-
-
-def looks_like_megatron(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that Megatron saved, or one iteration of it, complete or not."""
-    patterns = ("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "release/mp_rank_*")
-    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _gguf(file: Path, source: str) -> Checkpoint:

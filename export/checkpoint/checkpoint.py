@@ -1,4 +1,4 @@
-"""The one interface of every checkpoint reader: lazy tensors by Hugging Face name, a config, the tokenizer's files."""
+"""The interface of every checkpoint reader: lazy tensors by Hugging Face name, a config, the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in total."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-"""The files that :meth:`Checkpoint.files` may return and that a bundle carries along."""
+"""Called with the bytes done so far and the bytes in total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +26,9 @@ class StoredBlocks:
     """A matrix that is stored in blocks of small integers.
 
     Attributes:
-        kind: The type of its blocks, as ggml names it, such as ``Q4_0``.
-        read: Reads it as the very same blocks. Only for the kinds that
-            :data:`shortstack.export.checkpoint.gguf_blocks.EXACT_FORMATS` lists: no format holds the others.
+        kind: The type of its blocks, by ggml's name, such as ``Q4_0``.
+        read: Reads exactly these blocks. Call it only for the kinds in
+            :data:`shortstack.export.checkpoint.gguf_blocks.EXACT_FORMATS`: no block format can hold the others.
     """
 
     kind: str
@@ -40,10 +37,10 @@ class StoredBlocks:
 
 @dataclass(frozen=True, slots=True)
 class StoredExit:
-    """An exit that a model was trained with, in the model's own checkpoint.
+    """An exit that was trained with a model and is stored in the model's own checkpoint.
 
     Attributes:
-        spec: What it is.
+        spec: The exit.
         read: Reads its weights, by :func:`shortstack.graphs.names.exit_weight`: float32, C-contiguous, [out, in].
     """
 
@@ -54,17 +51,17 @@ class StoredExit:
 class Checkpoint(Protocol):
     """A trained model on disk.
 
-    Tensors have Hugging Face names and layouts whatever the file format: a linear weight is [out, in], and q and k
-    rows are in the rotate-half order of transformers.
+    Whatever the file format, tensors have Hugging Face names and layouts. A linear weight is [out, in]. The rows of q
+    and k are in the rotate-half order of transformers.
     """
 
     @property
     def source(self) -> str:
-        """What the user named: a folder, a file or a hub id."""
+        """The folder, file or hub id that the user named."""
 
     @property
     def folder_or_file(self) -> Path:
-        """Where it lies on disk."""
+        """Its path on disk."""
 
     @property
     def config(self) -> Config:
@@ -85,7 +82,7 @@ class Checkpoint(Protocol):
 
         Raises:
             CheckpointError: There is no such tensor, or its data cannot be read.
-            UnsupportedError: Its stored type is not one this version reads.
+            UnsupportedError: This version does not read its stored type.
         """
 
     def blocks(self, name: str) -> StoredBlocks | None:
@@ -96,28 +93,28 @@ class Checkpoint(Protocol):
         """
 
     def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
-        """Return the exits that the checkpoint itself holds, ascending, without reading their data.
+        """Return the exits that the checkpoint itself holds, by ascending depth, without reading their data.
 
         Args:
             spec: The model, as its family reads it from the config.
 
         Raises:
-            CheckpointError: Tensors of an exit are missing or misshapen; lists all of them.
+            CheckpointError: Tensors of an exit are missing or misshapen; the message lists all of them.
         """
 
     def files(self) -> dict[str, bytes]:
-        """Return the content of those :data:`TOKENIZER_FILES` that exist; ``generation_config.json`` always does.
+        """Return the content of those of ``names.TEXT_FILES`` that exist; ``generation_config.json`` always does.
 
         Raises:
             CheckpointError: One of them is damaged.
         """
 
     def digest(self, progress: Progress | None = None) -> str:
-        """Return the SHA-256 (hex) over the weights and the config, read as a stream."""
+        """Read the weights and the config as one stream, and return its SHA-256 in hex."""
 
 
 def unknown_tensor(name: str, where: Path) -> CheckpointError:
-    """Return the error for a tensor that is asked for and not there."""
+    """Return the error for a tensor that the checkpoint does not hold."""
     return CheckpointError(f"{where} has no tensor {name}")
 
 
@@ -125,9 +122,9 @@ def hash_files(files: Iterable[Path], *, label: bool, progress: Progress | None 
     """Hash files in the given order as one stream.
 
     Args:
-        files: What to hash.
-        label: Mix in each file's name and size, so that moving bytes between files changes the hash. Without it the
-            hash of one file is what ``sha256sum`` prints.
+        files: The files to hash.
+        label: Hash each file's name and size too, so that moving bytes between files changes the hash. Without it, the
+            hash of a single file is what ``sha256sum`` prints.
         progress: Called after every chunk.
 
     Raises:

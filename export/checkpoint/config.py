@@ -1,8 +1,8 @@
-"""A foreign config, read typed and loud: every field is asked for by type, and a wrong one is named with its file.
+"""Reads a foreign config strictly: every field is requested by type, and the error for a wrong one names its file.
 
-For the model families in ``export/arch/`` and for the GGUF reader, which reads GGUF metadata through the same class.
-optimum's NormalizedConfig does not serve here: it reads attributes of a transformers config object, returns them
-untyped, cannot tell a missing field from a null one, and names neither file nor expected type.
+It serves the model families in ``export/arch/``, and the GGUF reader, which reads GGUF metadata through the same class.
+optimum's NormalizedConfig does not fit: it reads attributes of a transformers config object, returns them untyped,
+cannot tell a missing field from a null one, and names neither the file nor the expected type.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Config:
 
     Args:
         data: The parsed JSON object, or the metadata of a GGUF file.
-        file: The file to name in messages.
+        file: The file that messages name.
         prefix: Where ``data`` lies inside that file, such as ``rope_scaling.``; empty at the top.
     """
 
@@ -52,8 +52,7 @@ class Config:
         """Read one field.
 
         Args:
-            kind: ``bool``, ``int``, ``float`` or ``str``. A bool is never taken for a number; an int is taken for a
-                float.
+            kind: ``bool``, ``int``, ``float`` or ``str``. A bool never counts as a number; an int counts as a float.
             key: The field's name at this level.
             default: Returned when the field is absent or null. Without it the field is required.
 
@@ -61,7 +60,7 @@ class Config:
             The value, of type ``kind``, or the default.
 
         Raises:
-            CheckpointError: The field is required and absent, or has another type, or is a float that is not finite.
+            CheckpointError: The field is required and absent, has another type, or is a float that is not finite.
         """
         value = self.data.get(key)
         if value is None:
@@ -87,7 +86,7 @@ class Config:
         return number
 
     def read_token_ids(self, key: str) -> tuple[int, ...]:
-        """Read a field that holds one token id or a list of them; an absent field is an empty tuple.
+        """Read a field that holds one token id or a list of them; an absent field gives an empty tuple.
 
         Raises:
             CheckpointError: The field holds anything else.
@@ -116,12 +115,12 @@ class Config:
         value = self.data.get(key)
         if value is None:
             raise CheckpointError(f"{self.where(key)} is missing", expected=expected)
-        if not isinstance(value, list) or not all(type(entry) is kind for entry in value):  # True is no integer here
+        if not isinstance(value, list) or not all(type(entry) is kind for entry in value):  # True is not 1
             raise self.wrong(key, expected)
         return value
 
     def section(self, key: str) -> Config | None:
-        """Return the object under ``key`` as a config of its own, or None when it is absent or null.
+        """Return the object under ``key`` as a separate config, or None if it is absent or null.
 
         Raises:
             CheckpointError: The field holds something that is not an object.
@@ -146,7 +145,7 @@ def parse_json_object(text: bytes | str, file: Path | str) -> dict[str, object]:
         file: Its name, for messages.
 
     Raises:
-        CheckpointError: The text is not JSON, or not an object.
+        CheckpointError: The text is not valid JSON, or not an object.
     """
     try:
         data = json.loads(text)
@@ -158,13 +157,13 @@ def parse_json_object(text: bytes | str, file: Path | str) -> dict[str, object]:
 
 
 def not_one_of(where: str, found: str, supported: Iterable[str], remedy: str | None = None) -> UnsupportedError:
-    """Return the error for a named choice this version does not know, with the nearest name it does.
+    """Return the error for a choice that this version does not know; it suggests the nearest name that it knows.
 
     Args:
-        where: File and field.
+        where: The file and the field.
         found: The value there.
-        supported: The values that would have been fine.
-        remedy: What to do, if there is more to say than the nearest name.
+        supported: The values that are valid.
+        remedy: What to do, if the nearest name does not say it.
     """
     names = sorted(supported)
     near = difflib.get_close_matches(found, names, n=1)

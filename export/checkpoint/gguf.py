@@ -1,8 +1,8 @@
 """Reads GGUF files of the ``llama`` architecture as if they were Hugging Face checkpoints.
 
-Weights are dequantized one tensor at a time, or handed on in the blocks that they are stored in; q and k rows are put
-back from llama.cpp's interleaved rotary order into the rotate-half order of transformers; metadata becomes a Hugging
-Face config and tokenizer.
+Weights are dequantized one tensor at a time, or passed on in the blocks in which they are stored. The rows of q and k
+are moved from llama.cpp's interleaved rotary order back to the rotate-half order of transformers. The metadata becomes
+a Hugging Face config and tokenizer.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class GgufCheckpoint:
 
     Args:
         file: The file.
-        source: What the user named, if not the file itself.
+        source: The name that the user gave, if it is not the file itself.
 
     Raises:
         CheckpointError: The file is damaged, or lacks a field or the embedding.
-        UnsupportedError: It is a valid model of a kind this version does not read.
+        UnsupportedError: It is a valid model of a kind that this version does not read.
     """
 
     def __init__(self, file: Path, source: str | None = None) -> None:
@@ -59,7 +59,7 @@ class GgufCheckpoint:
                 f"{file} is one part of a split model",
                 remedy="join the parts with `llama-gguf-split --merge` and name the result",
             )
-        self._tensors: dict[str, tuple[str, TensorInfo]] = {}  # Hugging Face name -> GGUF name, place
+        self._tensors: dict[str, tuple[str, TensorInfo]] = {}  # Hugging Face name -> GGUF name, info
         for name, info in header.tensors.items():
             self._tensors[to_hugging_face(name)] = (name, info)
         self.config = Config(hugging_face_config(self._metadata, header), str(file))
@@ -94,11 +94,11 @@ class GgufCheckpoint:
         return None if values_per_block == 1 else StoredBlocks(quantization.name, partial(self._read_blocks, name))
 
     def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
-        """Return nothing: the format has no exits."""
+        """Return an empty tuple: the format has no exits."""
         return ()
 
     def files(self) -> dict[str, bytes]:
-        """Return a ``tokenizer.json`` built from the metadata, its config, chat template and generation config."""
+        """Return the tokenizer's files, built from the metadata, with its chat template and a generation config."""
         return complete_files(tokenizer_files(self._metadata), self.config, str(self.folder_or_file))
 
     def digest(self, progress: Progress | None = None) -> str:
@@ -120,11 +120,11 @@ class GgufCheckpoint:
         return value
 
     def _bytes(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
-        """Return a tensor's data as it is stored, its rows apart."""
+        """Return a tensor's stored bytes, row by row: its shape, but with bytes in place of the last dimension."""
         return self._data[info.offset : info.offset + info.size_bytes].reshape(*info.shape[:-1], -1)
 
     def _rotated_heads(self, gguf_name: str) -> int | None:
-        """Return how many heads the rows of a q or k tensor hold; None if a tensor's rows are in order."""
+        """Return how many heads the rows of a q or k tensor hold; None for other tensors, whose rows are in order."""
         if gguf_name.endswith((".attn_q.weight", ".attn_q.bias")):
             return self.config.read(int, "num_attention_heads")
         if gguf_name.endswith((".attn_k.weight", ".attn_k.bias")):
@@ -140,10 +140,10 @@ class GgufCheckpoint:
 def unpermute(value: npt.NDArray[Number], heads: int) -> npt.NDArray[Number]:
     """Undo the row permutation of llama.cpp's ``LlamaModel.permute``.
 
-    llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head, transformers rows i and i + head_dim / 2.
+    llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head; transformers rotates rows i and i + head_dim / 2.
 
     Args:
-        value: q or k weight [heads * head_dim, hidden], or bias or row numbers [heads * head_dim].
+        value: A weight of q or k [heads * head_dim, hidden], or a bias or row numbers [heads * head_dim].
         heads: Query heads for q, key/value heads for k.
 
     Raises:
@@ -161,8 +161,8 @@ def hugging_face_config(metadata: Config, header: Header) -> dict[str, object]:
     """Translate the metadata of a ``llama`` GGUF file into a ``config.json`` of ``model_type`` llama.
 
     Raises:
-        CheckpointError: A field is missing or of another type, or there is no embedding.
-        UnsupportedError: The model uses experts, partial rotary embeddings, or keys and values of different widths.
+        CheckpointError: A field is missing or has the wrong type, or there is no embedding.
+        UnsupportedError: The model has experts, a partial rotary embedding, or keys and values of different widths.
     """
     where = metadata.where
     if metadata.read(int, "llama.expert_count", 0) > 0:
@@ -241,7 +241,7 @@ _TOKEN_ID_FIELDS = {
     "bos_token_id": ("tokenizer.ggml.bos_token_id",),
     "eos_token_id": (
         "tokenizer.ggml.eos_token_id",
-        "tokenizer.ggml.eot_token_id",  # end of turn and end of message stop generation in llama.cpp, too
+        "tokenizer.ggml.eot_token_id",  # end of turn and end of message also stop generation in llama.cpp
         "tokenizer.ggml.eom_token_id",
     ),
     "pad_token_id": ("tokenizer.ggml.padding_token_id",),

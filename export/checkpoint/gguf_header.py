@@ -1,9 +1,9 @@
-"""Reads the header of a GGUF file: metadata and where each tensor lies.
+"""Reads the header of a GGUF file: its metadata, and where each tensor lies.
 
-The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. ``gguf.GGUFReader`` reads it too, but builds a
-NumPy view per vocabulary entry (5 s for 49 thousand) and does not check lengths, so that a damaged file can keep it
-busy for ever. Here every read is checked against the end of the file. What tensor types mean is left to the ``gguf``
-package.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md describes the format. ``gguf.GGUFReader`` reads it too, but
+builds a NumPy view per vocabulary entry (5 s for 49 thousand) and does not check lengths, so that a damaged file can
+keep it busy for ever. Here every read is checked against the end of the file. What the tensor types mean is left to the
+``gguf`` package.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A GGUF file's metadata, as Python values, and its tensors by GGUF name."""
+    """The metadata of a GGUF file as Python values, and its tensors by GGUF name."""
 
     metadata: dict[str, object]
     tensors: dict[str, TensorInfo]
@@ -58,7 +58,7 @@ def read_header(file: Path) -> Header:
 
     Raises:
         CheckpointError: The file cannot be read, is not a GGUF file, is damaged, or ends before its last tensor does.
-        UnsupportedError: Its version, byte order or a tensor's type is not one this version reads.
+        UnsupportedError: This version does not read its GGUF version, its byte order or the type of a tensor.
     """
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -156,7 +156,7 @@ class _Parser:
         return [self.string() for _ in range(count)]
 
     def scalar(self, code: str) -> int:
-        """Read one little-endian number; typed int, though metadata values may be floats and bools."""
+        """Read one little-endian number; typed int, although metadata values may be floats and bools."""
         number: int = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
         return number
 

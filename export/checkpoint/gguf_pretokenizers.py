@@ -1,8 +1,8 @@
-"""How byte-level vocabularies split text before merging, by the name GGUF files give it in ``tokenizer.ggml.pre``.
+"""How byte-level vocabularies split text before merging, by the name in a GGUF file's ``tokenizer.ggml.pre``.
 
-The table follows ``llama_vocab::impl::load`` and ``llm_tokenizer_bpe`` of llama.cpp (src/llama-vocab.cpp), with the
-splits spelled as the models' own ``tokenizer.json`` spells them. Only names met in models of the llama architecture
-are listed: a wrong split gives plausible but worse text, so an unknown name is refused rather than guessed.
+The table follows ``llama_vocab::impl::load`` and ``llm_tokenizer_bpe`` of llama.cpp (src/llama-vocab.cpp). The splits
+are spelled as in the models' own ``tokenizer.json``. Only names that occur in models of the llama architecture are
+listed. A wrong split gives plausible but worse text, so an unknown name is refused, not guessed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Split:
     """One way of splitting text.
 
     Attributes:
-        regex: What one piece looks like; empty for GPT-2's own, which is built into the byte-level pre-tokenizer.
-        single_digits: Every digit is a piece of its own.
-        nfc: Text is brought to Unicode NFC first.
-        ignore_merges: A piece that is a token as a whole is taken before any merge is tried.
-        add_bos: Text starts with the beginning-of-sequence token unless the file says otherwise.
+        regex: Matches one piece. Empty for GPT-2's own regex, which is built into the byte-level pre-tokenizer.
+        single_digits: Every digit is a separate piece.
+        nfc: Text is converted to Unicode NFC first.
+        ignore_merges: A piece that is itself a token becomes that token, and no merge is tried.
+        add_bos: Text starts with the beginning-of-sequence token, unless the file decides differently.
     """
 
     regex: str = ""
@@ -44,7 +44,7 @@ class Split:
     add_bos: bool = False
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        """Build the pre-tokenizer that ends in byte-level characters."""
+        """Build the pre-tokenizer, whose pieces consist of byte-level characters."""
         steps: list[pre_tokenizers.PreTokenizer] = []
         if self.single_digits:
             steps.append(pre_tokenizers.Digits(individual_digits=True))

@@ -1,8 +1,9 @@
 """Builds ``tokenizer.json`` and ``tokenizer_config.json`` from the metadata of a GGUF file.
 
-transformers has such a conversion, too, but as of 5.23 it splits the digits of SmolLM2 like GPT-2 does, ignores Llama
-3's ``ignore_merges`` and is private; so the few lines it takes are here, on the ``tokenizers`` library alone. Two
-kinds of vocabulary are known: ``gpt2`` (byte-level BPE) and ``llama`` (SentencePiece BPE with byte fallback).
+transformers has such a conversion too. But as of 5.23 it splits the digits of SmolLM2 like GPT-2's, ignores the
+``ignore_merges`` of Llama 3, and is private. So the few lines that it takes are here, and they need only the
+``tokenizers`` library. Two kinds of vocabulary are known: ``gpt2`` (byte-level BPE) and ``llama`` (SentencePiece BPE
+with byte fallback).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from shortstack.export.checkpoint.config import Config, not_one_of
 from shortstack.export.checkpoint.gguf_pretokenizers import SPLITS, Split
+from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
 T = TypeVar("T", str, int, float)
@@ -27,11 +29,11 @@ _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The lists of ``tokenizer.ggml.*``, checked.
+    """The lists under ``tokenizer.ggml.*``, after they were checked.
 
     Attributes:
-        tokens: Token texts by id.
-        types: Token types by id.
+        tokens: The text of each token id.
+        types: The type of each token id.
         scores: SentencePiece scores by id; empty if the file has none.
         merges: Pairs of token texts, best first; empty if the file has none.
     """
@@ -47,10 +49,10 @@ class Vocabulary:
 
 
 def tokenizer_files(metadata: Config) -> dict[str, bytes]:
-    """Return ``tokenizer.json`` and ``tokenizer_config.json``; nothing if the file carries no tokenizer.
+    """Return ``tokenizer.json`` and ``tokenizer_config.json``; an empty dict if the GGUF file holds no tokenizer.
 
     Raises:
-        CheckpointError: A field is missing, of another type, or at odds with another one.
+        CheckpointError: A field is missing, has the wrong type, or contradicts another one.
         UnsupportedError: The kind of vocabulary, or its way of splitting text, is not known.
     """
     kind = metadata.read(str, "tokenizer.ggml.model", None)
@@ -83,8 +85,8 @@ def tokenizer_files(metadata: Config) -> dict[str, bytes]:
     if template is not None:
         config["chat_template"] = template
     return {
-        "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+        names.TOKENIZER_FILE: tokenizer.to_str().encode(),
+        names.TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
     }
 
 
@@ -92,7 +94,7 @@ def read_vocabulary(metadata: Config) -> Vocabulary:
     """Read and check the lists of ``tokenizer.ggml.*``.
 
     Raises:
-        CheckpointError: A list is missing, has another length or type, repeats a token, or merges what is no token.
+        CheckpointError: A list is missing, has the wrong length or type, repeats a token, or merges into no token.
     """
     tokens = _read_list(metadata, "tokenizer.ggml.tokens", str)
     if not tokens:
@@ -115,14 +117,16 @@ def read_vocabulary(metadata: Config) -> Vocabulary:
         left, _, right = merge.partition(" ")
         if left not in ids or right not in ids or left + right not in ids:
             raise CheckpointError(
-                metadata.where("tokenizer.ggml.merges"), found=repr(merge), expected="two tokens whose join is a token"
+                metadata.where("tokenizer.ggml.merges"),
+                found=repr(merge),
+                expected="two tokens that form a token when joined",
             )
         merges.append((left, right))
     return Vocabulary(tokens, types, scores, merges)
 
 
 def byte_level_tokenizer(vocabulary: Vocabulary, split: Split) -> Tokenizer:
-    """Build a byte-level BPE tokenizer, as GPT-2, SmolLM2 and Llama 3 use."""
+    """Build a byte-level BPE tokenizer, such as those of GPT-2, SmolLM2 and Llama 3."""
     model = models.BPE(vocab=vocabulary.ids(), merges=vocabulary.merges, ignore_merges=split.ignore_merges)
     tokenizer = Tokenizer(model)
     if split.nfc:
@@ -133,7 +137,7 @@ def byte_level_tokenizer(vocabulary: Vocabulary, split: Split) -> Tokenizer:
 
 
 def sentencepiece_tokenizer(vocabulary: Vocabulary, unknown: str | None, *, add_space_prefix: bool) -> Tokenizer:
-    """Build a SentencePiece BPE tokenizer, as Llama 2 uses, in the form of Llama 2's own ``tokenizer.json``."""
+    """Build a SentencePiece BPE tokenizer in the form of Llama 2's own ``tokenizer.json``."""
     merges = vocabulary.merges or merges_from_scores(vocabulary)
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary.ids(), merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -149,7 +153,7 @@ def sentencepiece_tokenizer(vocabulary: Vocabulary, unknown: str | None, *, add_
 
 
 def merges_from_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Recover the merges of a SentencePiece vocabulary: all pairs that join into a token, best score first."""
+    """Recover the merges of a SentencePiece vocabulary: all pairs that form a token, best score first."""
     ids = vocabulary.ids()
     scores: Sequence[float] = vocabulary.scores or [-float(index) for index in range(len(ids))]
     ranked: list[tuple[float, int, int, str, str]] = []
@@ -178,10 +182,10 @@ def _read_split(metadata: Config) -> Split:
 
 
 def _read_list(metadata: Config, key: str, kind: type[T]) -> list[T]:
-    """Read a list of ``kind``; an absent one is empty."""
+    """Read a list of ``kind``; an absent field gives an empty list."""
     value = metadata.data.get(key, [])
     if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise CheckpointError(metadata.where(key), found="something else", expected=f"a list of {kind.__name__} values")
+        raise CheckpointError(metadata.where(key), found="other values", expected=f"a list of {kind.__name__} values")
     return value
 
 
@@ -196,7 +200,7 @@ def _token(metadata: Config, vocabulary: Vocabulary, field: str, default: int | 
 
 
 def _add_template(tokenizer: Tokenizer, metadata: Config, config: dict[str, object]) -> None:
-    """Let the tokenizer add the beginning and end tokens that ``config`` asks for."""
+    """Make the tokenizer add the beginning and end tokens that ``config`` asks for."""
     before: list[str] = []
     after: list[str] = []
     for tokens, side in ((before, "bos"), (after, "eos")):

@@ -1,7 +1,7 @@
-"""Reads Hugging Face folders: config, one safetensors file or an index with shards, the tokenizer's files.
+"""Reads Hugging Face folders: the config, one safetensors file or shards with an index, and the tokenizer's files.
 
 Tensors are memory-mapped and converted one at a time. The folder is treated as untrusted: shard names must be plain
-file names, links must not lead out of it (except into the ``blobs`` folder of the hub's own cache), and pickles are
+file names, links must not lead out of the folder (except into the ``blobs`` of the hub's own cache), and pickles are
 never opened.
 """
 
@@ -16,7 +16,6 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from shortstack.export.checkpoint.checkpoint import (
-    TOKENIZER_FILES,
     Progress,
     StoredBlocks,
     StoredExit,
@@ -26,6 +25,7 @@ from shortstack.export.checkpoint.checkpoint import (
 from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.names import TEXT_FILES
 from shortstack.graphs.spec import ModelSpec
 
 WEIGHTS_FILE = "model.safetensors"
@@ -45,7 +45,7 @@ class HuggingFaceCheckpoint:
 
     Args:
         folder: The folder.
-        source: What the user named, if not the folder itself: a hub id.
+        source: The name that the user gave, if it is not the folder itself, such as a hub id.
 
     Raises:
         CheckpointError: A file is missing, damaged or outside the folder.
@@ -107,17 +107,17 @@ class HuggingFaceCheckpoint:
         return np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
 
     def blocks(self, name: str) -> StoredBlocks | None:
-        """Return None: what this reader takes is stored as floats."""
+        """Return None: this reader accepts only tensors that are stored as floats."""
         self._shard(name)
         return None
 
     def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
-        """Return nothing: exits of a transformers model lie in a folder of their own."""
+        """Return an empty tuple: the exits of a transformers model lie in a separate folder."""
         return ()
 
     def files(self) -> dict[str, bytes]:
-        """Return the content of the tokenizer's files that exist, and a generation config always."""
-        paths = {name: member(self.folder_or_file, name) for name in TOKENIZER_FILES}
+        """Return the content of the tokenizer's files that exist, and always a generation config."""
+        paths = {name: member(self.folder_or_file, name) for name in TEXT_FILES}
         found = {name: _read(path) for name, path in paths.items() if path is not None}
         return complete_files(found, self.config, str(self.folder_or_file))
 
@@ -132,9 +132,10 @@ class HuggingFaceCheckpoint:
 
 
 def find_weight_files(folder: Path) -> dict[Path, frozenset[str]]:
-    """Return the safetensors files of a checkpoint folder, sorted by name, each with what an index places there.
+    """Return the safetensors files of a folder, sorted by name, each with the names of the tensors that an index lists.
 
-    ``model.safetensors`` wins over an index, as in transformers. A lone ``*.safetensors`` of another name is taken.
+    ``model.safetensors`` takes precedence over an index, as in transformers. A single ``*.safetensors`` of another name
+    is accepted.
 
     Raises:
         CheckpointError: The index is damaged, names a file that is missing or outside the folder, or there are no
@@ -196,13 +197,13 @@ def _files_of_index(folder: Path, index_file: Path) -> dict[Path, frozenset[str]
 
 
 def member(folder: Path, name: str) -> Path | None:
-    """Return the path of a file in a checkpoint folder, or None; no link may lead it out of there.
+    """Return the path of a file in a checkpoint folder, or None; the file must not be a link that leads out of it.
 
     A snapshot in the hub's cache, ``models--org--name/snapshots/<commit>/``, consists of links into
     ``models--org--name/blobs/``; those are allowed.
 
     Raises:
-        CheckpointError: The file is a link to somewhere else, or cannot be looked at.
+        CheckpointError: The file is a link that leads out of the folder, or cannot be accessed.
     """
     path = folder / name
     try:

@@ -13,11 +13,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from shortstack.export.checkpoint.checkpoint import TOKENIZER_FILES
 from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.names import TEXT_FILES
 
 # `*` also matches `/`: the prefix keeps copies in subfolders, such as original/model.safetensors, from being fetched.
-_PATTERNS = ("config.json", *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+_PATTERNS = ("config.json", *TEXT_FILES, "model*.safetensors", "model.safetensors.index.json")
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
@@ -41,18 +41,25 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     except RepositoryNotFoundError:
         raise CheckpointError(
             f"{what} is neither a local folder nor a model on the hub",
-            remedy="check the spelling, or run `hf auth login` if the model is private",
+            remedy="check the spelling; if the model is private, run `hf auth login` first",
         ) from None
     except RevisionNotFoundError:
-        raise CheckpointError(f"{repo_id} has no revision {revision!r} on the hub") from None
+        raise CheckpointError(
+            f"{repo_id} has no revision {revision!r} on the hub",
+            remedy=f"choose one of https://huggingface.co/{repo_id}/tree/main, or leave --revision out",
+        ) from None
     except HFValidationError as error:
-        raise CheckpointError(f"{what} is not a valid hub id ({_first_line(error)})") from None
+        raise CheckpointError(
+            f"{what} is not a valid hub id ({_first_line(error)})",
+            expected="organisation/name",
+            remedy="check the spelling",
+        ) from None
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"{what} is not a local folder, is not in the hub's cache, and the hub cannot be reached",
             remedy="connect to the internet, or name a folder or .gguf file on disk",
         ) from None
-    except (OSError, ValueError, RuntimeError) as error:  # network, disk full, a proxy's answer
+    except (OSError, ValueError, RuntimeError) as error:  # network, full disk, a proxy's answer
         raise CheckpointError(
             f"{what} cannot be fetched from the hub ({_first_line(error)})",
             remedy="check the connection and the disk, then run the command again",

@@ -1,14 +1,14 @@
 """Reads the checkpoints of EE-LLM and of Megatron-LM's GPT as if they were Hugging Face checkpoints of ``llama``.
 
-EE-LLM (https://arxiv.org/abs/2312.04916) keeps its exits in the layers that they stand at; they become exits of
-shortstack. ``layers.{i}`` counts from 0 in the whole model::
+EE-LLM (https://arxiv.org/abs/2312.04916) stores each exit in the layer that it belongs to. They become exits of
+shortstack. ``layers.{i}`` counts from 0 over the whole model::
 
-    exit_output_layer.{number}.weight   head of its own; without one it is the input embedding
+    exit_output_layer.{number}.weight   the exit's own head; without it, the head is the input embedding
     layers.{number - 1}.exit_norm.weight
-    layers.{number - 1}.mlp.branch.*    beside mlp.trunk.*, the layer's own
-    layers.{number - 1}.exit_block.*    a layer
+    layers.{number - 1}.mlp.branch.*    the exit's MLP; the layer's own is mlp.trunk.*
+    layers.{number - 1}.exit_block.*    a whole layer
 
-Files are found in megatron_files.py, options read in megatron_config.py, shards joined in megatron_merge.py.
+megatron_files.py finds the files, megatron_config.py reads the options, megatron_merge.py joins the shards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from shortstack.export.checkpoint.checkpoint import (
-    TOKENIZER_FILES,
     Progress,
     StoredBlocks,
     StoredExit,
@@ -43,6 +42,7 @@ from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.exit_parts import exit_parts
+from shortstack.graphs.names import TEXT_FILES
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 
@@ -53,15 +53,15 @@ Floats = npt.NDArray[np.float32]
 
 
 class MegatronCheckpoint:
-    """A folder that Megatron saved to, or that of one iteration in it; the methods are those of ``Checkpoint``.
+    """A folder that Megatron saved to, or one iteration's folder in it; the methods are those of ``Checkpoint``.
 
     Args:
         folder: The folder.
-        source: What the user named, if not the folder itself.
+        source: The name that the user gave, if it is not the folder itself.
 
     Raises:
         CheckpointError: A file is missing, damaged or outside the folder, or the files do not fit together.
-        UnsupportedError: The model is of a shape that cannot be exported, or a file holds objects that may run code.
+        UnsupportedError: The model cannot be exported, or a file holds objects that may run code.
     """
 
     def __init__(self, folder: Path, source: str | None = None) -> None:
@@ -69,7 +69,7 @@ class MegatronCheckpoint:
         self.folder_or_file = iteration_folder(folder)
         above = folder.resolve().parent
         is_iteration = self.folder_or_file == folder and (above / TRACKER_FILE).is_file()
-        self._homes = [folder, above] if is_iteration else [folder]  # where the tokenizer may lie
+        self._homes = [folder, above] if is_iteration else [folder]  # folders that may hold the tokenizer
         first = open_first(folder, self.folder_or_file)
         self._args = read_args(first.args, str(first.path))
         config = hugging_face_config(self._args, first.version)
@@ -93,10 +93,11 @@ class MegatronCheckpoint:
         self._pieces_of_exits = {exit_: self._exit_pieces(exit_) for exit_ in self._exits}
         used = {piece.source for part in (pieces, *self._pieces_of_exits.values()) for piece in part.values()}
         self._tensors = {name: piece for name, piece in pieces.items() if piece.source in shards}
-        self._tensors |= {name: Piece(name, "same") for name in shards.keys() - used}  # to be refused as extra
+        # Whatever no piece uses keeps its own name, so that it is refused as an extra tensor.
+        self._tensors |= {name: Piece(name, "same") for name in shards.keys() - used}
 
     def names(self) -> frozenset[str]:
-        """Return the names of all tensors but those of the exits."""
+        """Return the names of all tensors except those of the exits."""
         return frozenset(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -104,7 +105,7 @@ class MegatronCheckpoint:
         return self._merger.shape(self._piece(name))
 
     def tensor(self, name: str) -> Floats:
-        """Read one tensor, merged, as C-contiguous float32."""
+        """Merge the shards of one tensor and return it as C-contiguous float32."""
         return self._merger.read(self._piece(name))
 
     def blocks(self, name: str) -> StoredBlocks | None:
@@ -113,11 +114,11 @@ class MegatronCheckpoint:
         return None
 
     def files(self) -> dict[str, bytes]:
-        """Return the content of the tokenizer's files that were put into the folder, and a generation config always."""
-        found = {name: content for name in TOKENIZER_FILES if (content := self._read(name)) is not None}
+        """Return the content of the tokenizer's files that the user added to the folder, and a generation config."""
+        found = {name: content for name in TEXT_FILES if (content := self._read(name)) is not None}
         if names.TOKENIZER_FILE not in found:
             raise CheckpointError(
-                f"{self._homes[-1]} has no {names.TOKENIZER_FILE}, and Megatron saves none",
+                f"{self._homes[-1]} has no {names.TOKENIZER_FILE}, and Megatron saves no tokenizer",
                 remedy=f"put {names.TOKENIZER_FILE} and {names.TOKENIZER_CONFIG_FILE} of the model's tokenizer there: "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)",
             )
@@ -128,7 +129,7 @@ class MegatronCheckpoint:
         return hash_files(self._paths, label=True, progress=progress)
 
     def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
-        """Return the exits that the model was trained with, ascending."""
+        """Return the exits that the model was trained with, by ascending depth."""
         found: list[StoredExit] = []
         problems: list[str] = []
         for exit_, pieces in self._pieces_of_exits.items():
@@ -162,12 +163,12 @@ class MegatronCheckpoint:
         return tensors
 
     def _pieces(self) -> dict[str, Piece]:
-        """Return what the model is made of, exits excluded."""
+        """Return the piece of each tensor of the model, without its exits."""
         is_tied = self.config.read(bool, "tie_word_embeddings")
         pieces = {
             "model.embed_tokens.weight": _EMBEDDING,
             "model.norm.weight": Piece("final_norm.weight", "same"),
-            # With a pipeline, the last stage of a tied model holds the embedding once more.
+            # With a pipeline, the last stage of a tied model holds a copy of the embedding.
             "lm_head.weight": Piece(
                 f"{'word_embeddings_for_head' if is_tied else 'output_layer'}.weight", "rows", "vocab"
             ),
@@ -179,7 +180,7 @@ class MegatronCheckpoint:
         return pieces
 
     def _exit_pieces(self, exit_: MegatronExit) -> dict[str, Piece]:
-        """Return what an exit is made of, by part."""
+        """Return the piece of each tensor of an exit, by part."""
         layer = f"layers.{exit_.number - 1}"
         head = Piece(f"exit_output_layer.{exit_.number}.weight", "rows", "vocab") if exit_.has_own_head else _EMBEDDING
         pieces = {"head.weight": head}
@@ -195,14 +196,14 @@ class MegatronCheckpoint:
         content = self._read(names.TOKENIZER_FILE)
         try:
             tokenizer = None if content is None else Tokenizer.from_str(content.decode())
-        except Exception:  # the library raises nothing narrower; the export says what is wrong with the file
+        except Exception:  # the library raises no narrower error; the export reports what is wrong with the file
             tokenizer = None
         if tokenizer is None:
             return vocabulary_rows(self._args, padded, 0)
         ids = 1 + max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         if ids > padded:
             raise CheckpointError(
-                f"{self._homes[-1]}: {names.TOKENIZER_FILE} is of another model",
+                f"{self._homes[-1]}: {names.TOKENIZER_FILE} belongs to another model",
                 found=f"{ids} token ids",
                 expected=f"at most {padded}, the rows of the embedding",
                 remedy="put the tokenizer that the model was trained with there",

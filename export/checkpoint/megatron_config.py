@@ -1,4 +1,4 @@
-"""Translates the options of a Megatron checkpoint, its ``args``, into a Hugging Face config and into its exits."""
+"""Translates the ``args`` of a Megatron checkpoint, its options, into a Hugging Face config and a list of exits."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _REQUIRED: tuple[tuple[str, object, object], ...] = (
     ("virtual_pipeline_model_parallel_size", None, None),
     ("standalone_embedding_stage", False, False),
 )
-"""Option, Megatron's default, and the only value that can be exported."""
+"""Each option with Megatron's default and the only value that can be exported."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True)
 class MegatronExit:
-    """One exit as EE-LLM describes it.
+    """One exit, as EE-LLM's options describe it.
 
     Attributes:
-        number: The layer that it stands at, counted from 1: what ``--exit-layer-nums`` names.
-        exit_layer: Layers run before it. With ``--pre-exit`` an exit reads its layer's input, else its output.
-        branch: What it has besides norm and head.
+        number: The layer that it belongs to, counted from 1, as in ``--exit-layer-nums``.
+        exit_layer: Layers run before it. With ``--pre-exit`` an exit reads its layer's input, otherwise its output.
+        branch: What the exit runs before its norm and head.
         norm: ``own`` or ``none``; EE-LLM's exits never share the final norm.
-        has_own_head: Its head is neither the embedding nor another exit's.
+        has_own_head: The exit has its own head, which is neither the embedding nor another exit's.
     """
 
     number: int
@@ -48,7 +48,7 @@ class MegatronExit:
 
 
 def read_args(values: Mapping[str, object], file: str) -> Config:
-    """Return the options that are plain values or lists of them, to be read by type; the name of a type for others."""
+    """Return the options as a config; a value that is neither plain nor a list of such becomes its type's name."""
     return Config({name: _plain(value) for name, value in values.items()}, file, "args.")
 
 
@@ -59,25 +59,25 @@ def _plain(value: object) -> object:
 
 
 def hugging_face_config(args: Config, version: object) -> dict[str, object]:
-    """Return a ``config.json`` of ``model_type`` llama; the vocabulary's size is not known from ``args`` alone.
+    """Return a ``config.json`` of ``model_type`` llama, without ``vocab_size``, which ``args`` alone do not tell.
 
     Args:
         args: The options.
-        version: The file's ``checkpoint_version``; before 2.0 q, k and v are packed in other orders.
+        version: The file's ``checkpoint_version``; before 2.0 q, k and v are packed in a different order.
 
     Raises:
-        CheckpointError: A field is missing or of another type.
-        UnsupportedError: The model is of a shape that cannot be exported; lists all differences.
+        CheckpointError: A field is missing or has the wrong type.
+        UnsupportedError: The model cannot be exported; the message lists all differences.
     """
     found = {name: args.data.get(name, default) for name, default, _ in _REQUIRED} | {"checkpoint_version": version}
     wanted = {name: value for name, _, value in _REQUIRED} | {"checkpoint_version": _CHECKPOINT_VERSION}
     if wrong := [name for name, value in wanted.items() if found[name] != value]:
         raise UnsupportedError(
-            f"{args.file}: args describe a model of another kind than Llama",
+            f"{args.file}: args describe a model that is not a Llama",
             found=", ".join(f"{name} = {found[name]!r:.60}" for name in wrong),
             expected=", ".join(f"{name} = {wanted[name]!r}" for name in wrong),
             remedy="export a model trained with --normalization RMSNorm --swiglu --position-embedding-type rope, "
-            "without experts and virtual stages",
+            "without experts or virtual stages",
         )
     heads, hidden_size = args.read(int, "num_attention_heads"), args.read(int, "hidden_size")
     has_bias = args.read(bool, "add_bias_linear", True)
@@ -106,11 +106,11 @@ def hugging_face_config(args: Config, version: object) -> dict[str, object]:
 
 
 def read_exits(args: Config) -> tuple[MegatronExit, ...]:
-    """Return the exits in the order of ``args.exit_layer_nums``; none for a plain Megatron model.
+    """Return the exits in the order of ``args.exit_layer_nums``; a plain Megatron model has none.
 
     Raises:
         CheckpointError: The numbers are not layers of the model, or it has an absurd number of layers.
-        UnsupportedError: The exits are of a kind that EE-LLM does not make.
+        UnsupportedError: EE-LLM has no exits of this kind.
     """
     layers = args.read(int, "num_layers")
     if not 1 <= layers <= _MAX_LAYERS:
@@ -121,7 +121,7 @@ def read_exits(args: Config) -> tuple[MegatronExit, ...]:
         or not all(type(number) is int and 1 <= number <= layers for number in numbers)
         or len(set(numbers)) != len(numbers)
     ):
-        raise args.wrong("exit_layer_nums", f"different numbers of layers in 1..{layers}")
+        raise args.wrong("exit_layer_nums", f"different layer numbers in 1..{layers}")
     if not numbers:
         return ()
     is_pre, has_mlp, has_block = (args.read(bool, f, False) for f in ("pre_exit", "use_exit_mlp", "use_exit_block"))
@@ -143,16 +143,17 @@ def read_exits(args: Config) -> tuple[MegatronExit, ...]:
 def vocabulary_rows(args: Config, padded: int, ids: int) -> int:
     """Return how many rows of the embedding and of the heads to keep.
 
-    Megatron rounds a vocabulary up to a multiple and trains the rows beyond it to be unlikely. They are cut off if
-    the rounding leads from the tokenizer's size to what is stored, and kept if it does not: then they may be tokens.
+    Megatron rounds the size of a vocabulary up to a multiple and trains the added rows to be unlikely. These rows are
+    cut off if rounding up the tokenizer's size gives the number of stored rows. If it does not, all rows are kept,
+    since they may be tokens.
 
     Args:
         args: The options.
-        padded: Rows stored.
-        ids: Token ids of the tokenizer, added ones included.
+        padded: Number of stored rows.
+        ids: Number of the tokenizer's ids, including added tokens; 0 if there is no tokenizer.
 
     Raises:
-        CheckpointError: ``args`` say another number of rows than there are.
+        CheckpointError: The number of rows in ``args`` differs from the number stored.
     """
     if args.read(int, "padded_vocab_size", padded) != padded:
         raise CheckpointError(

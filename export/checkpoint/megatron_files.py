@@ -1,17 +1,17 @@
-"""Finds the files of a Megatron checkpoint and opens them; EE-LLM saves its models so.
+"""Finds and opens the files of a Megatron checkpoint; EE-LLM saves its models in the same form.
 
 ::
 
     latest_checkpointed_iteration.txt             a number, or "release"
     iter_0001000/  or  release/
         mp_rank_{tp:02d}/model_optim_rng.pt           one file per tensor-parallel rank, or, with a pipeline,
-        mp_rank_{tp:02d}_{pp:03d}/model_optim_rng.pt  per rank and stage
-    tokenizer.json ...                            not Megatron's: put there for shortstack
+        mp_rank_{tp:02d}_{pp:03d}/model_optim_rng.pt  one per rank and stage
+    tokenizer.json ...                            not saved by Megatron: the user adds it for shortstack
 
-The files are pickles. They are opened by torch's restricted unpickler alone, which builds tensors and plain containers
-and calls nothing else; to these are added :class:`argparse.Namespace`, which holds the model's options, and
-:class:`Ignored` in the place of what Megatron saves beside them. Tensors are memory-mapped, so an optimizer's state is
-never read. No link may lead out of the folder.
+The files are pickles. Only torch's restricted unpickler opens them. It builds tensors and plain containers and calls
+nothing else, with two additions: :class:`argparse.Namespace`, which holds the model's options, and :class:`Ignored`,
+which replaces the other objects that Megatron saves. Tensors are memory-mapped, so an optimizer's state is never read.
+No link may lead out of the folder.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _REFUSED = re.compile(r"GLOBAL (\S+)")  # how torch names what it does not allow
 
 
 class Ignored:
-    """Stands for an object that Megatron saves and no model needs: takes anything, keeps and does nothing."""
+    """Replaces an object that Megatron saves and no model needs: accepts any arguments, and keeps and does nothing."""
 
     def __new__(cls, *_: object) -> Ignored:
-        """Take anything."""
+        """Accept any arguments."""
         return object.__new__(cls)
 
     def __init__(self, *_: object) -> None:
@@ -53,7 +53,7 @@ class Ignored:
 
 _IGNORED = (
     "megatron.core.enums.ModelType",  # args.model_type, in every checkpoint that a training run saved
-    # rng_state holds numpy's, too; in numpy 2 the module has another name
+    # rng_state holds the state of numpy's generator; in numpy 2 the module has another name
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar",
@@ -69,10 +69,10 @@ class RankFile:
     """One open file.
 
     Attributes:
-        path: Where it lies.
-        args: The model's options, untrusted like all else.
+        path: Its path.
+        args: The model's options, untrusted like everything else.
         model: Tensors in nested dicts, memory-mapped.
-        version: The version of the format.
+        version: The file's ``checkpoint_version``.
     """
 
     path: Path
@@ -82,10 +82,10 @@ class RankFile:
 
 
 def iteration_folder(folder: Path) -> Path:
-    """Return the folder of the ranks: the one that the tracker file names, or the folder itself.
+    """Return the folder that holds the ranks: the one that the tracker file names, or the folder itself.
 
     Raises:
-        CheckpointError: The tracker file is missing, damaged or outside the folder, or what it names is.
+        CheckpointError: The tracker file is missing, damaged or outside the folder, or names a folder without ranks.
     """
     if any(folder.glob("mp_rank_*")):
         return folder
@@ -121,7 +121,7 @@ def open_first(home: Path, folder: Path) -> RankFile:
         folder: The folder of the ranks.
 
     Raises:
-        CheckpointError: There is none, or it is damaged.
+        CheckpointError: The file is missing or damaged.
         UnsupportedError: It holds objects that are not unpickled.
     """
     for name in ("mp_rank_00", "mp_rank_00_000"):
@@ -140,15 +140,15 @@ def open_all(home: Path, folder: Path, first: RankFile, ranks: int, stages: int)
         home: The folder that no link may lead out of.
         folder: The folder of the ranks.
         first: The file of the first rank.
-        ranks: Tensor-parallel size.
-        stages: Pipeline-parallel size.
+        ranks: Number of tensor-parallel ranks.
+        stages: Number of pipeline stages.
 
     Returns:
-        Per stage its files, one per rank.
+        The files of each stage, one per rank.
 
     Raises:
-        CheckpointError: Files are missing, too many, or damaged.
-        UnsupportedError: One holds objects that are not unpickled.
+        CheckpointError: Files are missing, extra or damaged.
+        UnsupportedError: A file holds objects that are not unpickled.
     """
     if not (ranks > 0 and stages > 0 and ranks * stages <= _MAX_RANKS):
         raise CheckpointError(
@@ -188,7 +188,7 @@ def _open(path: Path) -> RankFile:
     remedy = "copy it again, and compare its size with the one at the source"
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
-            f"{path} is not a complete file of torch.save",
+            f"{path} is not a complete torch.save file",
             expected="a zip archive, as torch 1.6 and later write",
             remedy=remedy,
         )
@@ -203,7 +203,7 @@ def _open(path: Path) -> RankFile:
                 remedy="load a checkpoint you trust where it was made, and save it again without that object",
             ) from None
         raise CheckpointError(
-            f"{path} is not a complete file of torch.save ({(str(error) or type(error).__name__).splitlines()[0]})",
+            f"{path} is not a complete torch.save file ({(str(error) or type(error).__name__).splitlines()[0]})",
             remedy=remedy,
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):

@@ -1,6 +1,6 @@
-"""Puts the parts of a Megatron model together: pipeline stages into one stack, tensor-parallel ranks into one matrix.
+"""Joins the parts of a Megatron model: pipeline stages into one stack, tensor-parallel ranks into one matrix.
 
-What becomes of a tensor, by its end (hidden = H, ranks side by side; after Megatron-LM, https://arxiv.org/abs/1909.08053)::
+How the ranks of a tensor are joined, by the end of its name (after Megatron-LM, https://arxiv.org/abs/1909.08053)::
 
     word_embeddings, output_layer, exit_output_layer.{k}   rows of the vocabulary, rank after rank
     self_attention.query_key_value   rows; of each group of heads [q ... q, k, v], head_dim rows each
@@ -8,7 +8,7 @@ What becomes of a tensor, by its end (hidden = H, ranks side by side; after Mega
     self_attention.dense, mlp.dense_4h_to_h   columns; their biases are whole on every rank
     norms                            whole on every rank
 
-Rotary embedding pairs rows as transformers does, so heads stay as they are.
+Rotary embedding pairs rows in the same way as transformers, so the heads stay as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shortstack.export.checkpoint.megatron_files import RankFile
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
 Shards = dict[str, tuple[torch.Tensor, ...]]
-"""One tensor per rank, by Megatron's name with the layer's number in the whole model."""
+"""One tensor per rank, by Megatron's name, with the layer's number in the whole model."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,6})\.(.+)")
@@ -42,12 +42,12 @@ _HEAD_COPY = "word_embeddings_for_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where a tensor of the exported model comes from.
+    """The Megatron tensor, or part of one, that a tensor of the exported model comes from.
 
     Attributes:
         source: The tensor in :data:`Shards`.
-        join: What the ranks hold: ``rows``, ``columns``, or the ``same``.
-        part: Which part of each rank's rows it is; ``vocab`` is all of them, less the padding at the end.
+        join: What each rank holds: some of the ``rows``, some of the ``columns``, or the ``same`` tensor.
+        part: Which part of each rank's rows it is; ``vocab`` is all of them without the padding at the end.
     """
 
     source: str
@@ -56,12 +56,12 @@ class Piece:
 
 
 def layer_pieces(source: str, target: str, mlp: str = "mlp") -> dict[str, Piece]:
-    """Return what a layer is made of, by names of transformers; biases included, whether there are any or not.
+    """Return the pieces of a layer, by transformers' names. Biases are included, even if the model has none.
 
     Args:
-        source: What Megatron's names begin with, such as ``layers.3.``.
-        target: What the other names begin with, such as ``model.layers.3.``.
-        mlp: Megatron's name of the MLP in it.
+        source: The prefix of Megatron's names, such as ``layers.3.``.
+        target: The prefix of transformers' names, such as ``model.layers.3.``.
+        mlp: Megatron's name of the layer's MLP.
     """
     pieces = {
         f"{target}input_layernorm.weight": Piece(f"{source}input_norm.weight", "same"),
@@ -78,7 +78,7 @@ def layer_pieces(source: str, target: str, mlp: str = "mlp") -> dict[str, Piece]
 
 
 def mlp_pieces(source: str, target: str) -> dict[str, Piece]:
-    """Return what a gated MLP is made of; arguments as in :func:`layer_pieces`, without a dot at the end."""
+    """Return the pieces of a gated MLP; arguments as in :func:`layer_pieces`, but without the dot at the end."""
     pieces: dict[str, Piece] = {}
     for kind in ("weight", "bias"):
         pieces[f"{target}.gate_proj.{kind}"] = Piece(f"{source}.dense_h_to_4h.{kind}", "rows", "gate")
@@ -94,9 +94,7 @@ class Merger:
     Args:
         shards: The shards.
         config: The model's Hugging Face config.
-
-    Attributes:
-        vocab_size: Rows to keep of an embedding and of a head.
+        vocab_size: Number of rows to keep of the embedding and of each head.
     """
 
     def __init__(self, shards: Shards, config: Config, vocab_size: int) -> None:
@@ -106,11 +104,11 @@ class Merger:
         self._group = config.read(int, "num_attention_heads") // max(config.read(int, "num_key_value_heads"), 1)
 
     def shape(self, piece: Piece) -> tuple[int, ...]:
-        """Return a tensor's shape without reading its data; that of the first shard if it does not divide."""
+        """Return a tensor's shape without reading its data; that of the first shard if the shards do not fit."""
         shards = [torch.empty(shard.shape, device="meta") for shard in self.shards[piece.source]]
         try:
             return tuple(self._merge(piece, shards).shape)
-        except (RuntimeError, IndexError):  # what torch says of shapes that do not fit
+        except (RuntimeError, IndexError):  # which torch raises for shapes that do not fit
             return tuple(shards[0].shape)
 
     def read(self, piece: Piece) -> npt.NDArray[np.float32]:
@@ -151,12 +149,12 @@ def collect_shards(stages: Sequence[Sequence[RankFile]], exit_numbers: Sequence[
     """Return all tensors of a model under names that do not depend on its pipeline stages.
 
     Args:
-        stages: Per stage its files, one per rank.
-        exit_numbers: The layers that exits stand at, counted from 1, in the order in which they are stored.
+        stages: The files of each stage, one per rank.
+        exit_numbers: The layers that exits belong to, counted from 1, in the order in which they are stored.
 
     Raises:
-        CheckpointError: Ranks of one stage hold other tensors than the first one, or stages the same.
-        UnsupportedError: A tensor is of a kind that is not read.
+        CheckpointError: The ranks of a stage do not hold the same tensors, or two stages hold the same tensor.
+        UnsupportedError: A file holds something that is not a readable tensor.
     """
     shards: Shards = {}
     below = 0  # layers in the stages below
@@ -168,16 +166,16 @@ def collect_shards(stages: Sequence[Sequence[RankFile]], exit_numbers: Sequence[
             if differing := sorted(rank.keys() ^ ranks[0].keys()):
                 raise CheckpointError(
                     f"{file.path} and {files[0].path} do not hold the same tensors ({', '.join(differing[:8])})",
-                    remedy="copy the whole checkpoint again: its files are of different models",
+                    remedy="copy the whole checkpoint again: its files belong to different models",
                 )
         for name in ranks[0]:
             if name == _HEAD_COPY and index < len(stages) - 1:
-                continue  # the embedding once more, for the exits of this stage
+                continue  # a copy of the embedding, for the exits of this stage
             whole = _whole_name(name, below, numbers)
             if whole in shards:
                 raise CheckpointError(
                     f"{files[0].path} holds {name}, as another stage does",
-                    remedy="copy the whole checkpoint again: its files are of different models",
+                    remedy="copy the whole checkpoint again: its files belong to different models",
                 )
             shards[whole] = tuple(rank[name] for rank in ranks)
         below += layers
@@ -193,7 +191,7 @@ def _whole_name(name: str, below: int, numbers: Sequence[int]) -> str:
 
 
 def _flat(file: RankFile) -> dict[str, torch.Tensor]:
-    """Return the tensors of one file by dotted names."""
+    """Return the tensors of one file, by dotted name."""
     found: dict[str, torch.Tensor] = {}
     todo: list[tuple[str, object]] = [("", file.model)]
     seen: set[int] = set()  # a hostile pickle can nest a dict in itself
@@ -202,20 +200,20 @@ def _flat(file: RankFile) -> dict[str, torch.Tensor]:
         if isinstance(value, Mapping) and id(value) not in seen:
             seen.add(id(value))
             todo += [(f"{prefix}.{key}" if prefix else str(key), entry) for key, entry in value.items()]
-        elif isinstance(value, torch.Tensor) and (strange := _strange(value)) is None:
+        elif isinstance(value, torch.Tensor) and (unreadable := _unreadable_kind(value)) is None:
             found[prefix] = value
         else:
             raise UnsupportedError(
                 f"{file.path}: {'.'.join(filter(None, ('model', prefix[:200])))}",
-                found=strange if isinstance(value, torch.Tensor) else f"a {type(value).__name__}",
+                found=unreadable if isinstance(value, torch.Tensor) else f"a {type(value).__name__}",
                 expected=f"a dense tensor of {', '.join(str(dtype) for dtype in _FLOATS)}",
                 remedy="name a checkpoint that Megatron or EE-LLM saved in float32, bfloat16 or float16",
             )
     return found
 
 
-def _strange(tensor: torch.Tensor) -> str | None:
-    """Return what is unusual about a tensor, if it cannot be read."""
+def _unreadable_kind(tensor: torch.Tensor) -> str | None:
+    """Describe a tensor that cannot be read; None for one that can."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _FLOATS:

@@ -1,40 +1,41 @@
-"""Completes the small text files around a model: the chat template as its own file, a generation config always."""
+"""Completes the text files next to a model: the chat template as its own file, and always a generation config."""
 
 from __future__ import annotations
 
 import json
 
 from shortstack.export.checkpoint.config import Config, parse_json_object
+from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
 
 
 def complete_files(found: dict[str, bytes], config: Config, where: str) -> dict[str, bytes]:
-    """Return the files a bundle carries, given those a checkpoint has.
+    """Return the text files of a bundle, given those of a checkpoint.
 
     Args:
-        found: Content by file name, from the checkpoint.
+        found: The checkpoint's files, content by name.
         config: The model's config, for ``bos_token_id`` and ``eos_token_id``.
-        where: The checkpoint's place, for messages.
+        where: The checkpoint's path, for messages.
 
     Raises:
-        CheckpointError: A JSON file among them is damaged, or the chat template is of an unknown form.
+        CheckpointError: A JSON file among them is damaged, or the chat template has an unknown form.
     """
     files = dict(found)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in (names.TOKENIZER_FILE, names.TOKENIZER_CONFIG_FILE, names.GENERATION_CONFIG_FILE):
         if name in files:
             parse_json_object(files[name], f"{where}/{name}")
-    if "chat_template.jinja" not in files and "tokenizer_config.json" in files:
+    if names.CHAT_TEMPLATE_FILE not in files and names.TOKENIZER_CONFIG_FILE in files:
         name = f"{where}/tokenizer_config.json"
-        template = chat_template(Config(parse_json_object(files["tokenizer_config.json"], name), name))
+        template = chat_template(Config(parse_json_object(files[names.TOKENIZER_CONFIG_FILE], name), name))
         if template is not None:
-            files["chat_template.jinja"] = template.encode()
-    if "generation_config.json" not in files:
-        files["generation_config.json"] = generation_config(config)
+            files[names.CHAT_TEMPLATE_FILE] = template.encode()
+    if names.GENERATION_CONFIG_FILE not in files:
+        files[names.GENERATION_CONFIG_FILE] = generation_config(config)
     return files
 
 
 def chat_template(tokenizer_config: Config) -> str | None:
-    """Return the chat template inside a ``tokenizer_config.json``: a string, or the one named "default" of a list.
+    """Return the chat template of a ``tokenizer_config.json``: a string, or the template named "default" of a list.
 
     Raises:
         CheckpointError: The field has another form.
@@ -57,13 +58,13 @@ def chat_template(tokenizer_config: Config) -> str | None:
             tokenizer_config.where("chat_template"),
             found=f"templates named {', '.join(sorted(by_name))}",
             expected='one named "default"',
-            remedy="put the template to use into chat_template.jinja beside the file",
+            remedy="put the template to use into chat_template.jinja next to the file",
         )
     return by_name.get("default")
 
 
 def generation_config(config: Config) -> bytes:
-    """Return a ``generation_config.json`` with the special token ids of ``config``.
+    """Build a ``generation_config.json`` from the special token ids of ``config``.
 
     Raises:
         CheckpointError: A token id in ``config`` is neither an id nor a list of ids.

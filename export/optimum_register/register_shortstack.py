@@ -1,4 +1,4 @@
-"""Installed as ``optimum/commands/register/register_shortstack.py``: what ``optimum-cli`` finds at its start."""
+"""Installed as ``optimum/commands/register/register_shortstack.py``, where ``optimum-cli`` looks when it starts."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A bundle's answers compared with those of the PyTorch model that it was made from."""
+"""Compares what a bundle computes with the PyTorch model that it was made from."""

@@ -8,34 +8,54 @@ from pathlib import Path
 
 import click
 
+from shortstack.command_options import Command, option_group, threads_option
+from shortstack.command_paths import BundlePath, CheckpointPath
 from shortstack.graphs.errors import ParityError, RequestError
 
 
-@click.command()
-@click.argument("checkpoint")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", "count", type=int, default=5, show_default=True, help="How many of the shipped prompts.")
-@click.option("--text", "text_file", type=click.Path(path_type=Path), help="One prompt per line instead of these.")
-@click.option(
-    "--greedy-tokens", type=int, default=32, show_default=True, help="Length of greedy continuations; 0: none."
+@click.command(cls=Command)
+@click.argument("checkpoint", type=CheckpointPath())
+@click.argument("bundle", type=BundlePath(path_type=Path))
+@option_group(
+    "Reference",
+    click.option(
+        "--adapter",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="The LoRA adapter that was merged into the bundle; it is added to the reference, too.",
+    ),
+    click.option(
+        "--exits",
+        "exits_folder",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="The trained exits that the bundle was exported with; they are compared with PyTorch's. Those that "
+        "CHECKPOINT itself holds (EE-LLM) need not be named.",
+    ),
+    click.option("--revision", help="Branch, tag or commit of a hub id."),
 )
-@click.option(
-    "--adapter",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="The LoRA adapter that was merged into the bundle; it is added to the reference, too.",
+@option_group(
+    "Prompts",
+    click.option(
+        "--prompts", "count", type=int, default=5, show_default=True, help="How many of the shipped prompts to run."
+    ),
+    click.option(
+        "--text",
+        "text_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Run the prompts in this file instead, one per line.",
+    ),
+    click.option(
+        "--greedy-tokens",
+        type=int,
+        default=32,
+        show_default=True,
+        help="Length of the greedy continuations that are compared; 0 compares none.",
+    ),
 )
-@click.option(
-    "--exits",
-    "exits_folder",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="The trained exits that the bundle was exported with; they are compared with PyTorch's. Those that CHECKPOINT "
-    "itself holds (EE-LLM) need not be named.",
-)
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@option_group("Machine", threads_option)
+@option_group("Output", click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."))
 def parity(
     checkpoint: str,
     bundle: Path,

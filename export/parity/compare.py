@@ -1,13 +1,13 @@
-"""Whether a bundle computes what transformers' PyTorch model of its checkpoint computes, and where it does not.
+"""Compares a bundle with transformers' PyTorch model of the same checkpoint, and names where they differ.
 
-Three comparisons, each on real text:
+There are three comparisons, each on real text:
 
-1. teacher-forced: logits of every exit and of the final head, at every position; an exit with weights of its own is
-   compared with the PyTorch twin, since transformers has none;
-2. layer by layer: the keys and values that each layer left in the cache, and the hidden states at each cut, which name
-   the first layer that went wrong;
-3. greedy: continuations token by token, plain and self-speculative. A fork counts as one unless the reference's own
-   best two tokens are closer than a near tie there.
+1. teacher-forced: the logits of every exit and of the final head, at every position. An exit with its own weights is
+   compared with the PyTorch twin, since transformers has no exits;
+2. layer by layer: the keys and values that each layer left in the cache, and the hidden states at each cut. They show
+   which layer is the first that went wrong;
+3. greedy: continuations token by token, plain and self-speculative. A fork is a problem unless the reference's own best
+   two logits are a near tie there.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Tolerance:
         max_abs: Largest difference of one logit.
         mean_abs: Mean difference over all logits of a head.
         tie: Gap between the reference's best two logits below which a greedy fork is a near tie.
-        relative: Difference of a tensor in the cache or at a cut, over its largest value, above which it is named as
-            wrong when logits are.
+        relative: Largest difference of a tensor in the cache or at a cut, divided by its largest value. A tensor above
+            it is named as the cause when logits are wrong.
     """
 
     max_abs: float
@@ -48,13 +48,13 @@ class Tolerance:
     relative: float
 
 
-# float32: required of a first bundle. float16: 11 bits of mantissa through every layer, measured on SmolLM2-135M.
+# float32: what a first bundle must meet. float16: 11 bits of mantissa in every layer, measured on SmolLM2-135M.
 TOLERANCES: dict[DType, Tolerance] = {
     "float32": Tolerance(1e-3, 5e-5, 1e-4, 1e-3),
     "float16": Tolerance(0.5, 0.03, 0.1, 5e-2),
 }
-# Blocks, or an int8 cache: says that the right tensors are in the right places, not how good they are, which is what
-# `quantize` reports. SmolLM2-135M: mean 0.3, max 3 with exact blocks, whose inputs are rounded to 8 bits all the same.
+# For blocks or an int8 cache. It shows that the right tensors are in the right places, not how good they are, which is
+# what `quantize` reports. SmolLM2-135M: mean 0.3, max 3 with exact blocks; their inputs are rounded to 8 bits.
 QUANTIZED = Tolerance(12.0, 1.0, 4.0, 0.5)
 
 
@@ -82,8 +82,8 @@ class HeadError:
         depth: Layers run before the head; L is the final head.
         max_abs: Largest absolute difference.
         mean_abs: Mean absolute difference.
-        worst: Where the largest is: text, position, token id.
-        agreement: Share of positions with the same most likely token.
+        worst: Text, position and token id of the largest difference.
+        agreement: Share of positions at which both sides have the same most likely token.
     """
 
     depth: int
@@ -95,12 +95,12 @@ class HeadError:
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """How far one tensor is from the reference: largest difference relative to the largest value.
+    """How far one tensor is from the reference.
 
     Attributes:
         what: ``layer 7 key``, ``layer 7 value`` or ``hidden after 8 layers``.
-        relative: The difference.
-        worst: Where: text and position.
+        relative: The largest difference, divided by the reference's largest value.
+        worst: Text and position of the largest difference.
     """
 
     what: str
@@ -110,7 +110,7 @@ class LayerError:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Where a greedy continuation leaves the reference's, and the gap between the reference's best two logits there."""
+    """Where a greedy continuation leaves the reference's, and the gap of the reference's best two logits there."""
 
     text: int
     strategy: str
@@ -122,10 +122,10 @@ class Fork:
 
 @dataclass(slots=True)
 class ParityReport:
-    """All that was compared.
+    """The result of all comparisons.
 
     Attributes:
-        tolerance: What was allowed.
+        tolerance: The differences that are allowed.
         heads: One entry per exit, the final head last.
         layers: Cache and boundary errors, bottom to top.
         forks: Greedy forks, near ties included.
@@ -143,7 +143,7 @@ class ParityReport:
     greedy_tokens: int = 0
 
     def problems(self) -> list[str]:
-        """Return one sentence per finding out of tolerance, the worst layer and position named."""
+        """Return one sentence for each finding out of tolerance; it names the worst layer and position."""
         found = []
         for head in self.heads:
             if head.max_abs > self.tolerance.max_abs or head.mean_abs > self.tolerance.mean_abs:
@@ -164,7 +164,7 @@ class ParityReport:
         return found
 
     def _first_wrong(self) -> str:
-        """Say where the heads' error comes from."""
+        """Say which tensor the heads' error comes from."""
         limit = self.tolerance.relative
         if not self.layers:
             return "an int8 cache holds codes, and the bundle has no cut, so no tensor inside it was compared"
@@ -198,14 +198,14 @@ def compare(
 
     Args:
         model: The bundle.
-        reference: transformers' model, or the twin where transformers has none.
+        reference: transformers' model, or the twin if transformers has no such model.
         texts: Token ids of each text; greedy continuations start from them.
         greedy_tokens: Tokens of each continuation; 0 compares logits only.
-        exits: The exits that the bundle was exported with, if they have weights of their own.
+        exits: The exits that the bundle was exported with, if they have their own weights.
         advance: Called with 1 after each text.
 
     Raises:
-        RequestError: They are not the same model, or exits with weights of their own are not given.
+        RequestError: They are not the same model, or the bundle's trained exits are not given.
     """
     manifest = model.bundle.manifest
     check_exits(manifest, exits)
@@ -251,7 +251,7 @@ def _head_error(depth: int, pairs: list[tuple[Array, Array]]) -> HeadError:
     worst, max_abs, total, count, same, positions = (0, 0, 0), -1.0, 0.0, 0, 0, 0
     for text, (ours, theirs) in enumerate(pairs):
         difference = np.abs(ours - theirs)
-        # A NaN is the worst of all, and must not lose every comparison.
+        # A NaN is the worst difference, but it would lose every comparison.
         difference = np.where(np.isnan(difference), np.inf, difference)
         at = np.unravel_index(int(difference.argmax()), difference.shape)
         if difference[at] > max_abs:
@@ -294,7 +294,7 @@ def _compare_greedy(
     theirs, gaps = reference.greedy(text, count)
     report.greedy_tokens += count
     runs: list[tuple[str, Strategy]] = [("plain", Plain())]
-    # A fixed length: an adaptive one may never draft, and would prove nothing.
+    # The draft length is fixed: an adaptive one may never draft, and would prove nothing.
     drafted = DraftPolicy(max_draft_tokens=4)
     runs += [(f"self-speculative from {e}", Speculate(e, drafted)) for e in model.exit_layers]
     for name, strategy in runs:

@@ -1,7 +1,7 @@
-"""The other side of a parity check for exits with weights of their own: the PyTorch twin, fed what the graphs are.
+"""The reference of a parity check for exits with their own weights: the PyTorch twin, fed what the graphs are fed.
 
-transformers knows no exits. The model below an exit is compared with transformers all the same, so that the twin stands
-for nothing but the exit.
+transformers knows no exits. The model below an exit is still compared with transformers, so the twin is trusted for
+nothing but the exit.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from shortstack.runtime.model import Model
 
 @dataclass(frozen=True, slots=True)
 class TwinExits:
-    """Trained exits and the model that they are for.
+    """Trained exits, and the model that they are for.
 
     Attributes:
         twin: The model.
-        nodes: Its exits, by depth.
+        nodes: The exits, by depth.
     """
 
     twin: Twin
@@ -43,12 +43,12 @@ class TwinExits:
 
     @torch.no_grad()
     def logits(self, model: Model, tokens: Sequence[int], state: Array) -> dict[int, Array]:
-        """Return what the twin says of each exit, in the columns of the bundle's heads, [seq, rows] by depth.
+        """Return the twin's logits [seq, rows] of each exit, by depth, for the rows that the bundle's heads have.
 
         Args:
             model: The bundle.
             tokens: The text.
-            state: What exits that see states are fed, [seq, hidden].
+            state: The states to feed to exits that see states, [seq, hidden].
         """
         ids = torch.tensor([list(tokens)])
         found = self.twin.boundaries(ids, set(self.nodes))
@@ -67,9 +67,9 @@ class TwinExits:
 def load_twin_exits(
     source: str, folder: Path | None, revision: str | None = None, adapter: Path | None = None
 ) -> TwinExits | None:
-    """Load the twin of a checkpoint and the exits of a folder; errors as of the export.
+    """Load the twin of a checkpoint and the exits of a folder; errors as in the export.
 
-    Without a folder the exits are those that the checkpoint itself holds; None if it holds none.
+    Without a folder the exits are those in the checkpoint itself. Returns None if it holds none.
     """
     checkpoint = open_checkpoint(source, revision=revision)
     stored = checkpoint.exits(resolve(checkpoint)[1]) if folder is None else ()
@@ -90,23 +90,23 @@ def _node_of(exit_: StoredExit, twin: Twin) -> ExitNode:
 
 
 def check_exits(manifest: Manifest, exits: TwinExits | None) -> None:
-    """Check that a reference is there for every exit of a bundle that has weights of its own.
+    """Check that there is a reference for every exit of a bundle that has its own weights.
 
     Raises:
-        RequestError: One is missing, or is of another kind.
+        RequestError: A reference is missing, or is of another kind.
     """
     nodes = {} if exits is None else exits.nodes
     for exit_spec in manifest.plan.exits:
         node = nodes.get(exit_spec.exit_layer)
         if node is None and not exit_spec.is_plain:
             raise RequestError(
-                f"the exit after {exit_spec.exit_layer} layers has weights of its own, and there is nothing to compare "
+                f"the exit after {exit_spec.exit_layer} layers has its own weights, and there is nothing to compare "
                 "it with",
                 remedy="name the folder that the bundle was exported with: --exits FOLDER",
             )
         if node is not None and _trained(exit_spec, node) != node.exit_spec:
             raise RequestError(
-                f"the exit after {exit_spec.exit_layer} layers is another one in the folder of exits",
+                f"the exit after {exit_spec.exit_layer} layers differs from the one in the folder of exits",
                 found=node.exit_spec,
                 expected=exit_spec,
                 remedy="name the folder that the bundle was exported with: --exits FOLDER",
@@ -114,18 +114,18 @@ def check_exits(manifest: Manifest, exits: TwinExits | None) -> None:
 
 
 def _trained(exit_spec: ExitSpec, node: ExitNode) -> ExitSpec:
-    """Return an exit as it was before an export trimmed its shared head."""
+    """Return an exit as it was trained, before an export trimmed its shared head."""
     return replace(exit_spec, draft_vocab=None) if node.ids is None and exit_spec.head == "shared" else exit_spec
 
 
 def columns(model: Model, depth: int, logits: Array) -> Array:
-    """Return the reference's logits for the rows of a trimmed head."""
+    """Return the reference's logits for those tokens that a trimmed head keeps."""
     exits = {e.exit_layer: e for e in model.bundle.manifest.plan.exits}
     ids = read_draft_vocab(model.bundle, exits[depth]) if depth in exits else None
     return logits if ids is None else logits[:, ids]
 
 
 def random_states(model: Model, tokens: Sequence[int]) -> Array:
-    """Return states [seq, hidden] to feed: random, since the formula must hold for any; the same for the same text."""
+    """Return random states [seq, hidden], the same for the same text; the formula must hold for any states."""
     shape = (len(tokens), model.bundle.manifest.spec.hidden_size)
     return np.random.default_rng(list(tokens)).standard_normal(shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The other side of a parity check: transformers' own PyTorch model, run teacher-forced and greedily."""
+"""The reference of a parity check: transformers' own PyTorch model, run teacher-forced and greedily."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shortstack.runtime.engine.whole_text import Activations
 
 
 class Reference:
-    """transformers' model of a checkpoint, in float32 on the CPU.
+    """The model that transformers loads from a checkpoint, in float32 on the CPU.
 
     Args:
         source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.
@@ -38,13 +38,13 @@ class Reference:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        # Our own reader first: it says what is wrong with a folder, refuses pickles, and checks names and shapes.
+        # Our own reader comes first: it says what is wrong with a folder, refuses pickles, and checks names and shapes.
         checkpoint = open_checkpoint(source, revision=revision)
         _, self.spec = resolve(checkpoint)
         adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()
         arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-        if isinstance(checkpoint, MegatronCheckpoint):  # transformers reads none
+        if isinstance(checkpoint, MegatronCheckpoint):  # which transformers cannot read
             self._model: Any = _through_a_folder(checkpoint, arguments)
         else:
             self._model = _load(source, revision, path, arguments)
@@ -60,7 +60,7 @@ class Reference:
 
         Args:
             tokens: The text.
-            depths: Numbers of layers run; the model's own depth L is the final head.
+            depths: Numbers of layers run before each head; the model's own depth L stands for the final head.
         """
         cache = self._new_cache()
         out = self._model(
@@ -75,7 +75,7 @@ class Reference:
         last = len(out.hidden_states) - 1
         heads, hidden = {}, {}
         for depth in depths:
-            if depth == last:  # transformers' last hidden state is behind the norm already
+            if depth == last:  # transformers has already applied the norm to its last hidden state
                 heads[depth] = out.logits[0].numpy()
             else:
                 stream = out.hidden_states[depth]
@@ -89,7 +89,7 @@ class Reference:
         """Continue a text greedily, end-of-sequence tokens included.
 
         Returns:
-            The new token ids, and at each the gap between the best and the second-best logit.
+            The new token ids, and for each the gap between the best and the second-best logit.
         """
         new: list[int] = []
         gaps: list[float] = []
@@ -103,7 +103,7 @@ class Reference:
         return new, gaps
 
     def _new_cache(self) -> Any:
-        """Return an empty cache, to be passed by position: 5.24 renamed the argument from past_key_values to cache."""
+        """Return an empty cache. Pass it by position: 5.24 renamed the argument from past_key_values to cache."""
         from transformers import DynamicCache
 
         return DynamicCache(config=self._model.config)
@@ -129,7 +129,7 @@ def _load(source: str, revision: str | None, path: Path, arguments: dict[str, An
 
 
 def _through_a_folder(checkpoint: Checkpoint, arguments: dict[str, Any]) -> Any:
-    """Load what transformers cannot read from a copy that it can; the numbers are those that our own reader found."""
+    """Load a checkpoint that transformers cannot read, from a copy with the numbers that our own reader found."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the model may still map the files
         copy = Path(folder) / "model"
         save_twin(twin_of(checkpoint), copy, {})

@@ -1,7 +1,7 @@
-"""The other side of a parity check where transformers has no such model: our PyTorch twin, position by position.
+"""The reference of a parity check if transformers has no such model: our PyTorch twin, position by position.
 
-For models whose layers share keys and values, have windows, or mask the diagonal. The twin is run by its definition
-(:mod:`shortstack.export.twin.sequential`), which shares with the graphs neither code nor the order of the work.
+It serves models whose layers share keys and values, have windows, or mask the diagonal. The twin runs by its definition
+(:mod:`shortstack.export.twin.sequential`), which shares neither code nor the order of computation with the graphs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def needs_twin(spec: ModelSpec) -> bool:
 
 
 class TwinReference:
-    """The twin of a checkpoint, in float32 on the CPU; as :class:`shortstack.export.parity.reference.Reference`.
+    """The twin of a checkpoint, in float32 on the CPU; the methods are those of ``Reference``.
 
     Args:
         source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.
@@ -47,7 +47,7 @@ class TwinReference:
 
     @torch.no_grad()
     def run_text(self, tokens: Sequence[int], depths: Sequence[int]) -> Activations:
-        """Run one text through the model and read it at several depths, L being the final head."""
+        """Run one text through the model and read it at several depths; depth L stands for the final head."""
         ids, last = torch.tensor([list(tokens)]), self.spec.num_hidden_layers
         found = sequential(self._twin, ids)
         inner = [depth for depth in depths if depth != last]
@@ -63,7 +63,7 @@ class TwinReference:
         """Continue a text greedily, end-of-sequence tokens included.
 
         Returns:
-            The new token ids, and at each the gap between the best and the second-best logit.
+            The new token ids, and for each the gap between the best and the second-best logit.
         """
         new: list[int] = []
         gaps: list[float] = []

@@ -1,1 +1,1 @@
-"""The PyTorch twin of what the graphs compute: the same model, trainable, and the reference for its exits."""
+"""The PyTorch twin of the graphs: the same model, which can be trained and is the reference for its exits."""

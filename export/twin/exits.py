@@ -1,6 +1,6 @@
-"""An exit node in PyTorch: trainable, and what the graphs of :mod:`shortstack.graphs.ir.exit` are compared with.
+"""An exit node in PyTorch, which can be trained and is the reference for :mod:`shortstack.graphs.ir.exit`.
 
-Computes whole sequences at once; the formulas are those of :class:`shortstack.graphs.plan.ExitSpec`. The keys of a
+It computes whole sequences at once. The formulas are those of :class:`shortstack.graphs.plan.ExitSpec`. The keys of a
 node's ``state_dict`` are the part names of :mod:`shortstack.graphs.exit_parts`.
 """
 
@@ -28,11 +28,11 @@ from shortstack.graphs.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class ExitOutput:
-    """What an exit says of each position.
+    """What an exit predicts for each position.
 
     Attributes:
-        logits: [batch, seq, rows]; of a trimmed head, row r stands for token ``head.ids[r]``.
-        state: The exit's guess of the model's state, [batch, seq, hidden]; None if it sees no state.
+        logits: [batch, seq, rows]; row r of a trimmed head stands for token ``head.ids[r]``.
+        state: The exit's estimate of the model's state, [batch, seq, hidden]; None if it sees no state.
         gate: Confidence in 0..1, [batch, seq]; None without a gate.
     """
 
@@ -42,7 +42,7 @@ class ExitOutput:
 
 
 class LinearBranch(nn.Module):
-    """W u + b, and a gated MLP of u beside it if ``inner`` is not 0; starts by passing the first inputs on."""
+    """W u + b, plus a gated MLP of u if ``inner`` is not 0; a new one passes the first ``hidden`` inputs on."""
 
     def __init__(self, inputs: int, hidden: int, inner: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class LinearBranch(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """A head of the exit's own, or nothing but the ids of the LM head's rows; see :class:`ExitNode`."""
+    """The exit's own head, or only the ids of the LM head's rows that it uses; see :class:`ExitNode`."""
 
     ids: Tensor | None
 
@@ -89,10 +89,10 @@ class ExitHead(nn.Module):
 
 
 class ExitNode(nn.Module):
-    """One exit, all kinds.
+    """One exit of any kind.
 
-    Starts as sensible defaults: a linear branch that passes the residual stream on, a norm of ones, random matrices
-    elsewhere. A trimmed head starts with the first token ids; load or set ``head.ids``.
+    A new node has a linear branch that passes the residual stream on, a norm of ones, and random matrices elsewhere. A
+    trimmed head starts with the first token ids; load or set ``head.ids``.
 
     Args:
         spec: The model.
@@ -124,10 +124,10 @@ class ExitNode(nn.Module):
         """Evaluate the exit at every position.
 
         Args:
-            boundary: What the stack holds at the exit's depth, [batch, seq, hidden].
-            embeddings: The tokens' embeddings [batch, seq, hidden]; read by an exit that sees the token.
-            state: States of the positions *before*, [batch, seq, hidden], see :func:`states_before`; read by an exit
-                that sees states.
+            boundary: The state of the stack at the exit's depth, [batch, seq, hidden].
+            embeddings: The tokens' embeddings [batch, seq, hidden]. Only an exit that sees the token reads them.
+            state: States of the positions *before*, [batch, seq, hidden], see :func:`states_before`. Only an exit that
+                sees states reads them.
             twin: The model whose norm and head the exit may share.
         """
         x = self.branch(boundary, embeddings, state, twin)
@@ -138,7 +138,7 @@ class ExitNode(nn.Module):
         )
 
     def branch(self, boundary: Boundary, embeddings: Tensor | None, state: Tensor | None, twin: Twin) -> Tensor:
-        """Return x, what stands in for the residual stream after all layers; arguments as in :meth:`forward`."""
+        """Return x, which stands in for the residual stream after all layers; arguments as in :meth:`forward`."""
         if self.exit_spec.branch == "linear":
             return self.linear(self.linear_input(boundary.hidden, embeddings, state))  # type: ignore[no-any-return]
         if self.exit_spec.branch == "mlp":
@@ -152,20 +152,20 @@ class ExitNode(nn.Module):
         return boundary.hidden
 
     def linear_input(self, hidden: Tensor, embeddings: Tensor | None, state: Tensor | None) -> Tensor:
-        """Return u, what a linear branch reads, [..., inputs]; arguments as in :meth:`forward`."""
+        """Return u, the input of a linear branch, [..., inputs]; arguments as in :meth:`forward`."""
         parts = [unit_rms(hidden, self.eps)]
         if self.exit_spec.sees_token:
             if embeddings is None:
-                raise ValueError("the exit sees the token: embeddings are needed")
+                raise ValueError("the exit sees the token, so embeddings are needed")
             parts.append(unit_rms(embeddings, self.eps))
         if self.exit_spec.sees_state:
             if state is None:
-                raise ValueError("the exit sees states: state is needed")
+                raise ValueError("the exit sees states, so state is needed")
             parts.append(state)
         return torch.cat([part.to(parts[0].dtype) for part in parts], dim=-1)
 
     def logits(self, x: Tensor, twin: Twin) -> Tensor:
-        """Return norm and head of what the branch made, [..., hidden] -> [..., rows]."""
+        """Apply norm and head to the branch's result, [..., hidden] -> [..., rows]."""
         if self.exit_spec.norm == "own":
             x = self.norm(x)
         if self.exit_spec.norm == "final":
@@ -173,7 +173,7 @@ class ExitNode(nn.Module):
         return self.head(x, twin.head_weight)  # type: ignore[no-any-return]
 
     def confidence(self, hidden: Tensor) -> Tensor:
-        """Return what the gate says, [..., hidden] -> [...]."""
+        """Return the gate's confidence in 0..1, [..., hidden] -> [...]."""
         return torch.sigmoid(self.gate(unit_rms(hidden, self.eps)).squeeze(-1))
 
     def _rotary(self, boundary: Boundary, twin: Twin) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -182,12 +182,12 @@ class ExitNode(nn.Module):
 
 
 def states_before(states: Tensor) -> Tensor:
-    """Return the states [batch, seq, hidden] moved one position on: zeros first, the last one dropped."""
+    """Shift states [batch, seq, hidden] by one position: zeros come first, the last state is dropped."""
     return functional.pad(states, (0, 0, 1, 0))[..., :-1, :]
 
 
 def load_exits(folder: Path, spec: ModelSpec) -> tuple[ExitNode, ...]:
-    """Return the exits of a folder, ascending; errors as in :func:`read_exits`."""
+    """Load the exits of a folder, ascending; errors as in :func:`read_exits`."""
     exits, tensors = read_exits(folder, spec)
     nodes = []
     for exit_spec in exits:
@@ -201,10 +201,10 @@ def load_exits(folder: Path, spec: ModelSpec) -> tuple[ExitNode, ...]:
 
 
 def save_exits(folder: Path, spec: ModelSpec, nodes: Iterable[ExitNode], *, dtype: npt.DTypeLike = np.float16) -> None:
-    """Write exits as the folder that :func:`load_exits` and ``export --exits`` read.
+    """Write exits to a folder that :func:`load_exits` and ``export --exits`` read.
 
     Args:
-        folder: Where to; made if need be, its other files stay.
+        folder: The folder to write, created if it does not exist; its other files stay.
         spec: The model.
         nodes: The exits.
         dtype: Type of the stored weights.

@@ -2,10 +2,10 @@
 
 ::
 
-    config.json          the spec under transformers' names; kv_map, windows and masks_diagonal where there are any;
-                         forward_passes and backward_passes, as LCKV names them, of a twin with iterated groups
-    model.safetensors    under transformers' tensor names
-    tokenizer.json ...   carried along from the source
+    config.json          the spec under transformers' names; kv_map, windows and masks_diagonal if the model has them;
+                         forward_passes and backward_passes, LCKV's names, if it has iterated groups
+    model.safetensors    the weights under transformers' tensor names
+    tokenizer.json ...   copied from the source
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load_twin(source: str) -> Twin:
 
     Raises:
         CheckpointError: It cannot be read.
-        UnsupportedError: It can be read, but is of a kind this version does not know.
+        UnsupportedError: It can be read, but this version does not know its kind.
     """
     return twin_of(open_checkpoint(source))
 
@@ -55,16 +55,16 @@ def twin_of(checkpoint: Checkpoint) -> Twin:
 
 
 def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a twin as a checkpoint folder, complete or not at all.
+    """Write a twin as a checkpoint folder, which appears complete or not at all.
 
     Args:
         twin: The model.
-        folder: Where to.
+        folder: The folder to write.
         files: The tokenizer's files, as :meth:`Checkpoint.files` returns them.
         dtype: Type of the stored weights.
 
     Raises:
-        BundleError: The folder is in the way.
+        BundleError: The folder is not empty, or cannot be written.
     """
     arch = ARCHITECTURES[twin.spec.model_type]
     wanted = expected_tensors(arch, twin.spec)
@@ -84,10 +84,10 @@ def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: to
 
 
 def read_passes(config: Config) -> Passes:
-    """Read how often iterated groups run in training, as LCKV's configs say it.
+    """Read how often iterated groups run in training, from the fields of LCKV's configs.
 
     Raises:
-        CheckpointError: A number is not one, or too small.
+        CheckpointError: A field is not an integer, or is too small.
     """
     default = Passes()
     without = config.read(int, "forward_passes", default.without_gradient)

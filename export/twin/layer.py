@@ -1,8 +1,8 @@
-"""One decoder layer in PyTorch, under the module names of transformers, so that peft's adapters fit both.
+"""One decoder layer in PyTorch, with the module names of transformers, so that peft's adapters fit both.
 
-The same arithmetic as :mod:`shortstack.graphs.ir.layer`: pre-norm attention with rotary embedding over grouped heads,
-then a gated MLP. A sequence starts at position 0; padding goes behind it, where causal attention does not look. What a
-layer sees depends on where its keys and values come from, see :class:`Attention`.
+It computes what :mod:`shortstack.graphs.ir.layer` computes: pre-norm attention with rotary embedding over grouped
+heads, then a gated MLP. A sequence starts at position 0. Padding follows it, where causal attention does not look.
+Which positions a layer sees depends on where its keys and values come from, see :class:`Attention`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Attention(nn.Module):
 
     Args:
         spec: The model.
-        is_consumer: There is no k_proj and v_proj; keys and values are another layer's.
-        window: How many positions are seen, the own one included; 0 is all.
-        sees_itself: The own position is seen. Otherwise position 0 sees nothing, and what it takes up is zero
-            (https://arxiv.org/abs/2405.10637).
+        is_consumer: The layer uses another one's keys and values and has no k_proj and v_proj.
+        window: How many positions each position sees, its own included; 0 means all.
+        sees_itself: A position sees itself. If not, position 0 sees nothing, and its attention output before o_proj is
+            zero (https://arxiv.org/abs/2405.10637).
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_rows, spec.hidden_size, bias=spec.attention_out_bias)
 
     def key_value(self, x: Tensor, rotary: Rotary) -> KeyValue:
-        """Return keys, rotated, and values, each [batch, kv_heads, seq, head_dim]."""
+        """Return the rotated keys and the values, each [batch, kv_heads, seq, head_dim]."""
         return rotate(self._split(self.k_proj(x), self.kv_heads), rotary), self._split(self.v_proj(x), self.kv_heads)
 
     def forward(self, x: Tensor, rotary: Rotary, key_value: KeyValue) -> Tensor:
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         else:
             seen = seen_positions(x.shape[1], self.window, self.sees_itself, x.device)
             any_seen = seen.any(-1, keepdim=True)
-            # a softmax over nothing is not a number on some kernels: such a row sees all, and is dropped afterwards
+            # Some kernels return NaN for a softmax over nothing. So such a row sees all, and its result becomes zero.
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen | ~any_seen)
             mixed = torch.where(any_seen, mixed, mixed.new_zeros(()))
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 def seen_positions(seq: int, window: int, sees_itself: bool, device: torch.device) -> Tensor:
-    """Return which positions (columns) each position (row) attends to, bool [seq, seq]."""
+    """Return which positions (columns) each position (row) sees, bool [seq, seq]."""
     positions = torch.arange(seq, device=device)
     distance = positions[:, None] - positions
     seen = distance >= (0 if sees_itself else 1)
@@ -117,7 +117,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer; arguments as of :class:`Attention`."""
+    """One decoder layer; the arguments are those of :class:`Attention`."""
 
     def __init__(
         self, spec: ModelSpec, is_consumer: bool = False, *, window: int = 0, sees_itself: bool = True
@@ -134,10 +134,10 @@ class Layer(nn.Module):
         Args:
             x: The residual stream below, [batch, seq, hidden].
             rotary: cos and sin, each [seq, head_dim / 2].
-            borrowed: Keys and values of the producer, for a consumer.
+            borrowed: The producer's keys and values, if the layer is a consumer.
 
         Returns:
-            The residual stream above, the one between attention and MLP, and the keys and values that were used.
+            The residual stream above, the residual stream between attention and MLP, and the keys and values used.
         """
         normed = self.input_layernorm(x)
         key_value = self.self_attn.key_value(normed, rotary) if borrowed is None else borrowed

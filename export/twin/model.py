@@ -1,13 +1,13 @@
 """The model in PyTorch: embedding, layers, final norm, head; hidden states at any depth; layer dropout.
 
-Parameters carry the names of a Hugging Face Llama checkpoint, which :mod:`shortstack.export.twin.folder` reads and
+Parameters have the names of a Hugging Face Llama checkpoint, which :mod:`shortstack.export.twin.folder` reads and
 writes.
 
-Layers that use keys and values of layers above them run in *passes*: an iterated group, as
-:mod:`shortstack.graphs.kv_map` defines it, starts with keys and values of zero and runs over the whole sequence again
-and again, each pass with what the pass before made. A layer that looks up sees only the positions before, so after n
-passes the first n positions are what decoding one by one makes of them (https://arxiv.org/abs/2410.14442);
-:mod:`shortstack.export.twin.sequential` is that definition.
+Layers that use keys and values of layers above them run in *passes*. An iterated group, as
+:mod:`shortstack.graphs.kv_map` defines it, starts with keys and values of zero. It runs over the whole sequence again
+and again, each pass with the keys and values of the pass before. A layer that looks up sees only earlier positions. So
+after n passes the first n positions equal those of decoding one token after another
+(https://arxiv.org/abs/2410.14442), which is what :mod:`shortstack.export.twin.sequential` does.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from shortstack.graphs.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """What the stack holds after some layers.
+    """The state of the stack after a number of layers.
 
     Attributes:
         hidden: The residual stream [batch, seq, hidden].
-        middle: The residual stream between attention and MLP of the last of these layers: what an MLP exit reads.
+        middle: The residual stream between attention and MLP of the last of these layers, which an MLP exit reads.
     """
 
     hidden: Tensor
@@ -41,12 +41,13 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """How often an iterated group runs in training mode; the defaults are LCKV's.
+    """How often an iterated group runs in training mode; the defaults are those of LCKV.
 
     Attributes:
-        without_gradient: Passes that only bring the keys and values near to what they converge to; m in the paper.
-        with_gradient: Passes after them, through which gradients flow; b in the paper. With one, no gradient reaches
-            the projections of a producer from the layers that look up to it: they read what the pass before made.
+        without_gradient: Passes that only bring the keys and values close to convergence; m in the paper.
+        with_gradient: Passes after them, through which gradients flow; b in the paper. With a single one, no gradient
+            reaches the projections of a producer from the layers that look up to it, because these read the keys and
+            values of the pass before.
     """
 
     without_gradient: int = 7
@@ -54,7 +55,7 @@ class Passes:
 
     def __post_init__(self) -> None:
         if self.without_gradient < 0 or self.with_gradient < 1:
-            raise ValueError(f"{self}: at least 0 passes without gradient and 1 with it")
+            raise ValueError(f"{self}: expected at least 0 passes without gradient and 1 with it")
 
 
 class Decoder(nn.Module):
@@ -71,17 +72,17 @@ class Decoder(nn.Module):
 
 
 class Twin(nn.Module):
-    """A decoder-only model with its hidden states at every depth.
+    """A decoder-only model that gives access to its hidden states at every depth.
 
     Args:
         spec: The model.
         rope_factors: Divisors of the rotary frequencies, if ``spec.rope_scaling.kind`` is ``factors``.
 
     Attributes:
-        layer_dropout: Per layer, the probability that a sample skips it in training mode; see LayerSkip,
-            https://arxiv.org/abs/2404.16710, section 4.1.1. Layers that share keys and values, and those in an iterated
-            group, are never skipped.
-        passes: How often iterated groups run in training mode; in evaluation mode they run to the exact result.
+        layer_dropout: Per layer, the probability that a sample skips it in training mode (LayerSkip,
+            https://arxiv.org/abs/2404.16710, section 4.1.1). Layers that share keys and values, and those in an
+            iterated group, are never skipped.
+        passes: How often iterated groups run in training mode. In evaluation mode they run until the result is exact.
     """
 
     def __init__(self, spec: ModelSpec, rope_factors: npt.NDArray[np.float32] | None = None) -> None:
@@ -105,12 +106,13 @@ class Twin(nn.Module):
     def boundaries(
         self, input_ids: Tensor, depths: Collection[int], *, passes: int | None = None
     ) -> dict[int, Boundary]:
-        """Return what the stack holds at each depth; layers above the deepest one do not run.
+        """Return the state of the stack at each depth; layers above the deepest one do not run.
 
         Args:
-            input_ids: Token ids [batch, seq], padded behind.
+            input_ids: Token ids [batch, seq], with padding at the end.
             depths: Numbers of layers run, each 1..L.
-            passes: How often iterated groups run, if neither to the exact result nor as :attr:`passes` says.
+            passes: How often iterated groups run. None follows :attr:`passes` in training mode, and runs until the
+                result is exact in evaluation mode.
 
         Raises:
             ValueError: A depth is outside the model.
@@ -157,12 +159,12 @@ class Twin(nn.Module):
     def _iterated(
         self, group: IteratedGroup, x: Tensor, rotary: KeyValue, lent: dict[int, KeyValue], passes: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Run an iterated group: some passes without gradient if this is training, or until nothing changes."""
+        """Run an iterated group: in training a number of passes, otherwise until nothing changes."""
         inside = producers(self.spec.kv_map, group.start, group.end)
         batch, seq = x.shape[:2]
         nothing = x.new_zeros(batch, self.spec.num_key_value_heads, seq, self.spec.head_dim)
         lent |= dict.fromkeys(inside, (nothing, nothing))
-        if self.training and passes is None:  # more than one for each position would change nothing
+        if self.training and passes is None:  # more passes than positions would change nothing
             passes = min(self.passes.with_gradient, seq)
             with torch.no_grad():
                 for _ in range(min(self.passes.without_gradient, seq - passes)):
@@ -172,7 +174,7 @@ class Twin(nn.Module):
         for number in range(seq if passes is None else passes):
             before = [lent[producer] for producer in inside]
             result = self._once(group.start, group.end, x, rotary, lent)
-            # the first pass starts from placeholders, whose type may not be that of keys and values under autocast
+            # Not after the first pass: it starts from placeholders, whose type may differ under autocast.
             if is_exact and number and _same(before, [lent[producer] for producer in inside]):
                 break
         return result
@@ -193,11 +195,11 @@ class Twin(nn.Module):
         return x.index_copy(0, kept, above.to(x.dtype)), x.index_copy(0, kept, middle.to(x.dtype))
 
     def state(self, hidden: Tensor) -> Tensor:
-        """Return the final norm of a residual stream: what the head multiplies."""
+        """Apply the final norm to a residual stream; the head multiplies the result."""
         return self.model.norm(hidden)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return final norm and head of a residual stream, [..., hidden] -> [..., vocab]."""
+        """Apply final norm and head to a residual stream, [..., hidden] -> [..., vocab]."""
         return nn.functional.linear(self.state(hidden), self.head_weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:

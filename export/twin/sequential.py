@@ -1,14 +1,14 @@
-"""What a model computes, by definition: position by position, layer by layer, with explicit caches.
+"""The definition of what a model computes: position by position, layer by layer, with explicit caches.
 
-Slow, and written apart from :mod:`shortstack.export.twin.model` (they share weights, norms, MLPs and the rotation), so
-that the two can be compared. At position t::
+It is slow, and written independently of :mod:`shortstack.export.twin.model`, so that the two can be compared. They
+share weights, norms, MLPs and the rotation. At position t::
 
     for each layer i, bottom to top:
         q = rotated query of the layer's input
-        if i owns a cache: append its rotated key, and its value
+        if i owns a cache: append its rotated key and its value
         attend to the cache of layer kv_map[i]:
-            kv_map[i] <= i    positions ..t, since the producer has run
-            kv_map[i] >  i    positions ..t-1, since it has not
+            kv_map[i] <= i    positions up to t, since the producer has run
+            kv_map[i] >  i    positions up to t-1, since the producer has not run yet
         but not to t itself if the model masks the diagonal, and not to positions before t - window + 1
 """
 
@@ -27,12 +27,12 @@ from shortstack.export.twin.model import Twin
 
 @dataclass(frozen=True, slots=True)
 class Sequential:
-    """The result.
+    """The result of a run, and the caches to continue from.
 
     Attributes:
-        logits: Of the positions that were fed, [batch, seq, vocab].
-        hidden: The residual stream there after all layers, [batch, seq, hidden].
-        caches: Keys, rotated, and values by producer, each [batch, kv_heads, total, head_dim].
+        logits: Logits of the positions fed, [batch, seq, vocab].
+        hidden: The residual stream of the same positions after all layers, [batch, seq, hidden].
+        caches: The rotated keys and the values of each producer, each [batch, kv_heads, total, head_dim].
     """
 
     logits: Tensor
@@ -46,7 +46,7 @@ def sequential(twin: Twin, input_ids: Tensor, caches: Mapping[int, KeyValue] | N
     Args:
         twin: The model.
         input_ids: Token ids [batch, seq].
-        caches: What :attr:`Sequential.caches` held after the positions before; none at the start.
+        caches: The :attr:`Sequential.caches` after the positions before these; None at the start of a text.
     """
     spec = twin.spec
     grown = dict(caches or {})
@@ -81,14 +81,14 @@ def _appended(cache: KeyValue | None, new: KeyValue) -> KeyValue:
 def _attended(
     attention: Attention, x: Tensor, rotary: KeyValue, cache: KeyValue | None, first: int, last: int
 ) -> Tensor:
-    """Attend to positions ``first..last`` of a cache, [batch, 1, hidden] -> the same; to none if there are none."""
+    """Attend to positions ``first..last`` of a cache, which may be none of them, [batch, 1, hidden] -> the same."""
     batch, heads, size = len(x), attention.heads, attention.head_dim
     mixed = x.new_zeros(batch, heads, size)
     if cache is not None and first <= last:
         keys, values = (part[:, :, first : last + 1] for part in cache)
         query = rotate(attention.q_proj(x).view(batch, 1, heads, size).transpose(1, 2), rotary)[:, :, 0]
         for head in range(heads):
-            shared = head * attention.kv_heads // heads  # query heads of a group are neighbours
+            shared = head * attention.kv_heads // heads  # the query heads of a group are neighbours
             scores = torch.einsum("bd,bsd->bs", query[:, head], keys[:, shared]) / size**0.5
             mixed[:, head] = torch.einsum("bs,bsd->bd", scores.softmax(-1), values[:, shared])
     return attention.o_proj(mixed.flatten(1))[:, None]  # type: ignore[no-any-return]

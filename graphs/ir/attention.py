@@ -11,11 +11,11 @@ Which keys a position sees, that of row r of a run being p = past + r, W the lay
 
 =======================================  =======================================================================
 a producer, or a consumer of one below   max(0, p - W + 1) .. p
-a consumer of one above, or where the    max(0, p - W + 1) .. p - 1: the kernel is told of one position less, and of
-diagonal is masked                       the rows' own positions for the rotation; at p = 0 the mixed values are 0
+a consumer of one above, or where the    max(0, p - W + 1) .. p - 1: the kernel receives lengths of one position less,
+diagonal is masked                       and the rows' own positions for the rotation; at p = 0 the mixed values are 0
 =======================================  =======================================================================
 
-A run that holds position 0 and has a layer of the second kind must be of one row: the kernel refuses others. A consumer
+A run that holds position 0 and has a layer of the second kind must have one row: the kernel refuses more. A consumer
 above its producer reads what this run has written, one below it what the buffer held before: so a graph that is run
 again on the same rows is one more pass over an iterated group (:mod:`shortstack.graphs.kv_map`).
 """
@@ -84,12 +84,12 @@ def exit_layer_site(exit_layer: int) -> LayerSite:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How far the positions of a run reach, as attention is told.
+    """How far the positions of a run reach, as attention receives it.
 
     Attributes:
         past_end: ``seqlens_k``, int32 [batch].
         total: ``total_sequence_length``, int32 [].
-        spare_row: Both count one empty row behind the run's own, which attention adds and drops again, see
+        spare_row: Both count one empty row behind the run's own, which attention adds and drops again; see
             :meth:`Precision.has_spare_row`.
     """
 
@@ -242,7 +242,7 @@ def _attend(
     if site.kv_scales:  # attention_bias and head_sink stay empty
         inputs += [None, None, *(g.weight(scale) for scale in site.kv_scales)]
         attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    if site.window:  # the kernel counts from the position before, where it is told of one less
+    if site.window:  # with lengths of one less, the kernel counts from the position before
         attributes["local_window_size"] = site.window - (positions is not None)
     # The kernel refuses an int8 cache without a place for what it is afterwards, also where nothing is added: a
     # consumer then has one of its own, which costs a copy of its producer's cache in each run.

@@ -3,9 +3,9 @@
 ::
 
     codes       uint8 [rows, width]                one code each, 0 .. 2^bits - 1
-    packed      uint8 [rows, blocks, block_bytes]  two codes a byte for 4 bits, the lower one first
+    packed      uint8 [rows, blocks, block_bytes]  8 / bits codes a byte, the first one in the lowest bits
     scales      float [rows, blocks]
-    zero points uint8 [rows, blocks]               packed along blocks likewise; absent when symmetric
+    zero points uint8 [rows, blocks]               packed along blocks in the same way; absent when symmetric
 
 Offsets (graphs/precision.py) are a matrix of their own here, [rows, blocks], in blocks of the same kind; packed, its
 blocks stand behind those of the weights.
@@ -63,7 +63,7 @@ class BlockTensor:
         width = self.codes.shape[1]
         codes = self.codes.astype(np.float32)
         if self.zero_points is None:
-            codes -= float(1 << (self.format.bits - 1))
+            codes -= float(self.format.middle_code)
         else:
             codes -= _spread(self.zero_points, self.format, width).astype(np.float32)
         codes *= _spread(self.scales, self.format, width)
@@ -75,11 +75,11 @@ class BlockTensor:
         """Return the codes as the kernels read them, uint8 [rows, blocks, block_size * bits / 8], offsets last."""
         rows, width = self.codes.shape
         blocks, size = self.format.blocks(width), self.format.block_size
-        padded = np.full((rows, blocks * size), 1 << (self.format.bits - 1), np.uint8)
+        padded = np.full((rows, blocks * size), self.format.middle_code, np.uint8)
         padded[:, :width] = self.codes
         if self.zero_points is not None and width < blocks * size:
             padded[:, width:] = self.zero_points[:, -1:]
-        packed = _pack(padded, self.format.bits).reshape(rows, blocks, -1)
+        packed = pack(padded, self.format.bits).reshape(rows, blocks, -1)
         return packed if self.offsets is None else np.concatenate([packed, self.offsets.packed_codes()], axis=1)
 
     def all_scales(self) -> Floats:
@@ -93,7 +93,14 @@ class BlockTensor:
         zeros = self.zero_points
         if self.offsets is not None and self.offsets.zero_points is not None:
             zeros = np.concatenate([zeros, self.offsets.zero_points], axis=1)
-        return _pack(zeros, self.format.bits)
+        return pack(zeros, self.format.bits)
+
+    def packed_parts(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return what is stored of the matrix, by :data:`names.BLOCK_PARTS`; symmetric blocks have no zero points."""
+        parts: dict[str, npt.NDArray[np.generic]] = {"codes": self.packed_codes(), "scales": self.all_scales()}
+        if (zero_points := self.packed_zero_points()) is not None:
+            parts["zero_points"] = zero_points
+        return parts
 
     def rows(self, index: npt.NDArray[np.int64]) -> BlockTensor:
         """Return some rows of the matrix, in the order asked for."""
@@ -108,11 +115,11 @@ def encode(weight: Floats, scales: Floats, zero_points: Codes | None, block_form
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = weight * _spread(inverse, block_format, width)
     zero = (
-        np.float32(1 << (block_format.bits - 1))
+        np.float32(block_format.middle_code)
         if zero_points is None
         else _spread(zero_points, block_format, width).astype(np.float32)
     )
-    codes = np.clip(np.rint(codes + zero), 0, (1 << block_format.bits) - 1).astype(np.uint8)
+    codes = np.clip(np.rint(codes + zero), 0, block_format.largest_code).astype(np.uint8)
     return BlockTensor(block_format, codes, scales.astype(np.float32), zero_points)
 
 
@@ -124,11 +131,11 @@ def nearest_grid(weight: Floats, block_format: BlockFormat) -> tuple[Floats, Cod
     onnxruntime's own round-to-nearest does it.
     """
     x = into_blocks(weight, block_format)  # [rows, blocks, block_size]
-    top = (1 << block_format.bits) - 1
+    top = block_format.largest_code
     if block_format.is_symmetric:
         at = np.abs(x).argmax(axis=2)
         extreme = np.take_along_axis(x, at[..., None], axis=2)[..., 0]
-        return (extreme / -np.float32(1 << (block_format.bits - 1))).astype(np.float32), None
+        return (extreme / -np.float32(block_format.middle_code)).astype(np.float32), None
     low, high = np.minimum(x.min(axis=2), 0), np.maximum(x.max(axis=2), 0)
     scales = ((high - low) / np.float32(top)).astype(np.float32)
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
@@ -154,10 +161,12 @@ def _spread(per_block: npt.NDArray, block_format: BlockFormat, width: int) -> np
     return np.repeat(per_block, block_format.block_size, axis=1)[:, :width]
 
 
-def _pack(codes: Codes, bits: int) -> Codes:
-    """Pack codes [rows, n] along n: two to a byte for 4 bits, the lower half first; an odd end gets a zero."""
-    if bits == 8:
-        return codes
-    if codes.shape[1] % 2:
-        codes = np.pad(codes, ((0, 0), (0, 1)))
-    return (codes[:, ::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
+def pack(codes: Codes, bits: int) -> Codes:
+    """Pack codes [rows, n] along n, the first of each byte in its lowest bits; a last byte is filled up with 0."""
+    per_byte = 8 // bits
+    if rest := codes.shape[1] % per_byte:
+        codes = np.pad(codes, ((0, 0), (0, per_byte - rest)))
+    packed = np.zeros((len(codes), codes.shape[1] // per_byte), np.uint8)
+    for position in range(per_byte):
+        packed |= codes[:, position::per_byte] << np.uint8(bits * position)
+    return packed

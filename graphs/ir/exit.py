@@ -10,8 +10,9 @@
     hidden_states_out ─ norm ─ qkv ─ attention ─ last rows ─ ... a block instead of a branch of rows
                                          └────────────────────── its keys and values, of all positions
 
-The formulas are those of :class:`shortstack.graphs.plan.ExitSpec`. Rows are taken first, so that a prompt, which wants
-no prediction of an exit, pays for none; but a block's later rows attend to keys and values of every position.
+The formulas are those of :class:`shortstack.graphs.plan.ExitSpec`. Rows are taken first, so that a prompt, which needs
+no prediction from an exit, does not pay for one. A block still writes keys and values of every position: its later rows
+attend to them.
 """
 
 from __future__ import annotations
@@ -84,9 +85,10 @@ def exit_node(
     elif exit_spec.branch == "mlp":
         x = _mlp(g, spec, exit_spec, last_rows(g, given.middle, num_rows, f"{node}/middle"))
     elif exit_spec.branch == "block":
-        # The spare row is what it is for the layers. With an int8 cache they need none, and a block, whose cache is of
-        # floats, has none either: what it says of one row may then differ in the last digits from what it says of
-        # the same row among several. Keys and values do not, and no verified token depends on it.
+        # A block has a spare row where the layers have one. With an int8 cache they have none, and neither has the
+        # block, although its own cache is floats: what it predicts for a row alone may then differ in the last digits
+        # from what it predicts for the same row among several. Keys and values do not differ, and no verified token
+        # depends on the prediction.
         site = exit_layer_site(exit_spec.exit_layer)
         x = decoder_layer(g, spec, site, Residual(given.hidden), given.lengths, given.caches, num_rows)
     else:
@@ -131,7 +133,7 @@ def _linear(
 
 
 def _mlp(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, middle: ir.Value) -> Residual:
-    """Append m + MLP(norm(m)), beside the MLP of the layer below (EE-LLM, https://arxiv.org/abs/2312.04916)."""
+    """Append m + MLP(norm(m)), parallel to the MLP of the layer below (EE-LLM, https://arxiv.org/abs/2312.04916)."""
     depth, node = exit_spec.exit_layer, f"/exits.{exit_spec.exit_layer}/mlp"
     normed, _ = norm(g, spec, Residual(middle), names.exit_weight(depth, MLP_NORM), f"{node}/norm")
     return Residual(middle, *gated_mlp(g, normed, names.exit_weight(depth, "mlp"), node, has_bias=spec.mlp_bias))

@@ -97,8 +97,8 @@ def _entropy(
 ) -> ir.Value:
     """Append H = logsumexp(z) - sum_i p_i z_i in nats, [batch * rows, 1].
 
-    logsumexp is taken as top logit - log(top probability), so that it costs no walk over the vocabulary of its own. A
-    matrix product for the sum would be four times slower on the CPU than product and reduction.
+    logsumexp is taken as top logit - log(top probability), so that it needs no further pass over the
+    vocabulary. A matrix product for the sum would be four times slower on the CPU than product and reduction.
     """
     products = g.op("Mul", [probs, logits], f"{node}/Mul_expected")
     dot = g.op("ReduceSum", [products, g.constant([1])], f"{node}/ReduceSum_expected", keepdims=1)

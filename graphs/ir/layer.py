@@ -38,7 +38,7 @@ def norm(g: GraphBuilder, spec: ModelSpec, x: Residual, weight: str, name: str) 
     """Append an RMS norm of the residual stream.
 
     Returns:
-        The normalised stream and the settled stream, both [batch, seq, hidden].
+        The normalised stream and the plain sum, both [batch, seq, hidden].
     """
     scale = g.weight(weight)
     if x.branch is None:
@@ -91,8 +91,8 @@ def decoder_layer(
         x: The residual stream before it, [batch, seq, hidden].
         lengths: How far the run reaches.
         caches: The keys and values of all; those that it writes are added.
-        num_rows: How many trailing positions are wanted of the layer, int64 []; None for all. Keys and values are
-            written for all of them, and nothing else is computed for those before.
+        num_rows: How many trailing positions the layer is computed for, int64 []; None for all. Keys and values are
+            written for all positions in any case.
 
     Returns:
         The residual after the layer, [batch, rows, hidden].

@@ -1,4 +1,4 @@
-"""What no graph that drafts or verifies may contain, because its rows would depend on each other or crawl.
+"""What no graph that drafts or verifies may contain: operators that mix rows, or that are far too slow.
 
 - MatMulNBits at another accuracy level than 4: 8-bit codes would be dequantized on every call, and 4-bit products
   would not be the ones that decoding one by one makes.

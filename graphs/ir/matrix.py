@@ -65,7 +65,7 @@ def _block_rows(g: GraphBuilder, ids: ir.Value, weight: str, matrix: BlockMatrix
     """Append the look-up of rows [batch, seq] in a matrix stored in blocks; returns [batch, seq, width]."""
     block_format = matrix.format
     blocks = block_format.blocks(matrix.width)
-    flat = (matrix.rows, blocks * block_format.block_size * block_format.bits // 8)
+    flat = (matrix.rows, blocks * block_format.code_bytes)
     inputs = [g.reshaped_weight(names.block_codes(weight), flat), ids, g.weight(names.block_scales(weight))]
     if not block_format.is_symmetric:
         inputs.append(g.weight(names.block_zero_points(weight)))

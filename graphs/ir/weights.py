@@ -25,7 +25,7 @@ _ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class BlockMatrix:
-    """What a graph must know of a matrix [rows, width] stored in blocks; its tensors have the names of its parts."""
+    """What a graph must know about a matrix [rows, width] in blocks; :func:`names.block_part` names its tensors."""
 
     format: BlockFormat
     rows: int
@@ -99,10 +99,9 @@ class WeightStore:
             tensor: Its codes, scales and zero points.
             dtype: Float type of the scales: that of the activations.
         """
-        self.add(names.block_codes(name), tensor.packed_codes())
-        self.add(names.block_scales(name), tensor.all_scales().astype(dtype))
-        if (zero_points := tensor.packed_zero_points()) is not None:
-            self.add(names.block_zero_points(name), zero_points)
+        for part, array in tensor.packed_parts().items():
+            is_packed = array.dtype == np.uint8
+            self.add(names.block_part(name, part), array if is_packed else array.astype(dtype))
         self._blocks[name] = BlockMatrix(tensor.format, *tensor.shape)
 
     def blocks(self, name: str) -> BlockMatrix | None:
@@ -115,7 +114,7 @@ class WeightStore:
         return {name: matrix.format for name, matrix in self._blocks.items()}
 
     def reshaped(self, name: str, shape: tuple[int, ...]) -> ir.ExternalTensor:
-        """Return a stored tensor's bytes under another shape, for an operator that wants them so."""
+        """Return a stored tensor's bytes under another shape, for an operator that takes them so."""
         tensor = self._tensors[name]
         label = f"{name}.{'x'.join(map(str, shape))}"
         return self._reference(tensor, label, ir.Shape(shape))
@@ -124,9 +123,9 @@ class WeightStore:
         """Give a stored tensor a second name, for a graph that calls it so."""
         if existing in self._blocks:
             self._blocks[name] = self._blocks[existing]
-            for part in (names.block_codes, names.block_scales, names.block_zero_points):
-                if part(existing) in self._tensors:
-                    self.alias(part(name), part(existing))
+            for part in names.BLOCK_PARTS:
+                if (stored := names.block_part(existing, part)) in self._tensors:
+                    self.alias(names.block_part(name, part), stored)
             return
         tensor = self._tensors[existing]
         self._tensors[name] = self._reference(tensor, name, tensor.shape)

@@ -9,7 +9,7 @@ the outputs (Lin et al. 2023, arXiv 2306.00978; there mean |x|). What takes the 
     post_attention_norm.weight   for gate_proj and up_proj
     up_proj rows                 for down_proj (the gate's activation is not linear, the product with up is)
 
-Rows divided by a scale are rounded alike, since each row's blocks have scales of their own.
+Rows divided by a scale get the same codes, since each row's blocks have scales of their own.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def scale_layer(
     block_format_of: Callable[[str], BlockFormat | None],
     spec: ModelSpec,
 ) -> ScaledLayer:
-    """Return a layer whose projections bear rounding better.
+    """Return a layer whose outputs suffer less from rounding.
 
     Args:
         weights: Norms [hidden], projections [out, in] and biases [out] of one layer, by their names within a layer.
@@ -123,7 +123,7 @@ def _search(
 def _scale(mean_square: Floats, alpha: float) -> Floats:
     """Return rms^alpha, its largest and smallest value at equal distance from 1, float32 [in]."""
     rms = np.sqrt(np.maximum(mean_square.astype(np.float64), 0))
-    # A channel that never fires is not worth a finer grid, and is not divided by nothing.
+    # A channel that never fires is not worth a finer grid, and is not divided by zero.
     rms = np.maximum(rms, (rms.max() or 1.0) / _LIMIT)
     scale = rms**alpha
     return np.asarray(scale / np.sqrt(scale.max() * scale.min()), np.float32)

@@ -1,9 +1,9 @@
-"""GPTQ: column by column, the columns still to come making up for the error (Frantar et al. 2022, arXiv 2210.17323).
+"""GPTQ: column by column, later columns compensating the error of earlier ones (Frantar et al. 2022, arXiv 2210.17323).
 
 With H the gram matrix of the inputs and U the upper factor of its inverse, H^-1 = U^T U, rounding column j leaves the
 error e = (w_j - q_j) / U_jj, costs e^2, and turns the columns after it into W - e U_j. Scale and zero point of a block
-are chosen when it is reached, from weights that already make up for what came before, with 1 / U_jj^2 as the weight of
-column j's squared error: what an error there will cost once all later columns have made up for it.
+are chosen when it is reached, from weights that already compensate the errors before it, with 1 / U_jj^2 as the weight
+of column j's squared error: what an error there costs after all later columns have compensated for it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def gptq(weight: Floats, block_format: BlockFormat, stats: InputStats | None) ->
     """Round a matrix [out, in].
 
     Raises:
-        RequestError: There are no inputs to look at.
+        RequestError: No inputs were given.
     """
     if stats is None:
         raise RequestError(
-            "gptq rounds for the inputs of a matrix, and there are none",
+            "gptq rounds for the inputs of a matrix, and no inputs were given",
             remedy="give calibration text, or choose --method k-quant",
         )
     rows, width = weight.shape
@@ -60,10 +60,10 @@ def _round_rows(
         block_format: Bits, block size, symmetry.
         codes: Filled in, [rows, width].
         scales: Filled in, [rows, blocks].
-        zeros: Filled in likewise; None when symmetric.
+        zeros: Filled in, [rows, blocks]; None when symmetric.
     """
     width, size = left.shape[1], block_format.block_size
-    top = np.float32((1 << block_format.bits) - 1)
+    top = np.float32(block_format.largest_code)
     diagonal = np.diag(upper)
     importance = (1 / diagonal**2).astype(np.float32)
     for block in range(scales.shape[1]):
@@ -72,7 +72,7 @@ def _round_rows(
         scales[:, block] = scale
         if zeros is not None and zero is not None:
             zeros[:, block] = zero
-        origin = np.float32(1 << (block_format.bits - 1)) if zero is None else zero.astype(np.float32)
+        origin = np.float32(block_format.middle_code) if zero is None else zero.astype(np.float32)
         inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
         inside = np.ascontiguousarray(left[:, start:end].T)  # [size, rows]: a column is contiguous
         errors = np.empty_like(inside)
@@ -90,7 +90,7 @@ def _inverse_factor(gram: npt.NDArray[np.floating[Any]]) -> Floats:
     H = R R^T with R upper is a Cholesky factorisation from the other end, and U = R^-1.
     """
     hessian = gram.astype(np.float64)
-    # An input that never fires has the damping alone: it makes up for nothing and nothing makes up for it.
+    # An input that never fires has the damping alone: it neither compensates nor is compensated.
     hessian[np.diag_indices_from(hessian)] += _DAMPING * (float(np.diag(hessian).mean()) or 1.0)
     factor = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
     return np.ascontiguousarray(np.triu(np.linalg.inv(factor)), np.float32)

@@ -9,9 +9,6 @@ from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods.stats import Floats
 
 Codes = npt.NDArray[np.uint8]
-# Ranges to try, in units of the one that just covers a block: narrower ones clip the extremes and resolve the rest.
-# Codes of 8 bits resolve everything, only their rounded zero point is worth a look.
-_SHRINKS = {4: tuple(np.linspace(0.70, 1.06, 13).tolist()), 8: (0.99, 1.0)}
 _ZERO_SHIFTS = (-1, 0, 1)
 _TINY = np.float32(1e-30)  # keeps blocks of zeros out of divisions; smaller than any range that float32 codes resolve
 
@@ -22,7 +19,7 @@ def search_grid(x: Floats, importance: Floats, block_format: BlockFormat) -> tup
     Each candidate range gives codes, those give the best scale by weighted least squares, s = sum(w x c) / sum(w c^2)
     with c = code - zero point, and the candidate with the least sum(w (x - s c)^2) wins: the search of llama.cpp's
     k-quants (``make_qx_quants`` and ``make_qkx2_quants`` in ggml-quants.c), but with an integer zero point, which
-    rounding afterwards would throw away much of (onnxruntime's ``quant_tensor_k_quant_cpu`` does that).
+    rounding it afterwards would lose much of (onnxruntime's ``quant_tensor_k_quant_cpu`` does that).
 
     Args:
         x: The weights, float32 [rows, size], size at most the block size.
@@ -33,8 +30,8 @@ def search_grid(x: Floats, importance: Floats, block_format: BlockFormat) -> tup
         Scales float32 [rows], zero points uint8 [rows] or None.
     """
     rows = len(x)
-    top = np.float32((1 << block_format.bits) - 1)
-    middle = np.float32(1 << (block_format.bits - 1))
+    top = np.float32(block_format.largest_code)
+    middle = np.float32(block_format.middle_code)
     low, high = np.minimum(x.min(axis=1), 0)[:, None], np.maximum(x.max(axis=1), 0)[:, None]  # [rows, 1]
     weighted = x * importance
     best_scale, best_zero = np.zeros(rows, np.float32), np.full(rows, middle, np.float32)
@@ -61,9 +58,9 @@ def search_grid(x: Floats, importance: Floats, block_format: BlockFormat) -> tup
 
 def _candidates(low: Floats, high: Floats, block_format: BlockFormat) -> list[tuple[Floats, Floats]]:
     """Return scales and zero points [rows, 1] to try; the first ones just cover a block."""
-    top = np.float32((1 << block_format.bits) - 1)
-    middle = np.float32(1 << (block_format.bits - 1))
-    shrinks = sorted(_SHRINKS[block_format.bits], key=lambda shrink: abs(shrink - 1))
+    top = np.float32(block_format.largest_code)
+    middle = np.float32(block_format.middle_code)
+    shrinks = sorted(np.linspace(*block_format.code_type.tried_ranges).tolist(), key=lambda shrink: abs(shrink - 1))
     if block_format.is_symmetric:
         # The code 0 has no counterpart on the other side: either end may take it.
         sign = np.where(-low >= high, np.float32(1), np.float32(-1))
@@ -74,7 +71,7 @@ def _candidates(low: Floats, high: Floats, block_format: BlockFormat) -> list[tu
     found = []
     for shrink in shrinks:
         scale = whole * np.float32(shrink)
-        # A narrower range is cut alike at both ends.
+        # A narrower range is cut equally at both ends.
         centre = np.rint((low + high) / (-2 * scale) + top / 2)
         found += [(scale, np.clip(centre + shift, 0, top).astype(np.float32)) for shift in _ZERO_SHIFTS]
     return found

@@ -1,9 +1,9 @@
-"""HQQ: grids fitted so that most weights of a block are met well, outliers counting little (Badri and Shaji, 2023).
+"""HQQ: grids fitted to most weights of a block, while outliers count little (Badri and Shaji, 2023).
 
 Half-quadratic splitting of min |W - dequantized(W)|_p^p, p < 1 (mobiusml.github.io/hqq_blog; the same as onnxruntime's
-``HQQWeightOnlyQuantizer``, which needs PyTorch): the error is split into sparse outliers, got by generalised soft
-thresholding, and a rest for which the grid is solved in closed form. There the zero point is a float; kernels for those
-are a hundred times slower, so here it is rounded at the end and the scale fitted once more.
+``HQQWeightOnlyQuantizer``, which needs PyTorch): the error is split into sparse outliers, found by generalised soft
+thresholding, and a rest for which the grid is solved in closed form. In HQQ the zero point is a float; kernels with
+float zero points are a hundred times slower, so here it is rounded at the end and the scale is fitted once more.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def hqq(weight: Floats, block_format: BlockFormat, stats: InputStats | None) -> 
 
 
 def _fit(x: Floats, scale: Floats, zero: Floats | None, block_format: BlockFormat) -> tuple[Floats, Floats | None]:
-    """Return better scales and whole zero points of blocks [rows, blocks, size], or the given ones where none is.
+    """Return better scales and whole zero points of blocks [rows, blocks, size], or the given ones if none is.
 
     Args:
         x: The weights.
         scale: First scales [rows, blocks, 1].
-        zero: First zero points alike; None for symmetric blocks, whose scale is refined instead.
+        zero: First zero points [rows, blocks, 1]; None for symmetric blocks, whose scale is refined instead.
         block_format: Bits.
     """
-    top = np.float32((1 << block_format.bits) - 1)
-    origin = np.full_like(scale, 1 << (block_format.bits - 1)) if zero is None else zero
+    top = np.float32(block_format.largest_code)
+    origin = np.full_like(scale, block_format.middle_code) if zero is None else zero
     first = (np.where(scale == 0, np.float32(1), scale), origin)
     # The paper's beta is for weights of about 1: a block's largest error is then half of a step of about 1/8.
-    unit = np.abs(first[0]) * np.float32(1 << (block_format.bits - 1))
+    unit = np.abs(first[0]) * np.float32(block_format.middle_code)
     found, beta = first, _BETA
     for _ in range(_ITERATIONS):
         scale, origin = found

@@ -1,7 +1,7 @@
-"""Rounding to a format with offsets: whatever method rounds the weights, each block may be shifted by any real number.
+"""Rounding to a format with offsets: with any method, each block may be shifted by any real number.
 
 Blocks are first shifted so that their smallest weight lies on a whole step: a matrix that was stored as GGUF's Q4_1 or
-Q4_K before is then on the integer grid exactly. What the method leaves of each block on average becomes its offset.
+Q4_K before then lies exactly on the integer grid. The mean error that the method leaves in a block becomes its offset.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from shortstack.quant.methods.stats import Floats, InputStats
 def with_offsets(
     round_matrix: Rounding, weight: Floats, block_format: BlockFormat, stats: InputStats | None
 ) -> BlockTensor:
-    """Round a matrix [out, in] with a method that knows no offsets, and give it some.
+    """Round a matrix [out, in] with a method that does not know offsets, and add them.
 
     Args:
         round_matrix: The method.
         weight: The matrix; its width is a multiple of the block size.
         block_format: A format with offsets.
-        stats: What the matrix multiplies.
+        stats: The inputs of the matrix.
     """
     inner = replace(block_format, has_offsets=False)
     x = into_blocks(weight, inner)  # [out, blocks, block_size]
     low, high = x.min(axis=2), x.max(axis=2)
-    step = (high - low) / np.float32((1 << block_format.bits) - 1)
+    step = (high - low) / np.float32(block_format.largest_code)
     step = np.where(step == 0, np.float32(1), step)
     shift = low - np.rint(low / step) * step  # [out, blocks], within half a step of zero
     base = round_matrix((x - shift[:, :, None]).reshape(weight.shape), inner, stats)

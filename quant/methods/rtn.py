@@ -1,4 +1,4 @@
-"""RTN: every weight by itself to the nearest code of a grid that just covers its block."""
+"""RTN: each weight to the nearest code of a grid that just covers its block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a projection multiplies, summed up over calibration text."""
+"""The inputs of a projection, summed up over calibration text."""
 
 from __future__ import annotations
 

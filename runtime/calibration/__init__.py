@@ -1,1 +1,1 @@
-"""Thresholds for early exit with a guarantee: found by Learn-then-Test on a user's prompts, kept in a profile."""
+"""Thresholds for early exit with a guarantee: Learn-then-Test finds them on a user's prompts; a profile keeps them."""

@@ -1,10 +1,10 @@
-"""The experiment: every prompt is answered by the whole model once, and with early exit once per threshold.
+"""The experiment: the whole model answers every prompt once, and early exit answers it once per threshold.
 
-Thresholds are walked from the most conservative on, and the walk ends at the first whose p-value is above epsilon
-(:mod:`.learn_then_test`), so that nothing is spent on thresholds beyond it. A sweep measures the whole grid instead,
-for the curve of quality over speed; the threshold found is the same.
+Thresholds are tested in order, the most conservative first. Testing ends at the first whose p-value is above epsilon
+(:mod:`.learn_then_test`), so no time is spent on the thresholds beyond it. A sweep measures the whole grid instead, for
+the curve of quality over speed. It finds the same threshold.
 
-What is promised holds for greedy answers, to prompts such as those of the calibration, of so many tokens at most.
+The guarantee holds for greedy answers of at most ``max_new_tokens`` tokens, to prompts like those of the calibration.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class CalibrationSpec:
 
     Attributes:
         delta: Bound on the mean loss, between 0 and 1.
-        epsilon: Probability that the bound may fail, between 0 and 1.
-        template: The exit criterion with a gap.
+        epsilon: Probability with which the bound may fail, between 0 and 1.
+        template: The exit criterion with a gap for the threshold.
         exit_layers: The exits in use; None: all of the bundle.
         grid: Thresholds to try, in any order; None: those of the template.
-        loss: What is bounded, see :mod:`.dissimilarity`.
-        test: How it is tested, see :mod:`.learn_then_test`.
-        max_new_tokens: Tokens per answer at most; the first is always the whole model's.
-        is_sweep: Measure all of the grid.
+        loss: The loss that is bounded, see :mod:`.dissimilarity`.
+        test: The statistical test, see :mod:`.learn_then_test`.
+        max_new_tokens: The most tokens per answer; the whole model always predicts the first.
+        is_sweep: Whether to measure the whole grid.
 
     Raises:
-        RequestError: A value out of range, or two that do not go together.
+        RequestError: A value is out of range, or two values do not go together.
     """
 
     delta: float = 0.1
@@ -75,23 +75,23 @@ class CalibrationSpec:
 
     @property
     def fewest_prompts(self) -> int:
-        """The fewest prompts with which any threshold can pass."""
+        """The fewest prompts with which a threshold can pass."""
         return fewest_prompts(self.test, self.delta, self.epsilon)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What the experiment gave.
+    """The result of the experiment.
 
     Attributes:
-        spec: What was asked.
+        spec: The specification that was calibrated.
         exit_layers: The exits in use, ascending.
         num_layers: Layers of the model.
         prompts: How many prompts were used.
         grid: Thresholds, most conservative first.
         accepted: How many of them passed.
-        points: What was measured, in the grid's order.
-        losses: Of each point, by prompt.
+        points: The measurements, in the grid's order.
+        losses: For each point, the losses by prompt.
     """
 
     spec: CalibrationSpec
@@ -105,11 +105,11 @@ class Calibration:
 
     @property
     def chosen(self) -> Point | None:
-        """The boldest threshold that passed; None: no threshold passes, and the model runs in full."""
+        """The boldest threshold that passed; None if none passed, so that every token runs through all layers."""
         return self.points[self.accepted - 1] if self.accepted else None
 
     def profile(self, name: str, model: Model) -> Profile:
-        """Return it as a profile for the model that it was made with."""
+        """Return a profile with this result for ``model``, the model that was calibrated."""
         chosen, spec, manifest = self.chosen, self.spec, model.bundle.manifest
         mean_exit_layer = float(self.num_layers) if chosen is None else chosen.mean_exit_layer
         return Profile(
@@ -139,17 +139,17 @@ class Calibration:
 def calibrate(
     model: Model, prompts: Sequence[Sequence[int]], spec: CalibrationSpec, stage: Stage | None = None
 ) -> Calibration:
-    """Find the boldest threshold that keeps what ``spec`` asks.
+    """Find the boldest threshold that keeps the bound of ``spec``.
 
     Args:
         model: The model.
-        prompts: Token ids, drawn as the prompts that will come are.
+        prompts: The token ids of each prompt; drawn from the same population as the prompts of later use.
         spec: What to calibrate.
-        stage: Told of progress.
+        stage: Receives the progress.
 
     Raises:
-        RequestError: Too few prompts for any threshold to pass (a sweep measures nevertheless), a criterion that the
-            bundle cannot follow, or a prompt that it cannot take.
+        RequestError: There are too few prompts for any threshold to pass (a sweep measures them anyway), or the bundle
+            lacks what the criterion needs, or a prompt is not valid for the bundle.
     """
     exits = ExitPolicy(spec.template.at(1), spec.exit_layers).exits_in(model.bundle.manifest.plan)
     grid = spec.template.ordered(spec.template.default_grid(len(exits)) if spec.grid is None else spec.grid)
@@ -192,13 +192,13 @@ def too_few(prompts: int, spec: CalibrationSpec) -> RequestError:
     return RequestError(
         f"no threshold can pass with so few prompts (test {spec.test}, delta {spec.delta:g}, epsilon {spec.epsilon:g})",
         found=prompts,
-        expected=f"{spec.fewest_prompts} or more if nothing is lost, several times that if something is",
+        expected=f"{spec.fewest_prompts} or more if no answer changes, several times as many if some do",
         remedy=f"give more prompts, a larger delta or epsilon{other}",
     )
 
 
 class _Experiment:
-    """Full answers to all prompts, and what early exit makes of them."""
+    """Holds the whole model's answers to all prompts, and compares those of early exit with them."""
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], spec: CalibrationSpec, stage: Stage) -> None:
         self._model = model
@@ -208,7 +208,7 @@ class _Experiment:
         self._full = [_answer(result) for result in self._generate(None, "full answers")]
 
     def measure(self, policy: ExitPolicy, threshold: float, title: str) -> tuple[Point, tuple[float, ...]]:
-        """Answer all prompts with early exit; return what came out and the loss of each."""
+        """Answer all prompts with early exit; return the measured point and the loss of each answer."""
         results = list(self._generate(policy, f"threshold {threshold:g}, {title}"))
         pairs = zip(results, self._full, strict=True)
         losses = tuple(dissimilarity(self._spec.loss, _answer(early), full) for early, full in pairs)

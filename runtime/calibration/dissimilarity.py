@@ -1,14 +1,14 @@
-"""How far an answer that left early is from the whole model's answer to the same prompt, 0 (the same) to 1.
+"""Measures how far an answer with early exit is from the whole model's answer to the same prompt, 0 (the same) to 1.
 
-No references are needed: the whole model's answer is what an answer is compared with (CALM's textual consistency,
+No reference answers are needed, since an answer is compared with that of the whole model (CALM's textual consistency,
 https://arxiv.org/abs/2207.07061, section 4).
 
 ======  ==============================================================================================================
-loss    between the early answer and the full one, both decoded freely from the same prompt
+loss    between the early answer and the full one, each decoded on its own from the same prompt
 ======  ==============================================================================================================
-text    1 - ROUGE-L F1 over the words and signs of the texts, capitals ignored: 1 - 2 LCS / (words + words)
+text    1 - ROUGE-L F1 over words and punctuation marks, ignoring case: 1 - 2 LCS / (words of one + words of the other)
 token   edit distance (insertions, deletions, replacements) over token ids / tokens of the longer answer
-any     1 where any token differs, 0 where all are the same
+any     1 if any token differs, 0 if all are the same
 ======  ==============================================================================================================
 
 ROUGE-L is from Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), section 3.1, with equal weight on
@@ -31,11 +31,11 @@ _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+|[^\w\s]")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said.
+    """One answer of a model.
 
     Attributes:
-        tokens: Token ids, the stopping one included.
-        text: Their text.
+        tokens: Its token ids, including the one that ended it.
+        text: Its text.
     """
 
     tokens: tuple[int, ...]
@@ -52,25 +52,26 @@ def dissimilarity(loss: Loss, early: Answer, full: Answer) -> float:
 
 
 def words(text: str) -> list[str]:
-    """Split a text into words and signs, without capitals and spaces."""
+    """Split a text into words and punctuation marks, in lower case and without spaces."""
     return _WORD.findall(text.casefold())
 
 
 def rouge_l_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
-    """Return 1 - ROUGE-L F1; 0 where both are empty."""
+    """Return 1 - ROUGE-L F1; 0 if both are empty."""
     return 1 - 2 * longest_common_subsequence(a, b) / (len(a) + len(b)) if a or b else 0.0
 
 
 def longest_common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """Return the length of the longest common subsequence.
 
-    Bit-parallel, a row of the usual table in one integer: Hyyrö, "Bit-Parallel LCS-Length Computation Revisited", 2004.
+    Bit-parallel, with a row of the usual table in one integer: Hyyrö, "Bit-Parallel LCS-Length Computation Revisited",
+    2004.
     """
     places: dict[Hashable, int] = {}
     for index, item in enumerate(a):
         places[item] = places.get(item, 0) | 1 << index
     mask = (1 << len(a)) - 1
-    row = mask  # a zero bit is a step up by one
+    row = mask  # a zero bit means that the length grows by one there
     for item in b:
         matches = row & places.get(item, 0)
         row = ((row + matches) | (row - matches)) & mask
@@ -78,7 +79,7 @@ def longest_common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> 
 
 
 def edit_share(a: Sequence[int], b: Sequence[int]) -> float:
-    """Return the edit distance over the longer length; 0 where both are empty."""
+    """Return the edit distance divided by the longer length; 0 if both are empty."""
     longer = max(len(a), len(b))
     return edit_distance(a, b) / longer if longer else 0.0
 

@@ -1,9 +1,9 @@
-"""Learn-then-Test: the boldest threshold whose mean loss is at most delta, wrong with probability epsilon at most.
+"""Learn-then-Test: finds the boldest threshold whose mean loss is at most delta, and errs with probability <= epsilon.
 
 For each threshold of a grid, the hypothesis "the mean loss over all prompts that may come is above delta" is tested on
-n prompts. A threshold is accepted where the p-value is at most epsilon. The grid is walked from the most conservative
-threshold on, and the walk ends at the first that is not accepted: so each test may spend all of epsilon, and the chance
-of accepting any wrong threshold is epsilon at most, whatever the grid (fixed-sequence testing).
+n prompts. A threshold is accepted if the p-value is at most epsilon. The grid is tested in order, the most conservative
+threshold first, and testing ends at the first that is not accepted. So each test may use all of epsilon, and the
+probability of accepting any wrong threshold is at most epsilon, whatever the grid (fixed-sequence testing).
 
 ===================  ===================================================================================  =============
 test                 p-value for a mean loss m over n prompts                                             losses
@@ -16,7 +16,7 @@ binomial             P(Bin(n, delta) <= n m): exact                             
 
 Sources: Learn then Test, https://arxiv.org/abs/2110.01052, sections 2 and 3; its use for early exit is CALM's,
 https://arxiv.org/abs/2207.07061, section 4; the second test is from https://arxiv.org/abs/2101.02703, section 3.1.
-The prompts must be drawn as those that will come are: the guarantee is about no others.
+The guarantee holds only for prompts from the population that the n prompts were drawn from.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shortstack.graphs.errors import RequestError
 
 Test = Literal["hoeffding", "hoeffding-bentkus", "binomial"]
 TESTS: tuple[Test, ...] = ("hoeffding", "hoeffding-bentkus", "binomial")
-_ROUNDING = 1e-9  # of a sum of losses
+_ROUNDING = 1e-9  # rounding error that a sum of losses may have
 
 
 def p_value(test: Test, losses: Sequence[float], delta: float) -> float:
@@ -38,10 +38,10 @@ def p_value(test: Test, losses: Sequence[float], delta: float) -> float:
     Args:
         test: See the table above.
         losses: One per prompt, at least one, each 0..1; 0 or 1 for the binomial test.
-        delta: The bound on their mean, 0..1, both excluded.
+        delta: The bound on their mean, between 0 and 1.
 
     Raises:
-        RequestError: Losses that the test is not for.
+        RequestError: The losses are not valid for this test.
     """
     count = len(losses)
     if not count or not all(0.0 <= loss <= 1.0 for loss in losses):
@@ -55,12 +55,12 @@ def p_value(test: Test, losses: Sequence[float], delta: float) -> float:
 
 
 def hoeffding(mean: float, count: int, delta: float) -> float:
-    """Return Hoeffding's p-value for a mean of ``count`` losses of 0..1."""
+    """Return Hoeffding's p-value for the mean of ``count`` losses, each 0..1."""
     return math.exp(-2 * count * max(0.0, delta - mean) ** 2)
 
 
 def hoeffding_bentkus(total: float, count: int, delta: float) -> float:
-    """Return the smaller of Hoeffding's (in its tighter form) and Bentkus' p-value for a sum of losses of 0..1."""
+    """Return the smaller of Hoeffding's (in its tighter form) and Bentkus' p-values for a sum of losses, each 0..1."""
     mean = min(total / count, delta)
     divergence = _weighted_log(mean, delta) + _weighted_log(1 - mean, 1 - delta)
     bentkus = math.e * binomial(math.ceil(total - _ROUNDING), count, delta)
@@ -80,11 +80,12 @@ def binomial(failures: int, count: int, delta: float) -> float:
 
 
 def fixed_sequence(p_values: Iterable[float], epsilon: float) -> int:
-    """Return how many are accepted: those before the first above ``epsilon``, behind which none is asked for.
+    """Return how many thresholds are accepted: those before the first p-value above ``epsilon``.
 
     Args:
-        p_values: Of the thresholds, the most conservative first; may be computed as they are asked for.
-        epsilon: The probability that may be wrong.
+        p_values: One per threshold, the most conservative first. May be computed lazily: none after the first above
+            ``epsilon`` is read.
+        epsilon: The probability with which a wrong threshold may be accepted.
     """
     accepted = 0
     for value in p_values:
@@ -95,7 +96,7 @@ def fixed_sequence(p_values: Iterable[float], epsilon: float) -> int:
 
 
 def fewest_prompts(test: Test, delta: float, epsilon: float) -> int:
-    """Return the fewest prompts with which a threshold that loses nothing is accepted.
+    """Return the fewest prompts with which a threshold is accepted whose losses are all 0.
 
     Hoeffding: ln(1 / epsilon) / (2 delta^2); the others: ln(epsilon) / ln(1 - delta).
     """

@@ -1,8 +1,8 @@
-"""An exit profile: the threshold that was found for one task on one bundle, and all it was found from, as a JSON file.
+"""An exit profile: a JSON file with the threshold found for one task on one bundle, and all that it was found from.
 
-Layout of the JSON object: every field of :class:`Profile`, ``curve`` as a list of objects with the fields of
-:class:`Point`, and ``format_version``, 1. A profile is for the weights that it was measured on: confidence changes with
-every rounding of them, so thresholds of a float model are none for its quantized twin.
+The JSON object has every field of :class:`Profile`, with ``curve`` as a list of objects with the fields of
+:class:`Point`, and ``format_version``, 1. A profile is valid only for the weights that it was measured on. Rounding the
+weights changes the confidences, so the thresholds of a float model are not valid for a quantized copy of it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _RECALIBRATE = "calibrate again on this bundle: `shortstack calibrate BUNDLE --d
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What was measured at one threshold.
+    """The measurements at one threshold.
 
     Attributes:
         threshold: The threshold.
-        mean_loss: Mean over the prompts.
-        p_value: Of "the mean loss is above delta".
-        is_accepted: It and all more conservative ones passed.
-        mean_exit_layer: Mean depth of the heads that named the tokens.
+        mean_loss: Mean of the losses over the prompts.
+        p_value: The p-value of the hypothesis "the mean loss is above delta".
+        is_accepted: Whether this threshold and all more conservative ones passed.
+        mean_exit_layer: Mean depth of the heads that predicted the tokens.
         exited_share: Share of tokens that left early.
         tokens: Tokens generated.
-        tokens_per_s: Decoding speed on the machine of the calibration, for information; None where nothing was timed.
+        tokens_per_s: Decoding speed on the machine of the calibration, for information; None if nothing was timed.
     """
 
     threshold: float
@@ -57,30 +57,30 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a calibration found.
+    """The result of a calibration.
 
     Attributes:
         name: The task.
-        template: The criterion, ``{}`` where the threshold goes.
-        threshold: The boldest that passed; None where none did.
-        criterion: The criterion with that threshold; ``never`` where none passed.
+        template: The criterion, with ``{}`` in place of the threshold.
+        threshold: The boldest threshold that passed; None if none did.
+        criterion: The criterion with that threshold; ``never`` if none passed.
         exit_layers: The exits in use, ascending.
         delta: Bound on the mean loss.
-        epsilon: Probability that the bound does not hold, over the draw of the prompts.
-        prompts: How many prompts it was found with.
-        loss: What was bounded.
-        test: How it was tested.
-        max_new_tokens: Tokens per answer at most.
-        mean_loss: Measured at the threshold; 0 where none passed.
-        mean_exit_layer: Mean depth of the heads that named the tokens, there.
-        exited_share: Share of tokens that left early, there.
-        predicted_saving: 1 - mean_exit_layer / layers: the share of the layers that tokens did not wait for. Time saved
-            where filling caches later costs next to nothing, and less elsewhere.
-        grid: Thresholds that were to be tried, most conservative first.
-        weights_sha256: Identity of the bundle's weights.
-        precision: How they are stored, in words.
-        shortstack: Version that measured it.
-        curve: What was measured, in the order of the grid.
+        epsilon: The bound fails with at most this probability, over the draw of the prompts.
+        prompts: How many prompts were used.
+        loss: The loss that is bounded.
+        test: The statistical test.
+        max_new_tokens: The most tokens per answer.
+        mean_loss: Mean loss at the threshold; 0 if none passed.
+        mean_exit_layer: Mean depth of the heads that predicted the tokens, at the threshold.
+        exited_share: Share of tokens that left early, at the threshold.
+        predicted_saving: 1 - mean_exit_layer / layers: the share of the layers that tokens did not wait for. The time
+            saved is about this share if filling caches later costs next to nothing, and less otherwise.
+        grid: All thresholds that the calibration could try, most conservative first.
+        weights_sha256: Identifies the bundle's weights.
+        precision: How the bundle stores weights and cache, in words.
+        shortstack: The shortstack version that measured it.
+        curve: The measurements, in the order of the grid.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Profile:
     curve: tuple[Point, ...]
 
     def policy(self, kv_policy: KVPolicy = "flush") -> ExitPolicy:
-        """Return the exit policy that was calibrated; how caches are filled does not change what is generated."""
+        """Return the calibrated exit policy. Any ``kv_policy`` is allowed, since it does not change the output."""
         return ExitPolicy(parse_criterion(self.criterion), self.exit_layers, kv_policy=kv_policy)
 
     def to_json(self) -> dict[str, Any]:
@@ -116,14 +116,14 @@ class Profile:
 
 
 def precision_words(manifest: Manifest) -> str:
-    """Return how a bundle stores weights and cache: ``float32``, ``float32; int4, blocks of 32; KV cache int8``."""
+    """Return how a bundle stores weights and cache: ``float32`` or ``float32; int4, blocks of 32; KV cache int8``."""
     formats = sorted({str(wanted) for wanted in manifest.precision.weights.values()})
     cache = [] if manifest.precision.kv_cache == "float" else [f"KV cache {manifest.precision.kv_cache}"]
     return "; ".join([manifest.dtype, *formats, *cache])
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Write a profile, whole or not at all."""
+    """Write a profile as a whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(json.dumps(profile.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -133,10 +133,10 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 
 def read_profile(path: str | Path) -> Profile:
-    """Read and check a profile, whatever bundle it is for.
+    """Read and check a profile, without comparing it with a bundle.
 
     Raises:
-        RequestError: It cannot be read, or has a missing, unknown or wrong field; names all of them.
+        RequestError: The file cannot be read, or fields are missing, unknown or wrong; the message names all of them.
     """
     path = Path(path)
     try:
@@ -148,7 +148,9 @@ def read_profile(path: str | Path) -> Profile:
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"exit profile {path} cannot be read: {error}", remedy=_RECALIBRATE) from None
     if not isinstance(data, dict):
-        raise RequestError(f"exit profile {path}", found="no JSON object", remedy=_RECALIBRATE)
+        raise RequestError(
+            f"exit profile {path}", found=type(data).__name__, expected="a JSON object", remedy=_RECALIBRATE
+        )
     version = data.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise RequestError(
@@ -169,7 +171,7 @@ def read_profile(path: str | Path) -> Profile:
         raise RequestError(f"exit profile {path}: {error}") from None
     if profile.criterion != str(criterion):
         raise RequestError(
-            f"exit profile {path}: field criterion is not template with threshold, so the file was edited",
+            f"exit profile {path}: field criterion is not the template with the threshold, so the file was edited",
             found=repr(profile.criterion),
             expected=repr(str(criterion)),
             remedy=_RECALIBRATE,
@@ -181,7 +183,8 @@ def load_profile(path: str | Path, bundle: Bundle) -> Profile:
     """Read a profile for use with a bundle.
 
     Raises:
-        RequestError: See :func:`read_profile`; or it was measured on other weights, or for exits that the bundle lacks.
+        RequestError: See :func:`read_profile`; or the profile was measured on other weights, at another precision, or
+            with exits that the bundle lacks.
     """
     profile = read_profile(path)
     manifest = bundle.manifest

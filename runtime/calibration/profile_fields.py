@@ -1,4 +1,4 @@
-"""What each field of an exit profile may hold. A profile may come from anywhere, so nothing in it is believed."""
+"""Which values each field of an exit profile may hold. A profile may come from anywhere, so every field is checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_LAYERS = 10_000
 
 
 class Field(NamedTuple):
-    """A test of a value, and in words what passes it."""
+    """A check of a value, and in words which values pass it."""
 
     accepts: Callable[[Any], bool]
     words: str
@@ -28,7 +28,7 @@ def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bo
 
 
 def _is_count(value: Any, low: int = 1, high: int = 1 << 62) -> bool:
-    return type(value) is int and low <= value <= high  # True is an int, too
+    return type(value) is int and low <= value <= high  # excludes True, which is an int too
 
 
 def _is_list(value: Any, accepts: Callable[[Any], bool]) -> bool:
@@ -80,7 +80,7 @@ PROFILE_FIELDS: dict[str, Field] = {
 
 
 def check_fields(data: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a profile's fields, its points' included; nothing if nothing is."""
+    """Return a list of what is wrong with the fields of a profile and of its points; empty if all are valid."""
     problems = _check(data, PROFILE_FIELDS, "")
     if not problems:
         for index, point in enumerate(data["curve"]):

@@ -1,14 +1,14 @@
-"""Prompts to calibrate on, from a file with one JSON object a line.
+"""Reads prompts to calibrate on, from a file with one JSON object per line.
 
 ============================================  ========================================================================
 line                                          prompt
 ============================================  ========================================================================
-``{"prompt": "Why is the sky blue?"}``        a question: through the bundle's chat template, as ``generate`` does
-``{"messages": [{"role", "content"}, ...]}``  a conversation: what stands before its last answer, through the template
-``{"text": "Once upon a time"}``              a beginning, continued as it is
+``{"prompt": "Why is the sky blue?"}``        the question, through the bundle's chat template, as in ``generate``
+``{"messages": [{"role", "content"}, ...]}``  the conversation up to its last answer, through the chat template
+``{"text": "Once upon a time"}``              the text as it is, to be continued
 ============================================  ========================================================================
 
-Without a chat template questions go in as they are, and contents of conversations are joined by lines.
+Without a chat template a question is used as it is, and the contents of a conversation are joined by line breaks.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.text.tokenizer import Tokenizer
 
-_EXPECTED = '"prompt" or "text" (strings), or "messages" (a list of {"role", "content"}) with one that is no answer'
+_EXPECTED = '"prompt" or "text" (strings), or "messages" (a list of {"role", "content"}), not all from the assistant'
 _SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What a file holds for one bundle.
+    """The prompts of a file, encoded for one bundle.
 
     Attributes:
         ids: Token ids of each prompt, in the file's order.
-        too_long: How many were left out because the bundle's context is not longer than they are.
+        too_long: How many prompts were left out because the bundle's context has no room for a token after them.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -45,12 +45,12 @@ def read_prompts(path: Path, tokenizer: Tokenizer, max_length: int, limit: int |
 
     Args:
         path: The file.
-        tokenizer: The bundle's.
+        tokenizer: The bundle's tokenizer.
         max_length: Positions of the bundle's context.
-        limit: How many to use at most, drawn at random, always the same; None: all.
+        limit: The most prompts to use. They are drawn at random with a fixed seed; None: all.
 
     Raises:
-        RequestError: It cannot be read, holds a line that is no prompt, or no prompt that fits; names the line.
+        RequestError: The file cannot be read, a line is not a prompt (the message names the line), or no prompt fits.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, max_length: int, limit: int |
         raise RequestError(
             f"--data {path} has no prompt that fits into the bundle's context of {max_length} tokens",
             found=f"{len(prompts)} prompts",
-            remedy="give prompts such as will come, one JSON object a line",
+            remedy="give prompts like those of later use, one JSON object per line",
         )
     if limit is not None and limit < len(fitting):
         chosen = sorted(random.Random(_SEED).sample(range(len(fitting)), limit))
@@ -77,13 +77,13 @@ def _encoded(content: str, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[i
             encode = _parse_line(line, where)
             try:
                 ids = encode(tokenizer)
-            except RequestError as error:  # a chat template that refuses the conversation
+            except RequestError as error:  # the chat template refused the conversation
                 raise RequestError(f"{where}: {error}") from None
             yield tuple(ids)
 
 
 def _parse_line(line: str, where: str) -> Callable[[Tokenizer], list[int]]:
-    """Return how a line becomes token ids."""
+    """Return a function that encodes the prompt of a line."""
     try:
         entry: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -109,7 +109,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _behind_last_question(messages: list[dict[str, str]]) -> int:
-    """Return how many messages there are up to the last that the model did not say itself."""
+    """Return how many messages there are up to the last one that is not the assistant's."""
     return next((n for n in range(len(messages), 0, -1) if messages[n - 1]["role"] != "assistant"), 0)
 
 

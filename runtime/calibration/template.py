@@ -1,8 +1,8 @@
-"""An exit criterion with a gap where the threshold goes, and the thresholds to try there, most conservative first.
+"""An exit criterion with a gap for the threshold, and the thresholds to try in the gap, most conservative first.
 
-``top_prob >= {}`` is tried from 1 downward, ``entropy <= {}`` from 0 upward; ``margin >= {} and patience >= 2`` works,
-too, and so does one threshold in several places that are compared the same way. A higher bound on what must be reached
-lets fewer tokens leave, so the order is from the fewest early tokens to the most.
+``top_prob >= {}`` is tried from 1 downward, ``entropy <= {}`` from 0 upward. ``margin >= {} and patience >= 2`` works
+too. A criterion may have several gaps if all have the same comparison; all of them get the same threshold. A stricter
+threshold lets fewer tokens leave, so the order is from the fewest early tokens to the most.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Template:
     """A criterion with a gap.
 
     Attributes:
-        text: The expression, ``{}`` where the threshold goes.
+        text: The expression, with ``{}`` in place of the threshold.
 
     Raises:
-        RequestError: It has no gap, or a gap that is no threshold.
+        RequestError: There is no gap, or a gap is not a threshold, or the expression is not valid.
     """
 
     text: str
@@ -44,11 +44,11 @@ class Template:
                 f"exit criterion {self.text!r} to calibrate",
                 found="no {}"
                 if not comparisons
-                else "{} behind " + " and ".join(sorted(c or "nothing" for c in comparisons)),
-                expected="{} where the threshold goes, behind >= or behind <=",
+                else "{} after " + " and ".join(sorted(c or "nothing" for c in comparisons)),
+                expected="{} in place of the threshold, after >= or after <=",
                 remedy=f"such as {DEFAULT_TEMPLATE!r}",
             )
-        self.at(1)  # whatever else is wrong with it is said now
+        self.at(1)  # raises if anything else is wrong with the expression
 
     @property
     def is_falling(self) -> bool:
@@ -59,13 +59,13 @@ class Template:
         """Return the criterion with a threshold in its gap.
 
         Raises:
-            RequestError: It is no criterion, or the threshold is out of its range.
+            RequestError: The expression is not valid, or the threshold is out of range.
         """
         text = str(int(threshold)) if float(threshold).is_integer() else repr(float(threshold))
         return parse_criterion(self.text.replace(GAP, text))
 
     def default_grid(self, exits: int) -> tuple[float, ...]:
-        """Return thresholds to try in a bundle with so many exits in use, most conservative first."""
+        """Return the thresholds to try with ``exits`` exits in use, most conservative first."""
         if not self.is_falling:
             return _NATS
         if any(measure in _COUNTS for measure, _ in self._gaps()):
@@ -76,7 +76,7 @@ class Template:
         """Return thresholds without repetitions, most conservative first.
 
         Raises:
-            RequestError: There are none, or one that the criterion cannot have.
+            RequestError: There are none, or the criterion does not accept one of them.
         """
         values = sorted(set(grid), reverse=self.is_falling)
         if not values or not all(map(math.isfinite, values)):
@@ -86,5 +86,5 @@ class Template:
         return tuple(values)
 
     def _gaps(self) -> list[tuple[str, str]]:
-        """Return what stands before each gap: a measure and a comparison."""
+        """Return the measure and the comparison before each gap."""
         return _GAP.findall(self.text)

@@ -1,4 +1,4 @@
-"""`shortstack calibrate`: the boldest threshold for early exit that keeps a bound on what is lost."""
+"""`shortstack calibrate`: the boldest threshold for early exit that keeps a bound on the loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from shortstack.command_options import Command, option_group, provider_option, threads_option
+from shortstack.command_paths import BundlePath
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.progress import progress_stages
@@ -21,36 +23,73 @@ from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
 from shortstack.runtime.model import Model
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="FILE",
-    help='Prompts such as will come, jsonl: {"prompt": ...}, {"messages": [...]} or {"text": ...} a line.',
+@click.command(cls=Command)
+@click.argument("bundle", type=BundlePath(path_type=Path))
+@option_group(
+    "Prompts",
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        required=True,
+        metavar="FILE",
+        help='Prompts like those to come, jsonl: {"prompt": ...}, {"messages": [...]} or {"text": ...} a line.',
+    ),
+    click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N of the prompts, drawn at random."),
+    click.option("--max-new-tokens", "-n", type=int, default=64, show_default=True, help="Most tokens per answer."),
 )
-@click.option("--delta", type=float, default=0.1, show_default=True, help="Bound on the mean loss.")
-@click.option("--epsilon", type=float, default=0.05, show_default=True, help="Probability that the bound may fail.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N of the prompts, drawn at random.")
-@click.option("--max-new-tokens", "-n", type=int, default=64, show_default=True, help="Tokens per answer at most.")
-@click.option("--criterion", default=DEFAULT_TEMPLATE, show_default=True, help="When tokens leave; {} is calibrated.")
-@click.option("--exit-layer", "-e", "exit_layers", type=int, multiple=True, metavar="E", help="Exits.  [default: all]")
-@click.option("--grid", metavar="NUMBERS", help="Thresholds to try, in any order: '0.99 0.9 0.5'.")
-@click.option(
-    "--loss",
-    type=click.Choice(LOSSES),
-    default="text",
-    show_default=True,
-    help="Against the full answer; text: 1 - ROUGE-L; token: edit distance, as a share; any: 1 if any token differs.",
+@option_group(
+    "Guarantee",
+    click.option("--delta", type=float, default=0.1, show_default=True, help="Bound on the mean loss."),
+    click.option("--epsilon", type=float, default=0.05, show_default=True, help="Probability that the bound may fail."),
+    click.option(
+        "--loss",
+        type=click.Choice(LOSSES),
+        default="text",
+        show_default=True,
+        help="How an answer is compared with the full model's. text: 1 - ROUGE-L; token: edit distance, as a share; "
+        "any: 1 if any token differs.",
+    ),
+    click.option(
+        "--test",
+        type=click.Choice(TESTS),
+        default="hoeffding",
+        show_default=True,
+        help="The statistical test; binomial needs --loss any.",
+    ),
 )
-@click.option("--test", type=click.Choice(TESTS), default="hoeffding", show_default=True, help="binomial: loss any.")
-@click.option("--sweep", is_flag=True, help="Measure all thresholds, for the curve; finds the same one.")
-@click.option("--name", help="What the profile is for.  [default: the name of the prompts' file]")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help=f"The profile.  [default: BUNDLE/{PROFILE_FILE}]")
-@click.option("--provider", "providers", multiple=True, help="Execution provider: cpu, cuda, or onnxruntime's name.")
-@click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
-@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
+@option_group(
+    "Early exit",
+    click.option(
+        "--criterion",
+        default=DEFAULT_TEMPLATE,
+        show_default=True,
+        help="When tokens leave; the threshold {} is calibrated.",
+    ),
+    click.option(
+        "--exit-layer",
+        "-e",
+        "exit_layers",
+        type=int,
+        multiple=True,
+        metavar="E",
+        help="The exits where tokens may leave.  [default: all]",
+    ),
+    click.option("--grid", metavar="NUMBERS", help="Thresholds to try, in any order: '0.99 0.9 0.5'."),
+    click.option("--sweep", is_flag=True, help="Measure all thresholds, for the curve; the result is the same."),
+)
+@option_group("Machine", provider_option, threads_option)
+@option_group(
+    "Output",
+    click.option(
+        "--out",
+        "-o",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help=f"Where to write the profile.  [default: BUNDLE/{PROFILE_FILE}]",
+    ),
+    click.option("--name", help="What the profile is for.  [default: the name of the prompts' file]"),
+    click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON."),
+)
 def calibrate(
     bundle: Path,
     data: Path,
@@ -70,7 +109,7 @@ def calibrate(
     threads: int | None,
     as_json: bool,
 ) -> int:
-    """Find the boldest threshold at which answers of BUNDLE stay as close to its full answers as is asked.
+    """Find the boldest threshold for early exit at which BUNDLE still answers almost as the full model does.
 
     With probability 1 - epsilon over the draw of the prompts, the mean loss over all prompts of their kind is at most
     delta. Exits with 1 where no threshold passes; the profile then asks for the full model.
@@ -125,7 +164,7 @@ def _check_target(target: Path) -> None:
             read_profile(target)
         except RequestError:
             raise RequestError(
-                f"--out {target} exists and is no exit profile", remedy="remove it, or choose another name"
+                f"--out {target} exists and is not an exit profile", remedy="remove it, or choose another name"
             ) from None
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-from pathlib import Path
 from typing import Any
 
 import click
 import onnxruntime as ort
 
 from shortstack import __version__
+from shortstack.command_options import Command, provider_option, threads_option
+from shortstack.command_paths import BundlePath
 from shortstack.graphs.precision import EXACT_BLOCK_SIZE
+from shortstack.runtime.commands.machine import processor
 from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
 from shortstack.runtime.model import Model, load
 from shortstack.threads import usable_cores
@@ -25,24 +26,24 @@ _TEXT = (
 _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "fphp")
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(), required=False)
-@click.option("--provider", "providers", multiple=True, help="Execution provider: cpu, cuda, or onnxruntime's name.")
-@click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
+@click.command(cls=Command)
+@click.argument("bundle", type=BundlePath(), required=False)
+@provider_option
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, as_json: bool) -> int:
-    """Say what this machine has; with BUNDLE, also whether its graphs verify drafts exactly here.
+    """Show what this machine has; with BUNDLE, also whether its graphs verify drafts exactly here.
 
     Exits with 1 when a run of several rows picks another token than the same rows run one by one.
     """
-    cpu, flags = _cpu()
+    cpu, features = processor()
     facts: dict[str, Any] = {
         "shortstack": __version__,
         "python": platform.python_version(),
         "onnxruntime": ort.__version__,
         "providers": ort.get_available_providers(),
         "cpu": cpu,
-        "cpu_flags": flags,
+        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in features],
         "cores": usable_cores(),
     }
     checks: list[RowCheck] = []
@@ -65,7 +66,7 @@ def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, 
 
 
 def _print(facts: dict[str, Any], checks: list[RowCheck]) -> None:
-    flags = ", ".join(facts["cpu_flags"]) or "none of those that integer kernels use"
+    flags = ", ".join(facts["cpu_flags"]) or "none of the features that integer kernels use"
     click.echo(f"shortstack {facts['shortstack']}, Python {facts['python']}, onnxruntime {facts['onnxruntime']}")
     click.echo(f"providers   {', '.join(facts['providers'])}")
     click.echo(f"processor   {facts['cpu']}, {facts['cores']} usable cores ({flags})")
@@ -95,15 +96,3 @@ def _tokens(model: Model) -> list[int]:
     while len(ids) <= MOST_ROWS:
         ids += ids or [0]
     return ids[: min(len(ids), model.cache.max_length)]
-
-
-def _cpu() -> tuple[str, list[str]]:
-    """Return the processor's name and those of its features that matter here; Linux tells, others say less."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    have = set(listed[1].split()) if listed else set()
-    return name[1].strip() if name else platform.machine(), [flag for flag in _CPU_FLAGS if flag in have]

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from shortstack.graphs.errors import RequestError
+from shortstack.command_options import Command, option_group, provider_option, threads_option
+from shortstack.command_paths import BundlePath
+from shortstack.graphs.errors import INTERRUPTED, RequestError
 from shortstack.graphs.kv_map import iterated_groups
 from shortstack.runtime.commands.agreement import Agreement, agreement_of
 from shortstack.runtime.commands.options import (
@@ -35,38 +37,49 @@ if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile
 
 _TURNS = 3  # of early exit and plain decoding for a report, since times vary
-_INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
 
-@click.command()
-@click.argument("bundle", type=click.Path())
+@click.command(cls=Command)
+@click.argument("bundle", type=BundlePath())
 @click.argument("prompt")
-@click.option("--strategy", type=click.Choice(get_args(StrategyName)), help="How to decode.  [default: plain]")
-@click.option("--compare", is_flag=True, help="Decode plainly, self-speculatively and as --exit-when says; compare.")
-@click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True)
-@click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
-@click.option("--system", help="System message of the chat.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End the text before TEXT; may be given more than once.")
-@click.option(
-    "--exit-layer",
-    "-e",
-    "exit_layers",
-    type=int,
-    multiple=True,
-    metavar="E",
-    help="The exit that drafts [default: the lowest]; or those where tokens leave, several times [default: all].",
+@option_group(
+    "Prompt",
+    click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template."),
+    click.option("--system", help="System message of the chat."),
 )
+@option_group(
+    "Decoding",
+    click.option("--strategy", type=click.Choice(get_args(StrategyName)), help="How to decode.  [default: plain]"),
+    click.option(
+        "--compare", is_flag=True, help="Decode plainly, self-speculatively and as --exit-when says; compare."
+    ),
+    click.option(
+        "--exit-layer",
+        "-e",
+        "exit_layers",
+        type=int,
+        multiple=True,
+        metavar="E",
+        help="The exit that drafts [default: the lowest]. With early exit: where tokens may leave; may be given more "
+        "than once [default: all].",
+    ),
+    click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Most tokens to generate."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be given more than once."),
+    click.option(
+        "--prefill-passes",
+        metavar="N|converged|sequential",
+        help="How often a prompt runs through layers that use K,V of layers above them.  [default: converged]",
+    ),
+)
+@sampling_options
 @drafting_options
 @exiting_options
-@sampling_options
-@click.option("--provider", "providers", multiple=True, help="Execution provider: cpu, cuda, or onnxruntime's name.")
-@click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
-@click.option(
-    "--prefill-passes",
-    metavar="N|converged|sequential",
-    help="How often a prompt runs through layers that use K,V of layers above them.  [default: converged]",
+@option_group(
+    "Machine",
+    provider_option,
+    threads_option,
+    click.option("--verify", is_flag=True, help="Check the sha256 of every file first."),
 )
-@click.option("--verify", is_flag=True, help="Check the sha256 of every file first.")
 @showing_options
 def generate(
     bundle: str,
@@ -132,7 +145,7 @@ def generate(
     else:
         print_summary(runs[-1], shows_exits=showing.show_exits)
     if not is_complete:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     lossless = [run for run in runs if run.strategy != "early-exit" or not _is_lossy(policy)]
     if compare and sampling.is_greedy and len({run.token_ids for run in lossless}) > 1:
         sys.exit(1)

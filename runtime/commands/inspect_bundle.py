@@ -7,9 +7,12 @@ from pathlib import Path
 
 import click
 
+from shortstack.command_options import Command
+from shortstack.command_paths import BundlePath
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+
+@click.command(cls=Command)
+@click.argument("bundle", type=BundlePath(path_type=Path))
 @click.option(
     "--html",
     "html_file",

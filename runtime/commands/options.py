@@ -5,15 +5,13 @@ Options that would do nothing are refused: :func:`refuse_options_without_effect`
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
-from click.core import ParameterSource
 
+from shortstack.command_options import gather, refuse_given
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.sampling import SamplingParams
@@ -26,7 +24,6 @@ from shortstack.runtime.request import StrategyName
 if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile
 
-Command = Callable[..., Any]
 _ROLLBACK_BELOW = 0.05
 _IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p", "seed")
 
@@ -138,77 +135,86 @@ class Showing:
     as_json: bool
 
 
-def gather(group: type, keyword: str, *options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Return a decorator that adds options to a command and hands them over as one value of a dataclass."""
-    names = [field.name for field in fields(group)]
-
-    def decorate(function: Command) -> Command:
-        @functools.wraps(function)
-        def gathered(**values: Any) -> Any:
-            value = group(**{name: values.pop(name) for name in names})
-            return function(**values, **{keyword: value})
-
-        command: Command = gathered
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
 drafting_options = gather(
     Drafting,
     "drafting",
-    click.option("--draft-tokens", "-k", type=int, default=4, show_default=True, help="Tokens per draft at most."),
-    click.option("--confidence", type=float, default=0.0, help="End a draft after a token less likely than this."),
+    click.option("--draft-tokens", "-k", type=int, default=4, show_default=True, help="Most tokens per draft."),
+    click.option(
+        "--confidence",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="End a draft after a token whose probability is below P.  [default: 0, never]",
+    ),
     click.option("--fixed-draft", is_flag=True, help="Always draft that many, instead of adapting to measured costs."),
-    click.option("--bonus", is_flag=True, help="Give the last drafted token a row of its own."),
+    click.option(
+        "--bonus",
+        is_flag=True,
+        help="Give the last drafted token a row of its own, for one more token where all are accepted.",
+    ),
+    title="Drafting (self-speculative)",
 )
 exiting_options = gather(
     Exiting,
     "exiting",
     click.option("--exit-when", metavar="RULE", help=f"When a token leaves early, such as '{EXAMPLE}'."),
     click.option(
-        "--profile", type=click.Path(path_type=Path), help="Leave early as `shortstack calibrate` found it safe."
+        "--profile",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Leave early as `shortstack calibrate` found it safe.",
     ),
     click.option(
         "--verify-exits",
         type=click.Choice(get_args(Verify)),
         default="none",
         show_default=True,
-        help="Whether the whole model checks what left early.",
+        help="Whether the whole model checks the tokens that left early.",
     ),
     click.option(
         "--rollback-below",
         type=float,
         metavar="P",
-        help=f"With --verify-exits rollback: take back what is less likely.  [default: {_ROLLBACK_BELOW}]",
+        help="With --verify-exits rollback: take back tokens that the whole model finds less likely than P.  "
+        f"[default: {_ROLLBACK_BELOW}]",
     ),
     click.option(
         "--kv-policy",
         type=click.Choice(get_args(KVPolicy)),
         default="flush",
         show_default=True,
-        help="How the layers above catch up.",
+        help="How the layers above the exit catch up with tokens that left early.",
     ),
     click.option(
-        "--max-pending", type=int, metavar="N", help="Tokens that may wait for that.  [default: from measured costs]"
+        "--max-pending",
+        type=int,
+        metavar="N",
+        help="How many such tokens may wait.  [default: from measured costs]",
     ),
-    click.option("--prefill-exit", is_flag=True, help="The prompt may leave early, too."),
+    click.option("--prefill-exit", is_flag=True, help="Tokens of the prompt may leave early, too."),
     click.option(
         "--upper-provider", "upper_providers", multiple=True, help="Execution provider of all but the lowest segment."
     ),
     click.option("--upper-threads", type=int, help="Threads of their own for all but the lowest segment."),
+    title="Early exit",
 )
 sampling_options = gather(
     SamplingParams,
     "sampling",
-    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-k", type=int, default=0, help="Sample from the K most likely tokens; 0 from all."),
-    click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set with this probability."),
-    click.option("--min-p", type=float, default=0.0, help="Drop tokens less likely than this share of the likeliest."),
+    click.option(
+        "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy: the most likely token."
+    ),
+    click.option("--top-k", type=int, default=0, help="Sample from the K most likely tokens.  [default: 0, all]"),
+    click.option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="Sample from the smallest set with this probability.  [default: 1, all]",
+    ),
+    click.option("--min-p", type=float, default=0.0, help="Drop tokens less likely than this share of the top token."),
     click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely."),
     click.option("--seed", type=int, help="Makes sampling repeatable; implies --fixed-draft."),
+    title="Sampling",
 )
 showing_options = gather(
     Showing,
@@ -222,6 +228,7 @@ showing_options = gather(
     ),
     click.option("--no-sweep", is_flag=True, help="With --report: do not try other thresholds."),
     click.option("--json", "as_json", is_flag=True, help="Print text, token ids and statistics as JSON."),
+    title="Output",
 )
 
 
@@ -246,25 +253,25 @@ def refuse_options_without_effect(
         raise RequestError("--compare runs every strategy", remedy="drop --strategy")
     if not drafts and not exits:
         remedy = "add --strategy self-speculative or --compare"
-        _refuse_given(("exit_layers", *draft_names), "plain decoding drafts nothing", remedy)
+        refuse_given(("exit_layers", *draft_names), "plain decoding drafts nothing", remedy)
     if not drafts:
-        _refuse_given(draft_names, f"{strategy or 'plain'} decoding does not draft", "drop it, or add --compare")
+        refuse_given(draft_names, f"{strategy or 'plain'} decoding does not draft", "drop it, or add --compare")
     if not exits and not compare:
-        _refuse_given(exit_names, "no token leaves early", "add --strategy early-exit")
+        refuse_given(exit_names, "no token leaves early", "add --strategy early-exit")
     elif not exits:
-        _refuse_given(exit_names, "nothing says when tokens leave early", f"add --exit-when '{EXAMPLE}'")
+        refuse_given(exit_names, "nothing says when tokens leave early", f"add --exit-when '{EXAMPLE}'")
     if len(exit_layers) > 1 and not exits:
         raise RequestError(
             "--exit-layer: one exit drafts", found=", ".join(map(str, exit_layers)), remedy="give it once"
         )
     if exiting.profile is not None:
-        _refuse_given(
+        refuse_given(
             ("exit_when", "exit_layers", "prefill_exit"), "the profile says when tokens leave", "drop it, or --profile"
         )
     if showing.report is None:
-        _refuse_given(("no_sweep",), "without a report nothing is swept", "add --report FILE")
+        refuse_given(("no_sweep",), "without a report nothing is swept", "add --report FILE")
     elif not exits:
-        _refuse_given(("report",), "no token leaves early", f"add --strategy early-exit --exit-when '{EXAMPLE}'")
+        refuse_given(("report",), "no token leaves early", f"add --strategy early-exit --exit-when '{EXAMPLE}'")
     elif not showing.report.parent.is_dir() or showing.report.is_dir():
         raise RequestError(f"--report {showing.report} cannot be written", remedy="choose another file")
     elif sampling_temperature != 0:
@@ -272,13 +279,4 @@ def refuse_options_without_effect(
             "--report compares greedy decoding", found=f"temperature {sampling_temperature}", remedy="drop one of them"
         )
     if sampling_temperature == 0:
-        _refuse_given(_IDLE_WHEN_GREEDY, "a temperature of 0 is greedy", "add --temperature T with T above 0")
-
-
-def _refuse_given(names: tuple[str, ...], reason: str, remedy: str) -> None:
-    context = click.get_current_context()
-    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
-    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if given:
-        listed = ", ".join(flags[name] for name in given)
-        raise RequestError(f"{listed} would have no effect: {reason}", remedy=remedy)
+        refuse_given(_IDLE_WHEN_GREEDY, "a temperature of 0 is greedy", "add --temperature T with T above 0")

@@ -1,7 +1,7 @@
 """Exit depths in a terminal: a colour per depth, from green (shallow) to orange (deep), and a legend in the same.
 
 The colours are of middle brightness, at least 3:1 against black and against white. What the whole model decided has
-the terminal's own colour. Where there are no colours (a file, NO_COLOR), the depth stands in brackets behind each
+the terminal's own colour. Where there are no colours (a file, NO_COLOR), the depth follows in brackets after each
 token that left early: ``the[4] cat[8] sat``.
 """
 

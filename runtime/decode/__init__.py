@@ -1,1 +1,1 @@
-"""The decoding loops, and what they share: how tokens are chosen and judged, draft lengths, the running text."""
+"""The decoding loops and what they share: choosing and judging tokens, drafters, draft lengths, the running text."""

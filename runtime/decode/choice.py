@@ -1,9 +1,9 @@
-"""How a token is chosen from what a head said, and how a draft is judged: greedily or by exact rejection sampling.
+"""How a token is chosen from a head's outputs, and how a draft is judged: greedily or by exact rejection sampling.
 
-Greedy choice reads the token that the graph has already taken; logits never reach Python. Sampling, and greedy choice
-with a repetition penalty, read logits and work on distributions; a draft token x is kept with probability min(1, p(x)
-/ q(x)), and the first rejected one is replaced by a draw from max(0, p - q), normalised (Leviathan et al., arXiv
-2211.17192, theorem 1), which leaves exactly p.
+Greedy choice reads the token that the graph has already chosen, so logits never reach Python. Sampling, and greedy
+choice with a repetition penalty, read logits and work on distributions. A drafted token x is kept with probability
+min(1, p(x) / q(x)). The first rejected token is replaced by a draw from max(0, p - q), normalised. The emitted tokens
+are then distributed exactly as p (Leviathan et al., arXiv 2211.17192, theorem 1).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Proposal:
 
     Attributes:
         token: Its id.
-        confidence: Probability that its source gives its most likely token.
-        depth: Layers run before what named it; 0 where no layer of the model was run for it.
-        drawn_from: The distribution that it was drawn from; None where it was taken and not drawn, as a greedy draft or
-            one that was looked up.
+        confidence: The probability that the drafter gives to its most likely token there.
+        depth: Layers run to predict it; 0 if no layer of the model was run for it.
+        drawn_from: The distribution that it was drawn from; None if it was not drawn at random, such as a greedy draft
+            or one found by lookup.
     """
 
     token: int
@@ -36,11 +36,11 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What verification decided.
+    """The outcome of verification.
 
     Attributes:
         tokens: The tokens to emit, at most one per verified row.
-        accepted: How many of them, from the first on, were drafted.
+        accepted: How many of them are accepted drafts; these come first.
     """
 
     tokens: tuple[int, ...]
@@ -52,23 +52,23 @@ class Choice(Protocol):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether heads must hand over logits."""
+        """Whether heads must return logits."""
         ...
 
     def pick(self, head: Head, row: int, context: Sequence[int]) -> int:
-        """Choose the token that follows ``context`` from what the whole model said in ``row``."""
+        """Choose the token that follows ``context`` from a head's outputs in ``row``."""
         ...
 
     def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
-        """Choose a draft token that follows ``context`` from what the head after ``depth`` layers said in ``row``."""
+        """Draft the token that follows ``context`` from the outputs in ``row`` of the head after ``depth`` layers."""
         ...
 
     def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
-        """Judge drafts that follow ``context``, from what the whole model said in rows 0..rows-1.
+        """Judge drafts that follow ``context`` by the final head's outputs in rows 0..rows-1.
 
         Args:
             head: The final head.
-            rows: As many as there are drafts, or one more for the token behind the last.
+            rows: As many as there are drafts, or one more for the token after the last draft.
             drafts: The drafted tokens, in order.
             context: The text before them.
         """
@@ -76,7 +76,7 @@ class Choice(Protocol):
 
 
 class GreedyChoice:
-    """The most likely token, as the graph took it."""
+    """Takes the most likely token, which the graph has already chosen."""
 
     needs_logits = False
 
@@ -98,7 +98,7 @@ class GreedyChoice:
 
 
 class SampledChoice:
-    """A draw from the distribution that the sampling parameters describe.
+    """Draws from the distribution that the sampling parameters describe.
 
     Args:
         params: Temperature, truncation, penalty, seed.
@@ -140,5 +140,5 @@ class SampledChoice:
 
 
 def make_choice(params: SamplingParams) -> Choice:
-    """Return the cheapest rule that does what the parameters say."""
+    """Return the cheapest rule for these sampling parameters."""
     return SampledChoice(params) if params.needs_logits else GreedyChoice()

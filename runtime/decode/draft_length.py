@@ -1,35 +1,44 @@
-"""How many tokens to draft: fixed, cut short when the exit is unsure, or chosen from measured costs and acceptance.
+"""How many tokens to draft: a fixed number, fewer when the drafter is unsure, or as measured costs and acceptance say.
 
-With alpha the probability that one drafted token is accepted, d the seconds of a draft row, v(r) those of judging r
-rows and t those of a plain step, a round of k drafts without bonus emits (1 - alpha^k) / (1 - alpha) tokens on
-average and takes k d + v(k) seconds; with bonus it emits (1 - alpha^(k+1)) / (1 - alpha) and takes (k + 1) d + v(k +
-1). The adaptive rule takes the k with the most tokens per second, and k = 0, a plain step, where no k wins (the
-formula of Leviathan et al., arXiv 2211.17192, section 3.3, with measured instead of assumed costs). Rounds of one row
-are not considered: they emit one token, as a plain step does. Whichever of drafting and plain steps loses is measured
-again after 8, 16, 32, ... steps, so that neither one slow run nor one hard passage decides a whole generation.
+Let alpha be the probability that one drafted token is accepted, d the seconds of a draft row, v(r) the seconds to judge
+r rows, and t the seconds of a plain step. On average a round of k drafts ::
+
+    without bonus   emits (1 - alpha^k) / (1 - alpha) tokens        in k d + v(k) seconds
+    with bonus      emits (1 - alpha^(k+1)) / (1 - alpha) tokens    in (k + 1) d + v(k + 1) seconds
+
+The adaptive rule takes the k with the most tokens per second. If no k beats a plain step, it takes k = 0, a plain step.
+(The formula is that of Leviathan et al., arXiv 2211.17192, section 3.3, with measured instead of assumed costs.) Rounds
+of one row are not considered, since they emit one token, as a plain step does. Whichever of drafting and plain steps
+loses is measured again after 8, 16, 32, ... choices (:mod:`.remeasure`), so that neither one slow run nor one hard
+passage decides a whole generation.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.remeasure import Remeasure
+from shortstack.runtime.decode.speed_up import predicted_speed_up
+
+log = logging.getLogger(__name__)
 
 _ALPHA_WEIGHT = 0.1  # of one judged token in the running mean: a memory of about ten tokens
 _COST_WEIGHT = 0.2  # of one measurement in a running cost, if it is higher
-_MUST_WIN_BY = 1.02  # below this a draft is not worth its variance
+_MUST_WIN_BY = 1.02  # below this gain, drafting is not worth its variance
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPolicy:
-    """What the caller asks for.
+    """The rule for draft lengths that a caller asks for.
 
     Attributes:
-        max_draft_tokens: Drafted tokens per round at most; 1..15.
-        confidence: Stop a draft after a token whose probability at the exit is below this; 0 never stops.
+        max_draft_tokens: The most tokens to draft in a round; 1..15.
+        confidence: A draft ends after a token at which the drafter gives its most likely token less probability than
+            this; 0 never ends a draft.
         is_adaptive: Choose the length from measured costs and acceptance instead of always drafting the maximum.
-        has_bonus: Give the last drafted token a row of its own, for one more token after a full accept.
+        has_bonus: Run the last drafted token as a row too, which gives one more token if all drafts are accepted.
     """
 
     max_draft_tokens: int = 4
@@ -45,15 +54,15 @@ class DraftPolicy:
 
 
 class DraftLength:
-    """What one policy has learned so far; outlives a generation.
+    """Chooses draft lengths by one policy, and keeps what it has learned from one generation to the next.
 
     Args:
-        policy: What the caller asks for.
+        policy: The rule that the caller asks for.
 
     Attributes:
         has_bonus: See :class:`DraftPolicy`.
-        least_confidence: A draft stops after a token that is less likely than this.
-        alpha: Running probability that a judged token is accepted.
+        least_confidence: The policy's ``confidence``, see :class:`DraftPolicy`.
+        alpha: Running estimate of the probability that a judged token is accepted.
         best_gain: Predicted speed of the best draft length over plain decoding; 0 until costs are known.
     """
 
@@ -70,7 +79,7 @@ class DraftLength:
         self._remeasure = Remeasure()
 
     def choose(self, max_rows: int) -> int:
-        """Return how many tokens to draft, 0 for a plain step, in a round of at most ``max_rows`` rows."""
+        """Return how many tokens to draft in a round of at most ``max_rows`` rows; 0 is a plain step."""
         most = min(self._policy.max_draft_tokens, max_rows)
         if not self._policy.is_adaptive:
             return most
@@ -85,24 +94,37 @@ class DraftLength:
         if is_winning != self._is_winning:
             self._is_winning = is_winning
             self._remeasure.restart()
+            log.info(
+                "drafting %s: rounds of %d drafts predicted at %.2fx of plain decoding",
+                "on" if is_winning else "off",
+                best,
+                self.best_gain,
+            )
         drafts_now = is_winning != self._remeasure.is_due()  # when it is due, the way that loses is taken
         return best if drafts_now else 0
 
     def predicted_gain(self, drafts: int) -> float:
-        """Return the speed of rounds of ``drafts`` tokens over plain decoding, from what was measured so far."""
+        """Return the predicted speed of rounds with ``drafts`` drafted tokens over plain decoding."""
         assert self._plain_s is not None
         assert self._draft_row_s is not None
-        rows = drafts + self.has_bonus
-        tokens = sum(self.alpha**i for i in range(rows))
-        round_s = rows * self._draft_row_s + self._verify_cost_s(rows)
-        return tokens * self._plain_s / round_s
+        judging_s = self._verify_cost_s(drafts + self.has_bonus)
+        bonus_s = self._draft_row_s if self.has_bonus else None
+        return predicted_speed_up(self.alpha, drafts, self._draft_row_s, judging_s, bonus=bonus_s, plain=self._plain_s)
 
     def observe_plain(self, elapsed_s: float) -> None:
-        """Learn what a plain step takes."""
+        """Learn the cost of a plain step."""
         self._plain_s = _cost_s(self._plain_s, elapsed_s)
 
     def observe_round(self, drafted: int, accepted: int, rows: int, draft_s: float, verify_s: float) -> None:
-        """Learn from one judged draft: tokens drafted and accepted, rows run, seconds below and above the exit."""
+        """Learn from one judged draft.
+
+        Args:
+            drafted: Tokens drafted.
+            accepted: Those of them that were accepted.
+            rows: Rows judged.
+            draft_s: Seconds of drafting.
+            verify_s: Seconds of judging.
+        """
         for _ in range(accepted):
             self.alpha += _ALPHA_WEIGHT * (1.0 - self.alpha)
         if accepted < drafted:
@@ -111,13 +133,13 @@ class DraftLength:
         self._verify_s[rows] = _cost_s(self._verify_s.get(rows), verify_s)
 
     def _verify_cost_s(self, rows: int) -> float:
-        """Return the seconds of judging ``rows`` rows: measured, or those of the nearest measured row count."""
+        """Return the seconds to judge ``rows`` rows, or the nearest number of rows that has been measured."""
         nearest = min(self._verify_s, key=lambda r: (abs(r - rows), r))
         return self._verify_s[nearest]
 
 
 def _cost_s(known_s: float | None, measured_s: float) -> float:
-    """Return a running cost: a lower measurement counts at once, since disturbances only ever slow a run down."""
+    """Return the new running cost. A lower measurement replaces it at once, since disturbances only slow a run down."""
     if known_s is None or measured_s < known_s:
         return measured_s
     return known_s + _COST_WEIGHT * (measured_s - known_s)

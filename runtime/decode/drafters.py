@@ -1,12 +1,13 @@
-"""Where drafted tokens come from. A drafter proposes; what it proposes is judged, so it changes speed and never output.
+"""Where drafted tokens come from. The whole model judges them all, so a drafter changes the speed and not the output.
 
-The loop (:mod:`shortstack.runtime.decode.speculative`) knows the protocol alone. A drafter says how many rows of the
-round it has already run through the lowest level: the exit has run the rows that it drafted from, since the judging run
-reads what they left there. A drafter that does not run the model says 0, and the loop runs those rows. A drafter that
-needs to see prompts wraps the :class:`~shortstack.runtime.engine.decoder.Decoder` that the loop receives.
+The loop (:mod:`shortstack.runtime.decode.speculative`) knows only the protocol. The judging run reads what the lowest
+level left in each row, so every row must have run through that level. A drafter reports how many rows of the round it
+has run there already, and the loop runs the others. The exit has run the rows that it drafted from; a drafter that does
+not run the model reports 0. A drafter that needs to see prompts wraps the
+:class:`~shortstack.runtime.engine.decoder.Decoder` that the loop receives.
 
-:class:`ExitDrafter` is the lowest exit of the stack, which makes decoding self-speculative (LayerSkip, arXiv
-2404.16710). To add a drafter: one file in this folder, and one line in ``runtime/loops.py``, where requests become
+:class:`ExitDrafter` drafts with the lowest exit of the stack, which makes decoding self-speculative (LayerSkip, arXiv
+2404.16710). A new drafter needs one file in this folder, and one line in ``runtime/loops.py``, where requests become
 loops.
 """
 
@@ -22,11 +23,11 @@ from shortstack.runtime.engine.decoder import Decoder
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a drafter proposes for one round.
+    """A drafter's proposal for one round.
 
     Attributes:
-        proposals: Tokens that follow the newest one, in order; none makes the round a plain step.
-        rows_run: Rows of the round, from the first, that the lowest level has run on already.
+        proposals: Tokens that follow the newest one, in order; without any the round is a plain step.
+        rows_run: How many rows of the round, from the first, the drafter has run through the lowest level.
     """
 
     proposals: Sequence[Proposal]
@@ -40,25 +41,26 @@ class Drafter(Protocol):
         """Propose up to ``most`` tokens.
 
         Args:
-            past: Position of the newest token; row r of the round is position ``past + r``. Its row 0 is set.
-            tokens: The text so far, the newest token last. Not to be changed or kept.
-            most: Tokens to propose at most, 1 or more.
-            least_confidence: Stop after a token that is less likely than this; 0 never stops.
+            past: Position of the newest token. Row r of the round is position ``past + r``; row 0 holds the newest
+                token already.
+            tokens: The text so far, with the newest token last. A drafter must neither change nor keep it.
+            most: The most tokens to propose, 1 or more.
+            least_confidence: Stop after a proposal whose ``confidence`` is below this; 0 never stops.
         """
         ...
 
     def observe(self, emitted: int, rows: int) -> None:
-        """Learn what became of a round, or of a plain step between rounds.
+        """Learn the outcome of a round, or of a plain step between rounds.
 
         Args:
-            emitted: Tokens that the round emitted: rows ``0..emitted - 1`` belong to the text.
+            emitted: Tokens that the round emitted, so rows ``0..emitted - 1`` belong to the text.
             rows: Rows that were judged.
         """
         ...
 
 
 class ExitDrafter:
-    """The lowest exit of the stack drafts, row by row.
+    """Drafts row by row with the lowest exit of the stack.
 
     Args:
         stack: The model, cut at that exit.
@@ -72,7 +74,7 @@ class ExitDrafter:
     def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft:
         """See :meth:`Drafter.draft`."""
         stack, choice = self._stack, self._choice
-        # A greedy choice looks at no text, and the graph has put the token that it takes in the next row already.
+        # A greedy choice does not look at the text, and the graph has already put its token in the next row.
         drawn = list(tokens) if choice.needs_logits else []
         proposals: list[Proposal] = []
         for row in range(most):
@@ -86,4 +88,4 @@ class ExitDrafter:
         return Draft(proposals, rows_run=len(proposals))
 
     def observe(self, emitted: int, rows: int) -> None:
-        """See :meth:`Drafter.observe`; the exit shares the model's cache and state, so there is nothing to follow."""
+        """See :meth:`Drafter.observe`; the exit shares the model's cache and state, so there is nothing to do."""

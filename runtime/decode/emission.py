@@ -1,4 +1,4 @@
-"""From a judged round to steps: the tokens of a verdict, handed over one by one with an account that balances."""
+"""Turns a judged round into steps: emits the tokens of a verdict one by one, and keeps the counts balanced."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def emit(
     *,
     pending: int = 0,
 ) -> Iterator[Step]:
-    """Hand a verdict over; whenever the caller stops, all tokens of the sequence but the newest are cached.
+    """Emit the tokens of a verdict. Whenever the caller stops, all tokens of the sequence but the newest are cached.
 
     Args:
-        stack: The model, whose final head still holds what it said to the round.
+        stack: The model, whose final head still holds its outputs for the round.
         sequence: Grows by each token; the round's first position is committed already.
-        stats: Counts what is emitted, and as discarded what is not yet.
-        drafts: What was judged.
-        verdict: How.
+        stats: Counts emitted tokens; those that are not emitted yet count as discarded.
+        drafts: The drafts that were judged.
+        verdict: The outcome.
         pending: See :class:`~shortstack.runtime.decode.step.Step`.
 
     Yields:
         One step per token.
     """
-    stats.discarded += len(verdict.tokens)  # until they are handed over
+    stats.discarded += len(verdict.tokens)  # until they are emitted
     for index, token in enumerate(verdict.tokens):
         if index:
             sequence.commit(1)

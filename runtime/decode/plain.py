@@ -1,4 +1,4 @@
-"""Plain decoding: every token through every layer. The reference for every other loop through the same bundle."""
+"""Plain decoding: every token runs through every layer. Other loops are compared with it on the same bundle."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from shortstack.runtime.engine.decoder import Decoder
 
 
 def prefill(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> int:
-    """Run all layers over what is not cached yet and return the next token, not yet appended."""
+    """Run all layers over the tokens that are not cached yet; return the next token without appending it."""
     started = time.perf_counter()
     new = sequence.tokens[sequence.cached :]
     stack.prefill(new, sequence.cached, choice.needs_logits)
     token = choice.pick(stack.final, 0, sequence.tokens)
-    sequence.commit(len(new))  # last: what fails above leaves the sequence as it was
+    sequence.commit(len(new))  # last, so that an error above leaves the sequence as it was
     stats.prefill_s += time.perf_counter() - started
     stats.prefilled += 1
     return token
 
 
 def full_step(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> int:
-    """Run all layers over the newest token and return the next one, not yet appended."""
+    """Run all layers over the newest token; return the next one without appending it."""
     started = time.perf_counter()
     stack.put(0, sequence.tokens[-1])
     stack.draft(0, sequence.cached, with_head=False, with_logits=False)
@@ -45,11 +45,11 @@ def plain(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats,
 
     Args:
         stack: The model.
-        sequence: The prompt, at least one token not cached; grows by what is emitted. Between two steps all its tokens
-            but the newest are cached.
+        sequence: The prompt, with at least one token that is not cached; grows by each emitted token. Between two steps
+            all its tokens but the newest are cached.
         choice: How tokens are chosen.
-        stats: Counts what is done.
-        max_new_tokens: How many to emit at most.
+        stats: Counts tokens, runs and seconds.
+        max_new_tokens: The most tokens to emit.
 
     Yields:
         One step per token.

@@ -1,17 +1,17 @@
 """From logits to a token: sampling options, sparse distributions, and the acceptance rule of speculative sampling.
 
-For the decode loops. Numpy only; knows neither models nor tokenizers. Logits are processed in the order and with the
-semantics of transformers' ``generate`` (v5, ``_get_logits_processor``); an option at its neutral value is skipped:
+For the decoding loops. Numpy only; knows neither models nor tokenizers. Logits are processed in the order and with the
+semantics of transformers' ``generate`` (v5, ``_get_logits_processor``). An option at its neutral value is skipped:
 
 ====================  =========  ==================================================================================
 option                neutral    what it does
 ====================  =========  ==================================================================================
-repetition_penalty    1          logits of tokens seen in prompt or output: divided if positive, multiplied if not
-                                 (CTRL, arXiv 1909.05858, section 4.1); once per token, however often it was seen
-temperature           1          logits are divided by it; 0 is greedy: the largest logit, the options below unused
-top_k                 0          keeps the k largest; those equal to the k-th all stay
-top_p                 1          keeps the smallest set of most probable tokens with a sum >= p, at least one; of equal
-                                 ones the lowest id goes in first (nucleus sampling, arXiv 1904.09751)
+repetition_penalty    1          divides positive logits of tokens seen in the prompt or the output, and multiplies
+                                 the others (CTRL, arXiv 1909.05858, section 4.1); once per token, however often seen
+temperature           1          divides the logits; 0 is greedy, takes the largest logit and ignores the options below
+top_k                 0          keeps the k largest, and all that equal the k-th
+top_p                 1          keeps the smallest set of most probable tokens with a sum >= p, at least one; among
+                                 equals the lowest id goes in first (nucleus sampling, arXiv 1904.09751)
 min_p                 0          keeps tokens with at least min_p times the probability of the most probable one
                                  (arXiv 2407.01082)
 ====================  =========  ==================================================================================
@@ -35,11 +35,11 @@ from shortstack.graphs.errors import ContractError, RequestError
 
 Context: TypeAlias = Sequence[int] | AbstractSet[int] | NDArray[np.int64]
 
-# Keeps float32 quotients of a model's logits finite; beyond it sampling is greedy, or uniform, anyway.
+# Within these bounds float32 quotients of a model's logits stay finite; beyond them sampling is greedy or uniform.
 _SMALLEST, _LARGEST = 1e-6, 1e6
 _POSITIVE = f"a number from {_SMALLEST:g} to {_LARGEST:g}"
 _FRACTION = "a number from 0 to 1"
-# Below this, accept() rejects with a probability that no experiment can see, and the residual is rounding noise.
+# Below this, accept() rejects too rarely for any experiment to see, and the residual is rounding noise.
 _NO_MASS = 1e-12
 _TOP_K_GROUP = 64
 _NUCLEUS_STEP = 1 / 64
@@ -55,10 +55,10 @@ class SamplingParams:
         top_p: Probability mass kept, 1 for all.
         min_p: Smallest probability kept, as a fraction of the largest, 0 for all.
         repetition_penalty: Above 1 discourages tokens of the prompt and the output so far, below 1 encourages them.
-        seed: Of the random generator, None for a fresh one.
+        seed: Seed of the random generator, None for a fresh one.
 
     Raises:
-        RequestError: An option is out of range; names all that are.
+        RequestError: An option is out of range; the message names all that are.
     """
 
     temperature: float = 0.0
@@ -79,7 +79,7 @@ class SamplingParams:
                 _is_between(self.repetition_penalty, _SMALLEST, _LARGEST),
                 f"{_POSITIVE} (1 is off)",
             ),
-            "seed": (self.seed is None or _is_natural(self.seed), "a whole number, 0 or more, or none"),
+            "seed": (self.seed is None or _is_natural(self.seed), "a whole number, 0 or more, or no seed"),
         }
         problems = [
             f"sampling option {name}: found {getattr(self, name)!r}, expected {expected}"
@@ -96,26 +96,26 @@ class SamplingParams:
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether random draws come from a seed, so that whatever uses them must not follow the clock."""
+        """Whether random draws come from a seed, so that nothing that uses them may depend on measured times."""
         return not self.is_greedy and self.seed is not None
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the graph's own ``token`` output is not enough."""
+        """Whether choosing a token takes logits, not just the graph's ``token`` output."""
         return not self.is_greedy or self.repetition_penalty != 1
 
     def generator(self) -> np.random.Generator:
-        """Returns a new random generator with this seed."""
+        """Return a new random generator with this seed."""
         return np.random.default_rng(self.seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Distribution:
-    """A probability distribution over few of many tokens.
+    """A probability distribution over the tokens that have any probability, usually few of the vocabulary.
 
     Args:
-        ids: int64[n], the tokens, ascending, in the full vocabulary.
-        probs: float64[n], their probabilities, summing to 1.
+        ids: int64[n], the tokens' ids in the full vocabulary, ascending.
+        probs: float64[n], their probabilities, which sum to 1.
     """
 
     ids: NDArray[np.int64]
@@ -123,31 +123,31 @@ class Distribution:
 
     @classmethod
     def point(cls, token: int) -> Distribution:
-        """Returns the distribution of a certain token: greedy decoding, or a draft that was not sampled (n-gram)."""
+        """Return the distribution of a token that is certain: greedy decoding, or a draft found by n-gram lookup."""
         return cls(np.array([token], dtype=np.int64), np.ones(1))
 
     def prob(self, token: int) -> float:
-        """Returns the probability of one token, 0 outside the support."""
+        """Return the probability of one token, 0 outside the support."""
         row = int(self.ids.searchsorted(token))
         return float(self.probs[row]) if row < self.ids.size and self.ids[row] == token else 0.0
 
     def probs_at(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Returns the probabilities of several tokens, float64 in the shape of ``ids``."""
+        """Return the probabilities of several tokens, float64 in the shape of ``ids``."""
         rows = self._rows(ids)
         return np.where(self.ids[rows] == ids, self.probs[rows], 0.0)
 
     def sample(self, rng: np.random.Generator) -> int:
-        """Draws a token: one uniform draw, inverted through the cumulative distribution."""
+        """Draw a token: one uniform draw, inverted through the cumulative distribution."""
         draw = rng.random()
         if self.ids.size == 1:
             return int(self.ids[0])
         cumulative = self.probs.cumsum()
-        # The last entry rather than 1, so that rounding cannot carry the draw past the end; "right" skips zeros.
+        # Scaled by the last entry, not by 1, so that rounding cannot move the draw past the end; "right" skips zeros.
         row = int(cumulative.searchsorted(draw * cumulative[-1], side="right"))
         return int(self.ids[min(row, self.ids.size - 1)])
 
     def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns where each of ``ids`` stands if it is in the support, and any valid row if not."""
+        """Return the row of each of ``ids`` that is in the support, and some valid row for any other."""
         last = self.ids.size - 1
         is_whole_vocabulary = self.ids[-1] == last  # ascending and distinct, so ids and rows are the same
         return np.minimum(ids if is_whole_vocabulary else self.ids.searchsorted(ids), last)
@@ -160,17 +160,17 @@ def distribution(
     *,
     ids: NDArray[np.int64] | None = None,
 ) -> Distribution:
-    """Returns the distribution to sample the next token from.
+    """Return the distribution to sample the next token from.
 
     Args:
         logits: float[V], one row of a head's output.
-        params: The sampling options. Greedy gives a one-point distribution; of equal logits the lowest id wins.
-        context: Tokens of the prompt and the output so far, for the repetition penalty; order and repeats do
-            not matter. An int64 array (a view of a growing buffer) is fastest: sequences are converted on each call.
+        params: The sampling options. Greedy gives a one-point distribution; among equal logits the lowest id wins.
+        context: Tokens of the prompt and the output so far, for the repetition penalty. Order and repeats do not
+            matter. An int64 array (a view of a growing buffer) is fastest, since sequences are converted on each call.
         ids: int64[V], ascending: the vocabulary id of each row of a trimmed head; None if row and id are the same.
 
     Raises:
-        ContractError: The logits are not one row of the length of ``ids``, or the largest is NaN or infinite.
+        ContractError: The logits are not one row with the shape of ``ids``, or the largest is NaN or infinite.
     """
     if logits.ndim != 1 or logits.size == 0 or (ids is not None and ids.shape != logits.shape):
         expected = "[V], at least one row" if ids is None else f"{list(ids.shape)}, one per id of the trimmed head"
@@ -196,15 +196,15 @@ def distribution(
 
 
 def accept(p: Distribution, q: Distribution, token: int, rng: np.random.Generator) -> bool:
-    """Decides whether a drafted token stands: with probability min(1, p(token) / q(token)).
+    """Decide whether to accept a drafted token, which happens with probability min(1, p(token) / q(token)).
 
-    With :func:`residual` after a rejection, the emitted token is distributed as ``p``, whatever ``q`` is. Leviathan et
-    al., "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1 and appendix A.1.
-    Makes one uniform draw.
+    If :func:`residual` replaces a rejected token, the emitted token is distributed as ``p``, whatever ``q`` is:
+    Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1 and
+    appendix A.1. Makes one uniform draw.
 
     Args:
         p: The full model's distribution at the position.
-        q: The distribution ``token`` was drawn from.
+        q: The distribution that ``token`` was drawn from.
         token: The drafted token.
         rng: The random generator.
     """
@@ -212,11 +212,11 @@ def accept(p: Distribution, q: Distribution, token: int, rng: np.random.Generato
 
 
 def residual(p: Distribution, q: Distribution) -> Distribution:
-    """Returns what to sample from after a rejection: max(0, p - q), normalised.
+    """Return the distribution to sample from after a rejection: max(0, p - q), normalised.
 
-    arXiv 2211.17192, section 2.3. Outside the support of ``p`` the difference is never positive, so the result lives
-    on the support of ``p``. Where ``p`` equals ``q`` up to rounding nothing is left, and ``p`` itself is returned: a
-    rejection then happens about as rarely as the lost mass says.
+    See arXiv 2211.17192, section 2.3. Outside the support of ``p`` the difference is never positive, so the result's
+    support is part of that of ``p``. If ``p`` equals ``q`` up to rounding, no mass is left, and ``p`` itself is
+    returned. A rejection is then about as rare as that rounding is small.
     """
     if p.ids.size == q.ids.size and np.array_equal(p.ids, q.ids):
         difference = p.probs - q.probs
@@ -238,12 +238,12 @@ def residual(p: Distribution, q: Distribution) -> Distribution:
 def _kept(
     scores: NDArray[np.float32], peak: float, params: SamplingParams
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Returns the rows that top-k, top-p and min-p keep, ascending, and their probabilities over the largest."""
+    """Return the rows that top-k, top-p and min-p keep, ascending, and their probabilities divided by the largest."""
     rows: NDArray[np.int64] | None = None  # all
     if 0 < params.top_k < scores.size:
         rows = _top_k_rows(scores, params.top_k)
     if params.top_p < 1:
-        # float32 over the whole vocabulary only chooses; what is kept is computed again in float64 below
+        # float32 over the whole vocabulary only selects; the kept rows are computed again in float64 below
         weights = _weights(scores if rows is None else scores[rows].astype(np.float64), peak, params.temperature)
         kept = _nucleus_rows(weights, params.top_p)
         rows = kept if rows is None else rows[kept]
@@ -262,7 +262,7 @@ def _kept(
 
 
 def _weights(scores: NDArray[Any], peak: float, temperature: float) -> NDArray[Any]:
-    """Returns exp((scores - peak) / temperature) in the dtype of ``scores``: softmax before the division."""
+    """Return exp((scores - peak) / temperature) in the dtype of ``scores``: softmax before it is normalised."""
     weights = scores - peak
     weights /= temperature
     result: NDArray[Any] = np.exp(weights, out=weights)
@@ -277,7 +277,7 @@ def _penalised(scores: NDArray[np.float32], rows: NDArray[np.int64], penalty: fl
 
 
 def _context_rows(context: Context, size: int, ids: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Returns the rows of the logits that belong to the context's tokens; tokens without a row are left out."""
+    """Return the rows of the logits that belong to the context's tokens; tokens without a row are left out."""
     tokens: NDArray[np.int64] = (
         context if isinstance(context, np.ndarray) else np.fromiter(context, dtype=np.int64, count=len(context))
     )
@@ -289,11 +289,11 @@ def _context_rows(context: Context, size: int, ids: NDArray[np.int64] | None) ->
 
 
 def _top_k_rows(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Returns the rows of the k largest scores and of all equal to the k-th, ascending; 0 < k < V.
+    """Return the rows of the k largest scores and of all that equal the k-th, ascending; 0 < k < V.
 
-    The k-th largest of the maxima of disjoint groups is a lower bound of the k-th largest score. It leaves so few
-    candidates that partitioning them is nearly free; in all, half the time of partitioning the vocabulary (measured for
-    V = 49152 and 128256 with AVX2, where numpy's partition is vectorised already).
+    The k-th largest of the maxima of disjoint groups is a lower bound of the k-th largest score. So few candidates
+    reach it that partitioning them is nearly free. In all, this takes half the time of partitioning the vocabulary
+    (measured for V = 49152 and 128256 with AVX2, where numpy's partition is vectorised already).
     """
     groups = scores.size // _TOP_K_GROUP
     rows: NDArray[np.int64] | None = None
@@ -313,9 +313,9 @@ def _kth_largest(values: NDArray[np.float32], k: int) -> np.float32:
 
 
 def _nucleus_rows(weights: NDArray[Any], top_p: float) -> NDArray[np.int64]:
-    """Returns the smallest set of largest ``weights`` (the largest is 1) with a share >= top_p, ascending.
+    """Return the rows of the fewest largest ``weights`` that make up a share >= top_p, ascending; the largest is 1.
 
-    Sorts only candidates: those above a threshold, lowered until they hold enough mass.
+    Sorts only the weights above a threshold, which is lowered until they hold enough mass.
     """
     needed = top_p * float(weights.sum(dtype=np.float64))
     threshold = _NUCLEUS_STEP
@@ -325,7 +325,7 @@ def _nucleus_rows(weights: NDArray[Any], top_p: float) -> NDArray[np.int64]:
         if threshold == 0 or candidates.sum() >= needed:
             break
         threshold = threshold * _NUCLEUS_STEP if threshold > np.finfo(np.float32).tiny else 0.0
-    order = np.argsort(-candidates, kind="stable")  # of equals, the lowest row first
+    order = np.argsort(-candidates, kind="stable")  # among equals, the lowest row first
     count = 1 + int(candidates[order].cumsum().searchsorted(needed, side="left"))
     return np.sort(rows[order[:count]])
 

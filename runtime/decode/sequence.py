@@ -1,4 +1,4 @@
-"""The text of one generation as token ids, and how much of it the cache holds."""
+"""The text of one generation as token ids, with the number of positions that the cache holds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 
 class TokenSequence:
-    """Tokens at positions 0, 1, 2, ... of which the first :attr:`cached` have their K,V in every layer.
+    """Tokens at positions 0, 1, 2, ...; every layer's cache holds the first :attr:`cached` of them.
 
     Attributes:
-        tokens: All token ids, prompt first.
-        cached: Positions whose K,V is written and right; never more than there are tokens.
+        tokens: All token ids, those of the prompt first.
+        cached: How many positions have valid keys and values; never more than there are tokens.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
@@ -25,7 +25,7 @@ class TokenSequence:
         self.tokens.append(token)
 
     def commit(self, positions: int) -> None:
-        """Declare the next ``positions`` positions written.
+        """Record that the cache now holds the next ``positions`` positions.
 
         Raises:
             ValueError: There are not that many tokens.
@@ -35,7 +35,7 @@ class TokenSequence:
         self.cached += positions
 
     def rewind(self, length: int) -> None:
-        """Forget everything from position ``length`` on; the cache needs no touch.
+        """Forget everything from position ``length`` on; the cache itself need not change.
 
         Raises:
             ValueError: There are not that many tokens.
@@ -46,12 +46,12 @@ class TokenSequence:
         self.cached = min(self.cached, length)
 
     def restart(self, tokens: Sequence[int]) -> int:
-        """Replace the text, keeping the cache of the longest common beginning.
+        """Replace the text, and keep the cached positions of the longest common prefix.
 
-        At least one token is left to run, since the next one is read off its logits.
+        At least one token is left to run, since its logits predict the next one.
 
         Returns:
-            How many positions were kept.
+            The number of positions kept.
         """
         common = 0
         for old, new in zip(self.tokens[: self.cached], tokens[:-1], strict=False):

@@ -1,16 +1,15 @@
-"""Speculative decoding: a drafter proposes tokens, one run of the whole model judges them.
+"""Speculative decoding: a drafter proposes tokens, and one run of the whole model judges them.
 
-One round of self-speculation, x0 being the newest accepted token::
+One round of self-speculation, where x0 is the newest accepted token::
 
-    rows        x0  d1  d2  ...          each row through the lower segments; row i's exit proposes d(i+1)
-    judged      p1  p2  p3  ...          all rows through the upper segments in one run
-    emitted     the longest d1 = p1, d2 = p2, ..., then the next p
+    rows        x0  d1  d2  ...          each row runs through the lower segments; the exit proposes d(i+1) from row i
+    judged      p1  p2  p3  ...          all rows run through the upper segments at once
+    emitted     the longest prefix with d1 = p1, d2 = p2, ..., then the next p
 
-Without bonus, k drafted tokens take k rows: nothing is computed for a row that cannot be used, and after a full
-accept dk is the next round's x0. With bonus, dk gets a row too (without an exit head), and a full accept emits one
-token more. A round with no drafted token is a plain step. Every form emits ``tokens[: accepted + 1]`` of the judged
-rows, so the round is a function of its row count. Where drafts come from is the drafter's business
-(:mod:`shortstack.runtime.decode.drafters`).
+Without bonus, k drafted tokens take k rows. No row is computed that cannot be used, and if all drafts are accepted, dk
+is the next round's x0. With bonus, dk gets a row too (without an exit head), and accepting all drafts emits one more
+token. A round without drafted tokens is a plain step. Every form emits ``tokens[: accepted + 1]`` of the judged rows,
+so only the number of rows differs. Drafts come from a drafter (:mod:`shortstack.runtime.decode.drafters`).
 
 Whatever stops the iteration, all tokens of the sequence but the newest are cached, in every layer.
 """
@@ -43,12 +42,12 @@ def speculative(
 
     Args:
         stack: The model.
-        sequence: The prompt, at least one token not cached; grows by what is emitted.
+        sequence: The prompt, with at least one token that is not cached; grows by each emitted token.
         choice: How tokens are chosen and judged.
-        stats: Counts what is done.
-        max_new_tokens: How many to emit at most.
-        length: How many tokens to draft, and when to stop earlier; learns the outcome of each round.
-        drafter: Proposes them.
+        stats: Counts tokens, runs and seconds.
+        max_new_tokens: The most tokens to emit.
+        length: Chooses how many tokens to draft and when to stop earlier; learns from the outcome of each round.
+        drafter: Proposes the tokens.
 
     Yields:
         One step per token.
@@ -61,7 +60,7 @@ def speculative(
     yield Step(token, False, stack.num_layers, float(stack.final.top_prob[0]))
     left = max_new_tokens - 1
     while left and len(sequence) < stack.max_length:
-        # Each row emits at most one token, so rows are capped by what the request and the context still take.
+        # Each row emits at most one token, so there are no more rows than the request and the context have room for.
         rows = min(left, stack.max_length - len(sequence), stack.window)
         drafts, verdict = _round(stack, sequence, choice, stats, length, drafter, rows)
         left -= len(verdict.tokens)
@@ -77,7 +76,7 @@ def _round(
     drafter: Drafter,
     max_rows: int,
 ) -> tuple[list[Proposal], Verdict]:
-    """Draft and judge; the newest token's position is committed, emitted ones are left to the caller."""
+    """Draft and judge one round. Commits the newest token's position; the caller appends the emitted tokens."""
     wanted = length.choose(max_rows)
     stats.predicted_gain = length.best_gain
     if wanted == 0:
@@ -92,10 +91,11 @@ def _round(
     stack.put(0, sequence.tokens[-1])
     draft = drafter.draft(past, sequence.tokens, wanted, length.least_confidence)
     drafts = list(draft.proposals)
+    assert len(drafts) <= wanted, f"the drafter proposed {len(drafts)} tokens where {wanted} were asked for"
     rows = len(drafts)
     if rows == 0 or (length.has_bonus and rows < max_rows):
         rows += 1
-    for row in range(draft.rows_run, rows):  # rows that the drafter did not need
+    for row in range(draft.rows_run, rows):  # rows that the drafter has not run
         if row:
             stack.put(row, drafts[row - 1].token)
         stack.draft(row, past, with_head=False, with_logits=False)
@@ -106,7 +106,7 @@ def _round(
 
     emitted = len(verdict.tokens)
     sequence.commit(1)
-    stack.keep_state(emitted - 1)  # the row that predicted the newest token sits just before it
+    stack.keep_state(emitted - 1)  # the row that predicted the newest token
     drafter.observe(emitted, rows)
     stats.count_round(len(drafts), verdict.accepted, emitted)
     stats.draft_s += drafted - started

@@ -1,6 +1,6 @@
 """What the decoding loops yield and count.
 
-Accounting identity, at every moment between two steps and after any end::
+These identities hold between any two steps, and after a generation ends in any way::
 
     emitted + discarded == prefilled + plain + exited + accepted + corrected + bonus
     drafted             == accepted + rejected
@@ -18,10 +18,11 @@ class Step:
 
     Attributes:
         token: Its id.
-        from_draft: The exit proposed it and the whole model accepted it.
-        exit_layer: Layers run before the head that named it; all of the model's for the final head.
-        confidence: Probability that this head gave its most likely token.
-        pending: Positions that waited for the layers above when it was decided, its own included; 0 where none did.
+        from_draft: Whether a drafter proposed it and the whole model accepted it.
+        exit_layer: Layers run to predict it: those before the exit that predicted it, or all layers of the model; 0 if
+            the drafter runs no layer.
+        confidence: The probability that this head or drafter gave to its most likely token.
+        pending: Positions that waited for the layers above when it was decided, including its own; 0 if none waited.
     """
 
     token: int
@@ -33,34 +34,36 @@ class Step:
 
 @dataclass(slots=True)
 class Stats:
-    """What one generation did. Tokens unless the name says otherwise.
+    """What one generation did: counts of tokens, unless the description says otherwise.
 
     Attributes:
         prompt: Tokens of the prompt.
         reused: Prompt tokens whose cache was kept from the generation before.
-        emitted: Handed to the caller.
-        discarded: Decided, but not handed over: the rest of a round inside which the caller stopped, or is still.
-        prefilled: Decided by the prefill run (0 or 1).
-        plain: Decided by full runs without a draft.
-        exited: Decided by an exit, without verification.
-        exits: Emitted tokens by the depth of the head that named them.
-        drafted: Proposed by the exit.
-        accepted: Drafted ones that the whole model agreed with, up to the first it did not.
-        rejected: The other drafted ones.
-        corrected: The whole model's own token in place of the first rejected one.
-        bonus: The whole model's token after a fully accepted draft.
+        emitted: Tokens that the caller received.
+        discarded: Tokens that were decided but not emitted: the rest of a round in which the caller stopped, or of the
+            round that is being emitted.
+        prefilled: Tokens decided by the prefill run (0 or 1).
+        plain: Tokens decided by full runs without a draft.
+        exited: Tokens decided by an exit, without verification.
+        exits: Emitted tokens by the number of layers run to predict them.
+        drafted: Tokens that the drafter proposed.
+        accepted: Drafted tokens that the whole model agreed with, up to the first that it rejected.
+        rejected: All other drafted tokens.
+        corrected: Tokens of the whole model in place of the first rejected one of a round.
+        bonus: Tokens of the whole model after a fully accepted draft.
         rounds: Rounds with at least one drafted token.
         drafted_at: Drafted tokens by position in their round, from 0.
         accepted_at: Accepted tokens by position in their round, from 0.
         prefill_s: Seconds of the prefill.
-        draft_s: Seconds in the lower segments.
-        verify_s: Seconds in the upper segments; with a pipeline, beside those in the lower ones.
-        settle_s: Seconds in which the upper segments caught up at the end.
-        elapsed_s: Seconds from the request to the last token, the caller's own time included.
+        draft_s: Seconds of drafting and in the lower segments.
+        verify_s: Seconds in the upper segments; with a pipeline they overlap with those in the lower ones.
+        settle_s: Seconds that the upper segments took to catch up at the end.
+        elapsed_s: Seconds from the request to the last token, including the caller's own time.
         first_token_s: Seconds from the request to the first token.
         draft_runs: Rows run through the lower segments.
         verify_runs: Runs of the upper segments.
-        predicted_gain: Speed of drafting over plain decoding that the adaptive rule predicted last; 0 before it could.
+        predicted_gain: The adaptive rule's latest prediction of the speed of drafting over plain decoding; 0 until
+            there is one.
     """
 
     prompt: int = 0
@@ -90,7 +93,7 @@ class Stats:
     predicted_gain: float = 0.0
 
     def count_emitted(self, depth: int) -> None:
-        """Count one token handed over, named by the head after ``depth`` layers."""
+        """Count one emitted token that was predicted after ``depth`` layers."""
         self.emitted += 1
         self.exits[depth] = self.exits.get(depth, 0) + 1
 
@@ -99,8 +102,8 @@ class Stats:
 
         Args:
             drafted: Tokens proposed; a round without any is a plain step.
-            accepted: Those of them that the whole model agreed with, up to the first that it did not.
-            decided: Tokens that the round decided: the accepted ones, and the whole model's own behind them, if any.
+            accepted: Proposed tokens that the whole model agreed with, up to the first that it rejected.
+            decided: Tokens that the round decided: the accepted ones, and the whole model's own after them, if any.
         """
         if not drafted:
             self.plain += decided
@@ -121,43 +124,43 @@ class Stats:
 
     @property
     def is_balanced(self) -> bool:
-        """Whether the accounting identity holds."""
+        """Whether both identities of the module's docstring hold."""
         decided = self.prefilled + self.plain + self.exited + self.accepted + self.corrected + self.bonus
         return self.emitted + self.discarded == decided and self.drafted == self.accepted + self.rejected
 
     @property
     def acceptance(self) -> float:
-        """Accepted / drafted; 0 when nothing was drafted."""
+        """The acceptance rate, accepted / drafted; 0 if nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def alpha(self) -> float:
-        """Probability that one judged token is accepted: accepted / (accepted + corrected).
+        """The probability that one judged token is accepted: accepted / (accepted + corrected).
 
-        Unlike :attr:`acceptance` it does not count tokens drafted after the first rejected one. A round that ends in
-        a full accept without bonus adds no correction.
+        Unlike :attr:`acceptance`, it does not count tokens drafted after the first rejected one. A round whose drafts
+        are all accepted adds no correction.
         """
         judged = self.accepted + self.corrected
         return self.accepted / judged if judged else 0.0
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens decided per run of the upper segments, the prefill left out."""
+        """Tokens decided per run of the upper segments, without the prefill."""
         decided = self.plain + self.exited + self.accepted + self.corrected + self.bonus
         return decided / self.verify_runs if self.verify_runs else 0.0
 
     @property
     def mean_exit_layer(self) -> float:
-        """Mean depth of the heads that named the emitted tokens; 0 before the first."""
+        """Mean number of layers run to predict the emitted tokens; 0 before the first."""
         return sum(depth * count for depth, count in self.exits.items()) / self.emitted if self.emitted else 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoding speed after the first token."""
+        """Decoding speed in tokens per second, after the first token."""
         decode_s = self.elapsed_s - self.first_token_s
         return (self.emitted - 1) / decode_s if self.emitted > 1 and decode_s > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return counts and derived figures as JSON-ready data."""
+        """Return the counts, and the figures derived from them, as JSON data."""
         derived = ("acceptance", "alpha", "tokens_per_round", "mean_exit_layer", "tokens_per_s")
         return asdict(self) | {name: getattr(self, name) for name in derived}

@@ -1,4 +1,4 @@
-"""One running generation: token by token, with the text that became certain; stops, cancellation, the account."""
+"""One running generation: yields tokens with the text that became certain; handles stops, cancelling and counts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Token:
 
     Attributes:
         id: Its id.
-        text: Text that became certain with it; empty while characters or a possible stop string are incomplete.
-        from_draft: The exit proposed it and the whole model accepted it.
-        exit_layer: Layers run before the head that named it; all of the model's for the final head.
-        confidence: Probability that this head gave its most likely token.
-        pending: Positions that waited for the layers above when it was decided; 0 where none did.
+        text: Text that became certain with it; empty while a character or a possible stop string is incomplete.
+        from_draft: Whether a drafter proposed it and the whole model accepted it.
+        exit_layer: Layers run to predict it, see :class:`~shortstack.runtime.decode.step.Step`.
+        confidence: The probability that this head or drafter gave to its most likely token.
+        pending: Positions that waited for the layers above when it was decided, including its own; 0 if none waited.
     """
 
     id: int
@@ -38,7 +38,7 @@ class Token:
 
 
 class Stream(Iterator[Token]):
-    """Iterate over it for tokens; afterwards :attr:`finish_reason` and :attr:`stats` are final.
+    """An iterator over tokens. After the last one, :attr:`finish_reason` and :attr:`stats` are final.
 
     Args:
         steps: The decoding loop.
@@ -46,15 +46,15 @@ class Stream(Iterator[Token]):
         tokenizer: Turns ids into text.
         eos_ids: Token ids that end the text.
         stop: Strings that end the text.
-        limit: The token count at which the loop ends by itself.
+        limit: The number of tokens after which the loop ends by itself.
         limit_reason: What set that limit: the request ("length") or the context ("context").
 
     Attributes:
         stats: Counts and times.
         token_ids: The ids so far.
-        text: What the tokens' texts make up so far; at the end also what a cancelled generation still held back.
-        finish_reason: Why it ended: an end-of-sequence token, a stop string, max_new_tokens, the context's end, or
-            :meth:`cancel`; None while it runs.
+        text: The texts of the tokens so far, joined. When a generation is cancelled, the text held back is added.
+        finish_reason: Why it ended: an end-of-sequence token, a stop string, ``max_new_tokens``, the context's end, or
+            :meth:`cancel` or :meth:`close`; None while it runs.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Stream(Iterator[Token]):
         return Token(step.token, text, step.from_draft, step.exit_layer, step.confidence, step.pending)
 
     def cancel(self) -> None:
-        """End the generation before the next token; may be called from another thread."""
+        """End the generation before its next token; another thread may call this."""
         self._is_cancelled = True
 
     def close(self) -> None:
@@ -120,13 +120,13 @@ class Stream(Iterator[Token]):
             self.text += self._end("cancelled")
 
     def supersede(self) -> None:
-        """End a generation that is still running because a newer one takes the cache."""
+        """End the generation, if it is still running, because a newer one takes the cache."""
         if self.finish_reason is None:
             self._is_superseded = True
             self._close_steps()
 
     def _end(self, reason: FinishReason) -> str:
-        """End the loop and return all text held back, up to a stop string that still completes in it."""
+        """End the loop and return the text held back, cut at a stop string if it completes one."""
         self._close_steps()
         rest, is_stopped = self._stop.push(self._decoder.flush())
         self.finish_reason = "stop" if is_stopped else reason

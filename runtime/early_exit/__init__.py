@@ -1,1 +1,1 @@
-"""Early exit: tokens leave at the first exit that is sure of them, and the layers above catch up later."""
+"""Early exit: a token leaves at the first exit that is sure of it, and the layers above catch up later."""

@@ -1,4 +1,4 @@
-"""Rounds by flush or by pipeline, whichever takes less time per token here; the other is tried again now and then."""
+"""Runs each round by flush or by pipeline, whichever takes less time per row; tries the other again now and then."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shortstack.runtime.decode.remeasure import Remeasure
 from shortstack.runtime.early_exit.catch_up import CatchUp
 
 Way = Literal["flush", "pipeline"]
-_WEIGHT = 0.2  # of one round in a running mean
+_WEIGHT = 0.2  # weight of one round in the running mean
 
 
 class WayCosts:
-    """Seconds per row that each way was measured to take; outlives a generation."""
+    """Measured seconds per row of each way, kept from one generation to the next."""
 
     def __init__(self) -> None:
         self._row_s: dict[Way, float] = {}
@@ -22,7 +22,7 @@ class WayCosts:
 
     @property
     def best(self) -> Way:
-        """The cheaper way so far."""
+        """The faster way so far."""
         return min(self._row_s, key=lambda way: self._row_s[way], default="flush")
 
     def choose(self) -> Way:
@@ -35,18 +35,18 @@ class WayCosts:
         return "pipeline" if self.best == "flush" else "flush"
 
     def observe(self, way: Way, rows: int, elapsed_s: float) -> None:
-        """Learn what a round of so many rows took."""
+        """Learn the time that a round of ``rows`` rows took."""
         row_s = elapsed_s / rows
         old = self._row_s.get(way)
         self._row_s[way] = row_s if old is None else old + _WEIGHT * (row_s - old)
 
 
 class AutoCatchUp:
-    """See :class:`~shortstack.runtime.early_exit.catch_up.CatchUp`; rounds of one row say nothing and are not measured.
+    """See :class:`~shortstack.runtime.early_exit.catch_up.CatchUp`. Rounds of one row tell nothing and do not count.
 
     Args:
-        ways: How to make each way; made at its first round.
-        costs: What was learned so far.
+        ways: Functions that create each way; each is called at the first round of its way.
+        costs: Measured costs so far.
     """
 
     def __init__(self, ways: dict[Way, Callable[[], CatchUp]], costs: WayCosts) -> None:
@@ -86,7 +86,9 @@ class AutoCatchUp:
 
     def fill_pending(self, rows: int) -> None:
         """See :meth:`CatchUp.fill_pending`."""
+        started = time.perf_counter()
         self._made[self._way].fill_pending(rows)
+        self._elapsed_s += time.perf_counter() - started
 
     def close(self) -> None:
         """See :meth:`CatchUp.close`."""

@@ -1,18 +1,19 @@
-"""How the rows of a round get up the levels, and when.
+"""How and when the levels run on the rows of a round.
 
-A round starts where every level has run on everything before it. Its newest row enters the lowest level; at each exit
-the loop decides whether the row's token leaves or the row climbs on. Rows whose tokens left are *pending*: the levels
-above run on them later, on the residual stream that the level below left in their rows, so no level ever runs twice.
+When a round starts, every level has run on all positions before it. The newest row enters the lowest level. At each
+exit the loop decides whether the row's token leaves or the next level runs on the row too. Rows whose tokens left are
+*pending*: the levels above run on them later. They read the residual stream that the level below left in those rows, so
+no level runs on a row twice.
 
 ================  =====================================================================================================
-flush             a level runs on all rows it lacks, in one run, when the newest row needs it
-recompute         the same, but every run starts at the round's first row again, in every level, as EE-LLM does
-pipeline          a thread per level runs on rows as soon as the level below has left them (:mod:`.pipeline`)
-auto              rounds by flush or by pipeline, whichever is measured to be faster (:mod:`.auto`)
+flush             when the newest row needs a level, the level runs once on all rows that it has not seen
+recompute         the same, but in every level every run starts at the round's first row again, as in EE-LLM
+pipeline          a thread per level runs on rows as soon as the level below has finished them (:mod:`.pipeline`)
+auto              flush or pipeline for each round, whichever is measured to be faster (:mod:`.auto`)
 ================  =====================================================================================================
 
-Whatever the way, a level writes the same keys and values. Levels above the last one that owns a cache have nothing to
-catch up with: they run on the newest row alone, unless somebody wants their head's word on all rows.
+In every way a level writes the same keys and values. Levels above the last one that owns a cache have nothing to catch
+up with. Flush runs them on the newest row alone, unless the outputs of their heads are needed for all rows.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from shortstack.runtime.engine.decoder import LeveledDecoder
 
 
 class CatchUp(Protocol):
-    """One way to get rows up the levels."""
+    """One way to run the levels on the rows of a round."""
 
     def begin_round(self, past: int) -> None:
-        """Start a round at position ``past``; every level has run on everything before it."""
+        """Start a round at position ``past``; every level has run on all positions before it."""
         ...
 
     def run_lowest(self, row: int, with_logits: bool) -> None:
@@ -37,22 +38,22 @@ class CatchUp(Protocol):
         ...
 
     def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
-        """Have a level run on all rows up to this one, its head on the last ``num_rows`` of them.
+        """Run a level on all rows up to this one that it has not run on, and its head on the last ``num_rows`` rows.
 
-        Without a head, nothing happens if it has run on them already.
+        If ``num_rows`` is 0 and the level has run on all of them, nothing happens.
         """
         ...
 
     def mark_pending(self, level: int, row: int) -> None:
-        """Say that a row's token left at a level's exit, so that the row is pending."""
+        """Record that a row's token left at a level's exit, so that the row is pending."""
         ...
 
     def fill_pending(self, rows: int) -> None:
-        """Have every level run on the first ``rows`` rows, without heads."""
+        """Run the first ``rows`` rows through every level up to the last that owns a cache, without heads."""
         ...
 
     def close(self) -> None:
-        """Let go of whatever it holds; may be called at any moment."""
+        """Release threads and other resources; may be called at any time."""
         ...
 
 
@@ -61,10 +62,10 @@ class FlushCatchUp:
 
     Args:
         stack: The model.
-        stats: Counts what is done.
-        cap: Told what runs of the last level take.
-        recomputes: Start every run at the round's first row.
-        fills_all: Levels without a cache run on pending rows, too, because their heads are wanted there.
+        stats: Counts runs and seconds.
+        cap: Learns how long runs of the last level take.
+        recomputes: Whether every run starts at the round's first row.
+        fills_all: Whether levels without a cache run on pending rows too, because their heads are needed there.
     """
 
     def __init__(
@@ -132,5 +133,5 @@ class FlushCatchUp:
 
 
 def reserve_round(stack: LeveledDecoder, past: int) -> None:
-    """Make room for a whole round at position ``past``, so that nothing moves while it runs."""
+    """Make room for a whole round at position ``past``, so that no buffer is replaced during the round."""
     stack.reserve(min(past + stack.window, stack.max_length), past)

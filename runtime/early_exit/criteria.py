@@ -1,27 +1,28 @@
-"""When a token may leave at an exit: one small class per criterion, all over what the exit says anyway.
+"""When a token may leave at an exit: one small class per criterion. Each reads only what exits compute anyway.
 
 ==============================  ======================================================================  ==============
-expression                      a token leaves where                                                    known from
+expression                      a token leaves at an exit if                                            known from
 ==============================  ======================================================================  ==============
 ``top_prob >= 0.9``             the most likely token has at least this probability                     EE-LLM
 ``margin >= 0.5``               ... is ahead of the second by at least this probability                 CALM
 ``entropy <= 0.5``              the distribution's entropy, in nats, is at most this                    DeeBERT
-``similarity >= 0.99``          the residual stream points where it did at the exit below               CALM
-``gate >= 0.8``                 the exit's learned gate says so; needs exits with gates                 CALM
-``patience >= 2``               so many exits in a row, this one included, name the same token          PABEE
-``votes >= 3``                  so many of the exits so far, this one included, name this exit's token  voting
-``mean_prob >= 0.8``            the mean over the exits so far of the probability that they give this   averaging
-                                exit's token; 0 for an exit that names another
+``similarity >= 0.99``          the residual stream has at least this cosine with that at the exit      CALM
+                                below
+``gate >= 0.8``                 the exit's learned gate gives at least this; needs an exit with a gate  CALM
+``patience >= 2``               this many exits in a row, up to this one, predict the same token        PABEE
+``votes >= 3``                  this many of the exits so far, with this one, predict its token         voting
+``mean_prob >= 0.8``            the exits so far give its token this probability on average; an exit    averaging
+                                that predicts another token counts as 0
 ``max_depth = 24..8``           the exit's depth has reached a bound that falls linearly from the first SkipDecode
                                 to the last token that may be generated
-``never``, ``always``           never; at the lowest exit
+``never``, ``always``           never; always, and so at the lowest exit
 ==============================  ======================================================================  ==============
 
 Sources: EE-LLM https://arxiv.org/abs/2312.04916, CALM https://arxiv.org/abs/2207.07061, DeeBERT
 https://arxiv.org/abs/2004.12993, PABEE https://arxiv.org/abs/2006.04152, SkipDecode https://arxiv.org/abs/2307.02628.
 
-Criteria combine with ``and`` and ``or``. What needs a backward pass or dropout at inference (gradient norms, layer-wise
-relevance propagation, Monte Carlo dropout) cannot be computed from inference graphs and is not here.
+Criteria combine with ``and`` and ``or``. Criteria that need a backward pass or dropout at inference (gradient norms,
+layer-wise relevance propagation, Monte Carlo dropout) cannot be computed from inference graphs and are not supported.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from shortstack.runtime.early_exit.reading import Reading
 
 Need = Literal["gate", "similarity"]
 Measure = Literal["top_prob", "margin", "entropy", "similarity", "gate", "mean_prob"]
-MEASURES: dict[Measure, tuple[str, float]] = {  # the comparison, and the smallest threshold that means something
+MEASURES: dict[Measure, tuple[str, float]] = {  # the comparison, and the lowest threshold that makes sense
     "top_prob": (">=", 0.0),
     "margin": (">=", 0.0),
     "entropy": ("<=", 0.0),
@@ -43,29 +44,29 @@ MEASURES: dict[Measure, tuple[str, float]] = {  # the comparison, and the smalle
     "gate": (">=", 0.0),
     "mean_prob": (">=", 0.0),
 }
-_DECAYED_SHARE = 0.1  # of a decaying threshold
+_DECAYED_SHARE = 0.1  # the share of a threshold that its decay removes in the limit
 
 
 class Criterion(Protocol):
-    """A rule that says whether a token leaves; its ``str`` is the expression that makes it again."""
+    """A rule that decides whether a token leaves. Parsing its ``str`` gives an equal criterion."""
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it needs besides what every exit gives."""
+        """The values that it needs beyond those that every exit computes."""
         ...
 
     @property
     def least_exits(self) -> int:
-        """How many exits must be in use for it ever to say yes."""
+        """With fewer exits in use, no token can ever leave."""
         ...
 
     @property
     def exit_layers(self) -> frozenset[int]:
-        """The exits that it names."""
+        """The exits that the criterion names."""
         ...
 
     def leaves(self, reading: Reading) -> bool:
-        """Return whether the token leaves at the exit that said this."""
+        """Return whether the token leaves at the exit with this reading."""
         ...
 
 
@@ -77,7 +78,8 @@ class Threshold:
         value: The bound.
         by_exit: Other bounds for some exits, (exit layer, bound), ascending.
         decay: tau of CALM's decaying threshold, lambda_t = 0.9 lambda + 0.1 lambda exp(-tau t / N) for the t-th of at
-            most N tokens, as its code has it (arXiv 2207.07061, section 4.2): early tokens matter more. None: constant.
+            most N tokens, as in CALM's code (arXiv 2207.07061, section 4.2). It falls because early tokens matter more.
+            None: constant.
     """
 
     value: float
@@ -99,14 +101,15 @@ class Threshold:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A measure against a threshold.
+    """A measure compared with a threshold.
 
     Attributes:
-        measure: What is compared.
-        threshold: With what.
+        measure: The measure.
+        threshold: The threshold.
 
     Raises:
-        RequestError: An unknown measure, or a threshold that is no number or below its range.
+        RequestError: The measure is unknown, the threshold is not a number or below its range, or the decay is not
+            positive or not defined for this measure.
     """
 
     measure: Measure
@@ -126,7 +129,7 @@ class Bound:
         if decay is not None and not (math.isfinite(decay) and decay > 0):
             raise RequestError(f"decay of {self.measure}", found=decay, expected="above 0")
         if decay is not None and comparison == "<=":
-            raise RequestError(f"{self.measure} has no decay", remedy="leave out the part behind ~")
+            raise RequestError(f"{self.measure} has no decay", remedy="leave out ~ and the number after it")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -135,7 +138,7 @@ class Bound:
 
     @property
     def least_exits(self) -> int:
-        """See :class:`Criterion`; there is no exit below the lowest to be similar to."""
+        """See :class:`Criterion`; a similarity compares with the exit below, which the lowest exit does not have."""
         return 2 if self.measure == "similarity" else 1
 
     @property
@@ -156,7 +159,7 @@ class Bound:
 
 
 def measured(reading: Reading, measure: Measure) -> float | None:
-    """Return the value of a measure; None where the exit does not give it."""
+    """Return the value of a measure; None if the exit does not compute it."""
     if measure == "mean_prob":
         readings = (*reading.below, reading)
         return sum(r.top_prob for r in readings if r.token == reading.token) / len(readings)
@@ -166,10 +169,10 @@ def measured(reading: Reading, measure: Measure) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """So many exits in a row name the same token.
+    """A number of exits in a row predict the same token.
 
     Attributes:
-        exits: How many, the last one included.
+        exits: How many, including this one.
     """
 
     exits: int
@@ -195,10 +198,10 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Votes:
-    """So many of the exits so far name this exit's token.
+    """A number of the exits so far predict this exit's token.
 
     Attributes:
-        votes: How many, this exit's own included.
+        votes: How many, including this one.
     """
 
     votes: int
@@ -253,10 +256,10 @@ class MaxDepth:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """No token leaves, or every one at the lowest exit.
+    """Every token leaves at the lowest exit, or none leaves at all.
 
     Attributes:
-        always: Which.
+        always: Whether every token leaves.
     """
 
     always: bool
@@ -274,11 +277,11 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """Several criteria of which every one, or at least one, says yes.
+    """Several criteria joined by ``and`` or by ``or``.
 
     Attributes:
         criteria: The criteria.
-        by: ``and``, or ``or``.
+        by: ``and`` if all must agree that a token leaves, ``or`` if one is enough.
     """
 
     criteria: tuple[Criterion, ...]
@@ -306,7 +309,7 @@ class Combined:
         return all(found) if self.by == "and" else any(found)
 
     def __str__(self) -> str:
-        def shown(c: Criterion) -> str:  # `and` binds tighter
+        def shown(c: Criterion) -> str:  # `and` binds more tightly
             is_looser = self.by == "and" and isinstance(c, Combined) and c.by == "or"
             return f"({c})" if is_looser else str(c)
 

@@ -1,4 +1,4 @@
-"""Exit criteria as text: ``margin >= 0.5 and patience >= 2``, with thresholds per exit and position.
+"""Parses exit criteria from text: ``margin >= 0.5 and patience >= 2``, with thresholds per exit and position.
 
 ::
 
@@ -9,8 +9,9 @@
                | "max_depth = 24..8" | "never" | "always"
     threshold  = number [ "[" exit ":" number { "," exit ":" number } "]" ] [ "~" decay ]
 
-``top_prob >= 0.9 [4: 0.95, 8: 0.8] ~ 4`` asks for 0.95 after 4 layers, for 0.8 after 8 and for 0.9 elsewhere, all of
-them falling with CALM's decay of 4. ``top_prob >= auto`` is learned while decoding (:mod:`.adaptive`) and stands alone.
+``top_prob >= 0.9 [4: 0.95, 8: 0.8] ~ 4`` asks for 0.95 after 4 layers, for 0.8 after 8 and for 0.9 at all other exits;
+all three fall with CALM's decay of 4. The threshold of ``top_prob >= auto`` is learned while decoding
+(:mod:`.adaptive`); it cannot be combined with other criteria.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ _TOKEN = re.compile(
 _COUNTS: dict[str, type[Patience] | type[Votes]] = {"patience": Patience, "votes": Votes}
 _NAMES = (*MEASURES, *_COUNTS, "max_depth", "never", "always")
 EXAMPLE = "top_prob >= 0.9"
-_DEEPEST = 32  # parentheses within each other
+_DEEPEST = 32  # nested parentheses
 
 
 def parse_criterion(text: str) -> Criterion:
     """Return the criterion that an expression describes.
 
     Raises:
-        RequestError: It is no such expression, or a value in it is out of range.
+        RequestError: The text is not a valid expression, or a value in it is out of range.
     """
     parser = _Parser(text)
     criterion = parser.either()
     parser.expect_end()
     if parser.has_auto and not isinstance(criterion, Adaptive):
         raise RequestError(
-            f"exit criterion {text!r}: a threshold of {AUTO} does not go with other criteria",
-            remedy=f"leave the others out, or give a number in place of {AUTO}",
+            f"exit criterion {text!r}: a threshold of {AUTO} cannot be combined with other criteria",
+            remedy=f"leave the others out, or give a number instead of {AUTO}",
         )
     return criterion
 
@@ -109,7 +110,7 @@ class _Parser:
                 self._need(comparison)
                 if self._take(AUTO):
                     self.has_auto = True
-                    return Adaptive(measure)  # type: ignore[arg-type] # refuses the others
+                    return Adaptive(measure)  # type: ignore[arg-type] # it refuses other measures
                 return Bound(measure, self._threshold())
         raise self._error(name, " or ".join(_NAMES))
 
@@ -123,6 +124,8 @@ class _Parser:
         if self._take("["):
             while True:
                 layer = self._integer()
+                if layer in by_exit:
+                    raise self._error(str(layer), "an exit that has no threshold yet")
                 self._need(":")
                 by_exit[layer] = self._number()
                 if not self._take(","):

@@ -1,22 +1,22 @@
 """Early exit: a token leaves at the first exit that is sure of it; the layers above catch up with pending rows later.
 
-One round without verification, exits after 4 and 12 layers; ``n`` marks where a level's cache was filled::
+One round without verification, with exits after 4 and 12 layers. Each level's line shows the rows that its runs cover::
 
     row          0       1       2       3
     level 0      run     run     run     run          each on its own
     exit 4       leaves  leaves  unsure  unsure
-    level 1      -       -       0 1 2   3            one run fills what is missing
+    level 1      -       -       0 1 2   3            one run fills the rows that are missing
     exit 12                      leaves  unsure
     level 2      -       -       -       0 1 2 3      the round ends: every cache is exact
     final                                decides
 
-The prompt runs full depth, so the first token is always the whole model's (unless ``prefill_exit``). A round is ended
-by a row that no exit is sure of, or when so many rows are pending that waiting longer does not pay (:mod:`.pending`):
-then the levels above catch up, and no decision changes. So what is generated does not depend on when they do. Pending
-rows that are left when the iteration stops are filled then, and the cache can be handed on.
+The prompt runs through all layers, so the whole model predicts the first token (unless ``prefill_exit`` is set). A
+round ends with a row that no exit is sure of, or when so many rows are pending that waiting longer does not pay
+(:mod:`.pending`). Then the levels above catch up. This changes no decision, so the output does not depend on when it
+happens. If the iteration stops while rows are pending, they are filled then, and the next generation can use the cache.
 
-With verification nothing is emitted before the whole model has judged it: the round is self-speculative decoding whose
-drafts come from any exit and end where the criterion says so.
+With verification, no token is emitted before the whole model has judged it. A round is then self-speculative decoding:
+any exit may draft, and a draft ends at the first row where no token leaves.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ Observer = Callable[[Reading, bool], None]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where a row's token was decided.
+    """Which head decides a row's token.
 
     Attributes:
-        level: Of the head that decides; the last one is the final head's.
-        reading: What the exit said; None for the final head.
+        level: The level of that head; the last level has the final head.
+        reading: The exit's reading; None for the final head.
     """
 
     level: int
@@ -60,15 +60,15 @@ class EarlyExit:
 
     Args:
         stack: The model.
-        sequence: The prompt, at least one token not cached; grows by what is emitted.
+        sequence: The prompt, with at least one token that is not cached; grows by each emitted token.
         choice: How tokens are chosen.
-        stats: Counts what is done.
-        max_new_tokens: How many to emit at most.
+        stats: Counts tokens, runs and seconds.
+        max_new_tokens: The most tokens to emit.
         policy: How tokens leave; its exits are those of the stack.
-        catch_up: How rows get up the levels; closed at the end.
+        catch_up: Runs the levels on the rows; the generation closes it at the end.
         cap: How many rows may be pending.
-        observe: Called with what an exit said and whether the whole model named the same token, for every token that
-            left; makes the final head look at all pending rows. None: nobody wants to know.
+        observe: Called for every token that left, with the exit's reading and whether the whole model predicted the
+            same token. It makes the final head run on all pending rows. None: no observer.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class EarlyExit:
         self._cap = cap
         self._observe = observe
         self._last = len(stack.heads) - 1
-        self._leaves_holes = stack.filling_levels > 1  # otherwise nothing is ever pending
-        self._left: list[Reading] = []  # what the exits said of the round's pending rows
+        self._leaves_holes = stack.filling_levels > 1  # otherwise no row is ever pending
+        self._left: list[Reading] = []  # the exits' readings for the round's pending rows
         self._prompt: _PendingPrompt | None = None
 
     def steps(self) -> Iterator[Step]:
-        """Yield one step per token; whatever stops the iteration, all tokens but the newest are cached afterwards."""
+        """Yield one step per token. Whenever the caller stops, all tokens but the newest are cached afterwards."""
         try:
             if self._max_new_tokens > 0:
                 yield self._first()
@@ -115,12 +115,12 @@ class EarlyExit:
 
     def _first(self) -> Step:
         """Decide the first token from the prompt."""
-        if self._policy.prefill_exit and (step := self._leave_from_prompt()) is not None:
-            return step
+        if self._policy.prefill_exit:
+            return self._leave_from_prompt()
         return self._emit(prefill(self._stack, self._sequence, self._choice, self._stats), self._last, 0, 0)
 
-    def _leave_from_prompt(self) -> Step | None:
-        """Run the prompt up to the first exit that is sure; None if that is none, and everything is run then."""
+    def _leave_from_prompt(self) -> Step:
+        """Run the prompt up to the first exit that is sure, or else through all levels; return the first step."""
         started = time.perf_counter()
         prompt = _PendingPrompt(self._stack, self._sequence.tokens[self._sequence.cached :], self._sequence.cached)
         below: list[Reading] = []
@@ -142,7 +142,7 @@ class EarlyExit:
         return self._emit(token, self._last, 0, 0)
 
     def _unverified(self) -> Iterator[Step]:
-        """Emit what leaves at once."""
+        """Emit each token as soon as it leaves."""
         while self._has_room():
             if len(self._left) >= (self._cap.rows if self._leaves_holes else self._stack.window):
                 self._fill_all()
@@ -168,7 +168,7 @@ class EarlyExit:
                 yield self._emit(token, decision.level, row, row + 1 if self._leaves_holes else 0)
 
     def _verified(self) -> Iterator[Step]:
-        """Emit what the whole model has judged."""
+        """Emit tokens only after the whole model has judged them."""
         while self._has_room():
             first = len(self._sequence)
             rows = min(self._cap.rows, self._max_new_tokens - self._stats.emitted, self._stack.max_length - first)
@@ -195,7 +195,7 @@ class EarlyExit:
             yield from emit(self._stack, self._sequence, self._stats, drafts, verdict, pending=len(drafts))
 
     def _decide(self, row: int) -> Decision:
-        """Run a row up to the first exit that is sure of it; at the last level it has not been run yet."""
+        """Run a row up to the first exit that is sure of it. If no exit is, the last level has yet to run on it."""
         with_logits = self._choice.needs_logits
         self._raise_prompt(0)
         self._catch_up.run_lowest(row, with_logits)
@@ -211,7 +211,7 @@ class EarlyExit:
         return Decision(self._last, None)
 
     def _run_to_the_top(self, row: int, num_rows: int) -> None:
-        """Run every level on all rows up to this one, the final head on the last ``num_rows``."""
+        """Run every level on all rows up to this one, and the final head on the last ``num_rows`` of them."""
         self._raise_prompt(self._last)
         for level in range(1, self._last):
             self._catch_up.run_level(level, row, 0, False)
@@ -219,7 +219,7 @@ class EarlyExit:
         self._catch_up.run_level(self._last, row, num_rows, with_logits)
 
     def _fill_all(self) -> None:
-        """Have every level run on what is pending, and start a new round behind it."""
+        """Complete all pending rows in every level and end the round."""
         rows = len(self._left)
         self._raise_prompt(self._last)
         if self._observe is None:
@@ -229,7 +229,7 @@ class EarlyExit:
             self._label()
         self._left.clear()
         self._sequence.commit(rows)
-        self._stack.keep_state(rows)  # the exit's guess, as the next row would have seen it without catching up
+        self._stack.keep_state(rows)  # the exit's guess, which the next row would have seen without catching up
 
     def _read(self, level: int, row: int, below: Sequence[Reading]) -> Reading:
         return read(
@@ -248,7 +248,7 @@ class EarlyExit:
         return judge_likely(self._stack.final, rows, drafts, self._policy.rollback_below)
 
     def _label(self) -> None:
-        """Tell the observer which of the pending rows the whole model agrees with."""
+        """Report to the observer on which pending rows the whole model agrees with the exit."""
         if self._observe is not None:
             for row, reading in enumerate(self._left):
                 self._observe(reading, reading.token == int(self._stack.final.token[row]))
@@ -264,7 +264,7 @@ class EarlyExit:
         return self._stats.emitted < self._max_new_tokens and len(self._sequence) < self._stack.max_length
 
     def _raise_prompt(self, level: int) -> None:
-        """Run a prompt that left early through a level, before the rows behind it run there."""
+        """Run a prompt that left early through a level, before the rows after it run there."""
         if self._prompt is not None:
             top = self._stack.filling_levels - 1
             self._prompt.raise_to(min(level, top), False)
@@ -273,7 +273,7 @@ class EarlyExit:
                 self._prompt = None
 
     def _fill_at_the_end(self) -> None:
-        """Fill what is pending in every level."""
+        """Complete the prompt and all pending rows in every level."""
         started = time.perf_counter()
         self._raise_prompt(self._last)
         if self._left:
@@ -282,7 +282,7 @@ class EarlyExit:
 
 
 class _PendingPrompt:
-    """A prompt that has not been through all levels yet."""
+    """A prompt that has not run through all levels yet."""
 
     def __init__(self, stack: LeveledDecoder, tokens: Sequence[int], past: int) -> None:
         self._stack = stack
@@ -291,23 +291,23 @@ class _PendingPrompt:
         self.tokens = tokens
 
     def raise_to(self, level: int, with_logits: bool) -> None:
-        """Run the levels up to this one that it has not been through."""
+        """Run all levels up to this one that the prompt has not been through."""
         while self._levels <= level:
             self._stack.prefill_level(self._levels, self.tokens, self._past, with_logits)
             self._levels += 1
 
 
 def judge_likely(head: Head, rows: int, drafts: Sequence[Proposal], least: float) -> Verdict:
-    """Accept drafts up to the first that the whole model gives less than ``least``; there its own best token follows.
+    """Accept drafts up to the first that the whole model finds less likely than ``least``; its own token replaces it.
 
-    The rule of FREE (arXiv 2310.05424, section 3.3) with a probability in place of its loss: -log p >
-    rho is p < e^-rho.
+    This is the rule of FREE (arXiv 2310.05424, section 3.3) with a probability instead of a loss: -log p > rho is the
+    same as p < e^-rho. A draft that is the whole model's most likely token is always accepted.
 
     Args:
         head: The final head, with logits in rows 0..rows-1.
-        rows: As many as there are drafts, or one more for the token behind the last.
+        rows: As many as there are drafts, or one more for the token after the last draft.
         drafts: The tokens that left.
-        least: The probability.
+        least: The lowest probability that is accepted.
     """
     accepted = 0
     for row, draft in enumerate(drafts):

@@ -1,16 +1,17 @@
-"""Pipelined early exit: a thread per level above the lowest, each running on rows that the level below has left.
+"""Pipelined early exit: each level above the lowest has a thread, which runs on rows that the level below has finished.
 
-EE-LLM's second method on one machine, with exact keys and values: while the caller's thread runs the lowest level on
-the next token, the levels above catch up with the ones before, several rows in one run where they have fallen behind::
+This is EE-LLM's second method on one machine, with exact keys and values. While the caller's thread runs the lowest
+level on the next token, the levels above catch up with the tokens before it. A level that has fallen behind takes
+several rows in one run. Here the tokens of rows 0 and 1 leave at the lowest exit, and the token of row 2 does not::
 
-    caller     enter 0   enter 1   enter 2   climb 2 ........ enter 3
+    caller     lowest 0  lowest 1  lowest 2  wait for 2 ..... lowest 3
     level 1       .      [run 0]   [  run 1, 2 with head  ]
     level 2       .         .      [run 0]   .    [run 1, 2 with head]
 
-A level may run on a row once the row below was let through: by :meth:`mark_pending`, by :meth:`run_level`, or by the
-thread of the level below for a row that has left already. What a thread raises is raised in the caller, at its next
-step. Sessions of the levels should have threads of their own (:class:`shortstack.runtime.engine.session.Placement`); on
-one shared pool the levels merely take turns.
+A level's thread may run on a row as soon as the row is released: by :meth:`mark_pending`, by :meth:`run_level`, or, if
+the row's token has left already, by the thread of the level below. An exception in a thread is raised in the caller, at
+its next step. The levels' sessions should have separate thread pools
+(:class:`shortstack.runtime.engine.session.Placement`). On one shared pool the levels only take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class PipelineCatchUp:
 
     Args:
         stack: The model.
-        stats: Counts what is done.
+        stats: Counts runs and seconds.
     """
 
     def __init__(self, stack: LeveledDecoder, stats: Stats) -> None:
@@ -37,11 +38,11 @@ class PipelineCatchUp:
         levels = len(stack.heads)
         self._last = levels - 1
         self._past = 0
-        # All below is guarded by the condition. Rows [done, ready) of a level may be run by its thread.
+        # The condition guards all that follows. A level's thread may run on the rows [done, ready) of its level.
         self._changed = threading.Condition()
         self._ready = [0] * levels
         self._done = [0] * levels
-        self._wanted: list[tuple[int, int, bool] | None] = [None] * levels  # row, num_rows, with_logits of a head
+        self._wanted: list[tuple[int, int, bool] | None] = [None] * levels  # row, num_rows, with_logits of the head
         self._error: BaseException | None = None
         self._is_closing = False
         self._threads = [
@@ -55,7 +56,7 @@ class PipelineCatchUp:
         """See :meth:`CatchUp.begin_round`."""
         with self._changed:
             self._raise_error()
-            assert self._done[1:] == self._ready[1:], "a round begins when all levels have caught up"
+            assert self._done[1:] == self._ready[1:], "a round begins only after all levels have caught up"
             reserve_round(self._stack, past)
             self._past = past
             self._ready = [0] * len(self._ready)
@@ -93,7 +94,7 @@ class PipelineCatchUp:
             self.run_level(level, rows - 1, 0, False)
 
     def close(self) -> None:
-        """See :meth:`CatchUp.close`; a run that has begun is waited for."""
+        """See :meth:`CatchUp.close`; waits for runs that have begun."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -111,7 +112,7 @@ class PipelineCatchUp:
             raise self._error
 
     def _work(self, level: int) -> None:
-        """Run a level on rows as they become ready, until it is closed."""
+        """Run a level on rows as they become ready, until the pipeline is closed or a thread fails."""
         try:
             while (work := self._next_work(level)) is not None:
                 start, end, num_rows, with_logits = work
@@ -121,7 +122,7 @@ class PipelineCatchUp:
                 with self._changed:
                     self._done[level] = end
                     if level < self._last:
-                        # Whether a row with a head climbs on is the caller's decision.
+                        # The caller reads the head's row and decides whether the next level runs on it.
                         passed = end - 1 if num_rows else end
                         self._ready[level + 1] = max(self._ready[level + 1], passed)
                     self._stats.verify_s += elapsed_s
@@ -133,7 +134,7 @@ class PipelineCatchUp:
                 self._changed.notify_all()
 
     def _next_work(self, level: int) -> tuple[int, int, int, bool] | None:
-        """Wait for rows to run; return ``(start, end, num_rows, with_logits)``, or None at the end."""
+        """Wait for rows to run on; return ``(start, end, num_rows, with_logits)``, or None at the end."""
         with self._changed:
             while self._ready[level] <= self._done[level]:
                 if self._is_closing or self._error is not None:

@@ -1,4 +1,4 @@
-"""What a caller asks of early exit: when tokens leave, who checks them, and how the layers above catch up."""
+"""A caller's settings for early exit: when tokens leave, whether they are checked, how the layers above catch up."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ class ExitPolicy:
     Attributes:
         criterion: When a token leaves at an exit.
         exit_layers: The exits in use, ascending, each by the number of layers run before it; None: all of the bundle.
-        verify: ``none``: what leaves is emitted at once, and the layers above only fill their cache (EE-LLM, CALM).
-            ``rollback``: the whole model sees pending tokens before they are emitted, and takes back from the first one
-            on that it gives less than ``rollback_below`` (FREE, https://arxiv.org/abs/2310.05424). ``exact``: it takes
-            back from the first one on that it would not have chosen, which makes the output that of plain decoding.
-        rollback_below: The probability below which ``rollback`` takes a token back, 0..1.
+        verify: ``none``: a token that leaves is emitted at once, and the layers above only fill their cache (EE-LLM,
+            CALM). ``rollback``: the whole model sees pending tokens before they are emitted. It discards the first one
+            to which it gives less than ``rollback_below``, and all after it (FREE, https://arxiv.org/abs/2310.05424).
+            ``exact``: the whole model discards the first one that it would not have chosen, and all after it. The
+            output is then that of plain decoding.
+        rollback_below: The probability below which ``rollback`` discards a token, 0..1.
         kv_policy: How the layers above catch up. ``flush``: in one run over all pending positions, when a token does
-            not leave. ``pipeline``: on threads of their own, while the layers below start the next token. ``auto``:
-            whichever of the two is measured to be faster. ``recompute``: as EE-LLM does it, running pending tokens
-            through the lower layers again; for comparison.
-        max_pending: Positions that may wait for the layers above, 16 at most; changes no unverified token. None: chosen
-            from the measured costs of runs over several rows.
-        prefill_exit: The prompt may leave early, too: the first token comes sooner, and the rest of the prompt's layers
-            are run when the first token does not leave.
+            not leave. ``pipeline``: on separate threads, while the layers below start the next token. ``auto``:
+            whichever of the two is measured to be faster. ``recompute``: as in EE-LLM, pending tokens run through the
+            lower layers again; for comparison.
+        max_pending: How many positions may wait for the layers above; more than 16 counts as 16. Without verification
+            it changes no token. None: chosen from the measured costs of runs over several rows.
+        prefill_exit: Whether the prompt may leave early, too. The first token then comes sooner. The prompt runs
+            through the remaining layers when a later token needs them.
 
     Raises:
-        RequestError: A value that does not exist or is out of range, or two that do not go together.
+        RequestError: A value does not exist or is out of range, or two values do not go together.
     """
 
     criterion: Criterion
@@ -64,14 +65,14 @@ class ExitPolicy:
         if self.verify != "none" and self.kv_policy in ("pipeline", "auto"):
             raise RequestError(
                 f"kv_policy {self.kv_policy} does not go with verify {self.verify}",
-                expected="flush: tokens to be verified wait for the layers above anyway",
+                expected="flush, since tokens to be verified wait for the layers above anyway",
                 remedy="use flush, or verify none",
             )
         if isinstance(self.criterion, Adaptive) and self.kv_policy in ("pipeline", "auto"):
             raise RequestError(
                 f"exit criterion {self.criterion} does not go with kv_policy {self.kv_policy}",
-                expected="flush: the threshold is learned from the whole model's head over all pending positions",
-                remedy="use flush, or a threshold that is a number",
+                expected="flush, since the threshold is learned from the final head over all pending positions",
+                remedy="use flush, or give a number as the threshold",
             )
         if self.prefill_exit and (self.verify != "none" or self.kv_policy != "flush"):
             raise RequestError(
@@ -83,7 +84,8 @@ class ExitPolicy:
         """Return the exits in use in a bundle of this plan.
 
         Raises:
-            RequestError: The bundle lacks an exit that is named, or an output that the criterion needs.
+            RequestError: The bundle lacks an exit that the policy names, or an output that the criterion needs; or the
+                policy needs more exits, or other ones.
         """
         specs: Mapping[int, object] = {e.exit_layer: e for e in plan.exits}
         if not specs:
@@ -115,6 +117,6 @@ class ExitPolicy:
         if self.prefill_exit and any(e.sees_state for e in exits):
             raise RequestError(
                 "prefill_exit does not go with exits that see the whole model's state",
-                remedy="leave prefill_exit out, or use other exits",
+                remedy="leave out prefill_exit, or use other exits",
             )
         return used

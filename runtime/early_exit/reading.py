@@ -1,4 +1,4 @@
-"""What an exit says of one position: all that a criterion may judge."""
+"""What an exit computes for one position: everything that a criterion may use."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from shortstack.runtime.engine.decoder import LeveledDecoder
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one exit says of one position.
+    """The outputs of one exit for one position.
 
     Attributes:
         exit_layer: Layers run before the exit.
-        token: Its most likely token.
-        top_prob: That token's probability, 0..1.
-        margin: Its probability minus the next one's, 0..1.
-        entropy: Entropy of its distribution in nats.
-        gate: What its learned gate says, 0..1; None without a gate.
+        token: The most likely token.
+        top_prob: The probability of that token, 0..1.
+        margin: Its probability minus that of the second most likely token, 0..1.
+        entropy: Entropy of the distribution in nats.
+        gate: Output of the exit's learned gate, 0..1; None without a gate.
         similarity: Cosine between the residual stream here and at the exit below, -1..1; None at the lowest exit, or
-            where nothing asked for it.
+            if the criterion does not need it.
         position: Tokens generated before this one.
-        max_new_tokens: Tokens that the request may generate.
-        below: What the exits below said of the same position, lowest first.
+        max_new_tokens: The most tokens that the generation may emit.
+        below: The readings of the exits below for the same position, lowest first.
     """
 
     exit_layer: int
@@ -50,7 +50,7 @@ def read(
     max_new_tokens: int,
     with_similarity: bool,
 ) -> Reading:
-    """Return what the exit of a level said of a row, which has just been run."""
+    """Return the reading of a level's exit for a row on which the level has just run."""
     head = stack.heads[level]
     similarity = None
     if with_similarity and level:
@@ -70,7 +70,7 @@ def read(
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the cosine between two vectors, in float32; 0 where one of them is zero."""
+    """Return the cosine between two vectors, in float32; 0 if one of them is zero."""
     x, y = a.astype(np.float32, copy=False), b.astype(np.float32, copy=False)
     norms = float(np.sqrt(np.dot(x, x) * np.dot(y, y)))
     return float(np.dot(x, y)) / norms if norms > 0 else 0.0

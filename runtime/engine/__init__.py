@@ -1,1 +1,1 @@
-"""What runs a bundle's graphs: sessions, KV buffers, prebuilt bindings, the stack of segments. Knows no text."""
+"""Runs a bundle's graphs: sessions, KV buffers, prebuilt bindings, the stack of segments. Knows nothing about text."""

@@ -1,7 +1,8 @@
-"""Which tensor goes to which port: the one place that binds runs of a segment.
+"""Decides which tensor goes to which port. Every run of a segment is bound here.
 
-A stack binds rows of its round and chunks of prompts; :mod:`shortstack.runtime.engine.whole_text` binds a whole text.
-Both say what they have; which of it a graph takes stands in its contract (:mod:`shortstack.graphs.contract`).
+A stack binds the rows of a round and the chunks of a prompt; :mod:`shortstack.runtime.engine.whole_text` binds a whole
+text. Both offer all the tensors they have. The graph's contract (:mod:`shortstack.graphs.contract`) says which of them
+the graph takes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ class Rows:
 
     Attributes:
         ids: Token ids, int64 [1, rows].
-        num_rows: Rows of the head, the last ones of the run, int64 [].
+        num_rows: How many of the run's last rows the head sees, int64 [].
         hidden: The residual stream that the segment below left, [1, rows, hidden]; None for the lowest segment.
-        hidden_out: Where this segment's goes, likewise; None where nobody reads it.
-        head: Where each output of the head goes, by name.
+        hidden_out: Where this segment writes its residual stream, [1, rows, hidden]; None if nothing reads it.
+        head: Where the head writes each of its outputs, by name.
         exit_state: The state of the position before each row of the head, [1, num_rows, hidden].
-        exit_state_out: Where the exit's guess of each row's own state goes, likewise; None where nobody reads it.
-        final_state: Where the whole model's goes, likewise; None where nobody reads it.
+        exit_state_out: Where the exit writes its guess of each row's own state, [1, num_rows, hidden]; None if nothing
+            reads it.
+        final_state: Where the final head writes the whole model's state of each row, [1, num_rows, hidden]; None if
+            nothing reads it.
     """
 
     ids: np.ndarray
@@ -44,7 +47,7 @@ class Rows:
 
 
 class SegmentBinder:
-    """Binds one segment over one cache, and tells it how long the text is.
+    """Binds one segment to one cache, and sets the text length that its runs read.
 
     Args:
         graphs: The bundle's graphs.
@@ -52,9 +55,10 @@ class SegmentBinder:
         cache: The KV buffers.
 
     Attributes:
-        index: Which segment, from the bottom.
+        index: Which segment, counted from the bottom.
         owners: The cache owners in the segment.
-        iterated: The producers that layers below them in the segment read, so that the segment runs in passes.
+        iterated: The producers whose keys and values a lower layer of the segment uses. If there are any, the segment
+            runs in passes.
     """
 
     def __init__(self, graphs: OpenGraphs, index: int, cache: KVCache) -> None:
@@ -68,17 +72,17 @@ class SegmentBinder:
         self._borrowed = borrowed(kv_map, segment.start, segment.end)
         self.owners = tuple(manifest.cache_types(segment))
         self.iterated = iterated_producers(kv_map, segment.start, segment.end)
-        # Every binding of the segment reads these two.
+        # All bindings of the segment read these two.
         self._seqlens_k = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
 
     def set_lengths(self, past: int, rows: int) -> None:
-        """Say that the next run covers ``rows`` positions behind ``past`` cached ones."""
+        """Set the lengths for a next run over ``rows`` positions, which follow ``past`` cached ones."""
         self._seqlens_k[0] = past + rows - 1
         self._total[...] = past + rows
 
     def bind(self, rows: Rows) -> Binding:
-        """Bind one run; it holds the cache's buffers as they are now."""
+        """Bind one run to the cache's present buffers; a cache that grows replaces them."""
         given: dict[str, Tensor | None] = {
             names.INPUT_IDS: rows.ids,
             names.HIDDEN_STATES: rows.hidden,

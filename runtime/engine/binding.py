@@ -1,8 +1,8 @@
-"""A prebuilt IOBinding: one run of one graph with every tensor already in its place.
+"""A prebuilt IOBinding: one run of one graph, with every tensor already bound to its port.
 
-Building a binding costs about 150 us, running a built one about 11 us. On the host, numpy arrays are the storage
-itself, so a caller writes inputs and reads outputs through them. On another device host inputs are copied when they
-are bound, so they are bound anew before each run.
+Building a binding costs about 150 us, running one that is built about 11 us. On the host the graph reads and writes
+the numpy arrays themselves, so a caller writes inputs and reads outputs through them. For another device onnxruntime
+copies host inputs when they are bound, so they are bound again before each run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from shortstack.graphs.errors import BundleError
-from shortstack.runtime.engine.session import Device
+from shortstack.runtime.engine.session import Device, one_line
 
 Tensor: TypeAlias = np.ndarray | ort.OrtValue
 
@@ -24,8 +24,8 @@ class Binding:
 
     Args:
         session: The graph.
-        inputs: By name. A numpy array must be C-contiguous and is read at each run.
-        outputs: By name. A numpy array is written at each run; outputs left out are not fetched.
+        inputs: Tensors by port name. A numpy array must be C-contiguous; each run reads it.
+        outputs: Tensors by port name. Each run writes them; an output that is left out is not fetched.
         device: Where the session computes.
     """
 
@@ -47,22 +47,21 @@ class Binding:
         """Run the graph.
 
         Raises:
-            BundleError: onnxruntime could not.
+            BundleError: onnxruntime fails to run the graph.
         """
         for name, value in self._renew:
             self._binding.bind_ortvalue_input(name, value)
         try:
             self._run(self._binding)
         except Exception as error:
-            first_line = str(error).splitlines()[0][:300]
             raise BundleError(
-                f"onnxruntime {ort.__version__} failed while running a graph: {first_line}",
-                remedy="check the bundle with --verify and `shortstack parity`, and the memory that is left",
+                f"onnxruntime {ort.__version__} failed while running a graph: {one_line(error)}",
+                remedy="check the bundle with --verify and `shortstack parity`, and how much memory is free",
             ) from error
 
 
 def _value(tensor: Tensor) -> ort.OrtValue:
     if not isinstance(tensor, np.ndarray):
         return tensor
-    assert tensor.flags.c_contiguous, "a copy would be bound instead of the array itself"
+    assert tensor.flags.c_contiguous, "onnxruntime would bind a copy instead of the array itself"
     return ort.OrtValue.ortvalue_from_numpy(tensor)

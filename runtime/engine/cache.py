@@ -1,13 +1,14 @@
 """The KV buffers of a model.
 
-Each owner, a producer layer or the block of an exit, has one full-capacity buffer for keys and one for values,
-[1, kv_heads, capacity, head_dim], bound as past and as present: a run writes its rows in place. Rolling back is passing
-a smaller length to the next run; rows beyond it are never read and are overwritten later. Capacity grows in chunks, so
-memory follows the text and not the longest context.
+An owner is a producer layer or the block of an exit. It has one full-capacity buffer for keys and one for values, each
+[1, kv_heads, capacity, head_dim]. Both are bound as past and as present, so a run writes its rows in place. To roll
+back, a caller passes a smaller length to the next run: rows beyond that length are never read, and later runs overwrite
+them. The capacity grows in chunks, so memory follows the length of the text and not that of the longest context.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,6 +21,8 @@ from shortstack.graphs.names import CacheOwner
 from shortstack.graphs.precision import SPARE_ROWS
 from shortstack.runtime.engine.session import Device
 
+log = logging.getLogger(__name__)
+
 CHUNK_POSITIONS = 256
 
 
@@ -27,14 +30,14 @@ class KVCache:
     """KV buffers of one sequence.
 
     Args:
-        owners: Element type of each owner's buffers, and where they are.
+        owners: For each owner, the element type of its buffers and the device that holds them.
         kv_heads: Key/value heads.
         head_dim: Width of one head in the buffers.
         max_length: The longest context, in positions.
 
     Attributes:
-        capacity: Positions that the buffers hold now, the spare row not counted.
-        generation: Goes up when the buffers are replaced, so that bindings to them can be renewed.
+        capacity: Positions that the buffers hold now, without the spare row.
+        generation: Goes up whenever the buffers are replaced; bindings to older ones must then be built again.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class KVCache:
         self._kv_heads = kv_heads
         self._head_dim = head_dim
         self._buffers: dict[tuple[CacheOwner, str], ort.OrtValue] = {}
-        self._arrays: dict[tuple[CacheOwner, str], np.ndarray] = {}  # the buffers on the host, where they are there
+        self._arrays: dict[tuple[CacheOwner, str], np.ndarray] = {}  # of the buffers on the host
         self.max_length = max_length
         self.capacity = 0
         self.generation = 0
@@ -52,6 +55,11 @@ class KVCache:
     def buffer(self, owner: CacheOwner, part: str) -> ort.OrtValue:
         """Return the buffer of an owner's ``key`` or ``value``."""
         return self._buffers[owner, part]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(buffer.tensor_size_in_bytes() for buffer in self._buffers.values())
 
     def read(self, owner: CacheOwner, start: int, end: int) -> list[np.ndarray]:
         """Return copies of an owner's keys and values at positions ``[start, end)``, [1, kv_heads, rows, head_dim]."""
@@ -66,17 +74,17 @@ class KVCache:
                 self._buffers[owner, part].update_inplace(array)
 
     def _host(self, owner: CacheOwner, part: str) -> np.ndarray:
-        """Return a buffer's own array, or a copy of one that is on another device."""
+        """Return a buffer's own array, or a copy if the buffer is on another device."""
         if (owner, part) in self._arrays:
             return self._arrays[owner, part]
         copy: np.ndarray = self._buffers[owner, part].numpy()
         return copy
 
     def reserve(self, positions: int, keep: int) -> None:
-        """Make room for ``positions`` positions, and keep the first ``keep`` rows of what is there.
+        """Make room for ``positions`` positions, and keep the first ``keep`` rows of the present contents.
 
         Raises:
-            RequestError: More than ``max_length``.
+            RequestError: ``positions`` is more than ``max_length``.
         """
         if positions <= self.capacity:
             return
@@ -87,10 +95,10 @@ class KVCache:
                 expected=f"at most {self.max_length}",
                 remedy="shorten the prompt, or export with a larger --max-length",
             )
-        # Graphs may write one spare row behind the last position (Precision.has_spare_row).
+        # Graphs may write one spare row after the last position (Precision.has_spare_row).
         capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length) + SPARE_ROWS
         shape = (1, self._kv_heads, capacity, self._head_dim)
-        self.generation += 1  # first, so that nothing stays bound to the old buffers if memory runs out on the way
+        self.generation += 1  # first, so that no binding keeps using the old buffers if memory runs out halfway
         for owner, (dtype, device) in self._owners.items():
             for part in names.KV_PARTS:
                 new = np.zeros(shape, dtype)
@@ -100,3 +108,4 @@ class KVCache:
                 if device.is_host:
                     self._arrays[owner, part] = new
         self.capacity = capacity - SPARE_ROWS
+        log.info("the cache holds %d positions now: %.1f MB", self.capacity, self.size_bytes / 1e6)

@@ -1,6 +1,7 @@
-"""What the decoding loops see of a model: its heads, row by row, and the runs they may ask for. Tests script it.
+"""What the decoding loops see of a model: its heads, row by row, and the runs that they may ask for.
 
-The rows are those of a round, see :mod:`shortstack.runtime.engine.stack`, which is what stands behind it.
+The rows are those of a round, see :mod:`shortstack.runtime.engine.stack`, which implements these protocols. Tests
+replace the stack with scripted models.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from shortstack.runtime.engine.binding import Tensor
 
 
 class Head:
-    """What one head said, row by row.
+    """The outputs of one head, row by row.
 
     Attributes:
-        token: Most likely token, int64 [rows].
-        top_prob: Its probability [rows].
-        margin: Its probability minus the next one's [rows].
-        entropy: Entropy in nats [rows].
-        logits: [rows, vocab]; empty until sampling asks for it.
-        ids: Token id of each logit column of a trimmed head, ascending int64; None when columns are token ids.
-        gate: What the exit's confidence gate says, 0..1 [rows]; None without a gate.
+        token: The most likely token, int64 [rows].
+        top_prob: The probability of that token [rows].
+        margin: Its probability minus that of the second most likely token [rows].
+        entropy: Entropy of the distribution in nats [rows].
+        logits: [rows, vocab]; empty until sampling asks for them.
+        ids: Token id of each logit column of a trimmed head, ascending int64; None if the columns are token ids.
+        gate: Output of the exit's confidence gate, 0..1 [rows]; None without a gate.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Head:
         self.gate = np.zeros(rows, dtype) if has_gate else None
 
     def outputs(self, start: int, end: int, with_logits: bool) -> dict[str, Tensor]:
-        """Return views on rows ``[start, end)``, by output name, shaped as the contract says."""
+        """Return views of rows ``[start, end)`` by output name, in the shapes of the graph contract."""
         if with_logits and not len(self.logits):
             self.logits = np.zeros((len(self.token), self.logits.shape[1]), self.logits.dtype)
         views: dict[str, Tensor] = {
@@ -62,16 +63,16 @@ class Head:
 
 
 class Decoder(Protocol):
-    """What the loops of plain and self-speculative decoding need of a stack; tests script it."""
+    """What plain and speculative decoding need from a stack."""
 
     @property
     def window(self) -> int:
-        """Rows of one round at most."""
+        """The most rows that one round may have."""
         ...
 
     @property
     def max_length(self) -> int:
-        """Positions of the longest context."""
+        """The longest context, in positions."""
         ...
 
     @property
@@ -86,16 +87,16 @@ class Decoder(Protocol):
 
     @property
     def final(self) -> Head:
-        """What the final head said in the last :meth:`prefill` (row 0) or :meth:`verify`."""
+        """Outputs of the final head in the last :meth:`prefill` (in row 0) or :meth:`verify`."""
         ...
 
     @property
     def exit(self) -> Head:
-        """What the drafting exit said, by row."""
+        """Outputs of the drafting exit, by row."""
         ...
 
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
-        """Run all layers over ``tokens`` at positions ``past``...; the final head sees the last one."""
+        """Run all layers over ``tokens``, the first at position ``past``; the final head sees the last token only."""
         ...
 
     def put(self, row: int, token: int) -> None:
@@ -103,54 +104,55 @@ class Decoder(Protocol):
         ...
 
     def draft(self, row: int, past: int, with_head: bool, with_logits: bool) -> None:
-        """Run the lowest level on one row; with the head, its token becomes the next row's."""
+        """Run the lowest level on one row; with its head, the drafted token becomes the token of the next row."""
         ...
 
     def verify(self, rows: int, past: int, with_logits: bool) -> None:
-        """Run the highest level on rows 0..rows-1, the final head on each."""
+        """Run the highest level on rows 0..rows-1, and the final head on each of them."""
         ...
 
     def keep_state(self, row: int) -> None:
-        """Say which row of the last :meth:`verify` predicted what is now the newest token; row 0 without a call."""
+        """Keep the state in the row of the last :meth:`verify` that predicted the newest token; row 0 if not called."""
         ...
 
 
 class LeveledDecoder(Decoder, Protocol):
-    """What early exit needs besides: any number of exits, and levels that run on their own."""
+    """What early exit needs besides: any number of exits, and levels that run separately."""
 
     @property
     def heads(self) -> Sequence[Head]:
-        """What each level's head said, by row; the final head is the last."""
+        """Outputs of each level's head, by row; the final head comes last."""
         ...
 
     @property
     def depths(self) -> Sequence[int]:
-        """Layers run below each head."""
+        """Layers run before each head."""
         ...
 
     @property
     def filling_levels(self) -> int:
-        """How many levels, from the bottom, must run on a position so that no cache lacks it; 1 or more."""
+        """How many levels, from the bottom, must run on a position to complete its keys and values; 1 or more."""
         ...
 
     def run(self, level: int, start: int, end: int, past: int, num_rows: int, with_logits: bool) -> None:
-        """Run a level on rows ``[start, end)``, its head on the last ``num_rows`` of them.
+        """Run a level on rows ``[start, end)``, and its head on the last ``num_rows`` of them.
 
-        Levels may run at the same time in different threads, on rows that the level below has left already.
+        Levels may run at the same time in different threads, each on rows that the level below has finished.
         """
         ...
 
     def reserve(self, positions: int, keep: int) -> None:
-        """Make room in the cache, keeping ``keep`` positions; nothing else may run meanwhile."""
+        """Make room in the cache and keep ``keep`` positions; nothing else may run in the meantime."""
         ...
 
     def hidden(self, level: int, row: int) -> np.ndarray:
-        """Return the residual stream [hidden] that a level but the last left in a row."""
+        """Return the residual stream [hidden] that a level, any but the last, left in a row."""
         ...
 
     def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_logits: bool) -> None:
-        """Run one level over a prompt, whose residual stream is kept for the next; its head sees the last one, row 0.
+        """Run one level over a prompt that may leave early; its head sees the last position and writes to row 0.
 
-        For prompts that may leave early; levels must come in order, and the last one forgets what was kept.
+        The residual stream of the prompt is kept for the next level, and dropped after the last one. Levels must be run
+        in order.
         """
         ...

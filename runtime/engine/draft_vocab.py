@@ -1,4 +1,4 @@
-"""The id map of a trimmed exit head: which token each row of the head stands for."""
+"""The id map of a trimmed exit head: which token each row of the head's weight predicts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_draft_vocab(bundle: Bundle, exit_spec: ExitSpec) -> npt.NDArray[np.int6
     """Return the token id of each row of an exit's head, ascending int64 [draft_vocab]; None for a full head.
 
     Raises:
-        BundleError: The file is not such an array.
+        BundleError: The file does not hold such an array.
     """
     if exit_spec.draft_vocab is None:
         return None

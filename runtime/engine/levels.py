@@ -1,4 +1,4 @@
-"""How the exits in use part a bundle's segments into levels. Lengths and numbers only: nothing is run here.
+"""How the exits in use divide a bundle's segments into levels. This is arithmetic only; nothing runs here.
 
 ::
 
@@ -22,11 +22,12 @@ class Levels:
     """The levels of one stack, bottom to top.
 
     Attributes:
-        segments: The segments of each level; its last one ends in the level's head.
-        depths: Layers run below each level's head; the last is the number of layers of the model.
+        segments: The segments of each level; the last segment of a level ends in the level's head.
+        depths: Layers run before each level's head; for the last level, all layers of the model.
         exits: The exit of each level but the last.
-        first_without_cache: The segments from here on own no cache: nothing is missing where they did not run.
-        filling: How many levels, from the bottom, must run on a position so that no cache lacks it; 1 or more.
+        first_without_cache: Index of the segment above the last one that owns a cache. From there on a position that
+            does not run leaves no hole.
+        filling: How many levels, from the bottom, must run on a position to complete its keys and values; 1 or more.
     """
 
     segments: tuple[range, ...]
@@ -40,7 +41,7 @@ class Levels:
 
     @property
     def has_state(self) -> bool:
-        """Whether an exit in use sees states."""
+        """Whether any exit in use sees states."""
         return any(exit_spec.sees_state for exit_spec in self.exits)
 
     def level_of(self, segment: int) -> int:
@@ -49,7 +50,7 @@ class Levels:
 
 
 def levels_of(manifest: Manifest, exit_layers: Sequence[int]) -> Levels:
-    """Return the levels that a bundle has with these exits in use, ascending; one level without any."""
+    """Return a bundle's levels with these exits (ascending) in use; without exits there is one level."""
     plan = manifest.plan
     edges = [0, *(plan.boundaries.index(layer) + 1 for layer in exit_layers), len(plan.segments)]
     segments = tuple(range(start, end) for start, end in pairwise(edges))

@@ -1,4 +1,4 @@
-"""A bundle with its graphs open: what a stack, a calibration or a comparison runs."""
+"""A bundle with its graphs open, ready to be run by a stack, a calibration or a comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OpenGraphs:
     devices: tuple[Device, ...]
 
     def new_cache(self, max_length: int) -> KVCache:
-        """Return KV buffers for one sequence of at most ``max_length`` positions, empty until they are reserved."""
+        """Return a cache for one sequence of at most ``max_length`` positions; it has no room until it is reserved."""
         manifest = self.bundle.manifest
         owners = {
             owner: (cache_type, self.devices[segment.index])
@@ -43,6 +43,6 @@ def open_graphs(
     threads: int | None = None,
     upper: Placement | None = None,
 ) -> OpenGraphs:
-    """Open a bundle's graphs; arguments and errors as in :func:`~shortstack.runtime.engine.session.open_sessions`."""
+    """Open a bundle's graphs; see :func:`~shortstack.runtime.engine.session.open_sessions` for arguments and errors."""
     sessions, devices = open_sessions(bundle, providers, threads, upper)
     return OpenGraphs(bundle, tuple(sessions), tuple(devices))

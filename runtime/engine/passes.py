@@ -1,9 +1,10 @@
 """Passes over an iterated group: layers of which some use keys and values of layers above them.
 
-Over several positions at once such layers have no order in which each could run once. They run over all positions
-again and again instead, starting from keys and values of zero: after n passes the first n positions are final, and
-with a trained model all of them nearly are after six or so (Layer-Condensed KV Cache, https://arxiv.org/abs/2405.10637,
-section 3; the numbers are in its repository: seven passes and two more). Position by position one pass is exact.
+Over several positions at once, such layers cannot each run once: there is no order for it. Instead they run over all
+positions again and again, starting from keys and values of zero. After n passes the first n positions are final. With a
+trained model all positions are nearly final after six passes or so (Layer-Condensed KV Cache,
+https://arxiv.org/abs/2405.10637, section 3; its repository has the numbers: seven passes and two more). Position by
+position, one pass is exact.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ from shortstack.graphs.errors import RequestError
 from shortstack.runtime.engine.cache import KVCache
 
 PrefillPasses = int | Literal["converged", "sequential"]
-"""How often a prompt runs through an iterated group: so many times; until keys and values change no more than rounding
-does; or position by position, once each."""
+"""How often a prompt runs through an iterated group: a fixed number of times; ``converged``: until keys and values
+change by no more than rounding; ``sequential``: once per position, position by position."""
 
-# Of the largest key or value: rounding in float32 keeps the last changes of a group that has converged at about 1e-6.
+# As a share of the largest key or value. In float32, rounding alone keeps changing a converged group by about 1e-6.
 CONVERGED = 4e-6
 
 
 def parse_passes(text: str) -> PrefillPasses:
-    """Return what an option says; errors as in :func:`check_passes`."""
+    """Parse the value of a command-line option; see :func:`check_passes` for the errors."""
     return check_passes(int(text) if text.isdecimal() else text)  # type: ignore[arg-type]
 
 
 def check_passes(passes: PrefillPasses) -> PrefillPasses:
-    """Return it.
+    """Return ``passes`` if it is valid.
 
     Raises:
-        RequestError: It is no number of passes and no way to choose one.
+        RequestError: It is neither a number of passes nor the name of a way to choose one.
     """
     if passes in ("converged", "sequential") or (type(passes) is int and passes >= 1):
         return passes
     raise RequestError(
-        "passes over a prompt", found=repr(passes), expected="1 or more, or 'converged', or 'sequential'"
+        "passes over a prompt", found=repr(passes), expected="a number, 1 or more, or 'converged' or 'sequential'"
     )
 
 
@@ -52,19 +53,20 @@ def run_passes(
     """Run a graph over several positions as often as its iterated groups need.
 
     Args:
-        run: One pass.
-        cache: Where keys and values are.
+        run: Runs one pass.
+        cache: Holds the keys and values.
         owners: The producers in the groups.
-        positions: First position of the run, and one past its last.
-        passes: How often. ``sequential`` counts as ``converged`` here: the caller runs single positions.
+        positions: The first position of the run, and one past its last.
+        passes: How often to run. ``sequential`` counts as ``converged`` here, since it is the caller that runs
+            single positions.
 
     Returns:
-        How often it ran.
+        The number of passes that ran.
     """
     start, end = positions
     for owner in owners:
         cache.clear(owner, start, end)
-    most = passes if isinstance(passes, int) else end - start  # as many as positions are exact
+    most = passes if isinstance(passes, int) else end - start  # one pass per position is exact
     before = [part for owner in owners for part in cache.read(owner, start, end)]
     for count in range(1, most + 1):
         run()

@@ -1,16 +1,17 @@
-"""The small buffers that the graphs of a stack share: one row per position of a round.
+"""The small buffers that the graphs of a stack share, with one row per position of a round.
 
 ::
 
-    row               0    1    2   ...  window - 1, and a spare one behind it: w = window + 1
-    ids   [1, w+1]    x0   d1   d2  ...              token ids; row r's draft writes its token to row r + 1
-    state [1, w+1, h] s    g1   g2  ...              the state of the position before each row, as far as known
-    hidden[1, w, h]   ·    ·    ·                    per boundary: what the segment below left for the one above
-    final [1, w]      p1   p2   p3                   what the final head predicts after row r
+    row               0    1    2   ...  window - 1, then one spare row: w = window + 1
+    ids   [1, w+1]    x0   d1   d2  ...              token ids; drafting on row r writes its token to row r + 1
+    state [1, w+1, h] s    g1   g2  ...              the state of the position before each row, or a guess of it
+    hidden[1, w, h]   ·    ·    ·                    per boundary: the residual stream between two segments
+    final [1, w]      p1   p2   p3                   the token that the final head predicts after row r
 
-States are kept where an exit in use sees them. s is the whole model's; row r's draft leaves the exit's guess of its own
-position's state in row r + 1. Then verifying, which ends the round, leaves the whole model's state of row r's own
-position in row r, and :meth:`RoundBuffers.keep_state` moves the one before the newest token to row 0: the only copy.
+States are kept only if an exit in use sees them. s is a state of the whole model. Drafting on row r writes the exit's
+guess of that position's state to row r + 1. Verifying ends the round and writes the whole model's state of that
+position to row r. :meth:`RoundBuffers.keep_state` then copies the state of the position before the newest token to
+row 0; it is the only copy.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class RoundBuffers:
     Args:
         bundle: The bundle.
         levels: Its levels.
-        window: Rows of one round at most.
+        window: The most rows that one round may have.
 
     Attributes:
-        heads: What each level's head said, by row; the final head is the last.
-        exit: What the lowest level's head said; of an uncut stack a head that says nothing.
-        hidden: By boundary, the residual stream [1, window, hidden].
+        heads: Outputs of each level's head, by row; the final head comes last.
+        exit: Outputs of the lowest level's head; for an uncut stack, a head that no run writes to.
+        hidden: By boundary, the residual stream [1, window + 1, hidden].
     """
 
     def __init__(self, bundle: Bundle, levels: Levels, window: int) -> None:
@@ -43,7 +44,7 @@ class RoundBuffers:
         spec = manifest.spec
         self._dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
         self._hidden_size = spec.hidden_size
-        rows = window + 1  # one spare, see the module's docstring
+        rows = window + 1  # with the spare row, see the module's docstring
         self._num_rows = [np.array(count, np.int64) for count in range(rows + 1)]
         self._has_state = levels.has_state
         self.heads: list[Head] = []
@@ -54,9 +55,9 @@ class RoundBuffers:
         self.heads.append(Head(rows, spec.vocab_size, self._dtype, None))
         self.exit = self.heads[0] if levels.exits else Head(rows, spec.vocab_size, self._dtype, None)
         self._ids = np.zeros((1, rows + 1), np.int64)
-        self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input: no copy
+        self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input, without a copy
         self.hidden = [np.zeros((1, rows, self._hidden_size), self._dtype) for _ in manifest.plan.segments[1:]]
-        # Without the rows if no exit in use sees a state: other exits of the bundle are bound to none of them.
+        # No rows if no exit in use sees a state: then exits that are not in use are bound to empty states.
         self._states = np.zeros((1, rows + 1 if self._has_state else 0, self._hidden_size), self._dtype)
 
     def put(self, row: int, token: int) -> None:
@@ -64,12 +65,12 @@ class RoundBuffers:
         self._ids[0, row] = token
 
     def keep_state(self, row: int) -> None:
-        """Keep the state that the last verification left in a row, for the first row of the next round."""
+        """Copy the state that the last verification left in a row to row 0, for the next round."""
         if row and self._has_state:
             self._states[0, 0] = self._states[0, row]
 
     def round_rows(self, segment: int, start: int, end: int, num_rows: int, head: Head, with_logits: bool) -> Rows:
-        """Return what a segment reads and writes on rows ``[start, end)``, its head on the last ``num_rows``."""
+        """Return the tensors for a segment on rows ``[start, end)``, with its head on the last ``num_rows`` of them."""
         below = None if segment == 0 else self.hidden[segment - 1][:, start:end]
         above = self.hidden[segment][:, start:end] if segment < len(self.hidden) else None
         return self._rows(self._ids[:, start:end], below, above, end - num_rows, num_rows, head, with_logits)
@@ -77,15 +78,15 @@ class RoundBuffers:
     def prompt_rows(
         self, segment: int, ids: np.ndarray, below: np.ndarray, head: Head | None, with_logits: bool, spare: int = 0
     ) -> tuple[Rows, np.ndarray]:
-        """Return what a segment reads and writes on a chunk of a prompt, and where its residual stream goes.
+        """Return the tensors for a segment on a chunk of a prompt, and the array that gets its residual stream.
 
         Args:
             segment: Which segment.
             ids: The chunk's token ids [1, rows].
-            below: What the segment below left, [1, rows, hidden]; unused by the lowest segment.
-            head: The head that looks at the chunk's last position; None for no head.
-            with_logits: Whether the head hands over logits.
-            spare: Rows to append that nobody reads; the head looks at them too.
+            below: The residual stream that the segment below left, [1, rows, hidden]; the lowest segment ignores it.
+            head: The head that sees the chunk's last position; None for no head.
+            with_logits: Whether the head returns logits.
+            spare: How many rows to append whose results are not read; the head sees them too.
         """
         if spare:
             ids = np.pad(ids, ((0, 0), (0, spare)))
@@ -105,7 +106,7 @@ class RoundBuffers:
         head: Head,
         with_logits: bool,
     ) -> Rows:
-        """Gather the tensors of a run whose head begins at row ``start`` of the round."""
+        """Collect the tensors of a run whose head begins at row ``start`` of the round."""
         states = self._states
         return Rows(
             ids=ids,

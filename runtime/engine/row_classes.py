@@ -1,12 +1,13 @@
-"""Whether a run of a single row rounds as the same row does in a longer run, on this machine.
+"""Measures whether, on this machine, a row that runs alone is rounded in the same way as in a longer run.
 
-Verifying drafts in one run equals decoding them one by one only if no row's result depends on how many rows a run has.
-On some processors onnxruntime's 4-bit products have two classes of runs, those of one row and those of two or more,
-which add up in another order (seen with AVX2 and without AVX-512, onnxruntime 1.32.0). There a stack runs no row alone:
-it appends a spare one, whose result nobody reads. Two rows of a 4-bit product cost about as much as one.
+Verifying drafts in one run equals decoding them one by one only if a row's result does not depend on the number of
+rows in its run. On some processors onnxruntime's 4-bit products treat runs of one row and runs of two or more
+differently: they add up in a different order (seen with AVX2 and without AVX-512, onnxruntime 1.32.0). On such a
+machine a stack never runs a row alone. It appends a spare row, whose result is not read. Two rows of a 4-bit product
+cost about as much as one.
 
-Which classes there are is measured through the bundle's own graphs when it is loaded, since it differs by processor and
-by version. ``shortstack doctor`` measures longer runs as well.
+This differs by processor and by version, so it is measured with the bundle's own graphs when the bundle is loaded.
+``shortstack doctor`` measures longer runs as well.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ import numpy as np
 from shortstack.runtime.engine.open_graphs import OpenGraphs
 from shortstack.runtime.engine.whole_text import run_text
 
-_TOKENS = (1, 2, 3)  # any will do: products that are added up in another order differ in nearly every value
+_TOKENS = (1, 2, 3)  # any will do: a different order of addition shows in nearly every value
 
 
 def fewest_rows(graphs: OpenGraphs) -> int:
-    """Return the least number of rows that a run must have so that rows do not depend on it: 1 or 2.
+    """Return the fewest rows that a run must have so that no result depends on the number of rows: 1 or 2.
 
-    Bundles without 4-bit weights are not measured: of their products, no such classes are known.
+    Bundles without 4-bit weights are not measured, since no such dependence is known for their products.
     """
     manifest = graphs.bundle.manifest
     spec = manifest.spec
     if not any(block_format.bits == 4 for block_format in manifest.precision.weights.values()):
         return 1
     if manifest.max_length <= len(_TOKENS) or spec.vocab_size <= max(_TOKENS):
-        return 1  # a model of a test
-    # The position before comes first, in a run of its own, where a layer does not see itself.
+        return 1  # only tests have models this small
+    # If a layer does not see its own position, the first position runs separately, and the second is measured.
     sees_itself = all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
     alone = 1 if sees_itself else 2
     short, long = run_text(graphs, _TOKENS[:alone]), run_text(graphs, _TOKENS[: alone + 1])

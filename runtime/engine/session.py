@@ -1,8 +1,10 @@
-"""Opens a bundle's graphs as onnxruntime sessions: providers, one thread pool for all, the contract checked."""
+"""Opens a bundle's graphs as onnxruntime sessions: chooses providers, shares one thread pool, checks the contract."""
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,9 @@ import onnxruntime as ort
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.graphs.errors import BundleError, RequestError
-from shortstack.threads import make_thread_pool, session_options, usable_cores, use_own_pools
+from shortstack.threads import describe_threads, make_thread_pool, session_options, usable_cores, use_own_pools
+
+log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
 _SHORT_NAMES = {"cpu": CPU, "cuda": "CUDAExecutionProvider", "tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
@@ -31,7 +35,7 @@ class Device:
 
     Attributes:
         kind: onnxruntime's device name: ``cpu`` or ``cuda``.
-        index: Which one.
+        index: The number of the device among those of its kind.
     """
 
     kind: str = "cpu"
@@ -39,7 +43,7 @@ class Device:
 
     @property
     def is_host(self) -> bool:
-        """Whether numpy arrays are the storage itself."""
+        """Whether graphs read and write numpy arrays directly, without copies."""
         return self.kind == "cpu"
 
 
@@ -49,9 +53,9 @@ class Placement:
 
     Attributes:
         providers: Execution providers in order of preference: ``cpu``, ``cuda``, or onnxruntime's names.
-        threads: Threads of a pool of their own, beside which the other segments get the remaining cores; the process
-            then has no common pool. None shares the process's pool, which suits a pipeline too if it has one thread:
-            then each segment runs on the thread that calls it.
+        threads: Size of a thread pool for these segments alone. The other segments then get the remaining cores, and
+            the process has no common pool. None shares the process's pool. A shared pool of one thread suits a
+            pipeline too, since each segment then runs on the thread that calls it.
     """
 
     providers: tuple[str, ...] = ("cpu",)
@@ -59,10 +63,10 @@ class Placement:
 
 
 def resolve_providers(providers: Sequence[str] | None) -> list[str]:
-    """Return onnxruntime's names for the providers asked for, in order, CPU last.
+    """Return onnxruntime's names for the wanted providers, in order, with the CPU as the last resort.
 
     Raises:
-        RequestError: A provider is unknown or not in the installed onnxruntime.
+        RequestError: A provider is unknown, or the installed onnxruntime does not have it.
     """
     if isinstance(providers, str):
         providers = [providers]
@@ -89,17 +93,19 @@ def open_sessions(
     Args:
         bundle: The bundle.
         providers: Execution providers, by onnxruntime's name or ``cpu``, ``cuda``; None takes the CPU.
-        threads: Threads of the pool; None takes the number of usable cores. Counts at the first call of a process.
+        threads: Threads of the process's pool. The first load of a process decides; later ones leave it out or repeat
+            the number. None: as decided, at first one for each usable core.
         upper: Where all segments but the lowest compute; None: where the lowest does.
 
     Returns:
         The sessions, bottom to top, and the device of each one's cache.
 
     Raises:
-        RequestError: An unknown provider, or another thread count than the process already has.
+        RequestError: A provider is unknown, or the process already has a pool with another number of threads.
         BundleError: onnxruntime cannot load a graph.
         ContractError: A graph does not match the contract.
     """
+    started_s = time.monotonic()
     lower_names = resolve_providers(providers)
     upper_names = resolve_providers(upper.providers) if upper is not None else lower_names
     lower_threads, upper_threads = threads, None
@@ -110,19 +116,20 @@ def open_sessions(
     make_thread_pool(threads)
     sessions: list[ort.InferenceSession] = []
     devices: list[Device] = []
-    # Top to bottom. Packing a head's weight reads all of it from the file; the top session lets go of those pages once
-    # it has packed, the bottom one keeps them for the embedding, so the other way round a tied weight peaks twice.
+    # Top to bottom. To pack a head's weight, a session reads all of it from the file. The top session releases those
+    # pages after packing, while the bottom one keeps them for the embedding. In the other order a weight that both use
+    # (a tied embedding) would be in memory twice at the peak.
     for segment in reversed(bundle.manifest.plan.segments):
         path = bundle.graph_path(segment)
         names = lower_names if segment.is_first else upper_names
         options = session_options(lower_threads if segment.is_first else upper_threads)
         options.log_severity_level = 3
+        graph_started_s = time.monotonic()
         try:
             session = ort.InferenceSession(str(path), options, providers=names)
         except Exception as error:
-            first_line = re.sub(r"\s+", " ", str(error)).strip()[:300]
             raise BundleError(
-                f"{path} cannot be loaded by onnxruntime {ort.__version__}: {first_line}",
+                f"{path} cannot be loaded by onnxruntime {ort.__version__}: {one_line(error)}",
                 remedy="copy the bundle again as a whole, or re-export it",
             ) from None
         if session.get_providers()[0] != names[0]:  # onnxruntime falls back to the CPU with a warning
@@ -135,7 +142,21 @@ def open_sessions(
         check_ports(str(path), found, bundle.manifest.contract(segment))
         sessions.insert(0, session)
         devices.insert(0, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu"))
+        log.debug("%s opened on %s in %.2f s", path.name, names[0], time.monotonic() - graph_started_s)
+    log.info(
+        "%s opened in %.2f s: %d graphs on %s, threads: %s",
+        bundle.folder,
+        time.monotonic() - started_s,
+        len(sessions),
+        lower_names[0] if upper_names == lower_names else f"{lower_names[0]}, the upper ones on {upper_names[0]}",
+        describe_threads(lower_threads, upper_threads),
+    )
     return sessions, devices
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of what onnxruntime says of an error, on one line."""
+    return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__
 
 
 def _ports(arguments: Sequence[Any]) -> tuple[Port, ...]:

@@ -1,19 +1,20 @@
-"""The segments of one model over one cache: prefill, draft one position, verify several. Batch 1.
+"""Runs the segments of one model over one cache: prefill, draft one position, verify several. Batch 1.
 
-A stack is used with some of the bundle's exits, which part its segments into *levels*
-(:mod:`shortstack.runtime.engine.levels`), and lays the positions of a *round* out in rows of small buffers that all
-graphs share (:mod:`shortstack.runtime.engine.round_buffers`). Row r sits at position ``past + r`` of the sequence.
-Drafting runs the lowest level on one row; verifying runs the highest once on all rows. Nothing is copied between the
-graphs: each writes where the next one reads. Knows nothing about acceptance, sampling or text.
+A stack uses some of the bundle's exits. They divide its segments into *levels*
+(:mod:`shortstack.runtime.engine.levels`). The positions of a *round* are rows of small buffers that all graphs share
+(:mod:`shortstack.runtime.engine.round_buffers`); row r is position ``past + r`` of the sequence. Drafting runs the
+lowest level on one row. Verifying runs the highest level once on all rows. Nothing is copied between the graphs: each
+one writes where the next one reads. A stack knows nothing about acceptance, sampling or text.
 
-Where some layers use keys and values of layers above them (:mod:`shortstack.graphs.kv_map`), a segment that holds such
-a group runs over its rows again and again, each run a pass: as often as there are rows in a round, which is exact, and
-over a prompt as :mod:`shortstack.runtime.engine.passes` says. The first token of a text then runs alone.
+Some models have layers that use keys and values of layers above them (:mod:`shortstack.graphs.kv_map`). A segment with
+such a group runs over its rows in several passes. In a round there are as many passes as rows, which is exact. Over a
+prompt, :mod:`shortstack.runtime.engine.passes` sets their number. The first token of a text then runs alone.
 
-Where the upper segments own no cache, a prompt runs through them with its last position only.
+If the upper segments own no cache, they run on the last position of a prompt only.
 
-Where a row alone is rounded differently from a row among others (:mod:`shortstack.runtime.engine.row_classes`), no row
-runs alone: a *spare* row follows it, in segments and heads, and what it computes lies behind the text and is not read.
+If a row that runs alone is rounded differently from a row among others (:mod:`shortstack.runtime.engine.row_classes`),
+no row runs alone. A *spare* row follows it, in segments and in heads. Its position is past the end of the text, and
+its results are not read.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class Stack:
     Args:
         graphs: The bundle's graphs.
         cache: The KV buffers.
-        exit_layers: The exits that are used, each by the number of layers run before it, ascending. Without any the
-            stack is uncut: a "draft" runs nothing and verifying runs every segment.
-        prefill_passes: Over a prompt, in models with iterated groups.
-        fewest_rows: Rows that a run must have, 1 or 2.
+        exit_layers: The exits in use, each by the number of layers run before it, ascending. Without exits the stack
+            is uncut: drafting runs nothing, and verifying runs every segment.
+        prefill_passes: How often a prompt runs through iterated groups, if the model has any.
+        fewest_rows: The fewest rows that a run must have, 1 or 2.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class Stack:
         self._fewest_rows = fewest_rows
         self._levels = levels_of(manifest, exit_layers)
         self._buffers = RoundBuffers(graphs.bundle, self._levels, WINDOW_ROWS)
-        # Of each segment its own, since levels may run at the same time.
+        # One binder per segment, since levels may run at the same time.
         self._binders = [SegmentBinder(graphs, segment.index, cache) for segment in manifest.plan.segments]
         self._first_alone = not all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
         self._bindings: dict[tuple[int, int, int, int, bool], Binding] = {}
-        self._generation = -1  # of the cache whose buffers the bindings hold
-        self._prompt: list[np.ndarray] = []  # what a level left of each chunk of a prompt that may leave early
+        self._generation = -1  # of the cache buffers that the bindings hold
+        self._prompt: list[np.ndarray] = []  # for prompts that may leave early: each chunk's residual stream so far
         self.window = WINDOW_ROWS
         self.max_length = manifest.max_length
         self.num_layers = spec.num_hidden_layers
@@ -114,7 +115,7 @@ class Stack:
         self.run(len(self._levels) - 1, 0, rows, past, rows, with_logits)
 
     def run(self, level: int, start: int, end: int, past: int, num_rows: int, with_logits: bool) -> None:
-        """See :meth:`LeveledDecoder.run`; bindings are built at their first use."""
+        """See :meth:`LeveledDecoder.run`; a binding is built when it is first needed."""
         segments = self._levels.segments[level]
         spare = self._spare_rows(past + start, past + end, num_rows)
         end += spare
@@ -135,7 +136,7 @@ class Stack:
         """See :meth:`LeveledDecoder.reserve`."""
         positions = min(positions + self._fewest_rows - 1, max(positions, self.max_length))
         if positions > self._cache.capacity or self._generation != self._cache.generation:
-            self._bindings.clear()  # before the cache grows: bindings hold its old buffers
+            self._bindings.clear()  # first, since bindings would keep the cache's old buffers alive
             self._cache.reserve(positions, keep)
             self._generation = self._cache.generation
 
@@ -148,16 +149,17 @@ class Stack:
         self._buffers.keep_state(row)
 
     def _spare_rows(self, start: int, end: int, num_rows: int) -> int:
-        """Return how many spare rows a run over positions ``[start, end)`` needs: 1 where a row, or a head's, is alone.
+        """Return how many spare rows a run over positions ``[start, end)`` needs, 0 or 1.
 
-        None at the context's end, which no decoding loop reaches, nor where the first token of a text must run alone.
+        It needs one if its segments or its head would run on a single row. There is none at the context's end, which no
+        decoding loop reaches, and none if the first token of a text must run alone.
         """
         is_alone = 1 in (end - start, num_rows)
         must_be = self._first_alone and start == 0
         return int(is_alone and not must_be and self._fewest_rows > 1 and end < self.max_length)
 
     def _chunks(self, tokens: Sequence[int], past: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield the ids [1, rows] of a prompt's chunks, and the position of each one's first."""
+        """Yield the token ids [1, rows] of each chunk of a prompt, and the position of its first token."""
         is_sequential = self._prefill_passes == "sequential" and any(binder.iterated for binder in self._binders)
         most = 1 if is_sequential else PREFILL_ROWS
         start = 0
@@ -169,9 +171,10 @@ class Stack:
     def _prefill_chunk(
         self, segments: range, ids: np.ndarray, below: np.ndarray, past: int, is_end: bool, with_logits: bool
     ) -> np.ndarray:
-        """Run segments over a chunk of a prompt, at its end also the head of the last one; return what it leaves.
+        """Run segments over a chunk of a prompt and return the residual stream that the last segment leaves.
 
-        Segments that own no cache run on the prompt's last row only.
+        At the end of the prompt the last segment's head runs too. Segments above the last one that owns a cache run on
+        the prompt's last position only.
         """
         for index in segments:
             if index >= self._levels.first_without_cache:

@@ -1,4 +1,4 @@
-"""One text through every segment of a bundle at once, every head on every position: what comparisons of models read."""
+"""Runs one text through every segment of a bundle, with every head on every position, for comparisons of models."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Activations:
     """What one model computes for one text.
 
     Attributes:
-        heads: Logits [seq, vocab] by depth: the final norm and LM head on what is left after that many layers.
+        heads: Logits [seq, vocab] by depth: those of the head that follows that many layers.
         hidden: The residual stream [seq, hidden] by depth, before any norm.
-        keys: Rotated keys [kv_heads, seq, head_dim] by layer, of a consumer those of its producer; empty where the
-            cache holds int8 codes.
-        values: Values [kv_heads, seq, head_dim] by layer; likewise.
+        keys: Rotated keys [kv_heads, seq, head_dim] by layer; a consumer has those of its producer. Empty if the cache
+            holds int8 codes.
+        values: Values [kv_heads, seq, head_dim] by layer, as for ``keys``.
     """
 
     heads: dict[int, Array]
@@ -39,13 +39,14 @@ class Activations:
 
 
 def run_text(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None = None) -> Activations:
-    """Run one text through buffers of its own.
+    """Run one text through separate buffers, so that no generation is disturbed.
 
     Args:
         graphs: The bundle.
         tokens: The text.
-        states: What exits that see states are fed, the states of the positions before, [seq, hidden]. None feeds them
-            the model's own, as the first draft of a round is fed, and zeros at the first position; takes two runs.
+        states: For exits that see states: the state of the position before each one, [seq, hidden]. With None they see
+            the model's own states, as the first draft of a round does, and zeros at the first position. That takes
+            two runs.
     """
     manifest = graphs.bundle.manifest
     if states is None and manifest.plan.has_state:
@@ -57,7 +58,7 @@ def run_text(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None = N
 
 
 def _run(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None, final_state: Stored | None) -> Activations:
-    """Run one text; the model's states are written to ``final_state`` [1, seq, hidden]."""
+    """Run one text; the final head writes the model's states to ``final_state`` [1, seq, hidden]."""
     manifest, rows = graphs.bundle.manifest, len(tokens)
     spec = manifest.spec
     cache = graphs.new_cache(rows)
@@ -66,7 +67,7 @@ def _run(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None, final_
     ids = np.asarray([tokens], dtype=np.int64)
     fed = None if states is None else states[None].astype(manifest.dtype)
     binders = [SegmentBinder(graphs, segment.index, cache) for segment in manifest.plan.segments]
-    # A layer that does not see its own position refuses to run on the first one together with others.
+    # A layer that does not see its own position cannot run on the first one together with others.
     is_first_alone = rows > 1 and not all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
     for start, end in ((0, 1), (1, rows)) if is_first_alone else ((0, rows),):
         for segment, binder in zip(manifest.plan.segments, binders, strict=True):
@@ -96,7 +97,7 @@ def _run(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None, final_
 
 
 def _buffers(manifest: Manifest, rows: int) -> tuple[dict[int, Stored], dict[int, Stored]]:
-    """Return room for the logits of each head and the residual stream at each boundary, by depth."""
+    """Allocate the logits of each head and the residual stream at each boundary, by depth."""
     heads: dict[int, Stored] = {}
     hidden: dict[int, Stored] = {}
     for segment in manifest.plan.segments:
@@ -109,7 +110,7 @@ def _buffers(manifest: Manifest, rows: int) -> tuple[dict[int, Stored], dict[int
 
 
 def _kv(cache: KVCache, part: str, manifest: Manifest, rows: int) -> list[Array]:
-    """Return the keys or values of each layer, [kv_heads, seq, head_dim]; none where they are int8 codes."""
+    """Return the keys or values of each layer, [kv_heads, seq, head_dim]; an empty list if they are int8 codes."""
     if manifest.cache_type == "int8":
         return []
     spec = manifest.spec

@@ -1,6 +1,6 @@
 """The report of `shortstack inspect` as one HTML page that loads nothing: style and picture are inline, no script.
 
-The page is ``page.html.jinja`` beside this file; every value is escaped by jinja2.
+The page is ``page.html.jinja`` next to this file; every value is escaped by jinja2.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ def render_html(report: Report) -> str:
         "segment_css": segment_css,
         "coordinate": lambda value: f"{value:.2f}".rstrip("0").rstrip("."),
     }
+    picture = draw_stack(report)
     source = resources.files("shortstack.runtime.inspection").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,
         spec=report.spec,
-        picture=draw_stack(report),
+        picture=picture,
+        is_cut_short=any(mark.css == "break" for mark in picture.marks),
         facts=words.facts(report),
         shares=_shares(report),
         head_words=words.head_words,
@@ -82,7 +84,7 @@ def _shares(report: Report) -> list[Share]:
         Share(embedding, weights.embedding, "table"),
         *layers,
         Share("LM head", weights.lm_head, "table"),
-        Share("exits' own heads", weights.draft_heads, "exit"),
+        Share("what exits have of their own", weights.draft_heads, "exit"),
         Share("rotary tables, final norm", weights.other, "other"),
     ]
     return [part for part in parts if part.bytes]

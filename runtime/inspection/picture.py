@@ -1,13 +1,13 @@
-"""The stack as a picture: where each bar, line and label of `shortstack inspect --html` stands. Knows no SVG.
+"""The stack as a picture: where each bar, line and label of `shortstack inspect --html` is drawn. Knows no SVG.
 
 ::
 
             token, logits
             ┌───────────┐
-            │ LM head   │                    column   height of a block follows its bytes; a layer's width too
+            │ LM head   │                    column   area follows bytes, but for blocks with a zigzag, cut short
             ├───────────┤
      ┌────> │ layer 3   │ ┐
-     │┌───> │ layer 2   │ ┘ segment 1             an arrow down beside layers: they run in passes
+     │┌───> │ layer 2   │ ┘ segment 1             an arrow down next to layers: they run in passes
      │      ├ ─ hidden ─┼──────> exit 2      right    exits; width of a head follows its rows
      │└── ▪ │ layer 1   │ ┐
      └─── ▪ │ layer 0   │ ┘ segment 0
@@ -43,11 +43,13 @@ _LANE_RIGHT, _LANE_SPACE, _LANE_PITCH = 48.0, 42.0, 8.0
 _STACK_HEIGHT = 440.0  # what the layers share, before limits
 _TALLEST_STACK = 680.0  # up to this, layers grow to make room for labels; beyond, the cuts do
 _LAYER_HEIGHTS = (8.0, 24.0)
-_TABLE_HEIGHTS = (34.0, 130.0)  # embedding and LM head
-_CUT_HEIGHT = 30.0
+_TEXT_HEIGHT = 34.0  # two lines that name the embedding or the LM head
+_TABLE_HEIGHTS = (2.0, 130.0)  # of these two
+_CUT_HEIGHT = 36.0
 _NODE_HEIGHT, _LABEL_HEIGHT = 60.0, 38.0  # text in the right lane that must not overlap
 _PASSES_HEIGHT = 14.0  # one more line of it
-_GROUPS_LENGTH = 23  # characters that fit beside the column with "run in passes"
+_GROUPS_LENGTH = 23  # characters that fit next to the column with "run in passes"
+_PART_WORDS = {"qkv": "qkv", "o": "o", "mlp": "MLP and norms"}
 _END_HEIGHT = 44.0  # arrow and words above and below the column
 
 
@@ -98,12 +100,12 @@ def draw_stack(report: Report) -> Picture:
     """Lay out a report's stack, top to bottom."""
     picture = Picture(_WIDTH)
     pitch = _layer_pitch(report)
-    bytes_per_unit = max(layer.weight_bytes for layer in report.layers) / pitch  # of height, at full column width
+    widest = max(layer.weight_bytes for layer in report.layers)
+    bytes_per_unit = widest / (pitch - _gap(pitch))  # of height, at full column width
     middles: dict[int, float] = {}  # layer -> y of its middle
 
     picture.labels.append(Label(_MIDDLE, 14, "token, confidence, logits", "middle muted"))
-    y = _arrow_up(picture, 20, _END_HEIGHT)
-    y = _final_head(picture, report, y, bytes_per_unit)
+    y = _final_head(picture, report, _END_HEIGHT, bytes_per_unit)
     for segment in reversed(report.segments):
         top = y
         for layer in reversed(report.layers[segment.start : segment.end]):
@@ -117,7 +119,6 @@ def draw_stack(report: Report) -> Picture:
             _arrow_up(picture, y, y + height)
             y += height
     y = _embedding(picture, report, y + 4, bytes_per_unit)
-    y = _arrow_up(picture, y, y + _END_HEIGHT - 20)
     picture.labels.append(Label(_MIDDLE, y + 14, "input_ids", "middle muted"))
     picture.height = y + 24
     _shared_kv(picture, report, middles)
@@ -140,6 +141,11 @@ def _layer_pitch(report: Report) -> float:
     return min(high, max(low, _STACK_HEIGHT / count, min(room / fewest, _TALLEST_STACK / count)))
 
 
+def _gap(pitch: float) -> float:
+    """Return the space between two layers."""
+    return 1.0 if pitch < 10 else 2.0
+
+
 def _label_height(report: Report) -> float:
     return _LABEL_HEIGHT + (_PASSES_HEIGHT if report.iterated_groups else 0)
 
@@ -155,17 +161,28 @@ def _arrow_up(picture: Picture, top: float, bottom: float) -> float:
     return bottom
 
 
-def _table(picture: Picture, y: float, table_bytes: int, bytes_per_unit: float, css: str, title: str) -> float:
-    """Draw a block of vocab rows and return its height; one too high to be drawn to scale gets a break mark."""
-    natural = table_bytes / bytes_per_unit
+def _table_height(table_bytes: int, bytes_per_unit: float) -> float:
     low, high = _TABLE_HEIGHTS
-    height = min(high, max(low, natural))
-    note = "" if low <= natural <= high else f"\nnot drawn to scale: {natural / height:.2g} times this height"
+    return min(high, max(low, table_bytes / bytes_per_unit))
+
+
+def _table(
+    picture: Picture, y: float, label_y: float, table_bytes: int, bytes_per_unit: float, css: str, title: str,
+    words: tuple[str, str],
+) -> None:  # fmt: skip
+    """Draw a block of vocab rows to scale; one too high for the page is cut short and gets a zigzag."""
+    natural, height = table_bytes / bytes_per_unit, _table_height(table_bytes, bytes_per_unit)
+    first, second = words
+    is_cut_short = natural > height
+    note = f"\ncut short: to scale it is {natural / height:.2g} times this height" if is_cut_short else ""
     picture.rects.append(Rect(_COLUMN_X, y, _COLUMN_WIDTH, height, css, title + note))
-    if natural > high:
+    if is_cut_short:
         zigzag = " ".join(f"l8,{-5 if i % 2 else 5}" for i in range(int(_COLUMN_WIDTH / 8)))
         picture.marks.append(Line(f"M{_COLUMN_X:g},{y + height * 0.78:g} {zigzag}", "break"))
-    return height
+    fits = height >= _TEXT_HEIGHT
+    x, place = (_MIDDLE, "middle on-table") if fits else (_COLUMN_RIGHT + 10, "")
+    picture.labels.append(Label(x, label_y - 3, first, place))
+    picture.labels.append(Label(x, label_y + 11, second, f"{place} small" if fits else "muted small"))
 
 
 def _final_head(picture: Picture, report: Report, y: float, bytes_per_unit: float) -> float:
@@ -173,30 +190,33 @@ def _final_head(picture: Picture, report: Report, y: float, bytes_per_unit: floa
     tied = spec.tie_word_embeddings
     stored = "the embedding again: stored once" if tied else size(report.weights.lm_head)
     reads = f"{head.rows:,} rows of {spec.hidden_size}, {head.stored_as}, reads {size(head.weight_bytes)}"
-    title = f"final norm and LM head\n{reads}\n{stored}"
-    css = "table tied" if tied else "table"
-    height = _table(picture, y, head.weight_bytes, bytes_per_unit, css, title)
-    words = "tied, stored once" if tied else size(head.weight_bytes)
-    _two_lines(picture, y + height / 2, f"LM head · {head.rows:,} rows", words)
-    return y + height + 4
+    height = _table_height(head.weight_bytes, bytes_per_unit)
+    room = max(height, _TEXT_HEIGHT)
+    top = y + room - height
+    _arrow_up(picture, 20, top)
+    _table(
+        picture, top, y + room / 2, head.weight_bytes, bytes_per_unit, "table tied" if tied else "table",
+        f"final norm and LM head\n{reads}\n{stored}",
+        (f"LM head · {head.rows:,} rows", "tied, stored once" if tied else size(head.weight_bytes)),
+    )  # fmt: skip
+    return y + room + 4
 
 
 def _embedding(picture: Picture, report: Report, y: float, bytes_per_unit: float) -> float:
     spec, stored = report.spec, report.weights.embedding
-    title = f"token embedding\n{spec.vocab_size:,} rows of {spec.hidden_size}, {size(stored)}"
-    height = _table(picture, y, stored, bytes_per_unit, "table", title)
-    _two_lines(picture, y + height / 2, f"embedding · {spec.vocab_size:,} rows", size(stored))
-    return y + height
-
-
-def _two_lines(picture: Picture, y: float, first: str, second: str) -> None:
-    picture.labels.append(Label(_MIDDLE, y - 3, first, "middle on-table"))
-    picture.labels.append(Label(_MIDDLE, y + 11, second, "middle on-table small"))
+    height = _table_height(stored, bytes_per_unit)
+    room = max(height, _TEXT_HEIGHT)
+    _table(
+        picture, y, y + room / 2, stored, bytes_per_unit, "table",
+        f"token embedding\n{spec.vocab_size:,} rows of {spec.hidden_size}, {size(stored)}",
+        (f"embedding · {spec.vocab_size:,} rows", size(stored)),
+    )  # fmt: skip
+    return _arrow_up(picture, y + height, y + room + _END_HEIGHT - 20)
 
 
 def _layer(picture: Picture, layer: LayerReport, y: float, pitch: float, report: Report) -> float:
-    """Draw one layer, its parts as wide as their parameters are many, and return the y of its middle."""
-    gap = 1.0 if pitch < 10 else 2.0
+    """Draw one layer, each part as wide as its bytes are many, and return the y of its middle."""
+    gap = _gap(pitch)
     height, middle = pitch - gap, y + pitch / 2
     widest = max(other.weight_bytes for other in report.layers)
     width = _COLUMN_WIDTH * layer.weight_bytes / widest
@@ -210,12 +230,12 @@ def _layer(picture: Picture, layer: LayerReport, y: float, pitch: float, report:
     )
     title += f"\nsees the last {layer.window:,} positions" if layer.window else ""
     title += "" if layer.sees_itself else "\ncannot see its own position"
-    x, parts = _COLUMN_X, (("qkv", p.qkv), ("o", p.o), ("mlp", p.total - p.qkv - p.o))
-    for part, count in parts:
-        share = width * count / p.total
-        picture.rects.append(
-            Rect(x, y + gap / 2, share, height, f"{segment_css(layer.segment)} {part}", f"{title}\nhere: {part}")
-        )
+    taken = layer.part_bytes
+    x, parts = _COLUMN_X, {"qkv": taken.qkv, "o": taken.o, "mlp": taken.mlp + taken.norms}
+    for part, count in parts.items():
+        share = width * count / layer.weight_bytes
+        here = f"{title}\nhere: {_PART_WORDS[part]}, {size(count)}"
+        picture.rects.append(Rect(x, y + gap / 2, share, height, f"{segment_css(layer.segment)} {part}", here))
         x += share
     if layer.owns_kv:
         side = min(_CACHE_SIZE, height)

@@ -14,6 +14,7 @@ call it c). Bytes are those that the bundle's precision stores. Only a measureme
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import Port
 from shortstack.graphs.kv_map import IteratedGroup, borrowed, consumers, is_kv_complete, iterated_groups, producers
-from shortstack.graphs.manifest import FORMAT_VERSION, Manifest
+from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec, Segment
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
@@ -32,6 +33,7 @@ from shortstack.runtime.inspection.parameters import (
     model_parameters,
 )
 from shortstack.runtime.inspection.sizes import (
+    LayerBytes,
     block_cache_bytes_per_token,
     cache_bytes_per_token,
     draft_heads_bytes,
@@ -55,7 +57,8 @@ class HeadReport:
         rows: Rows of its LM head: N of a trimmed one, V otherwise.
         kv_complete: Nothing above it owns a cache. True of the final head.
         stored_as: How its matrix is stored: a type of floats, or blocks.
-        owns_weights: Its matrix is no other head's and not the embedding; exits of equal ones share theirs.
+        owns_weights: Its matrix belongs to it alone, not to another head or the embedding; exits with equal matrices
+            store one.
         weight_bytes: What it reads for one position, norm and branch included.
         draft_cost: Predicted cost of one draft step that ends here, in plain steps; 1 for the final head.
         exit_spec: What kind of exit it is; None for the final head.
@@ -89,6 +92,7 @@ class LayerReport:
         sees_itself: It sees its own position.
         parameters: Its parameters.
         weight_bytes: What they take in weights.data.
+        part_bytes: The same, part by part.
     """
 
     layer: int
@@ -99,6 +103,7 @@ class LayerReport:
     sees_itself: bool
     parameters: LayerParameters
     weight_bytes: int
+    part_bytes: LayerBytes
 
     @property
     def owns_kv(self) -> bool:
@@ -178,7 +183,7 @@ class Report:
 
     Attributes:
         folder: Its path.
-        format_version: Of bundle.json.
+        format_version: Of bundle.json, as it is on the disk.
         verified: The sha256 of every file was checked.
         source_name: The checkpoint it was made from.
         source_sha256: The checkpoint's hash.
@@ -246,7 +251,7 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
     segment_of = {layer: s.index for s in segments for layer in range(s.start, s.end)}
     return Report(
         folder=str(bundle.folder),
-        format_version=FORMAT_VERSION,
+        format_version=_format_version(bundle),
         verified=verified,
         source_name=manifest.source_name,
         source_sha256=manifest.source_sha256,
@@ -266,7 +271,8 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
                 window=spec.window(layer),
                 sees_itself=spec.sees_itself(layer),
                 parameters=layer_parameters(spec, layer),
-                weight_bytes=layer_bytes(manifest, layer),
+                weight_bytes=layer_bytes(manifest, layer).total,
+                part_bytes=layer_bytes(manifest, layer),
             )
             for layer, kv_layer in enumerate(spec.kv_map)
         ),
@@ -276,6 +282,11 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
         files={name: entry.bytes for name, entry in sorted(manifest.files.items())},
         total_bytes=sum(entry.bytes for entry in manifest.files.values()),
     )
+
+
+def _format_version(bundle: Bundle) -> int:
+    """Return the version that the file has; the manifest in memory is always of the newest."""
+    return int(json.loads((bundle.folder / names.MANIFEST_FILE).read_bytes())["format_version"])
 
 
 def _segment(manifest: Manifest, segment: Segment) -> SegmentReport:
@@ -307,7 +318,7 @@ def _head(manifest: Manifest, end: int, exit_spec: ExitSpec | None) -> HeadRepor
     spec = manifest.spec
     own = None if exit_spec is None else exit_head(manifest, exit_spec)
     read = read_bytes(manifest, exit_spec)
-    below = sum(layer_bytes(manifest, layer) for layer in range(end))
+    below = sum(layer_bytes(manifest, layer).total for layer in range(end))
     has_block = exit_spec is not None and exit_spec.branch == "block"
     is_below_block = any(e.branch == "block" and e.exit_layer > end for e in manifest.plan.exits)
     return HeadReport(

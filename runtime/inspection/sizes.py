@@ -7,6 +7,7 @@ with scales of the activations' type. Heads are stored padded to the width that 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, head_rows, stored_parts
@@ -35,23 +36,47 @@ def matrix_bytes(manifest: Manifest, name: str, rows: int, width: int) -> int:
     return block_format.stored_bytes(rows, width, value_bytes)
 
 
-def layer_bytes(manifest: Manifest, layer: int) -> int:
-    """Return what one layer takes, norms, biases and the scales of an int8 cache included."""
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """What one decoder layer takes in weights.data, in bytes.
+
+    Attributes:
+        qkv: The q, k and v projections, with their biases and the scales of an int8 cache.
+        o: The output projection of attention, with its bias.
+        mlp: The gate, up and down projections, with their biases.
+        norms: Both RMS norms.
+    """
+
+    qkv: int
+    o: int
+    mlp: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        """The whole layer."""
+        return self.qkv + self.o + self.mlp + self.norms
+
+
+def layer_bytes(manifest: Manifest, layer: int) -> LayerBytes:
+    """Return what the parts of one layer take."""
     spec, owns_kv = manifest.spec, manifest.spec.kv_map[layer] == layer
-    taken = 0
+    taken = dict.fromkeys(("attn.qkv_proj", "attn.o_proj", "mlp", "norm"), 0)
     for part, shape in layer_parts(spec, owns_kv=owns_kv).items():
+        kind = next((kind for kind in taken if part.startswith(kind)), "norm")
         if part in names.LAYER_MATRICES:
-            taken += matrix_bytes(manifest, names.layer_weight(layer, part), *shape)
+            taken[kind] += matrix_bytes(manifest, names.layer_weight(layer, part), *shape)
         else:
-            taken += math.prod(shape) * BYTES_PER_VALUE[manifest.dtype]
-    has_scales = manifest.precision.kv_cache == "int8" and owns_kv
-    # An int8 cache has a scale for each number of a position's key and value.
-    return taken + (kv_bytes_per_token(spec, _KV_SCALE_BYTES, owners=1) if has_scales else 0)
+            taken[kind] += math.prod(shape) * BYTES_PER_VALUE[manifest.dtype]
+    if manifest.precision.kv_cache == "int8" and owns_kv:
+        # An int8 cache has a scale for each number of a position's key and value.
+        taken["attn.qkv_proj"] += kv_bytes_per_token(spec, _KV_SCALE_BYTES, owners=1)
+    return LayerBytes(*taken.values())
 
 
 def layers_bytes(manifest: Manifest) -> int:
     """Return what all layers take."""
-    return sum(layer_bytes(manifest, layer) for layer in range(manifest.spec.num_hidden_layers))
+    return sum(layer_bytes(manifest, layer).total for layer in range(manifest.spec.num_hidden_layers))
 
 
 def vocabulary_bytes(manifest: Manifest, name: str) -> int:

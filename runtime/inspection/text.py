@@ -1,4 +1,4 @@
-"""The report of `shortstack inspect` on a terminal; plain text where there is none."""
+"""The report of `shortstack inspect` on a terminal, or as plain text in a file or pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a page, whole or not at all: beside its name first, then renamed."""
+"""Writes a page, whole or not at all: under another name first, then renamed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Text on its way in and out: the tokenizer, text from a growing list of tokens, stop strings. Knows no model."""
+"""Text in and out: the tokenizer, text from a growing list of tokens, stop strings. Knows nothing about models."""

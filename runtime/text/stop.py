@@ -1,11 +1,11 @@
-"""Stop strings: end a text where one of several strings appears, wherever the borders between its pieces fall.
+"""Stop strings: they end a text where one of them appears, no matter how the text was cut into pieces.
 
-For the decode loop and its callers. Knows text only: neither tokens nor models. A piece of text goes in, the part that
-can be shown comes out; what might still become a stop string is held back::
+For the decoding loops and their callers. Knows text only, neither tokens nor models. A piece of text goes in, and the
+part that can be shown comes out. The part that might still become a stop string is held back::
 
     stops = ["</s>"]     push("Hi <")    -> ("Hi ", False)     "<" may be the beginning of "</s>"
                          push("b>")      -> ("<b>", False)     it was not
-                         push("!</s>x")  -> ("!", True)        the stop string and what follows it are dropped
+                         push("!</s>x")  -> ("!", True)        the stop string and the text after it are dropped
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from shortstack.graphs.errors import RequestError
 class StopStrings:
     """Watches a growing text for the first of several stop strings.
 
-    The stop string that *completes* first wins, as it would if the text arrived character by character; of several that
-    complete at the same character, the longest wins. So the outcome does not depend on how the text was cut in pieces.
+    The stop string that *completes* first wins, as if the text arrived character by character. If several complete at
+    the same character, the longest wins. So the outcome does not depend on how the text was cut into pieces.
 
     Args:
-        strings: The stop strings; none at all is fine and holds nothing back.
+        strings: The stop strings. An empty sequence is valid; then nothing is held back.
 
     Raises:
-        RequestError: One of ``strings`` is empty or not a string, or ``strings`` is itself one bare string.
+        RequestError: One of ``strings`` is empty or not a string, or ``strings`` itself is a bare string.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -45,21 +45,21 @@ class StopStrings:
 
     @property
     def matched(self) -> str | None:
-        """The stop string that ended the text, or None while none has."""
+        """The stop string that ended the text; None as long as the text goes on."""
         return self._matched
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Adds a piece of text.
+        """Add a piece of text.
 
         Returns:
-            The text that is now safe to show, and whether a stop string completed. Once it has, this and every later
-            call return True, and later pieces are dropped.
+            The text that is now safe to show, and whether a stop string is complete. From then on every call returns
+            True, and later pieces are dropped.
         """
         if self._matched is not None:
             return "", True
         text = self._held + text
-        # (end, -length, string): the smallest completes first, and is the longest of those that end there. The first
-        # occurrence of a string is the one of its occurrences that ends first.
+        # (end, -length, string): the smallest entry completes first, and is the longest of those that end there. It is
+        # enough to look at the first occurrence of each string, since it ends before all others.
         matches = [
             (start + len(string), -len(string), string) for string in self._strings if (start := text.find(string)) >= 0
         ]
@@ -72,12 +72,12 @@ class StopStrings:
         return text[:safe], False
 
     def flush(self) -> str:
-        """Returns the text held back, for the end of a generation that no stop string ended."""
+        """Return the text held back, when a generation ends without a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _held_chars(self, text: str) -> int:
-        """Length of the longest suffix of ``text`` that is a proper prefix of a stop string."""
+        """Return the length of the longest suffix of ``text`` that is a proper prefix of a stop string."""
         longest = 0
         for string in self._strings:
             for length in range(min(len(string) - 1, len(text)), longest, -1):

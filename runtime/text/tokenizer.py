@@ -1,18 +1,18 @@
-"""The tokenizer of a bundle: text and chats to token ids and back, and which ids end a text.
+"""The tokenizer of a bundle: turns text and chats into token ids and back, and knows which ids end a text.
 
-For the decode loop and the commands. Wraps Hugging Face's ``tokenizers``, and renders chat templates with jinja2 as
-transformers does; needs neither transformers nor a network. Reads from a bundle folder:
+For the decoding loops and the commands. Wraps Hugging Face's ``tokenizers``, and renders chat templates with jinja2 as
+transformers does. Needs neither transformers nor a network. Reads these files of a bundle folder:
 
 ======================  ========  ==========================================================================
 file                    required  what is read
 ======================  ========  ==========================================================================
-tokenizer.json          yes       everything; truncation and padding set in it are switched off
-tokenizer_config.json   no        bos_token, eos_token, ... for templates; chat_template if there is no file
+tokenizer.json          yes       everything; truncation and padding that it sets are switched off
+tokenizer_config.json   no        bos_token, eos_token, ... for templates; chat_template without chat_template.jinja
 chat_template.jinja     no        the chat template
 generation_config.json  no        eos_token_id, bos_token_id
 ======================  ========  ==========================================================================
 
-A chat template is foreign code: it runs in jinja2's immutable sandbox and sees plain JSON data only.
+A chat template is foreign code. It runs in jinja2's immutable sandbox and sees plain JSON data only.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ import jinja2.sandbox
 import tokenizers
 
 from shortstack.graphs.errors import BundleError, RequestError
-
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-GENERATION_CONFIG_FILE = "generation_config.json"
+from shortstack.graphs.names import (
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 
 _REMEDY = "export the checkpoint again, or copy the file from the checkpoint into the bundle"
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -46,14 +47,14 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
-    """Encodes and decodes text for one model. Made by :meth:`load`.
+    """Encodes and decodes text for one model. :meth:`load` makes it.
 
     Attributes:
         special_ids: Ids of the special tokens, which :meth:`decode` leaves out.
         eos_token_ids: Ids that end a text: those of generation_config.json, then the tokenizer's ``eos_token``.
-        bos_token_id: Id that begins a text, or None.
-        vocab_size: Number of tokens, added ones included. A model's embedding may have more rows (padding).
-        has_text_tokens: False for byte-level BPE, where every token is bytes (see :meth:`token_bytes`).
+        bos_token_id: The id that begins a text, or None.
+        vocab_size: Number of tokens, including added ones. A model's embedding may have more rows (padding).
+        has_text_tokens: False for byte-level BPE, where every token stands for bytes (see :meth:`token_bytes`).
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Tokenizer:
     ) -> None:
         self._backend = backend
         self._chat_template = chat_template
-        # The decoder's own state is a few bytes of JSON, where the whole tokenizer's is megabytes.
+        # The state of the decoder alone is a few bytes of JSON; that of the whole tokenizer is megabytes.
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         decoder_types = frozenset(_decoder_types(decoder))
         self._byte_level = "ByteLevel" in decoder_types and decoder_types <= {"ByteLevel", "Fuse", "Sequence"}
@@ -86,7 +87,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Reads the tokenizer files of a bundle (or of a Hugging Face checkpoint folder).
+        """Read the tokenizer files of a bundle (or of a Hugging Face checkpoint folder).
 
         Raises:
             BundleError: tokenizer.json is missing, or one of the files is malformed.
@@ -102,7 +103,7 @@ class Tokenizer:
             raise BundleError(
                 f"{path} is malformed", found=error, expected="the JSON of the `tokenizers` library", remedy=_REMEDY
             ) from error
-        # Both are settings of somebody's training run; a prompt must arrive whole.
+        # Both are left over from a training run; a prompt must be encoded whole and without padding.
         backend.no_truncation()
         backend.no_padding()
         config = _read_json_object(folder / TOKENIZER_CONFIG_FILE)
@@ -115,7 +116,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the token ids of ``text``, with the special tokens (often BOS) that the tokenizer adds to one."""
+        """Return the token ids of ``text``, with the special tokens (often BOS) that the tokenizer adds to a text."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -124,15 +125,15 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Returns the text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids without a token are left out."""
+        """Return the text of ``ids``. Bytes that are not UTF-8 become U+FFFD; ids without a token are left out."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """Returns the bytes a token stands for on its own, or None if it is text whose form depends on its neighbours.
+        """Return the bytes that a token stands for, or None if it is text, whose form may depend on its neighbours.
 
-        Bytes: every token of a byte-level BPE, and the ``<0x..>`` tokens of a byte-fallback tokenizer. An id without a
-        token is ``b""``, since :meth:`decode` leaves it out.
+        Every token of a byte-level BPE stands for bytes, and so do the ``<0x..>`` tokens of a byte-fallback tokenizer.
+        An id without a token gives ``b""``, since :meth:`decode` leaves it out.
         """
         token: str | None = self._backend.id_to_token(token_id)
         if token is None:
@@ -148,7 +149,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether :meth:`render_chat` can work."""
+        """Whether there is a template for :meth:`render_chat`."""
         return self._chat_template is not None
 
     def render_chat(
@@ -159,22 +160,23 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Renders a conversation with the model's chat template.
+        """Render a conversation with the model's chat template.
 
         Args:
             messages: JSON-like messages such as ``{"role": "user", "content": "Hi"}``, oldest first.
-            add_generation_prompt: End with the opening of the assistant's turn.
+            add_generation_prompt: Whether to end with the opening of the assistant's turn.
             tools: JSON schemas of tools, for templates that know them.
             variables: Further template variables, e.g. ``{"enable_thinking": False}``.
 
         Raises:
-            RequestError: There is no template, the input is not plain JSON data, or the template refuses it.
+            RequestError: There is no template, the input is not plain JSON data, the template rejects the messages, or
+                a variable has a reserved name.
         """
         template = self._compiled_template
         data = _plain_data({"messages": messages, "tools": tools, "variables": variables or {}})
         if reserved := sorted(_RESERVED_VARIABLES & data["variables"].keys()):
             raise RequestError(
-                "chat template variables", found=", ".join(reserved), expected="names not in use already"
+                "chat template variables", found=", ".join(reserved), expected="names that are not in use already"
             )
         try:
             return template.render(
@@ -199,7 +201,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Renders a conversation (see :meth:`render_chat`) and encodes it; the template itself writes BOS."""
+        """Render a conversation (see :meth:`render_chat`) and encode it; the template itself writes BOS."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables)
         return self.encode(text, add_special_tokens=False)
 
@@ -223,7 +225,7 @@ class Tokenizer:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """Lets ``{% generation %}...{% endgeneration %}`` through: it marks training targets and renders its body."""
+    """Renders the body of ``{% generation %}...{% endgeneration %}``, which only marks targets for training."""
 
     tags = {"generation"}  # noqa: RUF012 - overrides jinja2's own declaration
 
@@ -233,7 +235,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 def _template_environment() -> jinja2.Environment:
-    """Returns the environment chat templates are written for (transformers.utils.chat_template_utils)."""
+    """Return the environment that chat templates are written for (transformers.utils.chat_template_utils)."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -248,7 +250,7 @@ def _template_environment() -> jinja2.Environment:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        # jinja2's own filter escapes HTML
+        # unlike jinja2's own filter, this one does not escape HTML
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -261,7 +263,7 @@ def _template_environment() -> jinja2.Environment:
 
 
 def _plain_data(data: dict[str, Any]) -> dict[str, Any]:
-    """Rebuilds ``data`` from plain JSON types, so that a template never meets an object with methods."""
+    """Rebuild ``data`` from plain JSON types, so that a template never sees an object with methods."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps(data, default=_plain_container))
     except (TypeError, ValueError, RecursionError) as error:
@@ -304,7 +306,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _template_from_config(config: Mapping[str, Any]) -> str | None:
-    """Reads ``chat_template`` of tokenizer_config.json: one template, or a list of named ones with a ``default``."""
+    """Read ``chat_template`` of tokenizer_config.json: one template, or a list of named ones with a ``default``."""
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -320,7 +322,7 @@ def _template_from_config(config: Mapping[str, Any]) -> str | None:
 
 
 def _token_content(config: Mapping[str, Any], name: str) -> str | None:
-    """Reads a special token of tokenizer_config.json: a string, or an object with its text in ``content``."""
+    """Read a special token of tokenizer_config.json: a string, or an object with its text in ``content``."""
     token = config.get(name)
     if isinstance(token, dict):
         token = token.get("content")
@@ -330,7 +332,7 @@ def _token_content(config: Mapping[str, Any], name: str) -> str | None:
 
 
 def _token_ids(config: Mapping[str, Any], name: str) -> list[int]:
-    """Reads a token id field of generation_config.json: absent, null, one id or a list of ids."""
+    """Read a field of generation_config.json that holds token ids: absent, null, one id or a list of ids."""
     value = config.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
@@ -344,7 +346,7 @@ def _token_ids(config: Mapping[str, Any], name: str) -> list[int]:
 
 
 def _decoder_types(decoder: Mapping[str, Any] | None) -> Iterable[str]:
-    """Yields the types of a tokenizer.json decoder and, for a Sequence, of its parts."""
+    """Yield the type of a decoder in tokenizer.json and, if it is a Sequence, the types of its parts."""
     if decoder is None:
         return
     yield decoder["type"]
@@ -353,7 +355,7 @@ def _decoder_types(decoder: Mapping[str, Any] | None) -> Iterable[str]:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """Returns the alphabet of byte-level BPE (GPT-2): printable bytes as themselves, the others from U+0100 onwards."""
+    """Return the alphabet of byte-level BPE (GPT-2): printable bytes stand for themselves, others begin at U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in printable)

@@ -27,8 +27,10 @@ _WITH_RIVALS = {"engines", "disk", "memory", "load"}
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Another model than the default one.")
 @click.option("--exit-layer", type=int, default=8, help="Where the bundles are cut.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="Of the models under comparison.")
-@click.option("--recipe", help="How `shortstack quantize` makes them.  [default: the precision's name]")
-@click.option("--method", help="How `shortstack quantize` rounds: changes no speed.  [default: the recipe's]")
+@click.option(
+    "--preset", "--recipe", "preset", help="How `shortstack quantize` makes them.  [default: the precision's name]"
+)
+@click.option("--method", help="How `shortstack quantize` rounds: changes no speed.  [default: the preset's]")
 @click.option("--threads", type=int, multiple=True, default=(1, 2), help="May be given more than once.")
 @click.option(
     "--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="May be given more than once."
@@ -36,13 +38,13 @@ _WITH_RIVALS = {"engines", "disk", "memory", "load"}
 @click.option("--genai-python", default=sys.executable, help="An interpreter that has onnxruntime-genai.")
 @click.option("--llama-python", default=sys.executable, help="An interpreter that has llama-cpp-python.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Where models are kept.  [default: bench in our cache]")
-@click.option("--quick", is_flag=True, help="Run everything small: two minutes, numbers of no worth.")
+@click.option("--quick", is_flag=True, help="Run everything small: two minutes, and the numbers mean nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def bench(
     checkpoint: Path | None,
     exit_layer: int,
     precision: Precision,
-    recipe: str | None,
+    preset: str | None,
     method: str | None,
     threads: tuple[int, ...],
     parts: tuple[str, ...],
@@ -53,14 +55,14 @@ def bench(
     as_json: bool,
 ) -> None:
     """Compare split bundles with one uncut graph and with other engines, and drafting with plain decoding."""
-    if (recipe or method) and precision == "fp32":
+    if (preset or method) and precision == "fp32":
         raise click.UsageError(
-            "--recipe and --method say how to quantize: name a --precision of int4 or int8 with them"
+            "--preset and --method choose how to quantize: name a --precision of int4 or int8 with them"
         )
     settings = QUICK if quick else FULL
     thread_counts = threads[:1] if quick else threads
     source = checkpoint or default_model_path()
-    models = open_artifacts(source, cache or cache_folder() / "bench", precision, recipe, method)
+    models = open_artifacts(source, cache or cache_folder() / "bench", precision, preset, method)
     load = machine()  # before anything runs
     rivals = find_rivals(models, genai_python, llama_python) if _WITH_RIVALS & set(parts) else []
     versions = {rival.name: rival.version for rival in rivals}
@@ -71,7 +73,7 @@ def bench(
         **{name: versions.get(name) for name in rival_names(models)},
         "exit_layer": exit_layer,
         "prompt_tokens": ", ".join(map(str, settings.prompt_lengths)),
-        "decoded": f"{settings.repeats - 1} x {settings.blocks} blocks of {settings.block_tokens} tokens, taking turns",
+        "decoded": f"{settings.repeats - 1} x {settings.chunks} chunks of {settings.chunk_tokens} tokens, taking turns",
     }
     tokenizer = Tokenizer.load(models.bundle(exit_layer))
     text = tokenizer.encode("\n\n".join(prompts()))

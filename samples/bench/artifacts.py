@@ -4,7 +4,7 @@ They are kept in folders named after the checkpoint, and bundles also after the 
 exporter makes new ones; those it replaces are removed::
 
     bundles-<hash>/exit-8               exported: the hash covers the checkpoint, graphs/ and export/
-    quantized-<hash>/exit-8-int4        quantized from the one above, by recipe: quant/ as well
+    quantized-<hash>/exit-8-int4        quantized from the one above, by preset: quant/ as well
     genai-<hash>/int4                   onnxruntime-genai's own: the checkpoint only
 """
 
@@ -27,7 +27,7 @@ Precision = Literal["fp32", "int4", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int4", "int8")
 
 _EXPORTERS = ("graphs/**/*.py", "export/**/*.py")
-_QUANTIZERS = ("quant/**/*.py", "samples/*.jsonl", "samples/*.txt")  # the texts that calibrate
+_QUANTIZERS = ("quant/**/*.py", "graphs/texts/*.jsonl", "graphs/texts/*.txt")  # the texts calibrate
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Artifacts:
         quantized_folder: Where quantized bundles are kept.
         genai_folder: Where onnxruntime-genai's models are kept.
         precision: What is compared.
-        recipe: How a bundle becomes one of that precision, a name that ``shortstack quantize`` knows; unused in fp32.
-        method: How weights are rounded, likewise; None leaves it to the recipe. It changes no speed and no size.
+        preset: How a bundle becomes one of that precision, a name that ``shortstack quantize`` knows; unused in fp32.
+        method: How weights are rounded, likewise; None leaves it to the preset. It changes no speed and no size.
     """
 
     checkpoint: Path
@@ -49,7 +49,7 @@ class Artifacts:
     quantized_folder: Path
     genai_folder: Path
     precision: Precision = "fp32"
-    recipe: str = ""
+    preset: str = ""
     method: str | None = None
 
     @property
@@ -59,8 +59,8 @@ class Artifacts:
 
     @property
     def description(self) -> str:
-        """The precision; recipe and method where they are not the ones that it has by itself."""
-        named = f", recipe {self.recipe}" if self.recipe not in ("", self.precision) else ""
+        """The precision; preset and method where they are not the ones that it has by itself."""
+        named = f", preset {self.preset}" if self.preset not in ("", self.precision) else ""
         return f"{self.precision}{named}" + (f", rounded by {self.method}" if self.method else "")
 
     def bundle(self, exit_layer: int | None, draft_vocab: int | None = None) -> Path:
@@ -70,10 +70,10 @@ class Artifacts:
             name += f"-vocab-{draft_vocab}"
         if not self.is_quantized:
             return self._exported(name, exit_layer, draft_vocab)
-        out = self.quantized_folder / "-".join((name, self.recipe, *([self.method] if self.method else ())))
+        out = self.quantized_folder / "-".join((name, self.preset, *([self.method] if self.method else ())))
         if not out.is_dir():
             source = self._exported(name, exit_layer, draft_vocab)
-            options = ["--recipe", self.recipe, *(["--method", self.method] if self.method else ()), "--no-report"]
+            options = ["--preset", self.preset, *(["--method", self.method] if self.method else ()), "--no-report"]
             make([*_SHORTSTACK, "quantize", str(source), str(out), *options], f"bundle {out.name}")
         return out
 
@@ -94,7 +94,7 @@ def open_artifacts(
     checkpoint: Path,
     cache: Path,
     precision: Precision = "fp32",
-    recipe: str | None = None,
+    preset: str | None = None,
     method: str | None = None,
 ) -> Artifacts:
     """Return the models of a checkpoint, in folders of their own inside ``cache``; drop bundles of older sources.
@@ -103,8 +103,8 @@ def open_artifacts(
         checkpoint: A file or folder that ``shortstack export`` reads.
         cache: Where models of any checkpoint are kept.
         precision: What is to be compared.
-        recipe: How to quantize; None takes the recipe named like the precision.
-        method: How to round; None takes the recipe's.
+        preset: How to quantize; None takes the preset named like the precision.
+        method: How to round; None takes the preset's.
     """
     digest = hashlib.sha256(f"{checkpoint.resolve()} {checkpoint.stat().st_size}".encode())
     genai_folder = cache / f"genai-{digest.hexdigest()[:12]}"
@@ -117,7 +117,7 @@ def open_artifacts(
             shutil.rmtree(old)
     for needed in (folder, quantized_folder, genai_folder):
         needed.mkdir(parents=True, exist_ok=True)
-    return Artifacts(checkpoint, folder, quantized_folder, genai_folder, precision, recipe or precision, method)
+    return Artifacts(checkpoint, folder, quantized_folder, genai_folder, precision, preset or precision, method)
 
 
 def stored_bytes(model: Path) -> int:
@@ -134,6 +134,9 @@ def make(command: Sequence[str], what: str) -> None:
     """
     click.echo(f"making {what} ...", err=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode == ShortstackError.exit_code and done.stdout.strip():  # its last line says what to do
+        said = done.stdout.strip().splitlines()[-1].removeprefix("error: ")
+        raise ShortstackError(f"making {what} failed: {said}")
     if done.returncode:
         raise ShortstackError(f"making {what} failed ({' '.join(command)}):\n{done.stdout[-2000:]}")
 

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shortstack.samples.bench.figures import Spread, predicted_speed_up, ratios
+from shortstack.runtime.decode.speed_up import predicted_speed_up
+from shortstack.samples.bench.figures import Spread, ratios
 from shortstack.samples.bench.pipe import WorkerProcess
 from shortstack.samples.bench.settings import Settings
 
@@ -104,7 +105,7 @@ def compare_strategies(
                 speed=ratios(plain_s, seconds[name]),
                 alpha=alpha,
                 tokens_per_round=statistics.median(s["tokens_per_round"] for s in stats[name]),
-                predicted=None if is_adaptive else predicted_speed_up(alpha, draft, costs.draft, costs.verify),
+                predicted=None if is_adaptive else predicted_speed_up(alpha, draft, costs.draft, costs.verify[draft]),
                 is_same=same[name],
             )
         )

@@ -5,7 +5,7 @@ r"""Speed and quality of early exit over thresholds, and what each way to keep t
     python -m shortstack.samples.bench.early_exit BUNDLE --data dev.jsonl --prompt '{utterance}\n'
 
 Plain decoding, every threshold and every way take turns on each prompt. Speeds are medians over the prompts, with
-quartiles; text loss is 1 - ROUGE-L against the whole model's own answer. The last table says where the time of a token
+quartiles; text loss is 1 - ROUGE-L against the whole model's own answer. The last table shows where the time of a token
 goes, and so what bounds the speed.
 """
 
@@ -61,7 +61,7 @@ def ways_of(thresholds: Sequence[float], template: str, exits: Sequence[int]) ->
 @click.option("--exit-layer", "-e", "exits", type=int, multiple=True, help="Exits in use.  [default: all]")
 @click.option("--exit-when", "template", default="top_prob >= {}", help="Criterion, {} being the threshold.")
 @click.option("--threshold", "thresholds", type=float, multiple=True, default=(0.5, 0.8, 0.9, 0.95, 0.99))
-@click.option("--max-new-tokens", type=click.IntRange(2), default=64, help="At most so many.")
+@click.option("--max-new-tokens", type=click.IntRange(2), default=64, help="Longest answer.")
 @click.option("--threads", type=click.IntRange(1), help="Of the shared pool.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def bench(

@@ -1,4 +1,4 @@
-"""Plain decoding, engine against engine, in alternating blocks of tokens; and the host's share of our own steps."""
+"""Plain decoding, engine against engine, in alternating chunks of tokens; and the host's share of our own steps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from shortstack.samples.bench.settings import Settings
 
 
 @dataclass(slots=True)
-class Blocks:
+class Account:
     """What one engine did.
 
     Attributes:
         tokens: Token ids of each generation.
         prefill_s: Seconds to the first token of each generation.
-        step_s: Seconds per token of each block.
-        cpu_s: Seconds of CPU time per token of each block, spinning threads included.
-        overhead: Share of each block's time spent outside graph runs; empty for an engine that does not tell.
+        step_s: Seconds per token of each chunk.
+        cpu_s: Seconds of CPU time per token of each chunk, spinning threads included.
+        overhead: Share of each chunk's time spent outside graph runs; empty for an engine that does not tell.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -29,9 +29,9 @@ class Blocks:
     cpu_s: list[float] = field(default_factory=list)
     overhead: list[float] = field(default_factory=list)
 
-    def decode_block(self, worker: WorkerProcess, count: int) -> None:
-        """Let the worker decode one block, and note what it took."""
-        answer = worker.ask("block", count=count)
+    def decode_chunk(self, worker: WorkerProcess, count: int) -> None:
+        """Let the worker decode one chunk, and note what it took."""
+        answer = worker.ask("chunk", count=count)
         self.tokens[-1] += answer["tokens"]
         self.step_s.append(answer["elapsed_s"] / count)
         self.cpu_s.append(answer["cpu_s"] / count)
@@ -39,17 +39,17 @@ class Blocks:
             self.overhead.append(1.0 - answer["run_s"] / answer["elapsed_s"])
 
 
-def take_turns(workers: Sequence[WorkerProcess], prompt: Sequence[int], settings: Settings) -> list[Blocks]:
-    """Decode the same prompt with every worker; who goes first, and behind whom, changes from block to block.
+def take_turns(workers: Sequence[WorkerProcess], prompt: Sequence[int], settings: Settings) -> list[Account]:
+    """Decode the same prompt with every worker; who goes first, and behind whom, changes from chunk to chunk.
 
     Returns:
         One account per worker, without the warm-up.
     """
-    accounts: list[Blocks] = []
-    total = 1 + settings.blocks * settings.block_tokens
+    accounts: list[Account] = []
+    total = 1 + settings.chunks * settings.chunk_tokens
     for repeat in range(settings.repeats):
         if repeat <= 1:  # the first generation builds bindings and warms caches up: forget it
-            accounts = [Blocks() for _ in workers]
+            accounts = [Account() for _ in workers]
         pairs = list(zip(workers, accounts, strict=True))
         for index in turn_order(len(pairs), repeat):
             worker, account = pairs[index]
@@ -57,19 +57,19 @@ def take_turns(workers: Sequence[WorkerProcess], prompt: Sequence[int], settings
             answer = worker.ask("start", prompt=list(prompt), tokens=total)
             account.tokens.append(answer["tokens"])
             account.prefill_s.append(answer["elapsed_s"])
-        for block in range(settings.blocks):
-            for index in turn_order(len(pairs), repeat * settings.blocks + block):
+        for chunk in range(settings.chunks):
+            for index in turn_order(len(pairs), repeat * settings.chunks + chunk):
                 worker, account = pairs[index]
                 time.sleep(settings.rest_s)
-                account.decode_block(worker, settings.block_tokens)
+                account.decode_chunk(worker, settings.chunk_tokens)
     return accounts
 
 
-def turn_order(workers: int, block: int) -> list[int]:
+def turn_order(workers: int, chunk: int) -> list[int]:
     """Return who goes when: each is first equally often, and follows each of the others equally often."""
-    first = block % workers
+    first = chunk % workers
     order = [(first + i) % workers for i in range(workers)]
-    return order if block // workers % 2 else order[::-1]
+    return order if chunk // workers % 2 else order[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ class Comparison:
     tokens: int
 
 
-def compare(ours: Blocks, theirs: Blocks) -> Comparison:
-    """Set two accounts of the same blocks against each other."""
+def compare(ours: Account, theirs: Account) -> Comparison:
+    """Set two accounts of the same chunks against each other."""
     pairs = list(zip(ours.tokens, theirs.tokens, strict=True))
     return Comparison(
         speed=ratios(theirs.step_s, ours.step_s),

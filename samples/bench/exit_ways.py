@@ -68,7 +68,7 @@ def compare(
         workers: By name.
         prompts: Token ids.
         ways: The first is plain decoding, the reference of both speed and answers.
-        tokens: At most so many.
+        tokens: Longest answer.
     """
     answers: list[list[dict[str, Any]]] = [[] for _ in ways]
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: its first time is a warm-up

@@ -1,9 +1,9 @@
-"""Medians, quartiles, ratios of pairs, and the speed-up that measured costs predict. Pure arithmetic."""
+"""Medians, quartiles and ratios of pairs. Pure arithmetic."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -49,29 +49,3 @@ def spread(values: Sequence[float]) -> Spread:
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
     """Return the spread of ``above[i] / below[i]``: pairs that ran next to each other, so that slow spells cancel."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
-
-
-def expected_tokens(alpha: float, rows: int) -> float:
-    """Return how many tokens a round of ``rows`` judged rows emits on average: (1 - alpha^rows) / (1 - alpha)."""
-    return sum(alpha**i for i in range(rows))
-
-
-def predicted_speed_up(
-    alpha: float, drafts: int, draft: float, verify: Mapping[int, float], bonus_row: float | None = None
-) -> float:
-    """Return the speed of rounds over plain decoding; costs are in units of a plain step.
-
-    Without bonus, S = (1 - alpha^k) / ((1 - alpha) (k f + v(k))): k rows are drafted and judged. With bonus, one row
-    more, S = (1 - alpha^(k+1)) / ((1 - alpha) (k f + b + v(k+1))), b being the lower segments without their exit
-    (Leviathan et al., arXiv 2211.17192, theorem 3.8, with measured costs).
-
-    Args:
-        alpha: Probability that one drafted token is accepted.
-        drafts: k, drafted tokens per round.
-        draft: f, one draft row.
-        verify: v, judging so many rows.
-        bonus_row: b; None for the form without bonus.
-    """
-    rows = drafts if bonus_row is None else drafts + 1
-    cost = drafts * draft + (bonus_row or 0.0) + verify[rows]
-    return expected_tokens(alpha, rows) / cost

@@ -23,7 +23,7 @@ MAX_INT4_MB = 100.0  # of the default model
 def disk_section(
     models: Artifacts, exit_layer: int, rivals: Sequence[Rival], settings: Settings, max_mb: float | None = None
 ) -> Section:
-    """Bundles against one uncut graph of the same precision, and beside the rivals' models, on disk.
+    """Bundles against one uncut graph of the same precision, and next to the rivals' models, on disk.
 
     Args:
         models: The bundles.
@@ -50,7 +50,7 @@ def disk_section(
 def memory_section(
     models: Artifacts, exit_layer: int, text: Sequence[int], rivals: Sequence[Rival], settings: Settings
 ) -> Section:
-    """Peak and resting memory of fresh processes: split against uncut, and beside the rivals."""
+    """Peak and resting memory of fresh processes: split against uncut, and next to the rivals."""
     prompt = cut(text, settings.memory_prompt)
 
     def measure(bundle: Path, draft: int | None) -> tuple[int, int, int]:
@@ -64,7 +64,7 @@ def memory_section(
     def measure_rival(worker: WorkerProcess) -> tuple[int, int, int]:
         loaded = worker.ask("memory")
         worker.ask("start", prompt=prompt, tokens=settings.memory_tokens)
-        worker.ask("block", count=settings.memory_tokens - 1)
+        worker.ask("chunk", count=settings.memory_tokens - 1)
         after = worker.ask("memory")
         return after["peak_bytes"], loaded["rss_bytes"], after["pss_bytes"]
 

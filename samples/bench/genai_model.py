@@ -41,7 +41,7 @@ def build_genai(source: Path, folder: Path, precision: Precision, python: str) -
 
 
 def _never_end(config_file: Path) -> None:
-    """Let the engine go on after an end-of-sequence token, as ours does when asked: blocks must be equally long."""
+    """Let the engine continue after an end-of-sequence token, as ours does when asked: chunks must be equally long."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["model"]["eos_token_id"] = config["model"]["vocab_size"] - 1
     config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -1,20 +1,19 @@
 """The same worker over onnxruntime-genai: ``genai_worker.py MODEL_FOLDER THREADS``; protocol as in ``worker.py``.
 
-Runs by path, perhaps under another interpreter, so it imports the standard library, onnxruntime-genai and, from beside
-it, ``memory.py``.
+Runs by path, perhaps under another interpreter, so it imports the standard library, onnxruntime-genai and, from
+its own folder, ``memory.py`` and ``serve.py``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import onnxruntime_genai as og
 from memory import memory_now  # type: ignore[import-not-found]  # this script's folder is on the path
+from serve import Operation, chunk, serve, start  # type: ignore[import-not-found]
 
 
 class Worker:
@@ -29,28 +28,24 @@ class Worker:
         self.load_s = time.perf_counter() - started
         self._generator: Any = None
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what one request asks."""
-        operations: dict[str, Callable[..., dict[str, Any]]] = {
-            "start": self._start,
-            "block": self._block,
-            "memory": memory_now,
-        }
-        return operations[request.pop("op")](**request)
+    def operations(self) -> dict[str, Operation]:
+        """Return what answers each request."""
+        return {"start": self._start, "chunk": self._chunk, "memory": memory_now}
 
     def _start(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        started = time.perf_counter()
+        answer: dict[str, Any] = start(lambda: self._first(prompt, tokens))
+        return answer
+
+    def _first(self, prompt: list[int], tokens: int) -> int:
         params = og.GeneratorParams(self._model)
         params.set_search_options(do_sample=False, max_length=len(prompt) + tokens)
         self._generator = og.Generator(self._model, params)
         self._generator.append_tokens(prompt)
-        return {"tokens": [self._next()], "elapsed_s": time.perf_counter() - started}
+        return self._next()
 
-    def _block(self, count: int) -> dict[str, Any]:
-        started, cpu = time.perf_counter(), time.process_time()
-        tokens = [self._next() for _ in range(count)]
-        elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-        return {"tokens": tokens, "elapsed_s": elapsed_s, "cpu_s": cpu_s}
+    def _chunk(self, count: int) -> dict[str, Any]:
+        answer: dict[str, Any] = chunk(self._next, count)
+        return answer
 
     def _next(self) -> int:
         self._generator.generate_next_token()
@@ -58,18 +53,8 @@ class Worker:
 
 
 def main(arguments: list[str]) -> None:
-    """Load the model, say how long it took, then serve requests until standard input ends."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints does not get among the answers
-
-    def reply(answer: dict[str, Any]) -> None:
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
-
-    worker = Worker(arguments[0], int(arguments[1]))
-    reply({"load_s": worker.load_s})
-    for line in sys.stdin:
-        reply(worker.answer(json.loads(line)))
+    """Serve requests with the model of a folder."""
+    serve(lambda: Worker(arguments[0], int(arguments[1])))
 
 
 if __name__ == "__main__":

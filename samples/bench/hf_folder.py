@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from shortstack.export.checkpoint import open_checkpoint
+from shortstack.graphs import names
 
 
 def write_hf_folder(source: str, out: Path) -> None:
@@ -23,7 +24,7 @@ def write_hf_folder(source: str, out: Path) -> None:
     for name, content in checkpoint.files().items():
         (out / name).write_bytes(content)
     # The builder asks transformers for a tokenizer; naming the class keeps it from guessing.
-    tokenizer_config = out / "tokenizer_config.json"
+    tokenizer_config = out / names.TOKENIZER_CONFIG_FILE
     fields = json.loads(tokenizer_config.read_text(encoding="utf-8")) if tokenizer_config.is_file() else {}
     fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer_config.write_text(json.dumps(fields, indent=1), encoding="utf-8")

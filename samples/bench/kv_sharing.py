@@ -39,7 +39,7 @@ from shortstack.graphs.names import MANIFEST_FILE
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.assemble import quantize_bundle
-from shortstack.quant.recipe import Recipe
+from shortstack.quant.preset import Preset
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import Model, load
 from shortstack.samples.bench.figures import Spread, ratios, spread
@@ -50,7 +50,7 @@ from shortstack.samples.fetch_model import cache_folder, default_model_path
 _PASSES = 9  # LCKV's seven and two
 _CACHE_VALUE_BYTES = 4  # float32
 _INT4 = BlockFormat(4)
-_RECIPE = Recipe("random", "", "rtn", weights=_INT4, head=_INT4, embedding=_INT4)
+_PRESET = Preset("random", "", "rtn", weights=_INT4, head=_INT4, embedding=_INT4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def random_bundle(spec: ModelSpec, exit_layers: Sequence[int], cache: Path) -> P
         del twin
         export_bundle(ExportSpec(f"{folder}/checkpoint", Path(folder) / "float", tuple(exit_layers)))
         shutil.rmtree(f"{folder}/checkpoint")
-        quantize_bundle(QuantizeSpec(Path(folder) / "float", out, _RECIPE, with_report=False))
+        quantize_bundle(QuantizeSpec(Path(folder) / "float", out, _PRESET))
     return out
 
 

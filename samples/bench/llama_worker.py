@@ -1,7 +1,7 @@
 """The same worker over llama.cpp: ``llama_worker.py GGUF_FILE THREADS``; protocol as in ``worker.py``.
 
-Runs by path, perhaps under another interpreter, so it imports the standard library, numpy, llama-cpp-python and, from
-beside it, ``memory.py``.
+Runs by path, perhaps under another interpreter, so it imports the standard library, numpy, llama-cpp-python and,
+from its own folder, ``memory.py`` and ``serve.py``.
 
 It calls llama.cpp's C functions, not the package's ``Llama`` class, which does more in Python per token. A step is one
 ``llama_decode`` of one token and numpy's argmax over the logits where llama.cpp left them, nothing copied. Logits are
@@ -11,16 +11,15 @@ attention where it sees fit.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp as llama
 import numpy as np
 from memory import memory_now  # type: ignore[import-not-found]  # this script's folder is on the path
+from serve import Operation, chunk, serve, start  # type: ignore[import-not-found]
 
 
 class Worker:
@@ -46,26 +45,22 @@ class Worker:
         self._newest = 0
         self.load_s = time.perf_counter() - started
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what one request asks."""
-        operations: dict[str, Callable[..., dict[str, Any]]] = {
-            "start": self._start,
-            "block": self._block,
-            "memory": memory_now,
-        }
-        return operations[request.pop("op")](**request)
+    def operations(self) -> dict[str, Operation]:
+        """Return what answers each request."""
+        return {"start": self._start, "chunk": self._chunk, "memory": memory_now}
 
     def _start(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        started = time.perf_counter()
+        answer: dict[str, Any] = start(lambda: self._first(prompt, tokens))
+        return answer
+
+    def _first(self, prompt: list[int], tokens: int) -> int:
         self._empty_context(len(prompt) + tokens)
         self._newest = self._decode(prompt)
-        return {"tokens": [self._newest], "elapsed_s": time.perf_counter() - started}
+        return self._newest
 
-    def _block(self, count: int) -> dict[str, Any]:
-        started, cpu = time.perf_counter(), time.process_time()
-        tokens = [self._next() for _ in range(count)]
-        elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-        return {"tokens": tokens, "elapsed_s": elapsed_s, "cpu_s": cpu_s}
+    def _chunk(self, count: int) -> dict[str, Any]:
+        answer: dict[str, Any] = chunk(self._next, count)
+        return answer
 
     def _next(self) -> int:
         self._newest = self._decode([self._newest])
@@ -81,7 +76,7 @@ class Worker:
         return int(logits.argmax())
 
     def _empty_context(self, tokens: int) -> None:
-        """Make room for so many tokens: the context of the generation before if it is large enough, else a new one."""
+        """Make room for that many tokens: reuse the last generation's context if it is large enough."""
         if self._context is not None:
             if llama.llama_n_ctx(self._context) >= tokens:
                 llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
@@ -101,18 +96,8 @@ def _quiet(level: int, text: bytes, data: object) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Load the model, say how long it took, then serve requests until standard input ends."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints does not get among the answers
-
-    def reply(answer: dict[str, Any]) -> None:
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
-
-    worker = Worker(arguments[0], int(arguments[1]))
-    reply({"load_s": worker.load_s})
-    for line in sys.stdin:
-        reply(worker.answer(json.loads(line)))
+    """Serve requests with the model of a GGUF file."""
+    serve(lambda: Worker(arguments[0], int(arguments[1])))
 
 
 if __name__ == "__main__":

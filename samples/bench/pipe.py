@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -60,7 +61,12 @@ class WorkerProcess:
 
 
 def bundle_worker(bundle: Path, threads: int | None) -> WorkerProcess:
-    """Start a worker over a bundle."""
+    """Start a worker over a bundle.
+
+    Raises:
+        ModuleNotFoundError: onnxruntime is not installed. A worker without it would only say that it ended.
+    """
+    importlib.import_module("onnxruntime")
     arguments = [str(bundle)] if threads is None else [str(bundle), str(threads)]
     return WorkerProcess([sys.executable, "-m", "shortstack.samples.bench.worker", *arguments])
 
@@ -70,7 +76,7 @@ def script_worker(python: str, script: str, model: Path, threads: int) -> Worker
 
     Args:
         python: The interpreter.
-        script: The worker: a file beside this one, or a whole path.
+        script: The worker: a file next to this one, or a whole path.
         model: What it loads.
         threads: Size of its thread pool.
     """

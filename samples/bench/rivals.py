@@ -36,7 +36,7 @@ class Rival:
         name: Its package.
         version: Of the package.
         python: An interpreter that has it.
-        script: Its worker, a file beside this module, or a whole path.
+        script: Its worker, a file next to this module, or a whole path.
         model: Its model: a folder, or a file.
     """
 
@@ -57,7 +57,7 @@ def rival_names(models: Artifacts) -> tuple[str, ...]:
 
 
 def find_rivals(models: Artifacts, genai_python: str, llama_python: str) -> list[Rival]:
-    """Return the engines that are there, their models built if need be; say on stderr how to get those that are not."""
+    """Return the engines that are there, their models built if need be; print on stderr how to get the others."""
     finders: dict[str, Callable[[], Rival]] = {
         GENAI: lambda: _find_genai(models, genai_python),
         LLAMA: lambda: _find_llama(models, llama_python),
@@ -79,7 +79,7 @@ def _find_genai(models: Artifacts, python: str) -> Rival:
 
 def _find_llama(models: Artifacts, python: str) -> Rival:
     if models.checkpoint.suffix != ".gguf":
-        raise DependencyError(f"it runs GGUF files, and {models.checkpoint} is none", remedy="name a GGUF checkpoint")
+        raise DependencyError(f"it runs GGUF files only, not {models.checkpoint}", remedy="name a GGUF checkpoint")
     return Rival(LLAMA, check_llama(python), python, "llama_worker.py", models.checkpoint)
 
 

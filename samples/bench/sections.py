@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shortstack.samples.bench.artifacts import Artifacts
 from shortstack.samples.bench.drafting import compare_strategies, row_costs
-from shortstack.samples.bench.engines import Blocks, compare, take_turns
+from shortstack.samples.bench.engines import Account, compare, take_turns
 from shortstack.samples.bench.figures import spread
 from shortstack.samples.bench.pipe import bundle_worker
 from shortstack.samples.bench.report import Row, Section, at_least, at_most, progress
@@ -51,7 +51,7 @@ def engines_section(
     return Section(title, tuple(rows))
 
 
-def _rival_rows(name: str, mine: Blocks, other: Blocks, where: str) -> list[Row]:
+def _rival_rows(name: str, mine: Account, other: Account, where: str) -> list[Row]:
     """Return what came out against one rival. Tokens are shown, not judged: engines round differently."""
     result = compare(mine, other)
     return [

@@ -13,8 +13,8 @@ class Settings:
     Attributes:
         prompt_lengths: Prompts of the comparison between engines.
         repeats: Generations per engine, the first of them a warm-up.
-        blocks: Blocks per generation; the engines take turns after each.
-        block_tokens: Tokens per block.
+        chunks: Chunks per generation; the engines take turns after each.
+        chunk_tokens: Tokens per chunk.
         rest_s: Seconds between turns, in which the threads of the engine before stop spinning.
         draft_prompts: Prompts on which strategies are compared.
         draft_prompt_tokens: Tokens decoded on each.
@@ -29,8 +29,8 @@ class Settings:
 
     prompt_lengths: tuple[int, ...] = (64, 512)
     repeats: int = 5
-    blocks: int = 4
-    block_tokens: int = 32
+    chunks: int = 4
+    chunk_tokens: int = 32
     rest_s: float = 0.1
     draft_prompts: int = 8
     draft_prompt_tokens: int = 64
@@ -57,8 +57,8 @@ FULL = Settings()
 QUICK = Settings(
     prompt_lengths=(64,),
     repeats=2,
-    blocks=2,
-    block_tokens=16,
+    chunks=2,
+    chunk_tokens=16,
     draft_prompts=2,
     draft_prompt_tokens=24,
     draft_lengths=(2,),

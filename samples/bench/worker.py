@@ -7,7 +7,7 @@ Two engines under comparison sit in two such processes, each idle, its threads a
 ========  ==============================  ==============================================================
 (ready)                                   load_s: seconds from imported modules to a loaded model
 start     prompt (token ids), tokens      tokens ([first]), elapsed_s of the prefill
-block     count                           tokens, elapsed_s, cpu_s, run_s (inside graphs)
+chunk     count                           tokens, elapsed_s, cpu_s, run_s (inside graphs)
 decode    prompt, tokens, draft, ...      tokens, decode_s after the first token, stats
 costs     context, rows, repeats          seconds of a plain step, a draft row, a row without exit, verify(M)
 memory                                    rss_bytes, pss_bytes, peak_bytes
@@ -16,11 +16,9 @@ memory                                    rss_bytes, pss_bytes, peak_bytes
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from shortstack.graphs.errors import ShortstackError
@@ -31,6 +29,7 @@ from shortstack.runtime.engine.binding import Binding
 from shortstack.runtime.request import ExitEarly, Plain, Speculate, Strategy
 from shortstack.samples.bench.costs import measure_costs
 from shortstack.samples.bench.memory import memory_now
+from shortstack.samples.bench.serve import Operation, chunk, serve, start
 
 
 class GraphClock:
@@ -64,29 +63,27 @@ class Worker:
         self.load_s = time.perf_counter() - started
         self._stream: Iterator[Token] = iter(())
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what one request asks."""
-        operations: dict[str, Callable[..., dict[str, Any]]] = {
+    def operations(self) -> dict[str, Operation]:
+        """Return what answers each request."""
+        return {
             "start": self._start,
-            "block": self._block,
+            "chunk": self._chunk,
             "decode": self._decode,
             "costs": self._costs,
             "memory": memory_now,
         }
-        return operations[request.pop("op")](**request)
 
     def _start(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        started = time.perf_counter()
-        self._stream = self._model.stream(prompt, max_new_tokens=tokens, ignore_eos=True)
-        first = next(self._stream).id
-        return {"tokens": [first], "elapsed_s": time.perf_counter() - started}
+        return start(lambda: self._first(prompt, tokens))
 
-    def _block(self, count: int) -> dict[str, Any]:
+    def _first(self, prompt: list[int], tokens: int) -> int:
+        self._stream = self._model.stream(prompt, max_new_tokens=tokens, ignore_eos=True)
+        return next(self._stream).id
+
+    def _chunk(self, count: int) -> dict[str, Any]:
         before_s = self._clock.run_s
-        started, cpu = time.perf_counter(), time.process_time()
-        tokens = [next(self._stream).id for _ in range(count)]
-        elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-        return {"tokens": tokens, "elapsed_s": elapsed_s, "cpu_s": cpu_s, "run_s": self._clock.run_s - before_s}
+        answer = chunk(lambda: next(self._stream).id, count)
+        return answer | {"run_s": self._clock.run_s - before_s}
 
     def _decode(
         self,
@@ -124,22 +121,9 @@ class Worker:
 
 
 def main(arguments: list[str]) -> None:
-    """Load the bundle, say how long it took, then serve requests until standard input ends."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints does not get among the answers
-
-    def reply(answer: dict[str, Any]) -> None:
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
-
-    try:
-        worker = Worker(arguments[0], int(arguments[1]) if len(arguments) > 1 else None)
-        reply({"load_s": worker.load_s})
-        for line in sys.stdin:
-            reply(worker.answer(json.loads(line)))
-    except ShortstackError as error:
-        reply({"error": str(error)})
-        sys.exit(error.exit_code)
+    """Serve requests with a bundle."""
+    threads = int(arguments[1]) if len(arguments) > 1 else None
+    serve(lambda: Worker(arguments[0], threads), (ShortstackError,))
 
 
 if __name__ == "__main__":

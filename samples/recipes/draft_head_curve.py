@@ -183,7 +183,7 @@ def curve(
     max_tokens: int,
     as_json: bool,
 ) -> None:
-    """Measure exits of CHECKPOINT as draft sources; write table and picture to OUT. Goes on where it was stopped."""
+    """Measure exits of CHECKPOINT as draft sources; write table and picture to OUT. Continues where it was stopped."""
     extra = read_trained(trained)
     costs = Costs(read_row_costs(row_costs), launch_cost)
     source = open_source(checkpoint, from_scratch=False)
@@ -237,7 +237,7 @@ def _measured(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command; a known error is one line and its exit code."""
-    run_command(curve, when_interrupted="stopped; the same command goes on where it was")
+    run_command(curve, when_interrupted="stopped; the same command continues where it was")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ OUT afterwards::
     model/          the checkpoint with its exits: ``shortstack export OUT/model BUNDLE --exits OUT/model``
     report.json     tokens, time, settings, and the quality of every depth before and after
     training.png
-    state.pt        the run itself; the same command goes on where it stopped
+    state.pt        the run itself; the same command continues where it stopped
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ from shortstack.export.twin.exits import ExitNode, save_exits
 from shortstack.export.twin.folder import save_twin
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.plan import Branch, ExitSpec, Norm
-from shortstack.samples.recipes.training.command import recipe_command
+from shortstack.graphs.plan import ExitSpec
+from shortstack.samples.recipes.training.command import (
+    EE_LLM_KINDS,
+    exit_layer_option,
+    exit_weight_options,
+    loss_weights,
+    recipe_command,
+)
 from shortstack.samples.recipes.training.data import Batch, Batches, Example
 from shortstack.samples.recipes.training.exit_start import copy_from_model
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
@@ -45,17 +51,10 @@ from shortstack.samples.recipes.training.report import depth_lines, write_report
 from shortstack.samples.recipes.training.schedules import ee_llm_weight
 from shortstack.samples.recipes.training.source import Source, open_source
 
-KINDS: dict[str, tuple[Branch, Norm]] = {
-    "embedding": ("none", "none"),
-    "norm": ("none", "own"),
-    "mlp": ("mlp", "own"),
-    "block": ("block", "own"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class EELLMSpec:
-    """What is trained, apart from the loop.
+    """What is trained, without the loop's settings.
 
     Attributes:
         exits: The exits.
@@ -154,8 +153,10 @@ def train(
 
 
 @recipe_command
-@click.option("--exit-layer", "exit_layers", type=click.IntRange(1), multiple=True, help="Exit to train; repeatable.")
-@click.option("--kind", type=click.Choice(list(KINDS)), default="norm", show_default=True, help="Below the head.")
+@exit_layer_option
+@click.option(
+    "--kind", type=click.Choice(list(EE_LLM_KINDS)), default="norm", show_default=True, help="Below the head."
+)
 @click.option(
     "--head",
     type=click.Choice(["shared", "own"]),
@@ -163,22 +164,7 @@ def train(
     show_default=True,
     help="Tied to the model's LM head, or untied.",
 )
-@click.option(
-    "--exit-weight",
-    "exit_weights",
-    type=click.FloatRange(0),
-    multiple=True,
-    help="Weight of an exit's loss, in the order of the exits [1].",
-)
-@click.option(
-    "--weight-start",
-    type=click.FloatRange(0),
-    default=1.0,
-    show_default=True,
-    help="Factor on these weights at first: below 1 warms up, above 1 decays.",
-)
-@click.option("--weight-steps", type=click.IntRange(0), default=0, show_default=True, help="Steps until it is 1.")
-@click.option("--weight-style", type=click.Choice(["linear", "cosine"]), default="linear", show_default=True)
+@exit_weight_options
 @click.option("--token-weighted", is_flag=True, help="Weigh tokens with the exit's own confidence.")  # fmt: skip
 def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     """Train CHECKPOINT and exits together, all weights; write model, exits, report and picture to OUT."""
@@ -189,15 +175,10 @@ def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
         raise RequestError(
             "--exit-layer", found=list(exit_layers), expected=f"at least one, below the {layers} layers of the model"
         )
-    weights = options["exit_weights"] or (1.0,) * len(exit_layers)
-    if len(weights) != len(exit_layers):
-        raise RequestError(
-            "--exit-weight", found=f"{len(weights)} weights", expected=f"one for each of {len(exit_layers)} exits"
-        )
-    branch, norm = KINDS[options["kind"]]
+    branch, norm = EE_LLM_KINDS[options["kind"]]
     recipe = EELLMSpec(
         exits=tuple(ExitSpec(depth, branch=branch, norm=norm, head=options["head"]) for depth in exit_layers),
-        weights=weights,
+        weights=loss_weights(options["exit_weights"], len(exit_layers)),
         weight_start=options["weight_start"],
         weight_steps=options["weight_steps"],
         weight_style=options["weight_style"],

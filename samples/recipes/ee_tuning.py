@@ -16,7 +16,7 @@ OUT afterwards::
     exits.json, exits.safetensors    for ``shortstack export --exits OUT``
     report.json                      tokens, time, settings; acceptance draft by draft, cost, predicted speed-up
     training.png
-    state.pt, features/              the run itself; the same command goes on where it stopped
+    state.pt, features/              the run itself; the same command continues where it stopped
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ from rich.table import Table
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import Branch, ExitSpec, HeadKind, Norm
-from shortstack.samples.recipes.training.command import Common, recipe_command
+from shortstack.samples.recipes.training.command import (
+    EE_LLM_KINDS,
+    Common,
+    exit_layer_option,
+    exit_weight_options,
+    loss_weights,
+    recipe_command,
+)
 from shortstack.samples.recipes.training.data import Example, read_examples
 from shortstack.samples.recipes.training.draft_cost import ROW_COSTS, Costs, read_row_costs
 from shortstack.samples.recipes.training.exit_loss import ExitLossSpec, Target
@@ -41,13 +48,7 @@ from shortstack.samples.recipes.training.exit_tuning import ExitWeights, TuningS
 from shortstack.samples.recipes.training.loop import LoopSpec
 from shortstack.samples.recipes.training.source import Source, open_source
 
-KINDS: dict[str, tuple[Branch, Norm]] = {
-    "embedding": ("none", "none"),
-    "norm": ("none", "own"),
-    "mlp": ("mlp", "own"),
-    "block": ("block", "own"),
-    "linear": ("linear", "final"),
-}
+KINDS: dict[str, tuple[Branch, Norm]] = {**EE_LLM_KINDS, "linear": ("linear", "final")}
 
 
 def show(found: Sequence[Mapping[str, Any]]) -> None:
@@ -118,7 +119,7 @@ def read_rows(common: Common, source: Source) -> tuple[list[Example], list[bool]
 
 
 @recipe_command
-@click.option("--exit-layer", "exit_layers", type=click.IntRange(1), multiple=True, help="Exit to train; repeatable.")
+@exit_layer_option
 @click.option(
     "--kind",
     type=click.Choice(list(KINDS)),
@@ -131,7 +132,7 @@ def read_rows(common: Common, source: Source) -> tuple[list[Example], list[bool]
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Linear: inner width of a gated MLP beside the map.",
+    help="Linear: inner width of a gated MLP next to the map.",
 )
 @click.option("--sees-token", is_flag=True, help="Linear: reads the token's embedding.")
 @click.option("--sees-state", is_flag=True, help="Linear: reads the whole model's state of the position before.")
@@ -176,22 +177,7 @@ def read_rows(common: Common, source: Source) -> tuple[list[Example], list[bool]
     help="Weight of the distance between states guessed and true.",
 )
 @click.option("--unroll", type=click.IntRange(1), default=3, show_default=True, help="Drafts in a row in training.")
-@click.option(
-    "--exit-weight",
-    "exit_weights",
-    type=click.FloatRange(0),
-    multiple=True,
-    help="Weight of an exit's loss, in the order of the exits [1].",
-)
-@click.option(
-    "--weight-start",
-    type=click.FloatRange(0),
-    default=1.0,
-    show_default=True,
-    help="Factor on these weights at first: below 1 warms up, above 1 decays.",
-)
-@click.option("--weight-steps", type=click.IntRange(0), default=0, show_default=True, help="Steps until it is 1.")
-@click.option("--weight-style", type=click.Choice(["linear", "cosine"]), default="linear", show_default=True)
+@exit_weight_options
 @click.option("--features", type=click.Path(path_type=Path), help="Where activations are kept [OUT/features].")
 @click.option("--draft-tokens", type=click.IntRange(1), default=4, show_default=True, help="Drafts to measure.")
 @click.option(
@@ -208,11 +194,7 @@ def main(loop: LoopSpec, common: Common, **options: Any) -> dict[str, Any]:
         raise RequestError("--from-scratch trains a stack", remedy="train it with samples.recipes.ee_llm first")
     source = open_source(common.checkpoint, from_scratch=False, adapter=common.adapter)
     exits = exit_specs(options["exit_layers"], source.twin.spec.num_hidden_layers, source.twin.spec.vocab_size, options)
-    weights = options["exit_weights"] or (1.0,) * len(exits)
-    if len(weights) != len(exits):
-        raise RequestError(
-            "--exit-weight", found=f"{len(weights)} weights", expected=f"one for each of {len(exits)} exits"
-        )
+    weights = loss_weights(options["exit_weights"], len(exits))
     recipe = TuningSpec(
         exits=exits,
         start=cast(Start, options["start"]),

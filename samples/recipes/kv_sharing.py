@@ -23,7 +23,7 @@ OUT afterwards::
                     model that it was (``held_out_before``), as converted (``held_out_converted``), as trained
                     (``held_out_after``)
     training.png
-    state.pt        the run itself; the same command goes on where it stopped
+    state.pt        the run itself; the same command continues where it stopped
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_bytes import kv_bytes_per_token
 from shortstack.graphs.kv_map import check_boundaries
 from shortstack.graphs.plan import ExitSpec
-from shortstack.samples.recipes.training.command import recipe_command
+from shortstack.samples.recipes.training.command import exit_layer_option, loss_weights, recipe_command
 from shortstack.samples.recipes.training.data import Batches, Example
 from shortstack.samples.recipes.training.kv_convert import KeysValues, parse_sharing, share_keys_values
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
@@ -60,13 +60,13 @@ _FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class KVSharingSpec:
-    """What becomes of the model, apart from the loop.
+    """What becomes of the model, without the loop's settings.
 
     Attributes:
         kv_map: Whose K,V each layer uses.
         keys_values: What a producer's W_K and W_V start as.
         passes: How often iterated groups run in a step.
-        exit_layers: Exits that are trained along, each the number of layers run before it, none inside such a group.
+        exit_layers: Exits that are trained with it, each the number of layers run before it, none inside such a group.
         exit_weights: EE-LLM's weight of each exit's loss, the last layer's being 1; without any, LayerSkip's rules.
         e_scale: LayerSkip's weight of the exits' losses.
         scale: How its weights fall with depth.
@@ -146,12 +146,12 @@ def train(
               help="Of middle and top maps, in a step.")  # fmt: skip
 @click.option("--passes-with-gradient", type=click.IntRange(1), default=Passes().with_gradient, show_default=True,
               help="After them; with one, no gradient reaches K,V from the layers below that use them.")  # fmt: skip
-@click.option("--exit-layer", "exit_layers", type=click.IntRange(1), multiple=True, help="Exit to train; repeatable.")
+@exit_layer_option
 @click.option("--exit-weight", "weights", type=click.FloatRange(0), multiple=True,
               help="EE-LLM's weight of an exit's loss, in the order of the exits [LayerSkip's weights].")  # fmt: skip
 @click.option("--e-scale", type=click.FloatRange(0), default=1.0, show_default=True, help="Weight of exits' losses.")
 @click.option("--scale", type=click.Choice(["layerskip", "equal"]), default="layerskip", show_default=True,
-              help="How exits are weighed: as in LayerSkip's paper, later ones more, or alike.")  # fmt: skip
+              help="How exits are weighed: as in LayerSkip's paper, later ones more, or equally.")  # fmt: skip
 def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     """Make CHECKPOINT's layers share keys and values, and uptrain it; write model, report and picture to OUT."""
     torch.manual_seed(loop.seed)  # from scratch it draws the weights
@@ -163,11 +163,7 @@ def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     if any(exit_layer >= layers for exit_layer in exit_layers):
         raise RequestError("--exit-layer", found=list(exit_layers), expected=f"below the {layers} layers of the model")
     check_boundaries(kv_map, exit_layers)
-    if options["weights"] and len(options["weights"]) != len(given):
-        raise RequestError(
-            "--exit-weight", found=f"{len(options['weights'])} weights", expected=f"one for each of {len(given)} exits"
-        )
-    by_depth = dict(zip(given, options["weights"], strict=False))
+    by_depth = dict(zip(given, loss_weights(options["weights"], len(given)), strict=True)) if options["weights"] else {}
     recipe = KVSharingSpec(
         kv_map=kv_map,
         # the mean of random weights is smaller than a random weight

@@ -16,7 +16,7 @@ OUT afterwards::
                             ``--exits OUT/model``; an exit is the shared norm and head, or rows of it
     report.json             tokens, time, settings, and the quality of every depth before and after
     training.png
-    state.pt                the run itself; the same command goes on where it stopped
+    state.pt                the run itself; the same command continues where it stopped
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shortstack.export.twin.folder import save_twin
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
-from shortstack.samples.recipes.training.command import recipe_command
+from shortstack.samples.recipes.training.command import exit_layer_option, recipe_command
 from shortstack.samples.recipes.training.data import Batches, Example
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
 from shortstack.samples.recipes.training.low_rank import adapter_tensors, add_lora, save_adapter
@@ -50,7 +50,7 @@ from shortstack.samples.recipes.training.stack_loss import ExitVocab, stack_loss
 
 @dataclass(frozen=True, slots=True)
 class LayerSkipSpec:
-    """What is trained, apart from the loop.
+    """What is trained, without the loop's settings.
 
     Attributes:
         exit_layers: Exits that are trained, each the number of layers run before it.
@@ -59,7 +59,7 @@ class LayerSkipSpec:
         scale: How weights fall with depth.
         curriculum: Which exits count when.
         every: R of the rotational curriculum.
-        full_depth_every: One step of so many runs all layers; the others stop at the deepest exit.
+        full_depth_every: One step in this many runs all layers; the others stop at the deepest exit.
         exit_vocab: Rows of the exits' heads in training; None is the whole vocabulary.
         lora_rank: Rank of the adapters; 0 trains all weights.
         lora_rank_below: Their rank below the deepest exit.
@@ -86,7 +86,7 @@ class LayerSkipSpec:
 
     @property
     def measured_layers(self) -> tuple[int, ...]:
-        """The depths that a report shows, the last layer apart."""
+        """The depths that a report shows, without the last layer."""
         return tuple(sorted({*self.exit_layers, *self.report_layers}))
 
 
@@ -174,12 +174,12 @@ def _shrink_frozen(twin: nn.Module) -> None:
 
 
 @recipe_command
-@click.option("--exit-layer", "exit_layers", type=click.IntRange(1), multiple=True, help="Exit to train; repeatable.")
+@exit_layer_option
 @click.option("--report-layer", "report_layers", type=click.IntRange(1), multiple=True, help="Measure this depth too.")
 @click.option("--p-max", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Layer dropout at the top.")
 @click.option("--e-scale", type=click.FloatRange(0), default=1.0, show_default=True, help="Weight of exits' losses.")
 @click.option("--scale", type=click.Choice(["layerskip", "equal"]), default="layerskip", show_default=True,
-              help="How exits are weighed: as in the paper, later ones more, or alike.")  # fmt: skip
+              help="How exits are weighed: as in the paper, later ones more, or equally.")  # fmt: skip
 @click.option("--curriculum", type=click.Choice(["rotational", "gradual", "all"]), default="rotational",
               show_default=True, help="Which exits count in a step.")  # fmt: skip
 @click.option(

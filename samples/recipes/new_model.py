@@ -11,7 +11,6 @@ FOLDER holds ``config.json``, ``tokenizer.json`` and ``generation_config.json``;
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from shortstack.export.twin.folder import config_of
 from shortstack.export.twin.model import Twin
+from shortstack.graphs import names
 from shortstack.graphs.bundle import staged_folder
-from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import ModelSpec
+from shortstack.samples.command import command_errors
 from shortstack.samples.recipes.training.data import read_texts
 
 END = "<|end|>"
@@ -42,7 +43,7 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec, initializer_range
         How many parameters the model has.
 
     Raises:
-        BundleError: The folder is in the way.
+        BundleError: The folder exists already.
         RequestError: There is too little text for so many tokens.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -57,7 +58,7 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec, initializer_range
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != spec.vocab_size:
         raise RequestError(
-            "--vocab is more than the text gives",
+            "--vocab is more than the text has",
             found=spec.vocab_size,
             expected=f"at most {tokenizer.get_vocab_size()}",
         )
@@ -66,11 +67,13 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec, initializer_range
     with staged_folder(folder) as staged:
         config = config_of(spec) | {"initializer_range": initializer_range}
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(str(staged / "tokenizer.json"))
+        tokenizer.save(str(staged / names.TOKENIZER_FILE))
         described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": None}
-        (staged / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (staged / names.TOKENIZER_CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         end_id = tokenizer.token_to_id(END)
-        (staged / "generation_config.json").write_text(json.dumps({"eos_token_id": end_id}) + "\n", encoding="utf-8")
+        (staged / names.GENERATION_CONFIG_FILE).write_text(
+            json.dumps({"eos_token_id": end_id}) + "\n", encoding="utf-8"
+        )
     return parameters
 
 
@@ -93,7 +96,7 @@ def main(
     intermediate: int | None, heads: int, kv_heads: int, context: int, initializer_range: float,
 ) -> None:  # fmt: skip
     """Write the tokenizer and the config of a new model to FOLDER."""
-    try:
+    with command_errors():
         if hidden % heads or (hidden // heads) % 2 or heads % kv_heads:
             raise RequestError(
                 "--hidden, --heads and --kv-heads do not fit",
@@ -116,9 +119,6 @@ def main(
         )
         texts = read_texts(data, prompt.replace("\\n", "\n"), completion.replace("\\n", "\n"))
         parameters = new_model(folder, texts, spec, initializer_range)
-    except ShortstackError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
     click.echo(f"{folder}: {parameters} parameters, {vocab} tokens")
 
 

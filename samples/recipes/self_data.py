@@ -1,4 +1,4 @@
-"""A model's own greedy answers as training data, for exits that must say what the whole model will say.
+"""A model's own greedy answers as training data, for exits that must predict what the whole model will predict.
 
 ::
 
@@ -17,7 +17,7 @@ decoding is bound by memory, and one process fills both. Where the bundle has an
 adaptive rule, which measures costs and acceptance, predicts a gain; the answers are the same either way. A quantized
 bundle is faster, and its answers are those of the quantized model.
 
-A run that was stopped, however hard, goes on where it was when it is started again with the same settings, which are
+A run that was stopped, however hard, continues where it was when it is started again with the same settings, which are
 kept in ``OUT.jsonl.settings.json``; only ``--self-prompted`` may grow.
 """
 
@@ -112,7 +112,7 @@ def write_rows(
     exit_layer: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
-    """Write a file of rows, or go on with it.
+    """Write a file of rows, or continue one.
 
     Args:
         model: The model.
@@ -272,7 +272,7 @@ def self_data(
 def main() -> None:
     """Run the command; a known error is one line and its exit code."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes a temporary bundle
-    run_command(self_data, when_interrupted="stopped; the same command, without --overwrite, goes on from here")
+    run_command(self_data, when_interrupted="stopped; the same command, without --overwrite, continues from here")
 
 
 if __name__ == "__main__":

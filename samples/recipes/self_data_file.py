@@ -74,7 +74,7 @@ class RowFile:
     def _compare(self, settings: Mapping[str, Any]) -> None:
         if not self._settings_file.exists():
             raise RequestError(
-                f"{self._path} has no {self._settings_file.name} beside it, so it was not made here",
+                f"{self._path} has no {self._settings_file.name} next to it, so it was not made here",
                 remedy=_START_AGAIN,
             )
         try:

@@ -6,7 +6,7 @@ r"""Exact answers, acceptance and speed of a bundle on prompts with known answer
 
 With ``--chat`` prompts go through the bundle's chat template; without ``--answer`` nothing is known and only speed,
 acceptance and sameness are measured. Each prompt is decoded plainly, self-speculatively with every draft length, and by
-plain early exit at every threshold, one after the other, so that slow spells of the machine fall on all of them alike.
+plain early exit at every threshold, one after the other, so that slow spells of the machine fall on all equally.
 Times are of decoding after the prompt, summed over all prompts.
 """
 
@@ -187,7 +187,7 @@ def read_rows(file: Path, prompt: str, answer: str, count: int | None) -> list[t
 @click.option("--exit-layer", type=int, help="Which exit drafts [the lowest].")
 @click.option("--draft", "draft_lengths", type=click.IntRange(1, 15), multiple=True, help="Drafts [2, 4, 6, 8].")
 @click.option("--threshold", "thresholds", type=float, multiple=True, help="Of early exit [none].")
-@click.option("--max-new-tokens", type=click.IntRange(2), default=96, show_default=True, help="At most so many.")
+@click.option("--max-new-tokens", type=click.IntRange(2), default=96, show_default=True, help="Longest answer.")
 @click.option("--threads", type=click.IntRange(1), help="Threads [all cores].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def answers(

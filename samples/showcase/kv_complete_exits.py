@@ -1,7 +1,7 @@
 """What a KV-complete exit gives: a map that is complete at half depth against the plain model, both cut there.
 
 The models were trained with an exit above fewer layers. At this depth each gets a linear exit of its own, fitted in
-closed form to what the model itself says on the task's rows, the model left as it is.
+closed form to what the model itself predicts on the task's rows, the model left as it is.
 """
 
 from __future__ import annotations

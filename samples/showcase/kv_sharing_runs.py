@@ -37,6 +37,7 @@ from shortstack.samples.recipes.new_model import new_model
 from shortstack.samples.recipes.training.data import Example, read_examples, read_texts
 from shortstack.samples.recipes.training.loop import STATE_FILE, LoopSpec
 from shortstack.samples.recipes.training.measure import measure_depths
+from shortstack.samples.recipes.training.settings import check_settings
 from shortstack.samples.recipes.training.source import open_source
 from shortstack.samples.showcase.recall import Kind, completed, draw_rows
 
@@ -103,14 +104,9 @@ def prepare(out: Path, data: Path, spec: RunsSpec) -> None:
     settings = out / "settings.json"
     if settings.exists():
         found, wanted = json.loads(settings.read_text(encoding="utf-8")), asdict(spec)
-        other = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-        if other:
-            raise RequestError(
-                f"{out} was made with other settings",
-                found=", ".join(f"{name} = {found.get(name)}" for name in other),
-                expected=", ".join(f"{name} = {wanted.get(name)}" for name in other),
-                remedy="choose another folder, or the same settings",
-            )
+        check_settings(
+            f"{out} was made with other settings", found, wanted, "choose another folder, or the same settings"
+        )
     else:
         asked, answers = (read_texts(data, *pair) for pair in ((spec.prompt, ""), ("", spec.completion)))
         rows = [{"prompt": "", "completion": f"{ask}{answer}"} for ask, answer in zip(asked, answers, strict=True)]
@@ -145,13 +141,13 @@ def task_rows(out: Path, spec: RunsSpec, tokenizer: Any, end: Sequence[int]) -> 
 
 
 def run(out: Path, spec: RunsSpec, name: str, kv_map: tuple[int, ...], seed: int, device: str) -> dict[str, Any]:
-    """Train one model and measure it, or go on with that; return what it is worth, JSON-ready."""
+    """Train one model and measure it, or continue to; return what it is worth, JSON-ready."""
     label = f"{name}-{seed}"
     result, folder, model = out / "quality" / f"{label}.json", out / "runs" / label, out / "models" / label
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return found
-    torch.manual_seed(seed)  # draws the weights: those that two maps have in common start alike
+    torch.manual_seed(seed)  # draws the weights: those that two maps have in common start equal
     source = open_source(str(out / "start"), from_scratch=True)
     data = out / "data"
     recipe = KVSharingSpec(
@@ -177,7 +173,7 @@ def run(out: Path, spec: RunsSpec, name: str, kv_map: tuple[int, ...], seed: int
         "training_s": report["training_s"],
     }
     write_json(result, quality)
-    (folder / STATE_FILE).unlink()  # nothing goes on from here, and it is ten times the model
+    (folder / STATE_FILE).unlink()  # nothing continues from here, and it is ten times the model
     shutil.rmtree(folder / "model")
     return quality
 
@@ -236,7 +232,7 @@ def _run_aside(
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write a file beside and rename it."""
+    """Write a file under another name, then rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """How fast bundles are that differ in what their layers share: prompts, decoding, self-speculation, cache.
 
 All bundles are loaded at once and take turns, in another order each round, so that slow spells of the machine fall on
-all of them alike; the first round is a warm-up. Times are medians over rounds, ratios medians of the rounds' ratios.
+all of them; the first round is a warm-up. Times are medians over rounds, ratios medians of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""What sharing keys and values costs and gives: small models from scratch, alike but for their K,V map, in one table.
+r"""What sharing keys and values costs and gives: small models from scratch, equal but for their K,V map, in one table.
 
 ::
 
@@ -6,7 +6,7 @@ r"""What sharing keys and values costs and gives: small models from scratch, ali
 
 Trains the plain model and four placements (:mod:`shortstack.graphs.kv_map`) with half of its K,V layers: pizza-bottom,
 lasagna-bottom (CLA), sandwich-middle and sandwich-top (LCKV), each with several seeds, on the same text for as many
-steps. The same command goes on where it stopped; what is trained stays, times are measured anew. OUT/table.md,
+steps. The same command continues where it stopped; what is trained stays, times are measured again. OUT/table.md,
 OUT/table.png and OUT/table.json afterwards hold, by map:
 
     perplexity      on held-out rows, of all tokens, mean and standard deviation over seeds; and of the exit
@@ -37,6 +37,7 @@ from tokenizers import Tokenizer
 
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
+from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import check_boundaries
 from shortstack.samples.bench.report import machine, progress
@@ -83,7 +84,7 @@ def as_markdown(table: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             _markdown(head, worth),
-            f"Cut after {table['settings']['exit_layer']} layers, at the exit that was trained along:\n",
+            f"Cut after {table['settings']['exit_layer']} layers, at the exit that was trained with the model:\n",
             _costs({shown[name]: entry["speed"] for name, entry in maps.items()}),
             *complete,
             f"{table['seeds']} seeds, mean ± standard deviation. Times: medians in ms (a token, when decoding) of "
@@ -153,7 +154,7 @@ def _check(spec: RunsSpec) -> None:
 @click.option(
     "--initializer-range", type=click.FloatRange(0, min_open=True), default=0.06, help="Of the weights drawn."
 )
-@click.option("--exit-layer", type=click.IntRange(1), default=2, help="The exit that is trained along, and drafts.")
+@click.option("--exit-layer", type=click.IntRange(1), default=2, help="The exit that is trained and drafts.")
 @click.option("--steps", type=click.IntRange(1), default=3000, help="Optimizer steps.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, help="Texts in one batch.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1.5e-3, help="Peak rate.")
@@ -181,7 +182,7 @@ def main(
         )
     prepare(out, data, spec)
     quality = run_all(out, spec, seeds, pick_device(device), jobs, threads)
-    tokenizer = Tokenizer.from_file(str(out / "start" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(out / "start" / names.TOKENIZER_FILE))
     text, asked = tokenizer.encode("".join(questions(out, spec.held_out_rows))).ids, questions(out, count)
     progress("speed")
     measured = measure_bundles(out, spec, speed, text, asked)
@@ -208,4 +209,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main, when_interrupted="stopped; the same command goes on")
+    run_command(main, when_interrupted="stopped; the same command continues")

@@ -10,7 +10,7 @@ Two kinds, over words from a fixed list, drawn at random for each text::
 What is trained on asks for all keys, in another order (``tin fox, red owl, oak cat``), since one token is little to
 learn from. Nothing but the text itself tells the answer. Of recall, a model that names one of the values it saw, no
 matter which, is right once in 4 to 8 times, and one that names any value once in 16. Small models from scratch learn
-it late and all at once, after so many steps rather than so many texts: a plain model of width 128 recalls 87% after
+it late and all at once, after some number of steps rather than of texts: a plain model of width 128 recalls 87% after
 1500 steps of 8 texts at a rate of 1.5e-3, and 17% after as many of 32 at 3e-3; with weights drawn at 0.02 in place of
 0.06 it had not begun after 900. Perplexity hardly shows what is lost here: layers of Hymba that shared K,V did better
 on the whole and recalled worse (https://arxiv.org/abs/2411.13676).

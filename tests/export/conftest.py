@@ -1,4 +1,4 @@
-"""What the tests of bad input damage: a checkpoint, and an adapter of one."""
+"""A checkpoint and an adapter to damage, for the tests of bad input."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def base(tiny_bundles: TinyBundles) -> Path:
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    """A sound adapter of every linear layer, to damage."""
+    """A valid adapter of every linear layer, to damage."""
     return lora(tmp_path / "adapter", base)

@@ -1,4 +1,4 @@
-"""``export --adapter``: the merged model is peft's, whatever the base is stored in."""
+"""``export --adapter``: the merged model equals peft's, whatever type the base is stored in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shortstack.export.adapter_config import matching_pattern
 from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
-from shortstack.export.kept_blocks import plan_blocks
+from shortstack.export.kept_blocks import choose_blocks
 from shortstack.export.parity.compare import compare
 from shortstack.export.parity.reference import Reference
 from shortstack.export.sources import matrix_sources
@@ -37,7 +37,7 @@ from shortstack.runtime import load
 
 QUANTIZABLE = replace(BASE, name="adapter-gguf", layers=2, attention_bias=False)
 SUM_ROUNDING = 2e-6
-"""Largest difference to peft's sums: numpy and torch may add float32 products in another order. Measured: none."""
+"""Largest difference from peft's sums: numpy and torch may add float32 products in different orders. Measured: 0."""
 
 
 def merged_by_peft(checkpoint: Path, folder: Path) -> Any:
@@ -53,7 +53,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "with the head": {"target_modules": ["v_proj", "lm_head"]},
     "rank-stabilized": {"use_rslora": True},
     "patterns": {
-        # Of several that fit the first holds, and peft saves them sorted: in another order it cannot read its own file.
+        # The first pattern that matches holds. peft saves patterns sorted, and cannot read its own file otherwise.
         "rank_pattern": {"layers.1.mlp.down_proj": 7, r"layers\.[23]\..*_proj": 3, "q_proj": 2},
         "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 40, "proj": 99, "up_proj": 1, "v_proj": 5},
     },
@@ -62,7 +62,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_tensor_is_the_one_that_peft_merges(base: Path, tmp_path: Path, kind: str) -> None:
+def test_every_tensor_equals_the_one_that_peft_merges(base: Path, tmp_path: Path, kind: str) -> None:
     adapter = lora(tmp_path / "adapter", base, **KINDS[kind])
     expected = merged_by_peft(base, adapter).state_dict()
     plain = open_checkpoint(str(base))
@@ -91,7 +91,7 @@ def test_factors_may_be_stored_in_half_precision(base: Path, adapter: Path, dtyp
         np.testing.assert_allclose(after.delta(name), before.delta(name), atol=0.01)
 
 
-def test_a_pattern_fits_a_name_or_its_end_from_a_dot_on() -> None:
+def test_a_pattern_matches_a_name_or_its_end_after_a_dot() -> None:
     from peft.utils.other import get_pattern_key
 
     module = "model.layers.11.mlp.down_proj"
@@ -118,10 +118,10 @@ def test_a_bundle_with_an_adapter_computes_what_peft_merges(
 
     arguments = ["parity", str(base), str(out), "--prompts", "1", "--greedy-tokens", "4"]
     assert run([*arguments, "--adapter", str(adapter)]) == 0
-    assert run(arguments) == 1, "without the adapter it is another model"
+    assert run(arguments) == 1, "without the adapter it is a different model"
 
 
-def test_an_adapter_trained_on_the_twin_merges_into_what_the_twin_computed(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_trained_on_the_twin_merges_to_what_the_twin_computed(base: Path, tmp_path: Path) -> None:
     from shortstack.export.twin.folder import load_twin, twin_of
     from shortstack.samples.recipes.training.low_rank import adapter_tensors, add_lora, save_adapter
 
@@ -138,7 +138,7 @@ def test_an_adapter_trained_on_the_twin_merges_into_what_the_twin_computed(base:
     assert (expected - plain).abs().max() > 100 * tolerances.TINY.max_abs
 
 
-def test_a_bundle_names_both_and_no_folder(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_bundle_names_base_and_adapter_but_no_folders(base: Path, adapter: Path, tmp_path: Path) -> None:
     manifest = export_bundle(ExportSpec(str(base), tmp_path / "out", adapter=adapter)).manifest
     assert manifest.source_name == f"{base.name} + {adapter.name}"
     assert manifest.source_sha256 == AdaptedCheckpoint(open_checkpoint(str(base)), adapter).digest()
@@ -159,7 +159,7 @@ def test_the_digest_covers_the_base_and_both_files(base: Path, adapter: Path, ti
 def gguf_base(tiny: TinyModel, tiny_bundles: TinyBundles, file: Path, kind: str) -> Path:
     def edit(writer: gguf_files.gguf.GGUFWriter) -> None:
         gguf_files.byte_level(writer)
-        writer.add_vocab_size(tiny.vocab)  # transformers would take the number of tokens
+        writer.add_vocab_size(tiny.vocab)  # otherwise transformers uses the number of tokens
 
     tensors = gguf_files.of_checkpoint(tiny_bundles.checkpoint(tiny), tiny.layers)
     return gguf_files.write(file, tensors, edit=edit, quantization=gguf_files.Kind[kind], tiny=tiny)
@@ -192,7 +192,7 @@ def test_parity_of_a_gguf_base_with_an_adapter(
     assert not report.problems()
 
 
-def test_kept_blocks_are_those_that_the_adapter_leaves_alone(
+def test_only_the_blocks_that_the_adapter_does_not_change_are_kept(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = tiny_bundles.checkpoint(QUANTIZABLE)
@@ -207,7 +207,7 @@ def test_kept_blocks_are_those_that_the_adapter_leaves_alone(
 
     merged = AdaptedCheckpoint(open_checkpoint(str(file)), adapter)
     arch, spec = resolve(merged)
-    tensors = ModelTensors(merged, arch, spec, plan_blocks(merged, matrix_sources(arch, spec)))
+    tensors = ModelTensors(merged, arch, spec, choose_blocks(merged, matrix_sources(arch, spec)))
     matrix = tensors.matrix(down)
     assert not isinstance(matrix, np.ndarray)
     wanted = merged.tensor("model.layers.1.mlp.down_proj.weight")

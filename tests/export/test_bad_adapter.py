@@ -1,4 +1,4 @@
-"""What an adapter that cannot be merged meets: an error that names file and field or tensor, and nothing written."""
+"""An adapter that cannot be merged gives an error that names the file and the field or tensor, and writes nothing."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "whole modules": ({"modules_to_save": ["lm_head"]}, ("modules_to_save: found ['lm_head']",)),
     "tokens": ({"trainable_token_indices": [1]}, ("trainable_token_indices: found [1]",)),
     "transposed": ({"fan_in_fan_out": True}, ("fan_in_fan_out: found True", "Set it to false")),
-    "another kind": ({"peft_type": "IA3"}, ("adapter_config.json: peft_type: found 'IA3', expected 'LORA'",)),
-    "no kind": ({"peft_type": None}, ("peft_type is missing",)),
-    "a start that moves weights": ({"init_lora_weights": "pissa_niter_4"}, ("'pissa_niter_4'", "weight_conversion")),
+    "not a LoRA": ({"peft_type": "IA3"}, ("adapter_config.json: peft_type: found 'IA3', expected 'LORA'",)),
+    "no peft_type": ({"peft_type": None}, ("peft_type is missing",)),
+    "init that moves weights": ({"init_lora_weights": "pissa_niter_4"}, ("'pissa_niter_4'", "weight_conversion")),
     "activated": ({"alora_invocation_tokens": [5]}, ("alora_invocation_tokens: found [5]", "Train a plain LoRA")),
     "replicated layers": ({"layer_replication": [[0, 2]]}, ("layer_replication",)),
     "parameters": ({"target_parameters": ["x"]}, ("target_parameters",)),
-    "of the future": ({"use_magic": 3}, ("use_magic: found 3",)),
+    "an unknown field": ({"use_magic": 3}, ("use_magic: found 3",)),
     "several at once": ({"use_dora": True, "bias": "all"}, ("use_dora", "bias: found 'all'")),
     "no rank": ({"r": None}, ("adapter_config.json: r is missing", "an integer")),
-    "rank of another type": ({"r": "4"}, ("r: found '4', expected an integer",)),
+    "rank of the wrong type": ({"r": "4"}, ("r: found '4', expected an integer",)),
     "rank zero": ({"r": 0}, ("r: found 0, expected a positive integer",)),
     "rank minus one, by pattern": ({"rank_pattern": {"q_proj": -1}}, ("rank_pattern.q_proj: found -1",)),
-    "alpha no number": ({"lora_alpha": float("nan")}, ("lora_alpha: found nan, expected a finite number",)),
+    "alpha not a number": ({"lora_alpha": float("nan")}, ("lora_alpha: found nan, expected a finite number",)),
     "alpha by pattern": ({"alpha_pattern": {"q_proj": "8"}}, ("alpha_pattern.q_proj: found '8'",)),
     "rank too small": ({"r": 3}, ("lora_A, lora_B found [[4, 64], [64, 4]], expected [[3, 64], [64, 3]] for rank 3",)),
     "rank by pattern": ({"rank_pattern": {"layers.2.self_attn.q_proj": 5}}, ("layers.2.self_attn.q_proj", "rank 5")),
-    "no pattern": ({"rank_pattern": {"q_proj(": 4}}, ("the pattern 'q_proj('", "no regular expression")),
-    "patterns no object": ({"rank_pattern": [4]}, ("rank_pattern: found [4], expected an object",)),
+    "bad pattern": ({"rank_pattern": {"q_proj(": 4}}, ("the pattern 'q_proj('", "not a regular expression")),
+    "patterns not an object": ({"rank_pattern": [4]}, ("rank_pattern: found [4], expected an object",)),
     "too many patterns": ({"alpha_pattern": {f"x{i}": 1 for i in range(5000)}}, ("5000 patterns", "at most 4096")),
 }
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_config_that_cannot_be_merged_names_file_and_field(
+def test_a_config_that_cannot_be_merged_is_refused_by_file_and_field(
     base: Path, adapter: Path, tmp_path: Path, refused: Refused, case: str
 ) -> None:
     fields, says = CONFIGS[case]
@@ -74,18 +74,18 @@ TENSORS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], tuple[str, .
     "no B": (lambda t: t.pop(B), ("layers.2.self_attn.q_proj lacks lora_B",)),
     "nothing": (lambda t: t.clear(), ("holds no tensors",)),
     "A too narrow": (lambda t: t.update({A: t[A][:, 1:]}), ("found [[4, 63], [64, 4]], expected [[4, 64], [64, 4]]",)),
-    "B turned": (lambda t: t.update({B: t[B].T}), ("found [[4, 64], [4, 64]]",)),
+    "B transposed": (lambda t: t.update({B: t[B].T}), ("found [[4, 64], [4, 64]]",)),
     "A flat": (lambda t: t.update({A: t[A].reshape(-1)}), ("found [[256], [64, 4]]",)),
     "NaN": (nonsense(np.nan), (f"{A} is not finite",)),
     "infinity": (nonsense(-np.inf), (f"{A} is not finite",)),
     "integers": (lambda t: t.update({A: t[A].astype(np.int8)}), (f"tensor {A}: found type I8, expected one of F64",)),
     "another layer": (
         lambda t: t.update({A.replace("layers.2", "layers.9"): t[A], B.replace("layers.2", "layers.9"): t[B]}),
-        ("layers.9.self_attn.q_proj is no linear layer of", "Name the checkpoint that the adapter was trained on"),
+        ("layers.9.self_attn.q_proj is not a linear layer of", "Name the checkpoint that the adapter was trained on"),
     ),
     "a norm": (
         lambda t: t.update({"base_model.model.model.norm.lora_A.weight": t[A]}),
-        ("model.norm is no linear layer of",),
+        ("model.norm is not a linear layer of",),
     ),
     "an embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[A]}),
@@ -93,7 +93,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], tuple[str, .
     ),
     "an embedding as a matrix": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_A.weight": t[A]}),
-        ("model.embed_tokens is no linear layer of",),
+        ("model.embed_tokens is not a linear layer of",),
     ),
     "a saved embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": t[A]}),
@@ -118,22 +118,22 @@ def test_tensors_that_do_not_fit_are_named(
     assert left_behind(tmp_path) == ["adapter"]
 
 
-def test_a_tied_head_belongs_to_the_embedding(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_an_adapter_of_a_tied_head_is_refused(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     checkpoint = tiny_bundles.checkpoint(TIED)
     adapter = lora(tmp_path / "adapter", checkpoint, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(CheckpointError, match=r"lm_head is no linear layer of .*tied LM head is part of the embedding"):
+    with pytest.raises(CheckpointError, match=r"lm_head is not a linear layer of .*LM head is part of the embedding"):
         AdaptedCheckpoint(open_checkpoint(str(checkpoint)), adapter)
 
 
 def test_a_sum_that_is_not_finite_is_refused(base: Path, adapter: Path) -> None:
     edit_tensors(adapter, lambda t: t.update({A: t[A] * 0 + 1e30, B: t[B] * 0 + 1e30}))
     checkpoint = AdaptedCheckpoint(open_checkpoint(str(base)), adapter)
-    with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.q_proj\.weight is not finite when merged"):
+    with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.q_proj\.weight is not finite after merging"):
         checkpoint.tensor("model.layers.2.self_attn.q_proj.weight")
 
 
 class Trap:
-    """Says so when a pickle is opened."""
+    """Fails the test when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
         return pytest.fail, ("the pickle was opened",)
@@ -147,7 +147,7 @@ def test_a_pickle_is_never_opened(base: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_file_that_is_missing_or_elsewhere_or_cut_is_named(
+def test_a_file_that_is_missing_truncated_or_outside_the_folder_is_named(
     base: Path, adapter: Path, tmp_path: Path, name: str
 ) -> None:
     plain = open_checkpoint(str(base))
@@ -164,7 +164,7 @@ def test_a_file_that_is_missing_or_elsewhere_or_cut_is_named(
         AdaptedCheckpoint(plain, adapter)
 
 
-def test_what_is_no_folder_is_refused(base: Path, tmp_path: Path, refused: Refused) -> None:
+def test_an_adapter_that_is_not_a_folder_is_refused(base: Path, tmp_path: Path, refused: Refused) -> None:
     refused(["export", base, tmp_path / "out", "--adapter", tmp_path / "none"], "none is not a folder")
     assert left_behind(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""What a damaged checkpoint meets: one line that names file and field and a remedy, exit code 2."""
+"""A damaged checkpoint gives one line with the file, the field and a remedy, and exit code 2."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_tensors_that_do_not_fit_the_config_are_listed(
         ({"rms_norm_eps": math.nan}, ("config.json: rms_norm_eps",)),
     ],
 )
-def test_a_config_that_cannot_be_exported_names_file_and_field(
+def test_a_config_that_cannot_be_exported_is_refused_by_file_and_field(
     checkpoint: Path, tmp_path: Path, refused: Refused, fields: dict[str, Any], says: tuple[str, ...]
 ) -> None:
     edit_json(checkpoint / "config.json", **fields)
@@ -80,7 +80,7 @@ def test_a_config_that_cannot_be_exported_names_file_and_field(
     assert left_behind(tmp_path) == ["checkpoint"]
 
 
-def test_an_unknown_architecture_is_unsupported_not_broken(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_unsupported_but_not_damaged(checkpoint: Path, tmp_path: Path) -> None:
     edit_json(checkpoint / "config.json", model_type="qwen9")
     with pytest.raises(UnsupportedError, match="model_type"):
         export_bundle(ExportSpec(str(checkpoint), tmp_path / "out"))
@@ -104,7 +104,7 @@ def test_a_missing_checkpoint_file_is_named(
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_checkpoint_file_cut_short_is_named(
+def test_a_truncated_checkpoint_file_is_named(
     checkpoint: Path, tmp_path: Path, refused: Refused, file: str, share: float
 ) -> None:
     content = (checkpoint / file).read_bytes()
@@ -113,7 +113,7 @@ def test_a_checkpoint_file_cut_short_is_named(
     assert left_behind(tmp_path) == ["checkpoint"]
 
 
-def test_a_gguf_file_cut_short_is_named(smollm2_gguf: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_truncated_gguf_file_is_named(smollm2_gguf: Path, tmp_path: Path, refused: Refused) -> None:
     with smollm2_gguf.open("rb") as whole:
         for size in (0, 100, 1 << 20, 40 << 20):
             (tmp_path / "model.gguf").write_bytes(whole.read(size))
@@ -133,7 +133,7 @@ class Bomb:
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.pt"]
 )
-def test_a_pickle_is_refused_and_never_run(checkpoint: Path, tmp_path: Path, refused: Refused, name: str) -> None:
+def test_a_pickle_is_refused_and_never_executed(checkpoint: Path, tmp_path: Path, refused: Refused, name: str) -> None:
     boom = tmp_path / "boom"
     pickle.loads(pickle.dumps(Bomb(boom)))
     assert boom.is_file(), "the bomb does not work"
@@ -145,7 +145,7 @@ def test_a_pickle_is_refused_and_never_run(checkpoint: Path, tmp_path: Path, ref
     assert left_behind(tmp_path) == ["checkpoint"]
 
 
-def test_parity_never_runs_a_pickle_either(
+def test_parity_never_executes_a_pickle_either(
     checkpoint: Path, tiny_bundles: TinyBundles, tmp_path: Path, refused: Refused
 ) -> None:
     boom = tmp_path / "boom"
@@ -164,7 +164,7 @@ def test_parity_never_runs_a_pickle_either(
         ("readme.txt", "is a file"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_is_named(
+def test_a_checkpoint_that_does_not_exist_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, source: str, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_is_not_there_is_named(
     assert left_behind(tmp_path) == ["readme.txt"]
 
 
-# The request to export
+# Export options that are not valid
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_options_that_do_not_fit_the_model_are_named(
     assert left_behind(tmp_path) == ["empty.txt", "latin.txt"]
 
 
-def test_weights_too_large_for_float16_are_named_before_anything_is_kept(
+def test_weights_too_large_for_float16_are_named_and_nothing_is_written(
     checkpoint: Path, tmp_path: Path, refused: Refused
 ) -> None:
     edit_tensors(checkpoint, lambda tensors: tensors[DOWN].__setitem__((0, 0), 1e6))

@@ -1,4 +1,4 @@
-"""A folder of exits from somewhere: what does not fit is named in one line, and nothing is written."""
+"""An untrusted folder of exits: one line names what does not fit, and nothing is written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(tiny_bundles: TinyBundles, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refuses(tiny_bundles: TinyBundles, folder: Path, refused: Refused, tmp_path: Path) -> Callable[..., None]:
-    """Export with the folder must be refused with these words, and leave nothing."""
+    """Check that an export with the folder is refused with these words and leaves nothing behind."""
 
     def refuses(*says: str, options: tuple[str, ...] = ()) -> None:
         out = tmp_path / "out"
@@ -83,13 +83,13 @@ def test_a_link_out_of_the_folder_is_not_followed(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "\udcff", " " * (1 << 21)])
-def test_exits_json_that_is_none_is_named(folder: Path, refuses: Callable[..., None], text: str) -> None:
+def test_exits_json_that_is_not_valid_is_named(folder: Path, refuses: Callable[..., None], text: str) -> None:
     (folder / EXITS_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     refuses(EXITS_FILE)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.0, [1]])
-def test_another_format_version_is_named(folder: Path, refuses: Callable[..., None], version: object) -> None:
+def test_an_unknown_format_version_is_named(folder: Path, refuses: Callable[..., None], version: object) -> None:
     edit(folder, format_version=version)
     refuses("format_version", repr(version), "expected 1")
 
@@ -106,7 +106,7 @@ def test_unknown_fields_are_refused(folder: Path, refuses: Callable[..., None]) 
 
 
 @pytest.mark.parametrize("exits", [None, {}, [], [1], [[]], [{}], [{"exit_layer": 1}]])
-def test_a_list_that_is_none_is_refused(folder: Path, refuses: Callable[..., None], exits: object) -> None:
+def test_an_exits_field_that_is_not_valid_is_refused(folder: Path, refuses: Callable[..., None], exits: object) -> None:
     edit(folder, exits=exits)
     refuses(EXITS_FILE, "exit")
 
@@ -144,14 +144,14 @@ def test_a_field_out_of_range_is_named(
 
 
 @pytest.mark.parametrize("fields", [{"linear_mlp": 10**9}, {"linear_mlp": 5}, {"sees_state": True}])
-def test_weights_that_the_kind_of_exit_needs_are_missed(
+def test_missing_weights_for_the_kind_of_exit_are_named(
     folder: Path, refuses: Callable[..., None], fields: dict[str, Any]
 ) -> None:
     edit_exit(folder, **fields)
     refuses(EXIT_WEIGHTS_FILE, "exits.1.linear")
 
 
-def test_a_file_that_is_no_safetensors_is_named(folder: Path, refuses: Callable[..., None]) -> None:
+def test_a_file_that_is_not_safetensors_is_named(folder: Path, refuses: Callable[..., None]) -> None:
     path = folder / EXIT_WEIGHTS_FILE
     content = path.read_bytes()
     for damaged in (b"", content[:-1], b"\xff" * 64, struct.pack("<Q", 1 << 60) + content[8:], content[:8] + b"{" * 99):
@@ -189,19 +189,19 @@ def test_all_wrong_tensors_are_named_at_once(folder: Path, refuses: Callable[...
         np.r_[np.arange(39), np.int64(2**62)],
     ],
 )
-def test_ids_must_be_ascending_tokens(folder: Path, refuses: Callable[..., None], ids: np.ndarray) -> None:
+def test_ids_must_be_ascending_token_ids(folder: Path, refuses: Callable[..., None], ids: np.ndarray) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({IDS: np.ascontiguousarray(ids)}))
     refuses(IDS)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_a_depth_that_the_folder_has_is_not_asked_for_again(
+def test_exit_layer_must_not_repeat_a_depth_of_the_folder(
     folder: Path, refuses: Callable[..., None], depth: int
 ) -> None:
     refuses(f"--exit-layer {depth}", "is also the depth of an exit", options=("-e", str(depth)))
 
 
-def test_heads_of_their_own_are_not_trimmed(folder: Path, refuses: Callable[..., None]) -> None:
+def test_trained_heads_are_not_trimmed(folder: Path, refuses: Callable[..., None]) -> None:
     refuses("--draft-vocab", "no exit has a whole one", options=("--draft-vocab", "50"))
 
 
@@ -210,7 +210,7 @@ def test_a_draft_vocabulary_without_exits_is_refused(checkpoint: Path, refused: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_float16_value_out_of_range_is_refused_when_it_is_written_and_the_old_folder_stays(
+def test_a_value_out_of_float16_range_is_not_written_and_the_old_folder_stays(
     tiny_bundles: TinyBundles, folder: Path
 ) -> None:
     twin, nodes = exit_nodes.write_random_exits(tiny_bundles.checkpoint(BASE), folder, *EXITS)
@@ -222,7 +222,7 @@ def test_a_float16_value_out_of_range_is_refused_when_it_is_written_and_the_old_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_what_is_written_is_read_back(tiny_bundles: TinyBundles, tmp_path: Path, dtype: str) -> None:
+def test_written_exits_are_read_back(tiny_bundles: TinyBundles, tmp_path: Path, dtype: str) -> None:
     twin, _ = exit_nodes.write_random_exits(tiny_bundles.checkpoint(BASE), tmp_path / "a", *EXITS)
     block = ExitSpec(2, 17, branch="block", norm="own", head="own")
     nodes = [exit_nodes.random_exit(twin.spec, e) for e in (*EXITS, block)]
@@ -260,11 +260,11 @@ def test_exits_without_weights_need_no_weights_file(tiny_bundles: TinyBundles, f
         {"linear_mlp": -1, "branch": "linear"},
     ],
 )
-def test_an_exit_that_cannot_be_is_not_made(fields: dict[str, Any]) -> None:
+def test_an_impossible_exit_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="exit after 3 layers"):
         ExitSpec(3, **fields)
 
 
-def test_json_brings_an_exit_back() -> None:
+def test_an_exit_survives_json() -> None:
     for exit_spec in EXITS:
         assert ExitSpec.from_json(asdict(exit_spec)) == exit_spec

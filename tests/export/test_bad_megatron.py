@@ -1,4 +1,4 @@
-"""Megatron checkpoints that are damaged, hostile or of another kind: a clear error, and nothing left behind."""
+"""Megatron checkpoints that are damaged, hostile or unsupported give a clear error and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def twin(tiny_bundles: TinyBundles) -> Twin:
 
 @pytest.fixture
 def write(twin: Twin, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a model with two exits; arguments are those of :func:`megatron.write`."""
+    """Write a model with two exits; the arguments are those of :func:`megatron.write`."""
 
     def write(layout: Layout | None = None, **options: Any) -> Path:
         nodes = [exit_nodes.random_exit(twin.spec, e) for e in EXITS]
@@ -43,7 +43,7 @@ def write(twin: Twin, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def refuses(refused: Refused, tmp_path: Path) -> Refuses:
-    """Export must be refused with these words, and leave nothing."""
+    """Check that the export is refused with these words and leaves nothing behind."""
 
     def refuses(folder: Path, *says: str, options: tuple[str, ...] = ()) -> None:
         before = left_behind(tmp_path)
@@ -61,7 +61,7 @@ def rank_file(folder: Path, name: str = "mp_rank_00") -> Path:
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,24 +79,26 @@ def test_code_in_a_pickle_is_not_run(write: Callable[..., Path], refuses: Refuse
     assert not trap.path.exists()
 
 
-def test_an_object_of_megatron_is_named_and_not_made(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_an_object_of_an_unknown_class_is_named_and_not_created(write: Callable[..., Path], refuses: Refuses) -> None:
     folder = write(surprise=re.compile("a"))
     refuses(folder, "holds a re._compile", "argparse.Namespace")
 
 
-def test_options_that_are_objects_are_not_taken_for_numbers(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_options_that_are_objects_do_not_count_as_numbers(write: Callable[..., Path], refuses: Refuses) -> None:
     folder = write(num_layers=torch.float16, hidden_size=[torch.zeros(2)])
     refuses(folder, "args.hidden_size", "found '<list>'", "expected an integer")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"not a pickle at all" * 100])
-def test_a_file_that_is_no_checkpoint_is_named(write: Callable[..., Path], refuses: Refuses, content: bytes) -> None:
+def test_a_file_that_is_not_a_torch_archive_is_named(
+    write: Callable[..., Path], refuses: Refuses, content: bytes
+) -> None:
     folder = write()
     rank_file(folder).write_bytes(content)
-    refuses(folder, megatron.RANK_FILE, "is not a complete file of torch.save", "Copy it again")
+    refuses(folder, megatron.RANK_FILE, "is not a complete torch.save file", "Copy it again")
 
 
-def test_a_file_of_the_format_before_zip_archives_is_named(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_a_file_in_the_format_before_zip_archives_is_named(write: Callable[..., Path], refuses: Refuses) -> None:
     torch.save({"args": 1}, rank_file(folder := write()), _use_new_zipfile_serialization=False)
     refuses(folder, "expected a zip archive, as torch 1.6 and later write")
 
@@ -105,7 +107,7 @@ def test_a_file_of_the_format_before_zip_archives_is_named(write: Callable[..., 
 def test_a_truncated_file_is_named(write: Callable[..., Path], refuses: Refuses, share: float) -> None:
     file = rank_file(folder := write(Layout(1, 2)), "mp_rank_00_001")
     os.truncate(file, int(file.stat().st_size * share))
-    refuses(folder, "mp_rank_00_001", "is not a complete file of torch.save")
+    refuses(folder, "mp_rank_00_001", "is not a complete torch.save file")
 
 
 @pytest.mark.parametrize("content", [{}, [], {"args": {}}, {"args": None, "model": {}}], ids=str)
@@ -114,7 +116,7 @@ def test_a_pickle_of_something_else_is_named(write: Callable[..., Path], refuses
     refuses(folder, "is not a checkpoint of Megatron")
 
 
-def test_a_dict_that_holds_itself_ends(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_a_dict_that_holds_itself_does_not_hang(write: Callable[..., Path], refuses: Refuses) -> None:
     def nest(model: dict[str, Any]) -> None:
         model["again"] = model
 
@@ -132,7 +134,7 @@ def test_a_dict_that_holds_itself_ends(write: Callable[..., Path], refuses: Refu
     ],
     ids=["int8", "sparse", "expanded", "none", "list"],
 )
-def test_tensors_of_other_kinds_are_named(
+def test_tensors_of_unsupported_kinds_are_named(
     write: Callable[..., Path], refuses: Refuses, value: object, says: str
 ) -> None:
     folder = write(edit=lambda model: model["language_model"]["encoder"].update({"final_norm.weight": value}))
@@ -148,13 +150,13 @@ def test_a_missing_rank_is_named(write: Callable[..., Path], refuses: Refuses, n
     refuses(folder, "mp_rank_00_000" if name == "mp_rank_00_000" else f"1 missing ({name})", "Copy the whole")
 
 
-def test_what_ee_tuning_does_not_save_is_told(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_the_error_says_which_stages_ee_tuning_does_not_save(write: Callable[..., Path], refuses: Refuses) -> None:
     rank_file(folder := write(Layout(1, 2), tune_exit=True), "mp_rank_00_001").unlink()
     refuses(folder, "1 missing (mp_rank_00_001)", "add the others from the checkpoint that was tuned")
 
 
 @pytest.mark.parametrize(("ranks", "stages"), [(1, 1), (4, 2), (2, 4), (0, 1), (-1, -1), (100_000, 100_000)])
-def test_other_numbers_of_ranks_than_files_are_named(
+def test_numbers_of_ranks_and_stages_that_differ_from_the_files_are_named(
     write: Callable[..., Path], refuses: Refuses, ranks: int, stages: int
 ) -> None:
     folder = write(Layout(2, 2), tensor_model_parallel_size=ranks, pipeline_model_parallel_size=stages)
@@ -162,12 +164,12 @@ def test_other_numbers_of_ranks_than_files_are_named(
 
 
 @pytest.mark.parametrize("text", ["", "abc", "-5", "1e3", "100\n200", "../x", "\x00", "9" * 100])
-def test_a_tracker_file_that_is_none_is_named(write: Callable[..., Path], refuses: Refuses, text: str) -> None:
+def test_a_tracker_file_that_is_not_valid_is_named(write: Callable[..., Path], refuses: Refuses, text: str) -> None:
     (folder := write()).joinpath("latest_checkpointed_iteration.txt").write_text(text)
     refuses(folder, "latest_checkpointed_iteration.txt", "the number of an iteration, or release")
 
 
-def test_an_iteration_that_is_not_there_is_named(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_an_iteration_that_does_not_exist_is_named(write: Callable[..., Path], refuses: Refuses) -> None:
     (folder := write()).joinpath("latest_checkpointed_iteration.txt").write_text("7")
     refuses(folder, "iter_0000007", "found iter_0000100")
     (folder / "latest_checkpointed_iteration.txt").unlink()
@@ -192,9 +194,9 @@ def test_a_link_out_of_the_folder_is_not_followed(
     refuses(folder, "leads out of the folder")
 
 
-def test_a_missing_tokenizer_is_asked_for(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_a_missing_tokenizer_is_requested(write: Callable[..., Path], refuses: Refuses) -> None:
     (folder := write()).joinpath("tokenizer.json").unlink()
-    refuses(folder, "has no tokenizer.json", "Megatron saves none", "Put tokenizer.json and tokenizer_config.json")
+    refuses(folder, "has no tokenizer.json", "saves no tokenizer", "Put tokenizer.json and tokenizer_config.json")
 
 
 def test_the_tokenizer_of_a_larger_model_is_refused(
@@ -203,11 +205,11 @@ def test_the_tokenizer_of_a_larger_model_is_refused(
     folder = write(
         edit=lambda model: model["language_model"]["embedding"]["word_embeddings"].update(weight=torch.ones(96, 64))
     )
-    refuses(folder, "tokenizer.json is of another model", "found 300 token ids", "at most 96")
+    refuses(folder, "tokenizer.json belongs to another model", "found 300 token ids", "at most 96")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff"])
-def test_a_tokenizer_that_is_none_is_named(write: Callable[..., Path], refuses: Refuses, content: bytes) -> None:
+def test_a_tokenizer_that_is_not_valid_is_named(write: Callable[..., Path], refuses: Refuses, content: bytes) -> None:
     (folder := write()).joinpath("tokenizer.json").write_bytes(content)
     refuses(folder, "tokenizer.json")
 
@@ -215,7 +217,7 @@ def test_a_tokenizer_that_is_none_is_named(write: Callable[..., Path], refuses: 
 # Options
 
 
-def test_all_differences_from_llama_are_told_at_once(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_all_differences_from_llama_are_listed_at_once(write: Callable[..., Path], refuses: Refuses) -> None:
     folder = write(normalization="LayerNorm", swiglu=False, rotary_percent=0.5, num_experts=8)
     refuses(
         folder,
@@ -239,10 +241,10 @@ def test_all_differences_from_llama_are_told_at_once(write: Callable[..., Path],
         ("normalization", [1] * 1000),
     ],
 )
-def test_a_model_of_another_shape_is_refused(
+def test_a_model_that_is_not_a_llama_is_refused(
     write: Callable[..., Path], refuses: Refuses, field: str, value: object
 ) -> None:
-    refuses(write(**{field: value}), field, "another kind than Llama")
+    refuses(write(**{field: value}), field, "a model that is not a Llama")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_options_that_do_not_fit_the_tensors_are_refused(
     refuses(write(**{field: value}), "iter_0000100")
 
 
-def test_exits_of_no_known_kind_are_refused(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_exits_of_an_unknown_kind_are_refused(write: Callable[..., Path], refuses: Refuses) -> None:
     refuses(write(use_exit_mlp=True, use_exit_block=True), "use_exit_mlp together with use_exit_block")
     refuses(write(use_exit_mlp=True, pre_exit=True), "use_exit_mlp together with pre_exit")
 
@@ -368,13 +370,13 @@ def test_values_of_an_exit_that_are_not_finite_are_named(write: Callable[..., Pa
     refuses(folder, "exits.2.norm.weight", "not finite")
 
 
-def test_ranks_with_other_tensors_are_named(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_ranks_with_different_tensors_are_named(write: Callable[..., Path], refuses: Refuses) -> None:
     count = iter(range(2))
     folder = write(Layout(2), edit=lambda model: drop("final_norm.weight")(model) if next(count) else None)
     refuses(folder, "do not hold the same tensors", "final_norm.weight")
 
 
-def test_a_stage_that_is_another_one_is_named(write: Callable[..., Path], refuses: Refuses) -> None:
+def test_a_repeated_stage_is_named(write: Callable[..., Path], refuses: Refuses) -> None:
     folder = write(Layout(1, 2))
     rank_file(folder, "mp_rank_00_001").write_bytes(rank_file(folder, "mp_rank_00_000").read_bytes())
     refuses(folder, "mp_rank_00_001", "as another stage does")

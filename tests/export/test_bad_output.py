@@ -1,4 +1,4 @@
-"""What an output folder that is in the way, or an export that dies, leaves: the old bundle, or nothing."""
+"""If the output path is occupied, or the export dies, the old bundle stays or nothing is left."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 from helpers.bad_input import Refused, left_behind
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack.__main__ import run
-from shortstack.export import assemble
 from shortstack.graphs.bundle import open_bundle
+from shortstack.graphs.ir import write_bundle as bundle_writer
 
 
-def test_an_output_that_is_in_the_way_is_never_touched(
+def test_files_at_the_output_path_are_never_touched(
     tiny_bundles: TinyBundles, tmp_path: Path, refused: Refused
 ) -> None:
     export = ["export", tiny_bundles.checkpoint(BASE)]
@@ -45,7 +45,7 @@ def test_a_parent_that_cannot_be_written_is_named(tiny_bundles: TinyBundles, tmp
         tmp_path.chmod(0o700)
 
 
-def test_a_bundle_is_replaced_only_when_asked(
+def test_a_bundle_is_replaced_only_with_overwrite(
     tiny_bundles: TinyBundles, bundle: Path, refused: Refused, tmp_path: Path
 ) -> None:
     export = ["export", tiny_bundles.checkpoint(BASE), bundle]
@@ -77,7 +77,7 @@ def test_an_export_that_dies_half_way_leaves_the_old_bundle_and_nothing_else(
         assert any(path.name.startswith(".") for path in tmp_path.iterdir()), "nothing is being written yet"
         raise raised
 
-    monkeypatch.setattr(assemble, "describe_files", fail)
+    monkeypatch.setattr(bundle_writer, "describe_files", fail)
     for out in (bundle, tmp_path / "new"):
         command = ["export", str(tiny_bundles.checkpoint(BASE)), str(out), "-e", "2", "--overwrite"]
         if code is None:
@@ -97,8 +97,9 @@ def test_an_export_that_is_killed_leaves_no_bundle_and_the_next_one_succeeds(
     tiny_bundles: TinyBundles, tmp_path: Path
 ) -> None:
     script = (
-        "import os, signal, sys; from shortstack.export import assemble; from shortstack.__main__ import run\n"
-        "assemble.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys; from shortstack.__main__ import run\n"
+        "from shortstack.graphs.ir import write_bundle as bundle_writer\n"
+        "bundle_writer.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "run(sys.argv[1:])"
     )
     command = ["export", str(tiny_bundles.checkpoint(BASE)), str(tmp_path / "out"), "-e", "2"]

@@ -1,7 +1,7 @@
-"""Exits whose branch is a block: a decoder layer of their own on top of the stream at the boundary, with its own cache.
+"""Exits whose branch is a block: the exit's own decoder layer, with its own cache, on top of the stream at a boundary.
 
-The PyTorch twin knows no cache: it runs the whole text at once. What graphs and runtime keep from run to run must come
-to the same, however a text is cut into runs.
+The PyTorch twin has no cache and runs the whole text at once. The graphs and the runtime keep a cache from run to run.
+They must compute the same, however a text is split into runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from helpers import exit_nodes, tolerances
 from helpers.exit_checks import MAX_ABS, USUAL_DEVIATION, bundle_of, check, check_inspect
-from helpers.quantized import INT4, INT8, QuantizedBundles, recipe
+from helpers.quantized import INT4, INT8, QuantizedBundles, preset
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
@@ -48,14 +48,14 @@ OTHERS = (
     ExitSpec(3, 40, branch="block", has_gate=True),
 )
 TINY = {tiny.name: tiny for tiny in SWITCHES}
-# Every bias, tied heads, padded heads, from one KV head to as many as heads, widths that are no multiple of a block.
+# All biases, tied heads, padded heads, from one KV head to as many as heads, widths that are not multiples of a block.
 MODELS = [
     *(TINY[name] for name in ("base", "all-biases-tied", "multi-head", "multi-query")),
     *(TINY[name] for name in ("head-dim-20-biased", "head-dim-24", "odd-sizes")),
 ]
-# As likely to accept a draft as not: what the grids below rely on.
+# Accepts about half of the drafts, which the grids below rely on.
 ACCEPTANCE = (0.1, 0.95)
-ADDED = 0.15  # of what a random block adds to the stream
+ADDED = 0.15  # share of what a random block adds to the stream
 POLICIES = [DraftPolicy(1), DraftPolicy(3), DraftPolicy(4, has_bonus=True)]
 MIXES = [(INT4, "float"), (INT4, "int8"), (INT8, "float"), (INT8, "int8")]
 SPECULATIVE = (ExitSpec(1, branch="block", norm="own", head="own"), ExitSpec(3, 200, branch="block"), ExitSpec(4))
@@ -81,7 +81,7 @@ def calm_exit(twin: Twin, exit_spec: ExitSpec) -> ExitNode:
     if exit_spec.norm == "own":
         node.norm.load_state_dict(twin.model.norm.state_dict())
     if exit_spec.head == "own":
-        node.head.weight.copy_(1.1 * twin.head_weight)  # the very same would be stored once when it is quantized
+        node.head.weight.copy_(1.1 * twin.head_weight)  # an identical head would be stored once when it is quantized
     return node
 
 
@@ -90,7 +90,7 @@ def prompt(seed: int, length: int = 9) -> list[int]:
 
 
 def kv_of_exits(model: Model, positions: int) -> list[np.ndarray]:
-    """Keys and values of every block, [kv_heads, positions, head_dim] each."""
+    """Return the keys and values of every block, each [kv_heads, positions, head_dim]."""
     owners = [names.exit_block(e.exit_layer) for e in model.bundle.manifest.plan.exits if e.branch == "block"]
     assert owners
     return [
@@ -99,7 +99,7 @@ def kv_of_exits(model: Model, positions: int) -> list[np.ndarray]:
 
 
 def assert_blocks_have_seen(model: Model, text: Sequence[int]) -> None:
-    """What the last generation left in the caches of blocks is what one run over its text writes."""
+    """Check that the last generation left in the caches of blocks what one run over its text writes."""
     positions = len(text) - 1  # the newest token is not cached
     left = kv_of_exits(model, positions)
     model.exclusive_stack().prefill(text[:positions], 0, False)
@@ -118,12 +118,12 @@ def test_blocks_at_three_depths_compute_what_the_twin_computes(
     check(*bundle_of(tiny, tiny_bundles, tmp_path, *THREE), tiny)
 
 
-def test_a_block_stands_beside_other_exits(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_a_block_works_next_to_other_exits(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     check(*bundle_of(BASE, tiny_bundles, tmp_path, *OTHERS), BASE)
 
 
 @pytest.mark.parametrize("tiny", [TINY["base"], TINY["head-dim-20-biased"]], ids=lambda tiny: tiny.name)
-def test_however_a_text_is_cut_into_runs_blocks_say_the_same_and_keep_the_same(
+def test_blocks_predict_and_keep_the_same_however_a_text_is_split_into_runs(
     tiny_bundles: TinyBundles, tmp_path: Path, tiny: TinyModel
 ) -> None:
     seq = 23
@@ -133,7 +133,7 @@ def test_however_a_text_is_cut_into_runs_blocks_say_the_same_and_keep_the_same(
     expected = exit_nodes.expected_exits(twin, nodes, tokens, no_state)
     whole = exit_nodes.CachedGraphs(bundle, 1, seq + 1)
     whole.run(tokens, 0, seq, no_state)
-    # Rows of each run: all of a prompt, none of it, parts of two, one by one.
+    # (length, rows) of each run: all rows of a prompt, none of it, some of two runs, then one at a time.
     cuts = ([(10, 10), (13, 13)], [(10, 0), (9, 2), (4, 1)], [(1, 1)] * seq, [(8, 0), *[(1, 1)] * 10, (5, 5)])
     for cut in cuts:
         graphs, past = exit_nodes.CachedGraphs(bundle, 1, seq + 1), 0
@@ -151,7 +151,7 @@ def test_however_a_text_is_cut_into_runs_blocks_say_the_same_and_keep_the_same(
             assert np.abs(cache - whole.caches[name])[:, :, :seq].max() <= tolerances.FLUSHED_KV * largest, name
 
 
-def test_a_float16_bundle_has_blocks_of_half_precision(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_a_float16_bundle_has_blocks_in_half_precision(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     twin, nodes, bundle = bundle_of(BASE, tiny_bundles, tmp_path, *THREE[:2], dtype="float16")
     tokens, no_state = np.random.randint(3, BASE.vocab, size=(1, 9)), np.zeros((1, 0, BASE.hidden), np.float32)
     found = exit_nodes.run_graphs(bundle, tokens, 9, no_state)
@@ -165,11 +165,11 @@ def test_a_float16_bundle_has_blocks_of_half_precision(tiny_bundles: TinyBundles
 
 @pytest.mark.parametrize("method", ["rtn", "awq-gptq"])
 @pytest.mark.parametrize("tiny", [SPECULATOR, TINY["head-dim-20-biased"]], ids=lambda tiny: tiny.name)
-def test_a_quantized_block_is_near_the_one_it_was(
+def test_a_quantized_block_stays_close_to_the_original(
     tiny_bundles: TinyBundles, tmp_path: Path, quantized: QuantizedBundles, tiny: TinyModel, method: str
 ) -> None:
     twin, _, bundle = bundle_of(tiny, tiny_bundles, tmp_path, *THREE)
-    rounded = quantized(bundle, recipe(INT8, method=method))
+    rounded = quantized(bundle, preset(INT8, method=method))
     formats = open_bundle(rounded).manifest.precision.weights
     own = [names.exit_weight(e.exit_layer, part) for e in THREE for part in exit_matrices(twin.spec, e)]
     assert {formats[name] for name in own} == {INT8}
@@ -185,19 +185,19 @@ def test_a_quantized_block_is_near_the_one_it_was(
     check_inspect(rounded)
 
 
-def test_an_int8_cache_is_that_of_the_layers_alone(speculator: Path, quantized: QuantizedBundles) -> None:
-    manifest = open_bundle(quantized(speculator, recipe(INT8, "int8"))).manifest
+def test_only_the_cache_of_layers_is_int8(speculator: Path, quantized: QuantizedBundles) -> None:
+    manifest = open_bundle(quantized(speculator, preset(INT8, "int8"))).manifest
     ports = {port.name: port.dtype for port in manifest.contract(manifest.plan.segments[0]).inputs}
     assert ports[names.past(0, "key")] == "int8"
     assert ports[names.past(names.exit_block(1), "key")] == "float32"
-    check_inspect(quantized(speculator, recipe(INT8, "int8")))
+    check_inspect(quantized(speculator, preset(INT8, "int8")))
 
 
 # Decoding
 
 
 def check_drafts(model: Model) -> None:
-    """Every exit drafts and plain decoding's tokens come out; blocks keep what one run would."""
+    """Check that drafting from every exit gives the plain tokens, and that blocks keep what one run would."""
     drafted = accepted = 0
     for seed in range(3):
         expected = model.generate(prompt(seed), max_new_tokens=40, ignore_eos=True).tokens
@@ -217,7 +217,7 @@ def check_drafts(model: Model) -> None:
     assert low < accepted / drafted < high, "the grid must meet accepted and rejected drafts"
 
 
-def test_drafts_of_a_block_give_the_plain_tokens_and_leave_its_cache_as_one_run_does(speculator: Path) -> None:
+def test_drafts_of_a_block_give_the_plain_tokens_and_the_cache_of_one_run(speculator: Path) -> None:
     model = load(speculator)
     check_drafts(model)
     for exit_layer in (1, 3, 4):
@@ -231,10 +231,10 @@ def test_drafts_of_a_block_give_the_plain_tokens_and_leave_its_cache_as_one_run_
 def test_drafts_of_a_quantized_block_give_the_plain_tokens(
     speculator: Path, quantized: QuantizedBundles, weights: BlockFormat, kv_cache: KVType
 ) -> None:
-    check_drafts(load(quantized(speculator, recipe(weights, kv_cache))))
+    check_drafts(load(quantized(speculator, preset(weights, kv_cache))))
 
 
-def test_a_draft_that_was_taken_back_leaves_no_trace_in_the_next(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_a_rejected_draft_leaves_no_trace_in_the_next(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     twin, nodes, bundle = bundle_of(BASE, tiny_bundles, tmp_path, *THREE[:2])
     stack, text = load(bundle).exclusive_stack(2), prompt(3)
     stack.prefill(text, 0, False)
@@ -259,7 +259,7 @@ def test_the_cache_of_a_block_grows_with_the_text(speculator: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_policy", ["flush", "pipeline", "recompute"])
-def test_tokens_that_leave_below_a_block_are_in_its_cache_too(speculator: Path, kv_policy: KVPolicy) -> None:
+def test_tokens_that_exit_below_a_block_are_in_its_cache_too(speculator: Path, kv_policy: KVPolicy) -> None:
     model = load(speculator)
     policy = ExitPolicy(parse_criterion("top_prob >= 0.3"), kv_policy=kv_policy)
     for seed in range(3):
@@ -268,7 +268,7 @@ def test_tokens_that_leave_below_a_block_are_in_its_cache_too(speculator: Path, 
         assert_blocks_have_seen(model, [*prompt(seed), *result.tokens])
 
 
-# What is said about them
+# Reports about them
 
 
 def test_inspect_names_the_cache_of_a_block_and_counts_it(tiny_bundles: TinyBundles, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of exit, each in a random tiny model: the graphs compute what the PyTorch twin computes."""
+"""Every kind of exit in a random tiny model: the graphs compute what the PyTorch twin computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 from helpers import exit_nodes, gguf_files, tolerances
 from helpers.bad_input import Refused
 from helpers.exit_checks import MAX_ABS, USUAL_DEVIATION, bundle_of, check, check_inspect
-from helpers.quantized import INT4, INT8, QuantizedBundles, recipe, stored_tensors
+from helpers.quantized import INT4, INT8, QuantizedBundles, preset, stored_tensors
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
@@ -27,6 +26,8 @@ from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import MLP_NORM, exit_matrices
 from shortstack.graphs.plan import ExitSpec
+from shortstack.quant.quality_report import make_report
+from shortstack.quant.spec import ReportSpec
 from shortstack.runtime import DraftPolicy, load
 
 TIED = next(tiny for tiny in SWITCHES if tiny.name == "all-biases-tied")
@@ -67,7 +68,7 @@ def test_an_exit_computes_what_the_twin_computes(
 
 
 @pytest.mark.parametrize("tiny", [TIED, ODD, *(t for t in SWITCHES if t.name == "head-dim-24")], ids=lambda t: t.name)
-def test_other_models_have_exits_too_and_a_second_one_sees_the_token(
+def test_other_models_have_exits_and_several_exits_may_see_the_token(
     tiny_bundles: TinyBundles, tmp_path: Path, tiny: TinyModel
 ) -> None:
     exits = (
@@ -78,7 +79,7 @@ def test_other_models_have_exits_too_and_a_second_one_sees_the_token(
     check(*bundle_of(tiny, tiny_bundles, tmp_path, *exits), tiny)
 
 
-# Quantized: the drafts may differ a little, the output not at all.
+# Quantized exits: drafts may differ slightly, the output must not.
 
 MIX = (
     ExitSpec(1, 64, branch="linear", linear_mlp=32, sees_token=True, has_gate=True),
@@ -92,7 +93,7 @@ def test_a_quantized_bundle_keeps_its_exits(
     tiny_bundles: TinyBundles, tmp_path: Path, quantized: QuantizedBundles, method: str
 ) -> None:
     twin, _, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *MIX)
-    rounded = quantized(bundle, recipe(INT8, method=method))
+    rounded = quantized(bundle, preset(INT8, method=method))
     precision = open_bundle(rounded).manifest.precision
     for exit_spec in MIX:
         for part in exit_matrices(twin.spec, exit_spec):
@@ -109,11 +110,11 @@ def test_a_quantized_bundle_keeps_its_exits(
     check_inspect(rounded)
 
 
-def test_scaling_a_layer_leaves_the_norm_of_the_mlp_exit_above_it_as_it_was(
+def test_scaling_a_layer_does_not_change_the_norm_of_the_mlp_exit_above_it(
     tiny_bundles: TinyBundles, tmp_path: Path, quantized: QuantizedBundles
 ) -> None:
     *_, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, ExitSpec(2, branch="mlp"))
-    rounded = quantized(bundle, recipe(INT4, method="awq"))
+    rounded = quantized(bundle, preset(INT4, method="awq"))
     of_layer, of_exit = names.layer_weight(1, "post_attention_norm.weight"), names.exit_weight(2, MLP_NORM)
     before, after = stored_tensors(bundle), stored_tensors(rounded)
     assert not np.allclose(after[of_layer].read(rounded), before[of_layer].read(bundle), atol=1e-3)
@@ -145,7 +146,7 @@ def test_parity_compares_trained_exits_with_the_twin(
     command = ["parity", checkpoint, str(bundle), "--prompts", "2", "--greedy-tokens", "8"]
     assert run([*command, "--exits", str(tmp_path / "exits")]) == 0
     assert "greedy continuations: identical" in capsys.readouterr().out
-    refused(command, "exit after 1 layers", "weights of its own", "--exits FOLDER")
+    refused(command, "exit after 1 layers", "its own weights", "--exits FOLDER")
     exit_nodes.write_random_exits(Path(checkpoint), tmp_path / "others", *OWN)
     assert run([*command, "--exits", str(tmp_path / "others")]) == 1
     error = capsys.readouterr().err
@@ -153,7 +154,7 @@ def test_parity_compares_trained_exits_with_the_twin(
     assert "head after 2 layers" not in error
     assert "head after 3 layers" in error
     exit_nodes.write_random_exits(Path(checkpoint), tmp_path / "other-kind", replace(OWN[0], norm="own"), OWN[1])
-    refused([*command, "--exits", tmp_path / "other-kind"], "exit after 1 layers is another one")
+    refused([*command, "--exits", tmp_path / "other-kind"], "exit after 1 layers differs from the one in the folder")
 
 
 def test_the_quality_report_feeds_exits_what_they_see(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
@@ -171,17 +172,16 @@ def test_a_bundle_with_trained_exits_is_quantized_with_a_report(
     tiny_bundles: TinyBundles, tmp_path: Path, quantized: QuantizedBundles
 ) -> None:
     *_, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *OWN)
-    few: dict[str, Any] = {"heldout_tokens": 256, "prompts": 2, "continuation_tokens": 8}
-    rounded = quantized(bundle, recipe(INT4), with_report=True, **few)
-    report = json.loads((rounded / names.QUALITY_FILE).read_text(encoding="utf-8"))
-    assert report["is_exact"]
-    assert set(report["result"]["exit_agreement"]) == {"1", "3"}
+    rounded = quantized(bundle, preset(INT4))
+    report = make_report(ReportSpec(bundle, rounded, heldout_tokens=256, prompts=2, continuation_tokens=8))
+    assert report.is_exact
+    assert set(report.result.exit_agreement) == {1, 3}
 
 
-# What a bundle of them holds
+# What a bundle with exits holds
 
 
-def test_exits_beside_the_checkpoint_are_used_only_if_named(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_exits_next_to_the_checkpoint_are_used_only_if_named(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(tiny_bundles.checkpoint(BASE), tmp_path / "checkpoint"))
     exit_nodes.write_random_exits(checkpoint, checkpoint, ExitSpec(2, branch="linear"))
     plain = export_bundle(ExportSpec(str(checkpoint), tmp_path / "plain", (1,)))
@@ -191,7 +191,7 @@ def test_exits_beside_the_checkpoint_are_used_only_if_named(tiny_bundles: TinyBu
     assert trained.manifest.source_name == "checkpoint + checkpoint"
 
 
-def test_a_draft_vocabulary_trims_whole_shared_heads_alone(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_a_draft_vocabulary_trims_only_whole_shared_heads(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     exits = (ExitSpec(1, branch="linear"), ExitSpec(2, branch="mlp", head="own"), ExitSpec(3, 30, branch="linear"))
     *_, bundle = bundle_of(SPECULATOR, tiny_bundles, tmp_path, *exits, exit_layers=(4,), draft_vocab=50)
     found = open_bundle(bundle, verify_hashes=True).manifest.plan.exits
@@ -216,7 +216,7 @@ def test_exits_add_their_own_weights_and_nothing_else(
     assert 0 <= grown - own_bytes - unit_norm_bytes < 64 * 16  # alignment
 
 
-def test_a_float16_bundle_has_exits_of_half_precision(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_a_float16_bundle_has_exits_in_half_precision(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     exits = (
         ExitSpec(1, 64, branch="linear", linear_mlp=40, sees_token=True, sees_state=True, has_gate=True),
         ExitSpec(2, branch="mlp", norm="own", head="low_rank", head_rank=16),
@@ -262,7 +262,7 @@ def test_exits_of_a_bundle_that_keeps_blocks_are_int8(tiny_bundles: TinyBundles,
         assert drafted.stats.drafted
 
 
-def test_a_bundle_of_the_second_format_has_plain_exits(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_a_bundle_in_format_2_has_plain_exits(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     source = tiny_bundles.bundle(BASE, 1, 3, draft_vocab=64)
     old = Path(shutil.copytree(source, tmp_path / "old"))
     data = json.loads((old / names.MANIFEST_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""``export --keep-blocks``: Q4_0 and Q8_0 blocks of a GGUF file reach the bundle bit for bit; what cannot is named."""
+"""``export --keep-blocks``: Q4_0 and Q8_0 blocks reach the bundle bit for bit, and the others are named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.gguf_blocks import EXACT_FORMATS, unpack_blocks
-from shortstack.export.kept_blocks import BlockPlan, plan_blocks
+from shortstack.export.kept_blocks import KeptBlocks, choose_blocks
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors, pad_heads
@@ -40,14 +40,14 @@ QKV = names.layer_weight(0, "attn.qkv_proj.weight")
 O_PROJ = names.layer_weight(0, "attn.o_proj.weight")
 
 ROUNDED_ACTIVATIONS = 0.05
-"""Mean difference of a logit between kept blocks and the same weights in float32, over the logits' standard deviation.
+"""Mean difference of a logit between kept blocks and the same weights in float32, by the logits' standard deviation.
 
 The kernel rounds activations to int8, 32 at a time. Measured on SPECULATOR: 0.022 to 0.024 at every depth, Q4_0 and
-Q8_0 alike (the worst of 43,000 logits 0.33). With float activations the logits were the float bundle's to the bit."""
+Q8_0 alike (0.33 for the worst of 43,000 logits). With float activations the logits equal the float bundle's bits."""
 
 
 def quantized(value: np.ndarray, kind: str) -> np.ndarray:
-    """A matrix as gguf brings it back from blocks."""
+    """Return a matrix after gguf quantized and dequantized it."""
     found = gguf.dequantize(gguf.quantize(value, Kind[kind]), Kind[kind])
     return np.asarray(found, np.float32)
 
@@ -57,11 +57,11 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))
 
 
-def opened(file: Path) -> tuple[ModelTensors, BlockPlan]:
+def opened(file: Path) -> tuple[ModelTensors, KeptBlocks]:
     checkpoint = open_checkpoint(str(file))
     arch, spec = resolve(checkpoint)
-    plan = plan_blocks(checkpoint, matrix_sources(arch, spec))
-    return ModelTensors(checkpoint, arch, spec, plan), plan
+    blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
+    return ModelTensors(checkpoint, arch, spec, blocks), blocks
 
 
 def dequantized(tensors: ModelTensors, name: str) -> np.ndarray:
@@ -91,7 +91,7 @@ def graphs(bundle: Bundle) -> list[onnx.GraphProto]:
 
 
 def places(bundle: Bundle, name: str) -> dict[str, tuple[int, int]]:
-    """Offset and length of a tensor in weights.data, by each name that a graph calls it, reshaped ones included."""
+    """Return offset and length of a tensor in weights.data, by each name that a graph has for it, reshaped or not."""
     found = {}
     for graph in graphs(bundle):
         for tensor in graph.initializer:
@@ -102,17 +102,17 @@ def places(bundle: Bundle, name: str) -> dict[str, tuple[int, int]]:
 
 
 def stored_bytes(bundle: Bundle, name: str) -> bytes:
-    """A tensor's bytes, which lie in one place whatever it is called."""
+    """Return a tensor's bytes, which lie in one place under all its names."""
     ((offset, length),) = set(places(bundle, name).values())
     return (bundle.folder / names.WEIGHTS_FILE).read_bytes()[offset : offset + length]
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_any_bytes_of_a_block_mean_what_gguf_makes_of_them(kind: str) -> None:
+def test_random_bytes_of_a_block_decode_as_in_gguf(kind: str) -> None:
     rows, blocks = 7, 12
     _, block_bytes = gguf.GGML_QUANT_SIZES[Kind[kind]]
     raw = np.random.randint(0, 256, (rows, blocks, block_bytes), np.uint8)
-    scales = np.random.standard_normal((rows, blocks)).astype(np.float16)  # of both signs
+    scales = np.random.standard_normal((rows, blocks)).astype(np.float16)  # both signs occur
     scales[0, :4] = [0.0, -0.0, 65504.0, 6e-8]
     raw[..., :2] = scales[..., None].view(np.uint8)
     flat = raw.reshape(rows, -1)
@@ -122,12 +122,12 @@ def test_any_bytes_of_a_block_mean_what_gguf_makes_of_them(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_blocks_come_out_as_gguf_dequantizes_them_with_q_and_k_in_rotate_half_order(tmp_path: Path, kind: str) -> None:
+def test_blocks_equal_what_gguf_dequantizes_with_q_and_k_in_rotate_half_order(tmp_path: Path, kind: str) -> None:
     tensors = wide_weights() | {"output.weight": weights()["token_embd.weight"]}
-    read, plan = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind], tiny=WIDE))
-    assert set(plan.kept.values()) == {kind}
-    assert not plan.requantized
-    assert not plan.floats
+    read, blocks = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind], tiny=WIDE))
+    assert set(blocks.kept.values()) == {kind}
+    assert not blocks.requantized
+    assert not blocks.floats
     for name, gguf_name in {
         names.EMBED_TOKENS: "token_embd",
         names.LM_HEAD: "output",
@@ -137,17 +137,17 @@ def test_blocks_come_out_as_gguf_dequantizes_them_with_q_and_k_in_rotate_half_or
         names.layer_weight(0, "mlp.down_proj.weight"): "blk.0.ffn_down",
     }.items():
         same_bits(dequantized(read, name), quantized(tensors[f"{gguf_name}.weight"], kind))
-    # A row is quantized by itself, so permuting, quantizing and putting back is quantizing.
+    # Each row is quantized separately, so permuting, quantizing and permuting back equals quantizing.
     stacked = [quantized(tensors[f"blk.0.attn_{part}.weight"], kind) for part in "qkv"]
     same_bits(dequantized(read, QKV), np.concatenate(stacked))
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_padded_heads_keep_blocks_of_q_k_v_and_lose_those_of_o(tmp_path: Path, kind: str) -> None:
+def test_padded_heads_keep_the_blocks_of_q_k_v_but_not_of_o_proj(tmp_path: Path, kind: str) -> None:
     tensors = weights()
-    read, plan = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind]))
+    read, blocks = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind]))
     assert read.spec.cache_head_dim > HEAD_DIM
-    assert plan.requantized == {O_PROJ: f"{kind} with padded heads"}
+    assert blocks.requantized == {O_PROJ: f"{kind} with padded heads"}
     heads = {"q": SMALL.heads, "k": SMALL.kv_heads, "v": SMALL.kv_heads}
     padded = [pad_heads(quantized(tensors[f"blk.0.attn_{x}.weight"], kind), n, read.spec) for x, n in heads.items()]
     assert (dequantized(read, QKV) == np.concatenate(padded)).all()
@@ -155,7 +155,7 @@ def test_padded_heads_keep_blocks_of_q_k_v_and_lose_those_of_o(tmp_path: Path, k
     assert isinstance(o_proj, BlockTensor)
     assert o_proj.format == BlockFormat(8)
     exact = pad_heads(quantized(tensors["blk.0.attn_output.weight"], kind).T, SMALL.heads, read.spec).T
-    # Half a step of the widest block; int8 has 255 of them.
+    # Half a quantization step of the widest block; int8 has 255 steps.
     assert np.abs(o_proj.dequantize() - exact).max() <= o_proj.scales.max() * 0.51
 
 
@@ -166,14 +166,14 @@ def test_the_bytes_of_a_bundle_are_the_packed_blocks_and_a_tied_head_is_the_embe
     tiny = replace(SPECULATOR, name=f"blocks-{is_tied}", is_tied=is_tied)
     file = tiny_file(tiny_bundles, tiny, tmp_path / "m.gguf", "Q4_0")
     bundle = export_bundle(ExportSpec(str(file), tmp_path / "out", (1,), keep_blocks=True))
-    read, plan = opened(file)
-    assert bundle.manifest.precision.weights == dict.fromkeys(plan.kept, EXACT_FORMATS["Q4_0"])
-    for name in plan.kept:
+    read, blocks = opened(file)
+    assert bundle.manifest.precision.weights == dict.fromkeys(blocks.kept, EXACT_FORMATS["Q4_0"])
+    for name in blocks.kept:
         matrix = read.matrix(name)
         assert isinstance(matrix, BlockTensor)
         assert stored_bytes(bundle, names.block_codes(name)) == matrix.packed_codes().tobytes()
         assert stored_bytes(bundle, names.block_scales(name)) == matrix.scales.tobytes()
-    # A look-up takes them in two dimensions, a product in three.
+    # A look-up needs the codes in two dimensions, a product in three.
     embedding = places(bundle, names.block_codes(names.EMBED_TOKENS))
     head = places(bundle, names.block_codes(names.LM_HEAD))
     assert len(embedding) == (2 if is_tied else 1)
@@ -184,7 +184,7 @@ def test_the_bytes_of_a_bundle_are_the_packed_blocks_and_a_tied_head_is_the_embe
 
 
 def without_int8_activations(bundle: Bundle) -> Bundle:
-    """Change a bundle so that its blocks meet float activations: as accurate as it is slow."""
+    """Change a bundle to multiply its blocks with float activations, which is accurate and slow."""
     for segment in bundle.manifest.plan.segments:
         path = str(bundle.graph_path(segment))
         model = onnx.load(path, load_external_data=False)
@@ -198,7 +198,7 @@ def without_int8_activations(bundle: Bundle) -> Bundle:
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_logits_are_those_of_the_dequantized_bundle_but_for_the_rounding_of_activations(
+def test_logits_equal_the_dequantized_bundles_except_for_rounded_activations(
     tiny_bundles: TinyBundles, tmp_path: Path, kind: str
 ) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", kind)
@@ -264,8 +264,8 @@ def test_exits_share_the_kept_rows_of_a_trimmed_head(tiny_bundles: TinyBundles, 
 def test_half_precision_holds_the_scales_exactly(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0")
     bundle = export_bundle(ExportSpec(str(file), tmp_path / "out", (1,), dtype="float16", keep_blocks=True))
-    read, plan = opened(file)
-    for name in plan.kept:
+    read, blocks = opened(file)
+    for name in blocks.kept:
         matrix = read.matrix(name)
         assert isinstance(matrix, BlockTensor)
         scales = np.frombuffer(stored_bytes(bundle, names.block_scales(name)), np.float16)
@@ -283,7 +283,7 @@ MIXED = {
 }
 
 
-def test_what_cannot_be_kept_is_named_on_stderr_and_in_json(
+def test_matrices_that_cannot_be_kept_are_named_on_stderr_and_in_json(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0", kinds=MIXED)
@@ -317,7 +317,7 @@ def test_what_cannot_be_kept_is_named_on_stderr_and_in_json(
     assert model.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).tokens
 
 
-def test_without_the_option_blocks_are_dequantized_and_nothing_is_said(
+def test_without_the_option_blocks_are_dequantized_without_a_message(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0")

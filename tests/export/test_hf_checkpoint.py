@@ -1,4 +1,4 @@
-"""Hugging Face folders, good and hostile."""
+"""Hugging Face folders, valid and hostile."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_every_stored_type_reads_as_float32(tmp_path: Path, dtype: Any) -> None:
         np.testing.assert_array_equal(read, value.astype(np.float32))
 
 
-def test_what_transformers_saves_in_shards_reads_the_same(tmp_path: Path) -> None:
+def test_shards_that_transformers_saved_are_read_the_same(tmp_path: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -110,13 +110,13 @@ def test_what_transformers_saves_in_shards_reads_the_same(tmp_path: Path) -> Non
         np.testing.assert_array_equal(checkpoint.tensor(name), state[name].float().numpy())
 
 
-def test_a_generation_config_is_made_up_from_the_config_when_there_is_none(tmp_path: Path) -> None:
+def test_a_missing_generation_config_is_built_from_the_config(tmp_path: Path) -> None:
     files = open_checkpoint(str(write(tmp_path / "m", tensors()))).files()
     assert set(files) == {"generation_config.json"}
     assert json.loads(files["generation_config.json"]) == {"bos_token_id": 1, "eos_token_id": [2, 3]}
 
 
-def test_tokenizer_files_are_carried_and_the_chat_template_gets_a_file_of_its_own(tmp_path: Path) -> None:
+def test_tokenizer_files_are_copied_and_the_chat_template_becomes_a_file(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", tensors())
     templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ x }}é"}]
     (folder / "tokenizer.json").write_text("{}")
@@ -180,7 +180,7 @@ def test_a_tokenizer_that_links_to_a_secret_is_refused(tmp_path: Path) -> None:
         open_checkpoint(str(folder)).files()
 
 
-def test_a_link_that_leads_in_a_circle_is_refused(tmp_path: Path) -> None:
+def test_a_circular_link_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", tensors())
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to(folder / "config.json")
@@ -213,7 +213,7 @@ def test_an_index_that_names_missing_files_lists_them(sharded: Path) -> None:
         open_checkpoint(str(sharded))
 
 
-def test_an_index_that_promises_tensors_its_shards_lack_is_refused(sharded: Path) -> None:
+def test_an_index_that_lists_tensors_its_shards_lack_is_refused(sharded: Path) -> None:
     edit_index(sharded, "model.other.weight", "a.safetensors")
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors .*model\.other\.weight"):
         open_checkpoint(str(sharded))
@@ -233,14 +233,14 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_pickles_are_not_opened_and_the_way_out_is_named(tmp_path: Path, name: str) -> None:
+def test_pickles_are_not_opened_and_the_error_names_the_remedy(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     with pytest.raises(UnsupportedError, match=f"pickles \\({name}\\).*safe_serialization"):
         open_checkpoint(str(tmp_path))
 
 
-def test_a_folder_without_weights_or_with_unrelated_ones_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_weights_or_with_unrelated_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(CheckpointError, match="has no weights"):
         open_checkpoint(str(tmp_path))
@@ -267,7 +267,7 @@ def test_a_type_that_is_not_floating_point_is_refused(tmp_path: Path) -> None:
         checkpoint.tensor("model.norm.weight")
 
 
-def test_an_unknown_tensor_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_an_unknown_tensor_raises_a_checkpoint_error(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write(tmp_path / "m", tensors())))
     with pytest.raises(CheckpointError, match=r"has no tensor nope"):
         checkpoint.tensor("nope")
@@ -275,7 +275,7 @@ def test_an_unknown_tensor_is_an_error_of_ours(tmp_path: Path) -> None:
         checkpoint.shape("nope")
 
 
-def test_all_differences_to_the_config_come_in_one_message(tmp_path: Path) -> None:
+def test_all_differences_from_the_config_come_in_one_message(tmp_path: Path) -> None:
     weights = tensors()
     del weights["model.norm.weight"]
     weights["model.layers.0.self_attn.q_proj.bias"] = np.zeros(HIDDEN, np.float32)
@@ -290,7 +290,7 @@ def test_all_differences_to_the_config_come_in_one_message(tmp_path: Path) -> No
     assert "\n" not in message
 
 
-def test_long_lists_of_differences_are_cut(tmp_path: Path) -> None:
+def test_long_lists_of_differences_are_shortened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"18 missing \(.*and 8 more\)"):
         resolve(open_checkpoint(str(write(tmp_path / "m", tensors(), num_hidden_layers=3))))
 
@@ -305,7 +305,7 @@ def test_an_untied_model_needs_a_head(tmp_path: Path) -> None:
     assert not spec.tie_word_embeddings
 
 
-def test_a_tied_model_may_store_the_same_head_but_no_other(tmp_path: Path) -> None:
+def test_a_tied_model_may_store_its_head_but_no_different_one(tmp_path: Path) -> None:
     weights = tensors()
     weights[HEAD] = weights[EMBEDDING].copy()
     resolve(open_checkpoint(str(write(tmp_path / "m", weights))))
@@ -329,7 +329,9 @@ def test_a_tied_model_may_store_the_same_head_but_no_other(tmp_path: Path) -> No
         "a\0b",
     ],
 )
-def test_what_is_neither_on_disk_nor_a_hub_id_is_refused_offline(source: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_source_that_is_neither_on_disk_nor_a_hub_id_is_refused_offline(
+    source: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError):
         open_checkpoint(source)

@@ -1,5 +1,5 @@
-"""Models whose layers share keys and values, as graphs: they compute what the twin computes, whole, in chunks and step
-by step, quantized too; checkpoints of others, and requests that are refused.
+"""Graphs of models whose layers share keys and values: they compute what the twin computes, for a whole text, in chunks
+and step by step, also when quantized. Configs of other projects, and requests that are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from helpers import tolerances
 from helpers.kv_bundles import KVBundles
 from helpers.kv_cases import LAYERS, NINE, PRODUCERS, TOLERANCE, cases, early, exits_of, ids, step_by_step, wanted
-from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, recipe
+from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, preset
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
@@ -49,21 +49,23 @@ def test_the_graphs_compute_what_the_twin_computes(
 
 
 @nine
-def test_a_prompt_in_chunks_is_the_whole_prompt(kv_bundles: KVBundles, kv_map: tuple[int, ...]) -> None:
+def test_a_prompt_in_chunks_equals_the_whole_prompt(kv_bundles: KVBundles, kv_map: tuple[int, ...]) -> None:
     model = load(kv_bundles.bundle(kv_map, *exits_of(kv_map)))
     text = ids(PREFILL_ROWS + 30)
     expected = wanted(kv_bundles.twin(kv_map), text, (LAYERS,))[LAYERS][-1]
     stack = model.exclusive_stack()
     stack.prefill(text, 0, True)
     assert np.abs(stack.final.logits[0] - expected).max() <= TOLERANCE
-    for cut in (1, 2, 100):  # as a second turn goes on from a first
+    for cut in (1, 2, 100):  # as a second turn continues a first one
         stack.prefill(text[:cut], 0, False)
         stack.prefill(text[cut:], cut, True)
         assert np.abs(stack.final.logits[0] - expected).max() <= TOLERANCE
 
 
 @nine
-def test_a_cache_takes_as_many_bytes_as_there_are_producers(kv_bundles: KVBundles, kv_map: tuple[int, ...]) -> None:
+def test_cache_bytes_are_proportional_to_the_number_of_producers(
+    kv_bundles: KVBundles, kv_map: tuple[int, ...]
+) -> None:
     sizes = []
     for of_map, count in ((kv_map, PRODUCERS), (identity_kv_map(LAYERS), LAYERS)):
         model = load(kv_bundles.bundle(of_map))
@@ -75,7 +77,7 @@ def test_a_cache_takes_as_many_bytes_as_there_are_producers(kv_bundles: KVBundle
 
 
 @pytest.mark.parametrize("kv_map", [placement("pizza", "bottom", 6, 3), placement("sandwich", "middle", 6, 3)], ids=str)
-def test_parity_compares_with_the_twin_where_transformers_has_no_such_model(
+def test_parity_compares_with_the_twin_if_transformers_has_no_such_model(
     kv_bundles: KVBundles, kv_map: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exits = (1, 5)
@@ -101,7 +103,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("model_type", FOREIGN)
-def test_configs_of_others_become_bundles(kv_bundles: KVBundles, tmp_path: Path, model_type: str) -> None:
+def test_configs_of_other_projects_become_bundles(kv_bundles: KVBundles, tmp_path: Path, model_type: str) -> None:
     kv_map, fields = FOREIGN[model_type]
     changes: dict[str, Any] = {"masks_diagonal": True} if model_type == "lckv-llama" else {"windows": (0, 5, 0, 5, 0)}
     twin = kv_bundles.twin(kv_map, **changes)
@@ -146,7 +148,7 @@ def test_quantized_bundles_share_and_verify_exactly(
 ) -> None:
     exits = exits_of(kv_map)
     source = kv_bundles.bundle(kv_map, *exits, **WIDE)
-    mix = recipe(weights, kv_cache, method=method)
+    mix = preset(weights, kv_cache, method=method)
     if iterated_groups(kv_map) and method != "rtn":
         with pytest.raises(UnsupportedError, match="--method rtn"):
             quantized(source, mix)

@@ -1,4 +1,4 @@
-"""Configs of models whose layers share keys and values: our own, Gemma's and LCKV's; good ones and bad ones."""
+"""Configs of models whose layers share keys and values, valid and not: our own, Gemma's and LCKV's."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def spec_of(model_type: str = "llama", **fields: Any) -> ModelSpec:
 
 
 def written(twin: Twin, folder: Path, **fields: Any) -> Path:
-    """A twin as a checkpoint folder, with other fields in its config; null there counts as absent."""
+    """Write a twin as a checkpoint folder with changed fields in its config; null counts as absent."""
     save_twin(twin, folder, {})
     write_tokenizer(folder, twin.spec.vocab_size)
     edit_json(folder / "config.json", **fields)
@@ -68,7 +68,7 @@ MAPS = {
 @pytest.mark.parametrize(
     "seen", [{}, {"windows": (2, 0, 0, 3, 0)}, {"masks_diagonal": True}, {"windows": (4,) * 5, "masks_diagonal": True}]
 )
-def test_what_the_twin_writes_is_read_back(tmp_path: Path, name: str, seen: dict[str, Any]) -> None:
+def test_the_twins_own_checkpoint_is_read_back(tmp_path: Path, name: str, seen: dict[str, Any]) -> None:
     twin = random_twin(kv_spec(MAPS[name], **seen))
     folder = written(twin, tmp_path / "written")
     again = load_twin(str(folder)).eval()
@@ -95,7 +95,7 @@ def test_a_released_lckv_config() -> None:
     assert (spec.num_key_value_heads, spec.head_dim, spec.max_position_embeddings) == (4, 64, 2048)
 
 
-def test_lckv_layers_may_slide_and_default_to_their_own() -> None:
+def test_lckv_layers_may_slide_and_own_their_kv_by_default() -> None:
     slides = spec_of("lckv-llama", layer_types="0s_1s_3_3", sliding_window=7)
     assert (slides.kv_map, slides.windows, slides.masks_diagonal) == ((0, 1, 3, 3), (7, 7, 0, 0), False)
     assert spec_of("lckv-llama", layer_types="0s_0s_0s_0s").windows == (4096,) * 4
@@ -147,7 +147,7 @@ def test_an_lckv_checkpoint_is_read_like_ours(tmp_path: Path, model_type: str) -
         (42, 18, 6, (22, 22, 22, 22, 22, 23) * 3),  # Gemma 4 E4B
     ],
 )
-def test_gemma_fields_share_with_the_nearest_own_layer_of_the_same_type(
+def test_gemma_layers_share_with_the_nearest_producer_of_the_same_type(
     layers: int, shared: int, full_every: int, above: tuple[int, ...]
 ) -> None:
     kinds = ["sliding_attention"] * (full_every - 1) + ["full_attention"]
@@ -157,28 +157,28 @@ def test_gemma_fields_share_with_the_nearest_own_layer_of_the_same_type(
     assert spec.windows == tuple(512 if kind == "sliding_attention" else 0 for kind in types)
 
 
-def test_gemma_fields_are_optional_one_by_one() -> None:
+def test_each_gemma_field_is_optional() -> None:
     assert spec_of(num_kv_shared_layers=2).kv_map == (0, 1, 1, 1)
     assert spec_of(num_kv_shared_layers=0, sliding_window=None).kv_map == (0, 1, 2, 3)
     types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     assert spec_of(layer_types=types, sliding_window=3).windows == (3, 0, 3, 0)
     both = spec_of(layer_types=types, sliding_window=3, kv_map=[0, 1, 1, 1])
     assert (both.kv_map, both.windows) == ((0, 1, 1, 1), (3, 0, 3, 0))
-    assert spec_of(sliding_window=4096).windows == ()  # LlamaForCausalLM has none, whatever its config says
+    assert spec_of(sliding_window=4096).windows == ()  # LlamaForCausalLM has no windows, whatever its config says
 
 
 HEADS_OF_FULL_LAYERS = {"global_head_dim": ("head_dim", 16), "num_global_key_value_heads": ("num_key_value_heads", 2)}
 
 
 @pytest.mark.parametrize("field", HEADS_OF_FULL_LAYERS)
-def test_full_layers_with_other_heads_are_refused(field: str) -> None:
+def test_full_layers_with_different_heads_are_refused(field: str) -> None:
     of_all, value = HEADS_OF_FULL_LAYERS[field]
     gemma = {"num_kv_shared_layers": 2, "num_key_value_heads": 2}
     for same in (value, None):
         assert spec_of(**gemma, **{field: same}) == spec_of(**gemma)
     with pytest.raises(UnsupportedError) as caught:
         spec_of(**gemma, **{field: 2 * value})
-    found = f"config.json: {field} gives full_attention layers other", f"found {2 * value}"
+    found = f"config.json: {field} gives full_attention layers different", f"found {2 * value}"
     for words in (*found, f"expected {of_all} = {value}, or null", "Set it to null if"):
         assert words in str(caught.value), str(caught.value)
     with pytest.raises(CheckpointError, match=f"{field}: found 'all', expected an integer"):
@@ -192,19 +192,19 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a consumer of a consumer": ({"kv_map": [0, 0, 1, 1]}, (KV, "kv_map[2] = 1, but layer 1 owns no K,V itself")),
     "a layer that does not exist": ({"kv_map": [0, 1, 2, 4]}, (KV, "kv_map[3] = 4 is not a layer in 0..3")),
     "a map too short": ({"kv_map": [0, 1, 2]}, (KV, "found 3 entries", "num_hidden_layers = 4")),
-    "a map that is no list": ({"kv_map": "0,1,2,2"}, (KV, "found '0,1,2,2'", "a list of integers")),
+    "a map that is not a list": ({"kv_map": "0,1,2,2"}, (KV, "found '0,1,2,2'", "a list of integers")),
     "a map with a bool": ({"kv_map": [0, True, 2, 3]}, (KV, "a list of integers")),
-    "a map twice": ({"kv_map": [0, 1, 2, 2], "num_kv_shared_layers": 1}, (KV, "num_kv_shared_layers say the same")),
+    "two maps": ({"kv_map": [0, 1, 2, 2], "num_kv_shared_layers": 1}, (KV, "num_kv_shared_layers say the same")),
     "windows too long": ({"windows": [1] * 5}, ("config.json: windows", "found 5 entries", "num_hidden_layers = 4")),
     "a negative window": ({"windows": [1, 1, 1, -1]}, ("config.json: windows", "0 for all")),
-    "a window that is no integer": ({"windows": [1, 1, 1, 1.5]}, ("config.json: windows", "a list of integers")),
-    "windows twice": ({"windows": [1] * 4, "layer_types": ["full_attention"] * 4}, ("windows and layer_types",)),
-    "a diagonal that is no switch": ({"masks_diagonal": 1}, ("config.json: masks_diagonal", "true or false")),
+    "a window that is not an integer": ({"windows": [1, 1, 1, 1.5]}, ("config.json: windows", "a list of integers")),
+    "windows given twice": ({"windows": [1] * 4, "layer_types": ["full_attention"] * 4}, ("windows and layer_types",)),
+    "masks_diagonal not a bool": ({"masks_diagonal": 1}, ("config.json: masks_diagonal", "true or false")),
     "an unknown type": (
         {"layer_types": ["full_attention", "chunked_attention"] * 2},
         ("config.json: layer_types[1]", "found 'chunked_attention'", "full_attention, sliding_attention"),
     ),
-    "types too few": ({"layer_types": ["full_attention"]}, (TYPES, "found 1 entries", "num_hidden_layers = 4")),
+    "too few types": ({"layer_types": ["full_attention"]}, (TYPES, "found 1 entries", "num_hidden_layers = 4")),
     "types as a string": ({"layer_types": "0_1_2_3"}, (TYPES, "found '0_1_2_3'", "a list of strings")),
     "sliding without a window": ({"layer_types": ["sliding_attention"] * 4}, ("sliding_window is missing",)),
     "a window of none": (
@@ -228,7 +228,7 @@ BAD_LCKV: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a mark that does not exist": ({"layer_types": "0_1_2_3x"}, (TYPES, "'0_1_2_3x'", "such as 0_1s_1_3")),
     "a consumer of a consumer": ({"layer_types": "0_0_1_3"}, (TYPES, "layer 1 owns no K,V itself")),
     "a window of none": ({"layer_types": "0s_1_2_3", "sliding_window": 0}, ("sliding_window", "found 0")),
-    "no switch": ({"force_nodiag": "yes"}, ("config.json: force_nodiag", "found 'yes'", "true or false")),
+    "force_nodiag not a bool": ({"force_nodiag": "yes"}, ("config.json: force_nodiag", "found 'yes'", "true or false")),
 }
 BAD_OPT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a kind that does not exist": ({"layer_types": "0_3_2_0"}, (TYPES, "0, 1 or 2")),
@@ -275,7 +275,7 @@ def edited(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> s
     return str(folder)
 
 
-def test_projections_that_nobody_reads_may_be_there(tmp_path: Path) -> None:
+def test_a_checkpoint_may_hold_unused_kv_projections(tmp_path: Path) -> None:
     own = random_twin(kv_spec(identity_kv_map(5), qkv_bias=True))
     shared = Twin(replace(own.spec, kv_map=placement("sandwich", "top", 5, 3))).eval()
     shared.load_state_dict(own.state_dict(), strict=False)
@@ -286,7 +286,7 @@ def test_projections_that_nobody_reads_may_be_there(tmp_path: Path) -> None:
     assert again.state_dict().keys() == shared.state_dict().keys()
 
 
-def test_other_tensors_may_not(tmp_path: Path) -> None:
+def test_a_checkpoint_must_not_hold_other_unused_tensors(tmp_path: Path) -> None:
     twin = random_twin(kv_spec(placement("sandwich", "top", 5, 3)))
     folder = written(twin, tmp_path / "extra")
     source = edited(folder, lambda t: t.update({"model.layers.1.self_attn.k_norm.weight": torch.ones(8)}))
@@ -313,7 +313,7 @@ def test_queries_wider_than_the_shared_keys_are_refused_by_both_layers(tmp_path:
         assert words in str(caught.value), str(caught.value)
 
 
-def test_keys_wider_than_their_users_queries_are_refused_by_user(tmp_path: Path) -> None:
+def test_keys_wider_than_the_queries_of_consumers_are_refused_by_consumer(tmp_path: Path) -> None:
     twin = random_twin(kv_spec((0, 3, 3, 3, 4)))
     key = "model.layers.3.self_attn.k_proj.weight"
     source = edited(written(twin, tmp_path / "wide"), lambda t: t.update({key: torch.ones(32, 32)}))
@@ -326,7 +326,7 @@ def test_keys_wider_than_their_users_queries_are_refused_by_user(tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 32), (15, 32)])
-def test_keys_of_no_size_are_misshapen_only(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_keys_without_a_size_are_reported_as_misshapen_only(tmp_path: Path, shape: tuple[int, ...]) -> None:
     twin = random_twin(kv_spec((0, 3, 3, 3, 4)))
     key = "model.layers.3.self_attn.k_proj.weight"
     source = edited(written(twin, tmp_path / "odd"), lambda t: t.update({key: torch.ones(shape)}))

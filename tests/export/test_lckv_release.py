@@ -1,8 +1,8 @@
-"""A release of LCKV's, in small: config and tensors as whyNLP publishes them, written by hand and not by our own code.
+"""A small model in the form of LCKV's releases: config and tensors as whyNLP publishes them, not written by our code.
 
-The fields are those of https://huggingface.co/whynlp/tinyllama-lckv-w10-100b and of the repository's ``configs/``, the
-layers fewer and narrower. The code there deletes ``k_proj`` and ``v_proj`` of every layer whose K,V nobody uses, and
-leaves Llama's names otherwise.
+The fields are those of https://huggingface.co/whynlp/tinyllama-lckv-w10-100b and of the repository's ``configs/``, with
+fewer and narrower layers. The code there deletes ``k_proj`` and ``v_proj`` of every layer whose K,V no layer uses, and
+keeps Llama's other names.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ RELEASES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
         (5, 5, 5, 0, 0, 0),
     ),
 }
-"""By name: fields that differ, the map, and the windows."""
+"""The changed fields, the map and the windows of each release, by name."""
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def quick(one_torch_thread: object) -> Iterator[None]:
 
 
 def released_tensors(own_kv: set[int]) -> dict[str, torch.Tensor]:
-    """Names and shapes as in ``model.safetensors`` of a release, in bfloat16; what layers add is small."""
+    """Return tensors named and shaped as in a release's ``model.safetensors``, in bfloat16; layers add little."""
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
         return gain * columns**-0.5 * torch.randn(rows, columns)
@@ -114,7 +114,7 @@ def write_release(folder: Path, fields: dict[str, Any], tensors: dict[str, torch
 def by_definition(
     tensors: dict[str, torch.Tensor], kv_map: tuple[int, ...], windows: tuple[int, ...], masks_diagonal: bool
 ) -> Twin:
-    """The model that a release describes, put together without its config."""
+    """Build the model that a release describes, without its config."""
     spec = ModelSpec(
         model_type="llama",
         num_hidden_layers=LAYERS,
@@ -138,7 +138,7 @@ def by_definition(
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_a_release_is_exported_and_computes_what_it_defines(tmp_path: Path, name: str) -> None:
+def test_an_exported_release_computes_what_it_defines(tmp_path: Path, name: str) -> None:
     fields, kv_map, windows = RELEASES[name]
     tensors = released_tensors(set(kv_map))
     write_release(tmp_path / "release", fields, tensors)
@@ -159,7 +159,7 @@ def test_a_release_is_exported_and_computes_what_it_defines(tmp_path: Path, name
     assert tuple(again.argmax(-1).tolist()) == generated
 
 
-def test_a_release_holds_no_keys_and_values_of_layers_that_share(tmp_path: Path) -> None:
+def test_a_release_holds_no_kv_projections_of_consumers(tmp_path: Path) -> None:
     fields, kv_map, _ = RELEASES["w2"]
     write_release(tmp_path / "release", fields, released_tensors(set(kv_map)))
     names = open_checkpoint(str(tmp_path / "release")).names()

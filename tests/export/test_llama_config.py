@@ -1,4 +1,4 @@
-"""Llama configs of every age, and what is said about bad ones."""
+"""Llama configs of all transformers versions, and the errors for configs that are not valid."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_defaults_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     "model", [{"attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 1, "head_dim": 8}]
 )
-def test_what_transformers_writes_today_reads_like_the_old_style(rope: dict[str, Any], model: dict[str, Any]) -> None:
+def test_configs_of_transformers_4_and_5_are_read_the_same(rope: dict[str, Any], model: dict[str, Any]) -> None:
     from transformers import LlamaConfig
 
     old = {**BASE, **rope, **model, "rope_theta": 500000.0}
@@ -71,7 +71,7 @@ def test_pretraining_tp_is_ignored() -> None:
     assert read_spec(config(pretraining_tp=8)) == read_spec(config())
 
 
-def test_biases_come_from_three_switches() -> None:
+def test_biases_come_from_three_fields() -> None:
     spec = read_spec(config(attention_bias=True))
     assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, True, False)
     spec = read_spec(config(attention_bias=True, attention_out_bias=False, mlp_bias=True))
@@ -86,7 +86,7 @@ def test_scaling_is_read_under_both_names(key: str) -> None:
     assert scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 
 
-def test_rope_parameters_win_over_the_old_place() -> None:
+def test_rope_parameters_take_precedence_over_the_old_fields() -> None:
     spec = read_spec(
         config(
             rope_theta=1.0, rope_parameters={"rope_theta": 7e4, "rope_type": "default"}, rope_scaling={"type": "yarn"}
@@ -97,7 +97,7 @@ def test_rope_parameters_win_over_the_old_place() -> None:
 
 @pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "lama3"])
-def test_other_kinds_of_scaling_name_the_field_and_the_choices(place: str, kind: str) -> None:
+def test_an_unknown_kind_of_scaling_is_refused_with_field_and_choices(place: str, kind: str) -> None:
     with pytest.raises(
         UnsupportedError, match=rf"config\.json: {place}\.rope_type: found '{kind}', expected one of"
     ) as caught:
@@ -153,7 +153,7 @@ def test_another_activation_is_refused() -> None:
         ),
     ],
 )
-def test_a_bad_field_is_named_with_what_is_there_and_what_should_be(changes: dict[str, Any], says: str) -> None:
+def test_a_bad_field_is_named_with_its_value_and_what_is_expected(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(CheckpointError, match=rf"config\.json: {says}"):
         read_spec(config(**changes))
 
@@ -167,7 +167,7 @@ def test_token_ids_are_ids_or_lists_of_them(value: object) -> None:
         config(eos_token_id=value).read_token_ids("eos_token_id")
 
 
-def test_an_unknown_family_gets_the_list_and_the_nearest() -> None:
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     class Stub:
         config = Config({"model_type": "lama"}, "config.json")
 
@@ -175,13 +175,13 @@ def test_an_unknown_family_gets_the_list_and_the_nearest() -> None:
         resolve(Stub())  # type: ignore[arg-type]
 
 
-def test_every_family_is_listed_under_its_own_name() -> None:
+def test_every_family_is_listed_under_its_model_type() -> None:
     assert all(arch.model_type == name for name, arch in ARCHITECTURES.items())
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_expected_tensors_are_those_transformers_makes(tied: bool, bias: bool) -> None:
+def test_expected_tensors_are_those_that_transformers_creates(tied: bool, bias: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     fields = {**BASE, "num_key_value_heads": 2, "tie_word_embeddings": tied, "attention_bias": bias, "mlp_bias": bias}
@@ -196,7 +196,7 @@ def test_a_consumer_of_another_layers_kv_has_no_k_and_v_projection() -> None:
     assert "model.layers.0.self_attn.k_proj.weight" in expected_tensors(ARCH, spec)
 
 
-def test_roles_are_asked_for_with_a_layer_or_without() -> None:
+def test_a_role_takes_a_layer_exactly_if_every_layer_has_it() -> None:
     assert ARCH.tensor_name("q_proj.weight", 3) == "model.layers.3.self_attn.q_proj.weight"
     assert ARCH.tensor_name("lm_head.weight") == "lm_head.weight"
     with pytest.raises(ValueError, match="one per layer"):
@@ -207,7 +207,7 @@ def test_roles_are_asked_for_with_a_layer_or_without() -> None:
         ARCH.tensor_name("nope.weight")
 
 
-def test_optimum_cli_hands_its_arguments_on(tmp_path: Path, monkeypatch: Any) -> None:
+def test_optimum_cli_passes_its_arguments_on(tmp_path: Path, monkeypatch: Any) -> None:
     import argparse
 
     from shortstack.export.optimum_command import ExportShortstackCommand

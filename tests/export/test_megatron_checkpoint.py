@@ -1,4 +1,4 @@
-"""EE-LLM's own checkpoints: whatever way they are cut, the bundle computes what their model computes."""
+"""EE-LLM's checkpoints: however a model is split over ranks and stages, its bundle computes what it computes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def nodes_of(spec: ModelSpec, exits: Sequence[ExitSpec]) -> tuple[ExitNode, ...]
 
 
 def check(bundle: Path, twin: Twin, nodes: Sequence[ExitNode]) -> None:
-    """Every head of the bundle gives the twin's logits."""
+    """Check that every head of the bundle gives the twin's logits."""
     tokens = np.random.randint(3, twin.spec.vocab_size, size=(2, 9))
     state = np.zeros((2, 9, twin.spec.hidden_size), np.float32)
     ascending = sorted(nodes, key=lambda node: node.exit_spec.exit_layer)
@@ -63,7 +63,7 @@ def check(bundle: Path, twin: Twin, nodes: Sequence[ExitNode]) -> None:
 @pytest.mark.parametrize("is_pre", [False, True], ids=["post", "pre"])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_however_a_model_is_cut_its_bundle_computes_the_same(
+def test_a_bundle_computes_the_same_however_its_model_is_split(
     tiny_bundles: TinyBundles, tmp_path: Path, ranks: int, stages: int, is_pre: bool
 ) -> None:
     twin = load_twin(str(tiny_bundles.checkpoint(TIED))).eval()
@@ -100,7 +100,9 @@ def test_every_kind_of_exit_computes_what_the_twin_computes(
     check(tmp_path / "bundle", twin, nodes)
 
 
-def test_a_tied_exit_of_an_untied_model_has_the_embedding_for_a_head(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_a_tied_exit_of_an_untied_model_uses_the_embedding_as_its_head(
+    tiny_bundles: TinyBundles, tmp_path: Path
+) -> None:
     twin = load_twin(str(tiny_bundles.checkpoint(BASE))).eval()
     (node,) = nodes_of(twin.spec, [ExitSpec(2, norm="own", head="own")])
     with torch.no_grad():
@@ -144,12 +146,12 @@ def test_weights_of_other_types_are_read(tiny_bundles: TinyBundles, tmp_path: Pa
         assert torch.equal(tensor, twin.state_dict()[name].to(dtype).float())
 
 
-# Which folder, which exits
+# The choice of folder and exits
 
 
 @pytest.fixture
 def written(tiny_bundles: TinyBundles, tmp_path: Path) -> Path:
-    """A tied model of 4 layers, exits after 1 and 2, stored as 2 and 3 with --pre-exit."""
+    """A tied model of 4 layers with exits after 1 and 2 layers, stored as 2 and 3 with --pre-exit."""
     twin = load_twin(str(tiny_bundles.checkpoint(TIED)))
     return megatron.write(tmp_path / "ee", twin, nodes_of(twin.spec, EMBEDDING), Layout(1, 2, is_pre=True))
 
@@ -166,11 +168,11 @@ def test_exit_layer_chooses_among_the_exits_of_the_checkpoint(written: Path, ref
     refused(["export", written, written.parent / "none", "--exit-layer", "3"], "trained with exits", "found 3", "1, 2")
 
 
-def test_a_folder_of_exits_takes_the_place_of_those_in_the_checkpoint(written: Path, tmp_path: Path) -> None:
+def test_a_folder_of_exits_replaces_those_in_the_checkpoint(written: Path, tmp_path: Path) -> None:
     exit_nodes.write_random_exits(written, tmp_path / "exits", ExitSpec(3, branch="linear"))
     assert exits_of(written, "--exits", str(tmp_path / "exits")) == [3]
     assert exits_of(written, "--exits", str(tmp_path / "exits"), "--exit-layer", "1") == [1, 3]
-    exit_nodes.write_random_exits(written, written, ExitSpec(3))  # beside the checkpoint
+    exit_nodes.write_random_exits(written, written, ExitSpec(3))  # next to the checkpoint
     assert exits_of(written) == [1, 2]
     assert exits_of(written, "--exits", str(written)) == [3]
 
@@ -182,7 +184,7 @@ def test_a_draft_vocabulary_trims_the_heads_that_are_the_embedding(written: Path
 
 def test_one_iteration_can_be_named_and_released_models_are_read(written: Path, tmp_path: Path) -> None:
     iteration = written / f"iter_{megatron.ITERATION:07d}"
-    assert exits_of(iteration) == [1, 2]  # the tokenizer lies above
+    assert exits_of(iteration) == [1, 2]  # the tokenizer lies in the folder above
     shutil.copytree(iteration, tmp_path / "alone")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(written / file, tmp_path / "alone")
@@ -193,7 +195,7 @@ def test_one_iteration_can_be_named_and_released_models_are_read(written: Path, 
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(300, 300), (289, 289), (288, 304), (200, 304)])
-def test_the_padding_of_the_vocabulary_goes_if_it_is_surely_that(
+def test_rows_of_the_vocabulary_are_cut_off_only_if_they_must_be_padding(
     written: Path, tmp_path: Path, tokens: int, rows: int
 ) -> None:
     write_tokenizer(written, 300)
@@ -204,7 +206,7 @@ def test_the_padding_of_the_vocabulary_goes_if_it_is_surely_that(
     assert resolve(open_checkpoint(str(written)))[1].vocab_size == rows
 
 
-def test_parity_compares_with_the_model_and_the_exits_of_the_checkpoint(
+def test_parity_compares_with_the_model_and_exits_of_the_checkpoint(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     twin = load_twin(str(tiny_bundles.checkpoint(BASE)))
@@ -218,7 +220,7 @@ def test_parity_compares_with_the_model_and_the_exits_of_the_checkpoint(
     assert "head after 3 layers" in capsys.readouterr().err
 
 
-def test_the_digest_is_that_of_the_files(written: Path) -> None:
+def test_the_digest_covers_the_files_of_all_ranks(written: Path) -> None:
     first = open_checkpoint(str(written)).digest()
     assert open_checkpoint(str(written)).digest() == first
     twin = load_twin(str(written))

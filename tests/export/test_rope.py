@@ -1,4 +1,4 @@
-"""Rotary tables against transformers' own rotary embedding."""
+"""Rotary tables compared with transformers' own rotary embedding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tables_are_those_of_transformers(case: str) -> None:
+def test_tables_equal_those_of_transformers(case: str) -> None:
     import torch
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -68,7 +68,7 @@ def factors_spec() -> Any:
     return read_spec(Config({**BASE, "rope_scaling": {"rope_type": "factors"}}, "m.gguf"))
 
 
-def test_factors_that_say_what_llama3_says_give_the_same_frequencies() -> None:
+def test_factors_taken_from_llama3_scaling_give_the_same_frequencies() -> None:
     plain = read_spec(Config(BASE, "config.json"))
     llama3 = read_spec(Config({**BASE, "rope_scaling": LLAMA3}, "config.json"))
     factors = inverse_frequencies(plain) / inverse_frequencies(llama3)
@@ -87,6 +87,6 @@ def test_bad_factors_are_refused(factors: Any) -> None:
         rope_tables(factors_spec(), 4, factors)
 
 
-def test_factors_are_refused_where_nothing_would_use_them() -> None:
+def test_factors_are_refused_by_a_model_that_does_not_use_them() -> None:
     with pytest.raises(ValueError, match="takes no factors"):
         rope_tables(read_spec(Config(BASE, "config.json")), 4, np.ones(32, np.float32))

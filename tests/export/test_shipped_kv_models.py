@@ -1,4 +1,4 @@
-"""The trained models in samples/checkpoints/kv-sharing: small, and what the random ones show holds for them too."""
+"""The trained models in samples/checkpoints/kv-sharing are small, and behave as the random models do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder_of(name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", TABLE["maps"])
-def test_a_shipped_model_is_small_and_of_its_map(name: str) -> None:
+def test_a_shipped_model_is_small_and_has_its_map(name: str) -> None:
     with safe_open(folder_of(name) / "model.safetensors", "np") as tensors:
         keys = list(tensors.keys())
         assert {tensors.get_tensor(key).dtype for key in keys} == {np.dtype(np.float16)}
@@ -47,12 +47,12 @@ def test_drafts_of_a_shipped_model_change_nothing_and_are_accepted(name: str, tm
     plain = model.generate(PROMPT, max_new_tokens=40)
     drafted = model.generate(PROMPT, max_new_tokens=40, strategy="self-speculative", draft=DraftPolicy(4))
     assert drafted.tokens == plain.tokens
-    assert drafted.stats.accepted > drafted.stats.rejected  # the exit was trained along
+    assert drafted.stats.accepted > drafted.stats.rejected  # the exit was trained with the model
     assert plain.text.startswith("[IN:")
 
 
 @pytest.mark.parametrize("name", [name for name, of in TABLE["maps"].items() if iterated_groups(tuple(of["kv_map"]))])
-def test_prompts_of_trained_models_settle_in_few_passes(
+def test_prompts_of_trained_models_converge_in_few_passes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []

@@ -1,4 +1,4 @@
-"""Every switch of a config, each in a random tiny model: the bundle computes what transformers computes."""
+"""Every option of a config in a random tiny model: the bundle computes what transformers computes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PORT_TYPES: dict[int, PortType] = {
 
 
 def texts(tiny: TinyModel) -> list[list[int]]:
-    """Random token ids: a single one, a few, and a text past the rope-llama3 models' original context."""
+    """Return random token ids: a single one, a few, and a text beyond the rope-llama3 models' original context."""
     return [np.random.randint(3, tiny.vocab, size=length).tolist() for length in (1, 2, 17, 100)]
 
 
@@ -92,7 +92,7 @@ def test_a_float16_bundle_stays_within_half_precision(
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_a_trimmed_head_is_some_columns_of_the_full_one(
+def test_a_trimmed_head_gives_some_columns_of_the_full_one(
     tiny_bundles: TinyBundles, check: Callable[..., ParityReport], is_tied: bool
 ) -> None:
     tiny = replace(BASE, name=f"trimmed-{is_tied}", is_tied=is_tied)
@@ -155,13 +155,13 @@ def test_every_graph_is_valid_onnx_with_the_ports_of_its_contract(
     tiny_bundles: TinyBundles, tiny: TinyModel, depths: tuple[int, ...], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = open_bundle(tiny_bundles.bundle(tiny, *depths, dtype=dtype), verify_hashes=True)
-    monkeypatch.chdir(bundle.folder)  # where the checker looks for weights.data
+    monkeypatch.chdir(bundle.folder)  # the folder in which the checker looks for weights.data
     for segment in bundle.manifest.plan.segments:
         path = bundle.graph_path(segment)
         graph = onnx.load(path, load_external_data=False)
         found = GraphContract(_ports(graph.graph.input), _ports(graph.graph.output))
         check_ports(str(path), found, bundle.manifest.contract(segment))
-        # onnxruntime has this operator in ONNX's own domain, where onnx does not know it.
+        # onnxruntime has this operator in ONNX's own domain, but onnx does not know it.
         for node in graph.graph.node:
             if node.op_type == "SimplifiedLayerNormalization":
                 node.domain = "com.microsoft"
@@ -187,7 +187,7 @@ class Stored:
 
 
 def stored_tensors(bundle: Path) -> dict[str, Stored]:
-    """Return where weights.data keeps each tensor, from all graphs; they agree on every name."""
+    """Return where each tensor lies in weights.data, from all graphs, which agree on every name."""
     found: dict[str, Stored] = {}
     for path in sorted(bundle.glob("*.onnx")):
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
@@ -221,7 +221,7 @@ def test_every_weight_is_stored_once(
     assert sum(len(content) == embedding_bytes for content in contents) == (1 if is_tied else 2)
 
 
-def test_four_segments_take_no_more_room_than_one_graph(tiny_bundles: TinyBundles) -> None:
+def test_four_segments_are_no_larger_than_one_graph(tiny_bundles: TinyBundles) -> None:
     def size_bytes(bundle: Path) -> int:
         return sum(file.stat().st_size for file in bundle.iterdir())
 
@@ -231,7 +231,7 @@ def test_four_segments_take_no_more_room_than_one_graph(tiny_bundles: TinyBundle
 
 
 def break_weight(source: Path, out: Path, name: str, at: int = -1) -> Path:
-    """Copy a bundle and shift one value of one tensor, leaving every size as it was."""
+    """Copy a bundle and change one value of one tensor; all sizes stay the same."""
     shutil.copytree(source, out)
     place = stored_tensors(out)[name]
     with (out / names.WEIGHTS_FILE).open("r+b") as file:
@@ -255,10 +255,10 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("weight", "says"), BROKEN)
-def test_one_broken_value_is_found_and_its_layer_named(
+def test_one_broken_value_is_found_and_its_layer_is_named(
     tiny_bundles: TinyBundles, one_torch_thread: Callable[[], None], tmp_path: Path, weight: str, says: str
 ) -> None:
-    at = BASE.head_dim // 2 if weight == names.ROPE_COS else -1  # position 1; no text reaches the last one
+    at = BASE.head_dim // 2 if weight == names.ROPE_COS else -1  # position 1, since no text reaches the last position
     bundle = break_weight(tiny_bundles.bundle(BASE, 2), tmp_path / "broken", weight, at)
     reference = Reference(str(tiny_bundles.checkpoint(BASE)))
     one_torch_thread()
@@ -267,7 +267,7 @@ def test_one_broken_value_is_found_and_its_layer_named(
     assert re.search(says, "; ".join(problems)), problems
 
 
-def test_the_parity_command_says_yes_to_a_sound_bundle_and_no_to_a_broken_one(
+def test_the_parity_command_accepts_a_sound_bundle_and_rejects_a_broken_one(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, sound = str(tiny_bundles.checkpoint(BASE)), tiny_bundles.bundle(BASE, 2)

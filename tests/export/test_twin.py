@@ -1,4 +1,4 @@
-"""The PyTorch twin: what transformers computes at every depth; what it writes is a checkpoint; skipped layers."""
+"""The PyTorch twin computes what transformers computes at every depth, writes checkpoints, and skips layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import BundleError
 
 TWIN = 1e-4
-"""Twin against transformers, float32 logits of standard deviation 2 to 3. Measured: 0 on most, at most 3e-6."""
+"""Twin against transformers, float32 logits with a standard deviation of 2 to 3. Measured: mostly 0, at most 3e-6."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +44,11 @@ def test_the_twin_computes_what_transformers_computes(tiny_bundles: TinyBundles,
     expected = reference(ids, output_hidden_states=True)
     assert (twin(ids) - expected.logits).abs().max() < TWIN
     found = twin.boundaries(ids, range(1, tiny.layers + 1))
-    for depth in range(1, tiny.layers):  # transformers' last hidden state is behind the norm
+    for depth in range(1, tiny.layers):  # transformers has applied the norm to its last hidden state
         assert (found[depth].hidden - expected.hidden_states[depth]).abs().max() < TWIN
 
 
-def test_padding_behind_changes_nothing(tiny_bundles: TinyBundles) -> None:
+def test_padding_at_the_end_changes_nothing(tiny_bundles: TinyBundles) -> None:
     twin = load_twin(str(tiny_bundles.checkpoint(BASE))).eval()
     ids = ids_of(BASE.vocab, length=20)
     padded = torch.nn.functional.pad(ids, (0, 7))
@@ -59,7 +59,7 @@ def test_padding_behind_changes_nothing(tiny_bundles: TinyBundles) -> None:
 @pytest.mark.parametrize(
     "name", ["base", "all-biases-tied", "rope-llama3", "rope-linear", "odd-sizes", "head-dim-20-biased"]
 )
-def test_what_the_twin_writes_is_read_back_and_exported(tiny_bundles: TinyBundles, tmp_path: Path, name: str) -> None:
+def test_the_twins_checkpoint_is_read_back_and_exported(tiny_bundles: TinyBundles, tmp_path: Path, name: str) -> None:
     tiny = next(tiny for tiny in SWITCHES if tiny.name == name)
     checkpoint = open_checkpoint(str(tiny_bundles.checkpoint(tiny)))
     twin = load_twin(checkpoint.source)
@@ -74,7 +74,7 @@ def test_what_the_twin_writes_is_read_back_and_exported(tiny_bundles: TinyBundle
     assert (tmp_path / "written" / "tokenizer.json").is_file()
 
 
-def test_a_folder_in_the_way_is_not_overwritten(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     twin = load_twin(str(tiny_bundles.checkpoint(BASE)))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
@@ -83,7 +83,7 @@ def test_a_folder_in_the_way_is_not_overwritten(tiny_bundles: TinyBundles, tmp_p
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_a_layer_that_is_always_dropped_is_as_if_it_were_not_there(tiny_bundles: TinyBundles) -> None:
+def test_a_layer_that_is_always_dropped_has_no_effect(tiny_bundles: TinyBundles) -> None:
     twin = load_twin(str(tiny_bundles.checkpoint(BASE)))
     twin.layer_dropout = (0.0, 1.0, 0.0, 0.0)
     ids = ids_of(BASE.vocab)
@@ -96,7 +96,7 @@ def test_a_layer_that_is_always_dropped_is_as_if_it_were_not_there(tiny_bundles:
     assert not torch.equal(dropped, twin.eval()(ids))  # evaluation never drops
 
 
-def test_samples_are_dropped_one_by_one(tiny_bundles: TinyBundles) -> None:
+def test_a_layer_is_dropped_for_each_sample_separately(tiny_bundles: TinyBundles) -> None:
     twin = load_twin(str(tiny_bundles.checkpoint(BASE)))
     twin.layer_dropout = (0.5, 0.0, 0.0, 0.0)
     ids = ids_of(BASE.vocab, batch=1, length=9).expand(200, -1)
@@ -130,7 +130,7 @@ def test_a_depth_outside_the_model_is_an_error(tiny_bundles: TinyBundles) -> Non
             twin.boundaries(ids_of(BASE.vocab), (depth,))
 
 
-def test_smollm2_is_what_transformers_computes(smollm2_gguf: Path, smollm2_reference: Reference) -> None:
+def test_smollm2_computes_what_transformers_computes(smollm2_gguf: Path, smollm2_reference: Reference) -> None:
     twin = load_twin(str(smollm2_gguf)).eval()
     ids = ids_of(twin.spec.vocab_size, batch=1, length=24)
     expected = smollm2_reference.run_text(ids[0].tolist(), (8, 30)).heads

@@ -1,4 +1,4 @@
-"""The twin with shared keys and values: whole sequences at once compute what decoding one by one defines."""
+"""The twin with shared keys and values: a whole sequence at once gives what decoding one token after another gives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shortstack.graphs.kv_map import Partition, Position, identity_kv_map, place
 from shortstack.graphs.plan import ExitSpec
 
 SAME = 1e-5
-"""Two orders of summation in float32 over up to nine layers, logits of standard deviation 1. Measured: at most 3e-6."""
+"""Two orders of summation in float32 in up to nine layers; logits of standard deviation 1. Measured: at most 3e-6."""
 LENGTH = 11
 
 LCKV = placement("sandwich", "top", 5, 3)
@@ -83,7 +83,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_whatever_the_shape(name: str, switch: str) -> None:
+def test_every_shape_of_model_computes_what_decoding_one_by_one_computes(name: str, switch: str) -> None:
     twin, ids = random_twin(kv_spec(MAPS[name], **SWITCHES[switch])), random_ids(length=LENGTH)
     assert (at_once(twin, ids) - exact(twin, ids)).abs().max() <= SAME
 
@@ -91,7 +91,9 @@ def test_whatever_the_shape(name: str, switch: str) -> None:
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("masks_diagonal", [False, True])
 @pytest.mark.parametrize("window", [1, 2, 5, LENGTH, 40])
-def test_with_windows_on_all_layers_or_on_some(name: str, masks_diagonal: bool, window: int) -> None:
+def test_windows_on_all_or_some_layers_give_what_decoding_one_by_one_gives(
+    name: str, masks_diagonal: bool, window: int
+) -> None:
     kv_map, ids = MAPS[name], random_ids(length=LENGTH)
     everywhere = (window,) * len(kv_map)
     below = tuple(window if layer % 2 == 0 else 0 for layer in range(len(kv_map)))
@@ -131,7 +133,7 @@ def test_n_passes_make_the_first_n_positions_final(name: str, masks_diagonal: bo
     for passes in range(1, LENGTH + 3):
         found = at_once(twin, ids, passes)
         assert torch.equal(found[:, :passes], final[:, :passes]), passes
-        if passes < 4:  # not for a trivial reason; later passes may have converged to rounding
+        if passes < 4:  # else this shows nothing; later passes may have converged up to rounding
             assert not torch.equal(found[:, passes:], final[:, passes:]), passes
 
 
@@ -142,9 +144,7 @@ def test_one_pass_is_enough_for_layers_that_look_down() -> None:
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("masks_diagonal", [False, True])
-def test_the_first_position_takes_up_exactly_nothing_where_it_cannot_see_itself(
-    name: str, masks_diagonal: bool
-) -> None:
+def test_attention_of_the_first_position_is_zero_if_it_cannot_see_itself(name: str, masks_diagonal: bool) -> None:
     twin = random_twin(kv_spec(MAPS[name], masks_diagonal=masks_diagonal))
     mixed: dict[int, Tensor] = {}
     for index, layer in enumerate(twin.model.layers):
@@ -175,13 +175,13 @@ def test_it_does_not_matter_how_a_sequence_is_fed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_padding_behind_changes_nothing(name: str) -> None:
+def test_padding_at_the_end_changes_nothing(name: str) -> None:
     twin, ids = random_twin(kv_spec(MAPS[name])), random_ids()
     padded = torch.nn.functional.pad(ids, (0, 5))
     assert (at_once(twin, padded)[:, :11] - at_once(twin, ids)).abs().max() <= SAME
 
 
-def test_training_runs_some_passes_without_gradient_and_some_with_it() -> None:
+def test_training_runs_some_passes_without_gradient_and_some_with_gradient() -> None:
     twin, ids = random_twin(kv_spec(LCKV)).train(), random_ids(length=30)
     with_gradient: list[bool] = []
     twin.model.layers[2].register_forward_pre_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
@@ -194,7 +194,7 @@ def test_training_runs_some_passes_without_gradient_and_some_with_it() -> None:
         assert torch.equal(found, expected)
 
 
-def test_a_short_sequence_is_trained_on_exactly_and_with_no_pass_too_many() -> None:
+def test_training_on_a_short_sequence_is_exact_and_runs_no_unneeded_pass() -> None:
     twin, ids = random_twin(kv_spec(LCKV)).train(), random_ids(length=4)
     count: list[int] = []
     twin.model.layers[2].register_forward_pre_hook(lambda *_: count.append(1))
@@ -207,7 +207,7 @@ def test_a_short_sequence_is_trained_on_exactly_and_with_no_pass_too_many() -> N
 def test_gradients_reach_the_keys_and_values_through_the_last_passes_only(with_gradient: int, reached: bool) -> None:
     twin, ids = random_twin(kv_spec(placement("pizza", "top", 5, 1))).train(), random_ids(length=30)
     twin.passes = Passes(7, with_gradient)
-    # the top layer's own use of its keys and values is left out, so that only those below it pull on them
+    # The top layer does not use its own keys and values, so that gradients reach them only from the layers below.
     twin.model.layers[4].self_attn.o_proj.requires_grad_(False).weight.zero_()
     twin(ids).square().mean().backward()
     target, bottom = twin.model.layers[4], twin.model.layers[0]
@@ -219,8 +219,8 @@ def test_gradients_reach_the_keys_and_values_through_the_last_passes_only(with_g
     assert bottom.self_attn.q_proj.weight.grad.abs().max() > 0
 
 
-def test_gradients_are_those_of_the_last_passes_from_fixed_keys_and_values() -> None:
-    """With every other pass converged, gradients of b passes are a truncated sum: more passes add to it."""
+def test_gradients_come_from_the_last_passes_with_fixed_keys_and_values() -> None:
+    """If all other passes have converged, the gradients of b passes are a truncated sum, to which more passes add."""
     twin, ids = random_twin(kv_spec(LCKV)).train(), random_ids(length=6)
     gradients = []
     for b in (2, 3, 6):
@@ -264,7 +264,7 @@ def test_a_depth_inside_an_iterated_group_is_refused(depth: int) -> None:
 
 
 @pytest.mark.parametrize("masks_diagonal", [False, True])
-def test_an_exit_beside_an_iterated_group_sees_what_the_stack_holds_there(masks_diagonal: bool) -> None:
+def test_an_exit_next_to_an_iterated_group_sees_the_state_of_the_stack(masks_diagonal: bool) -> None:
     twin, ids = random_twin(kv_spec(LCKV, masks_diagonal=masks_diagonal)), random_ids()
     with torch.no_grad():
         found = twin.boundaries(ids, (1, 4, 5))
@@ -278,7 +278,7 @@ def test_an_exit_beside_an_iterated_group_sees_what_the_stack_holds_there(masks_
                 assert node(found[depth], None, None, twin).logits.shape == (*ids.shape, VOCAB)
 
 
-def test_a_block_exit_has_ordinary_attention_of_its_own() -> None:
+def test_a_block_exit_has_its_own_ordinary_attention() -> None:
     spec = kv_spec(LCKV, windows=(2,) * 5, masks_diagonal=True)
     node = ExitNode(spec, ExitSpec(exit_layer=4, branch="block", head="own"))
     assert (node.block.self_attn.window, node.block.self_attn.sees_itself) == (0, True)

@@ -1,4 +1,4 @@
-"""Adapters with random factors, saved by peft, and ways to change what is in them."""
+"""Adapters with random factors, saved by peft, and functions that change their tensors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-STEM = "base_model.model.model.layers.2.self_attn.q_proj"  # of the tensors that tests change
+STEM = "base_model.model.model.layers.2.self_attn.q_proj"  # prefix of the tensors that tests change
 A, B = f"{STEM}.lora_A.weight", f"{STEM}.lora_B.weight"
 
 
 def lora(folder: Path, checkpoint: Path, **options: Any) -> Path:
-    """An adapter with random factors, saved by peft."""
+    """Save an adapter with random factors through peft."""
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": list(ALL_LINEAR)} | options
     saving = {"save_embedding_layers": False}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's advice, such as on rsLoRA with patterns
+        warnings.simplefilter("ignore")  # peft gives advice, such as on rsLoRA with patterns
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
         with torch.no_grad():

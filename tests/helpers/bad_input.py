@@ -1,4 +1,4 @@
-"""Names that the tests of bad input share."""
+"""Types and functions that the tests of bad input share."""
 
 from __future__ import annotations
 

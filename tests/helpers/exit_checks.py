@@ -1,4 +1,4 @@
-"""Bundles of random exits, checked as a whole: graphs against the PyTorch twin, bytes against what inspect says."""
+"""Checks of whole bundles with random exits: graphs against the PyTorch twin, bytes against inspect's prediction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime.commands.inspect_bundle import inspect
 from shortstack.runtime.inspection.report import build_report
 
-# float32, for logits with a standard deviation of about 2; without a norm they reach 20, and the error grows with them.
+# float32, for logits with a standard deviation of about 2. Without a norm they reach 20, and the error grows too.
 MAX_ABS = 1e-4
 USUAL_DEVIATION = 2.0
 ROWS = 3
@@ -30,7 +30,7 @@ Made = tuple[Twin, tuple[ExitNode, ...], Path]
 
 
 def bundle_of(tiny: TinyModel, tiny_bundles: TinyBundles, folder: Path, *exits: ExitSpec, **options: Any) -> Made:
-    """Random exits, the twin that they are for, and the bundle of both; options are those of ExportSpec."""
+    """Return random exits, their twin, and the bundle of both; the options are those of ExportSpec."""
     checkpoint = tiny_bundles.checkpoint(tiny)
     twin, nodes = exit_nodes.write_random_exits(checkpoint, folder / "exits", *exits)
     export_bundle(ExportSpec(str(checkpoint), folder / "bundle", exits=folder / "exits", **options))

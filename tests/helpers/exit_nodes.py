@@ -1,4 +1,4 @@
-"""Exits with random weights, written as a folder of trained ones, and the graphs of their bundles run by themselves."""
+"""Exits with random weights, written as a folder of trained exits; runs of single graphs without the runtime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = npt.NDArray[np.float32]
 
 
 def random_exit(spec: ModelSpec, exit_spec: ExitSpec) -> ExitNode:
-    """An exit whose every weight counts: none is zero, one or an identity."""
+    """Return an exit in which every weight matters: none is zero, one or an identity."""
     node = ExitNode(spec, exit_spec)
     with torch.no_grad():
         for name, parameter in node.named_parameters():
@@ -40,7 +40,7 @@ def random_exit(spec: ModelSpec, exit_spec: ExitSpec) -> ExitNode:
 
 
 def write_random_exits(checkpoint: Path, folder: Path, *exits: ExitSpec) -> tuple[Twin, tuple[ExitNode, ...]]:
-    """Write exits for a checkpoint, in float32; return the twin and them."""
+    """Write random exits for a checkpoint, in float32; return the twin and the exits."""
     twin = load_twin(str(checkpoint)).eval()
     nodes = tuple(random_exit(twin.spec, exit_spec) for exit_spec in exits)
     save_exits(folder, twin.spec, nodes, dtype=np.float32)
@@ -48,10 +48,10 @@ def write_random_exits(checkpoint: Path, folder: Path, *exits: ExitSpec) -> tupl
 
 
 class CachedGraphs:
-    """Every graph of a bundle over one cache in plain arrays: texts [batch, seq] in pieces, each from any position on.
+    """Runs all graphs of a bundle over one cache in plain arrays, on texts [batch, seq] in pieces from any position.
 
     Attributes:
-        caches: Keys and values by the name of the input that they go in as.
+        caches: Keys and values by the name of their graph input.
     """
 
     def __init__(self, folder: Path, batch: int, capacity: int) -> None:
@@ -64,13 +64,13 @@ class CachedGraphs:
             self.caches |= {port.name: _empty(port, batch, capacity) for port in ports}
 
     def run(self, tokens: npt.NDArray[np.int64], past: int, rows: int, state: Array) -> list[dict[str, Array]]:
-        """Run a piece; return the outputs of each graph by name.
+        """Run one piece of the texts; return the outputs of each graph by name.
 
         Args:
-            tokens: The piece.
-            past: Positions before it.
+            tokens: The token ids of the piece.
+            past: Number of positions before it.
             rows: ``num_rows``.
-            state: What exits that see states are fed, [batch, rows, hidden].
+            state: The states for exits that see states, [batch, rows, hidden].
         """
         batch, seq = tokens.shape
         feeds: dict[str, np.ndarray] = {
@@ -96,13 +96,13 @@ class CachedGraphs:
 
 
 def run_graphs(folder: Path, tokens: npt.NDArray[np.int64], rows: int, state: Array) -> list[dict[str, Array]]:
-    """Run every graph of a bundle on whole texts [batch, seq], nothing cached; see :meth:`CachedGraphs.run`."""
+    """Run every graph of a bundle on whole texts [batch, seq] with an empty cache; see :meth:`CachedGraphs.run`."""
     batch, seq = tokens.shape
     return CachedGraphs(folder, batch, seq + 1).run(tokens, 0, rows, state)
 
 
 def session_of(bundle: Bundle, index: int) -> ort.InferenceSession:
-    """Open one graph, in the threads that all sessions of a process share."""
+    """Open one graph with the threads that all sessions of a process share."""
     make_thread_pool()
     options = ort.SessionOptions()
     options.use_per_session_threads = False
@@ -118,7 +118,7 @@ def _empty(port: Port, batch: int, capacity: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the twin says one exit should give, all positions: logits, its guess of the state, confidence."""
+    """The twin's results of one exit at all positions: logits, estimate of the state, confidence."""
 
     logits: Array
     state: Array | None
@@ -129,7 +129,7 @@ class Expected:
 def expected_exits(
     twin: Twin, nodes: Sequence[ExitNode], tokens: npt.NDArray[np.int64], state: Array
 ) -> list[Expected]:
-    """What the twin says of each exit; ``state`` [batch, seq, hidden] is fed to those that see states."""
+    """Return the twin's results of each exit; exits that see states receive ``state`` [batch, seq, hidden]."""
     ids = torch.from_numpy(tokens)
     found = twin.boundaries(ids, {node.exit_spec.exit_layer for node in nodes})
     results = []
@@ -148,12 +148,12 @@ def expected_exits(
 
 @torch.no_grad()
 def true_states(twin: Twin, tokens: npt.NDArray[np.int64]) -> Array:
-    """The model's state of every position, [batch, seq, hidden]."""
+    """Return the model's state at every position, [batch, seq, hidden]."""
     depth = twin.spec.num_hidden_layers
     hidden = twin.boundaries(torch.from_numpy(tokens), (depth,))[depth].hidden
     return np.asarray(unit_rms(hidden, twin.spec.rms_norm_eps).numpy())
 
 
 def before(states: Array) -> Array:
-    """The same states, each moved one position on."""
+    """Return the states, each moved to the next position."""
     return np.asarray(states_before(torch.from_numpy(states)).numpy())

@@ -22,7 +22,7 @@ from shortstack.runtime.early_exit.reading import Reading
 
 @dataclass(frozen=True)
 class Pattern:
-    """A criterion that follows a script: whether the token at (position, exit) leaves, over and over."""
+    """A criterion that follows a script of which token leaves at (position, exit), and repeats it."""
 
     leaves_at: Sequence[bool]
     needs = frozenset[str]()
@@ -69,7 +69,7 @@ def run(
     sampling: SamplingParams = GREEDY,
     observe: Observer | None = None,
 ) -> Run:
-    """Decode to the end or ``stop_after`` so many tokens, checking after every step."""
+    """Decode to the end or until ``stop_after`` tokens, and check the caches and counts after every step."""
     stats, sequence = Stats(prompt=len(prompt)), TokenSequence(prompt)
     cap = PendingCap(levels.window, policy.max_pending)
     catch_up = catch_up_of(policy.kv_policy, levels, stats, cap)
@@ -81,11 +81,11 @@ def run(
         assert stats.is_balanced
         assert stats.emitted == len(steps) == sum(stats.exits.values())
         assert sequence.tokens == [*prompt, *(s.token for s in steps)]
-        if policy.kv_policy in ("flush", "recompute"):  # in a pipeline they are being filled
+        if policy.kv_policy in ("flush", "recompute"):  # in a pipeline the rows are being filled meanwhile
             levels_hold(levels, sequence)
         if len(steps) == stop_after:
             iterator.close()
-    assert sequence.cached == len(sequence) - 1, "something is still pending"
+    assert sequence.cached == len(sequence) - 1, "rows are still pending"
     levels_hold(levels, sequence)
     return Run(steps, stats, levels, sequence)
 

@@ -1,4 +1,4 @@
-"""GGUF files of Llama models, written with the gguf package: random weights of one small model, or a folder's."""
+"""Writes GGUF files of Llama models with the gguf package, from random weights or from those of a folder."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def rows(*shape: int) -> np.ndarray:
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k (LlamaModel.permute)."""
+    """Permute the rows of q or k as llama.cpp's converter does (LlamaModel.permute)."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 
 def weights(bias: bool = False) -> dict[str, np.ndarray]:
-    """Hugging Face layout under GGUF names."""
+    """Return random weights in Hugging Face layout under GGUF names."""
     kv_rows = KV_HEADS * HEAD_DIM
     found = {
         "token_embd.weight": rows(VOCAB, HIDDEN),
@@ -68,17 +68,17 @@ def write(
     kinds: Mapping[str, Kind] = MappingProxyType({}),
     tiny: TinyModel = SMALL,
 ) -> Path:
-    """Write a file.
+    """Write a GGUF file.
 
     Args:
-        file: Where.
-        tensors: In Hugging Face layout, under GGUF names.
-        edit: Adds to the metadata.
-        architecture: What the file says it is.
-        skip: Fields of the metadata to leave out.
-        quantization: Type of every matrix; None leaves them in float32.
-        kinds: Types of single matrices.
-        tiny: Says how large the model is.
+        file: The file to write.
+        tensors: The tensors in Hugging Face layout, under GGUF names.
+        edit: Adds fields to the metadata.
+        architecture: The value of ``general.architecture``.
+        skip: Metadata fields to leave out.
+        quantization: Type of all matrices; None leaves them in float32.
+        kinds: Types of individual matrices, by name.
+        tiny: The model, which gives the sizes.
     """
     writer = gguf.GGUFWriter(file, architecture)
     fields: dict[str, Callable[[], None]] = {
@@ -91,7 +91,7 @@ def write(
         "eps": lambda: writer.add_layer_norm_rms_eps(1e-5),
         "dimension_count": lambda: writer.add_rope_dimension_count(tiny.head_dim),
     }
-    if tiny.heads * tiny.head_dim != tiny.hidden:  # else readers work it out
+    if tiny.heads * tiny.head_dim != tiny.hidden:  # otherwise readers derive it
         fields["key_length"] = lambda: writer.add_key_length(tiny.head_dim)
         fields["value_length"] = lambda: writer.add_value_length(tiny.head_dim)
     for name, add in fields.items():
@@ -118,7 +118,7 @@ def write(
 
 
 def of_checkpoint(folder: Path, layers: int) -> dict[str, np.ndarray]:
-    """The tensors of a Llama folder under GGUF names."""
+    """Return the tensors of a Llama folder under GGUF names."""
     checkpoint = open_checkpoint(str(folder))
     found = {}
     for stem in LLAMA_NAMES:

@@ -1,4 +1,4 @@
-"""Bundles of small random models whose layers share keys and values, each made once per session."""
+"""Bundles of small random models whose layers share keys and values, each created once per session."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from shortstack.export.twin.model import Twin
 
 @dataclass(frozen=True)
 class KVBundles:
-    """Twins and bundles by map and options: those of ModelSpec, and ``calm_above``, the number of layers above which
-    each adds a tenth of what it would, so that the head changes its mind on few tokens, and passes soon on nothing.
+    """Twins and bundles, by map and options.
+
+    The options are the fields of ModelSpec, and ``calm_above``: above this number of layers, each layer adds a tenth of
+    what it otherwise would. So the head changes few of an exit's tokens, and passes soon change nothing.
     """
 
     folder: Path
@@ -29,15 +31,15 @@ class KVBundles:
     _bundles: dict[Any, Path] = field(default_factory=dict)
 
     def twin(self, kv_map: tuple[int, ...], **changes: Any) -> Twin:
-        """The model; not to be changed."""
+        """Return the model; do not change it."""
         return self._checkpoint(kv_map, changes)[0]
 
     def checkpoint(self, kv_map: tuple[int, ...], **changes: Any) -> Path:
-        """Its folder; not to be changed."""
+        """Return the model's checkpoint folder; do not change it."""
         return self._checkpoint(kv_map, changes)[1]
 
     def bundle(self, kv_map: tuple[int, ...], *exit_layers: int, **changes: Any) -> Path:
-        """Its bundle, cut at the exits; not to be changed."""
+        """Return the model's bundle, cut at the exits; do not change it."""
         key = (kv_map, exit_layers, *sorted(changes.items()))
         if key not in self._bundles:
             out = self.folder / f"bundle-{len(self._bundles)}"

@@ -1,4 +1,4 @@
-"""What the tests of shared keys and values run: maps, the depths at which each may be cut, and what the twin says."""
+"""Cases for the tests of shared keys and values: maps, where each may be cut, and the twin's logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shortstack.runtime import ExitPolicy, Model
 from shortstack.runtime.engine.stack import Stack
 
 LAYERS, PRODUCERS = 7, 3
-"""The smallest shape in which the nine placements are nine maps; lasagna's groups are not of one size."""
+"""The smallest shape in which the nine placements give nine maps; the groups of lasagna differ in size."""
 PLACEMENTS = list(product(get_args(Partition), get_args(Position)))
 NINE = [placement(partition, position, LAYERS, PRODUCERS) for partition, position in PLACEMENTS]
 TOLERANCE = 1e-4
@@ -56,7 +56,7 @@ def ids(length: int = TEXT, seed: int = 0) -> list[int]:
 
 
 def exits_of(kv_map: tuple[int, ...]) -> tuple[int, ...]:
-    """The lowest depth at which the map may be cut, and the lowest one above which no layer owns a cache."""
+    """Return the lowest depth at which the map may be cut, and the lowest above which no layer owns a cache."""
     groups = iterated_groups(kv_map)
     legal = [d for d in range(1, len(kv_map)) if not any(g.start < d < g.end for g in groups)]
     return tuple(sorted({*legal[:1], *(d for d in legal if d == complete_from(kv_map))}))
@@ -64,13 +64,13 @@ def exits_of(kv_map: tuple[int, ...]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def wanted(twin: Twin, text: Sequence[int], depths: Sequence[int]) -> dict[int, np.ndarray]:
-    """The twin's logits [len(text), vocab] by depth."""
+    """Return the twin's logits [len(text), vocab], by depth."""
     boundaries = twin.boundaries(torch.tensor([list(text)]), set(depths))
     return {depth: twin.logits(boundaries[depth].hidden)[0].numpy() for depth in depths}
 
 
 def step_by_step(stack: Stack, text: Sequence[int], prompt: int) -> np.ndarray:
-    """Logits [len(text) - prompt + 1, vocab] of the final head from the prompt's last position on."""
+    """Return the final head's logits [len(text) - prompt + 1, vocab] from the prompt's last position on."""
     stack.prefill(text[:prompt], 0, True)
     found = [stack.final.logits[0].copy()]
     for past in range(prompt, len(text)):
@@ -82,7 +82,7 @@ def step_by_step(stack: Stack, text: Sequence[int], prompt: int) -> np.ndarray:
 
 
 def early(model: Model, prompt: Sequence[int], policy: ExitPolicy, tokens: int = 24) -> tuple[int, ...]:
-    """The tokens of early exit."""
+    """Return the tokens that early exit generates."""
     result = model.generate(prompt, max_new_tokens=tokens, ignore_eos=True, strategy="early-exit", exits=policy)
     assert result.stats.is_balanced
     return result.tokens

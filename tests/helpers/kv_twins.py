@@ -14,7 +14,7 @@ _GAINS = {"embed_tokens": 32**0.5, "q_proj": 1.5, "k_proj": 1.5, "o_proj": 0.35,
 
 
 def kv_spec(kv_map: tuple[int, ...], **changes: Any) -> ModelSpec:
-    """A model of as many layers as the map has, with two query heads per key/value head unless changed."""
+    """Return a spec with as many layers as the map, and two query heads per key/value head unless changed."""
     fields: dict[str, Any] = {
         "model_type": "llama",
         "num_hidden_layers": len(kv_map),
@@ -34,9 +34,9 @@ def kv_spec(kv_map: tuple[int, ...], **changes: Any) -> ModelSpec:
 
 
 def random_twin(spec: ModelSpec) -> Twin:
-    """A twin in evaluation mode, its weights from torch's global generator.
+    """Return a twin in evaluation mode, with weights from torch's global generator.
 
-    Attention is far from uniform, and what a layer adds to the stream is small, so that rounding does not grow from
+    Attention is far from uniform. What a layer adds to the stream is small, so that rounding does not grow from
     position to position.
     """
     twin = Twin(spec).eval()
@@ -49,7 +49,7 @@ def random_twin(spec: ModelSpec) -> Twin:
             else:
                 gain = next((gain for part, gain in _GAINS.items() if part in name), 1.0)
                 parameter.normal_(0.0, gain * parameter.shape[1] ** -0.5)
-        if spec.tie_word_embeddings:  # logits of the size that a head of its own gives
+        if spec.tie_word_embeddings:  # gives logits of the same size as a separate head
             twin.model.norm.weight.mul_(spec.hidden_size**-0.5)
     return twin
 

@@ -1,4 +1,4 @@
-"""What a release of LCKV says of itself."""
+"""The config of a model that LCKV has released."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ TINYLLAMA_LCKV_W10: dict[str, Any] = {
     "use_sequential": False,
     "vocab_size": 32000,
 }
-"""What https://huggingface.co/whynlp/tinyllama-lckv-w10-100b says of its model."""
+"""The fields of ``config.json`` of https://huggingface.co/whynlp/tinyllama-lckv-w10-100b."""

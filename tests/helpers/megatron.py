@@ -1,8 +1,8 @@
 """Writes a model and its exits as EE-LLM saves them: Megatron's folders, one pickle per rank and pipeline stage.
 
-After ``megatron/checkpointing.py``, ``megatron/model/language_model.py`` and ``transformer.py`` of
-https://github.com/pan-x-c/EE-LLM, with what a training run saves besides: an enum of Megatron's among the options,
-numpy's random state, an optimizer's.
+It follows ``megatron/checkpointing.py``, ``megatron/model/language_model.py`` and ``transformer.py`` of
+https://github.com/pan-x-c/EE-LLM. The files also hold what a training run saves: one of Megatron's enums among the
+options, numpy's random state, and an optimizer's state.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is cut and its exits are kept.
+    """How a model is split over files, and how its exits are stored.
 
     Attributes:
-        ranks: Tensor-parallel ranks.
-        stages: Pipeline stages; each has as many layers.
-        is_pre: Exits stand at the layer whose input they read.
+        ranks: Number of tensor-parallel ranks.
+        stages: Number of pipeline stages, which have equal numbers of layers.
+        is_pre: Exits belong to the layer whose input they read.
         divisible_by: The vocabulary is padded to a multiple of this times ``ranks``.
         dtype: Type of the stored weights.
     """
@@ -62,12 +62,12 @@ def write(
     """Write a checkpoint with its tracker file and a tokenizer; return the folder.
 
     Args:
-        folder: Where to.
+        folder: The folder to write.
         twin: The model.
-        nodes: Its exits, in the order in which EE-LLM is to list them.
-        layout: How it is cut.
+        nodes: Its exits, in the order in which EE-LLM lists them.
+        layout: How the model is split.
         edit: Changes the tensors of each file before they are saved.
-        changed: Options of Megatron.
+        changed: Megatron options that replace the usual ones.
     """
     layout = Layout() if layout is None else layout
     args = options_of(twin, nodes, layout) | changed
@@ -87,7 +87,7 @@ def write(
 
 
 def options_of(twin: Twin, nodes: Sequence[ExitNode], layout: Layout) -> dict[str, Any]:
-    """Return what ``args`` hold."""
+    """Return the options that ``args`` hold."""
     spec, exits = twin.spec, [node.exit_spec for node in nodes]
     multiple = layout.divisible_by * layout.ranks
     return {
@@ -131,7 +131,7 @@ def options_of(twin: Twin, nodes: Sequence[ExitNode], layout: Layout) -> dict[st
 
 
 def save(path: Path, options: dict[str, Any], tensors: dict[str, Any], **instead: Any) -> None:
-    """Write the file of one rank; ``instead`` takes the place of what it holds."""
+    """Write the file of one rank; ``instead`` replaces entries of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _megatron() as model_type:
         content = {
@@ -156,7 +156,7 @@ def save(path: Path, options: dict[str, Any], tensors: dict[str, Any], **instead
 
 @contextmanager
 def _megatron() -> Iterator[Any]:
-    """An importable ``megatron.core.enums`` while something is pickled."""
+    """Make ``megatron.core.enums`` importable while something is pickled."""
     modules = {name: types.ModuleType(name) for name in ("megatron", "megatron.core", "megatron.core.enums")}
     model_type = enum.Enum("ModelType", ["encoder_or_decoder"], module="megatron.core.enums")
     modules["megatron.core.enums"].ModelType = model_type  # type: ignore[attr-defined]
@@ -215,7 +215,7 @@ def _under(weights: Weights, prefix: str) -> Weights:
 
 
 def _layer(layer: Weights, twin: Twin, layout: Layout, rank: int) -> Weights:
-    """One layer or exit block, under Megatron's names."""
+    """Return one layer or exit block, under Megatron's names."""
     spec = twin.spec
     groups, dim = spec.num_key_value_heads, spec.head_dim
     parts: Weights = {

@@ -1,4 +1,4 @@
-"""Quantized tiny bundles: recipes by a few switches, and what the tests read out of a bundle by themselves."""
+"""Quantized tiny bundles: presets by a few switches, and what the tests read out of a bundle by themselves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.quant.assemble import quantize_bundle
-from shortstack.quant.recipe import Format, Recipe
+from shortstack.quant.preset import Format, Preset
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.threads import make_thread_pool
 
@@ -28,11 +28,11 @@ FEW_TOKENS = 1024  # of calibration: a tiny model has seen enough
 PROMPT = list(range(20, 44))
 
 
-def recipe(weights: Format, kv_cache: KVType = "float", **changes: Any) -> Recipe:
+def preset(weights: Format, kv_cache: KVType = "float", **changes: Any) -> Preset:
     """Rounds to nearest, to one format everywhere but for what is changed; offsets in layers alone."""
     plain = None if weights is None else replace(weights, has_offsets=False)
     fields: dict[str, Any] = {"weights": weights, "head": plain, "embedding": plain, "kv_cache": kv_cache}
-    return Recipe(**{"name": "test", "summary": "", "method": "rtn", **fields, **changes})
+    return Preset(**{"name": "test", "summary": "", "method": "rtn", **fields, **changes})
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class QuantizedBundles:
     folder: Path
     _made: dict[str, Path] = field(default_factory=dict)
 
-    def __call__(self, bundle: Path, mix: Recipe, **options: Any) -> Path:
+    def __call__(self, bundle: Path, mix: Preset, **options: Any) -> Path:
         """The quantized bundle; not to be changed. Options are those of QuantizeSpec."""
         key = repr((bundle, mix, sorted(options.items())))
         if key not in self._made:
             out = self.folder / f"quantized-{len(self._made):03d}"
-            fields: dict[str, Any] = {"calibration_tokens": FEW_TOKENS, "with_report": False, **options}
+            fields: dict[str, Any] = {"calibration_tokens": FEW_TOKENS, **options}
             quantize_bundle(QuantizeSpec(bundle, out, mix, **fields))
             self._made[key] = out
         return self._made[key]
@@ -95,11 +95,10 @@ def open_session(model: onnx.ModelProto) -> ort.InferenceSession:
 
 
 def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.float64]:
-    """Packed rows as the kernels' documentation describes them: of two codes the first in the lower half."""
-    flat = packed.reshape(len(packed), -1)
-    if bits == 4:
-        flat = np.stack([flat & 15, flat >> 4], axis=2).reshape(len(packed), -1)
-    return flat[:, :count].astype(np.float64)
+    """Packed rows as the kernels' documentation describes them: the first code of a byte in its lowest bits."""
+    lowest_first = np.unpackbits(packed.reshape(len(packed), -1), axis=1, bitorder="little")
+    codes = lowest_first.reshape(len(packed), -1, bits) @ (1 << np.arange(bits))
+    return codes[:, :count].astype(np.float64)
 
 
 def read_matrix(folder: Path, name: str, width: int) -> npt.NDArray[np.float64]:

@@ -1,16 +1,16 @@
-"""A decoder without a neural net, for tests of the decoding loops: scripted predictions over an honest cache.
+"""A decoder without a neural net, for tests of the decoding loops: scripted predictions over a cache that checks reads.
 
 ::
 
-    model   = ScriptedModel(seed=7, vocab_size=8, agreement=0.6)     what the final head and the exit say to a text
-    decoder = ScriptedDecoder(model, window=8, max_length=32)        runtime.decoder.Decoder; decoder.cache checks reads
+    model   = ScriptedModel(seed=7, vocab_size=8, agreement=0.6)     what the final head and the exit predict
+    decoder = ScriptedDecoder(model, window=8, max_length=32)        an engine.decoder.Decoder that checks what is read
     with scripted_time(decoder): ...                                 the loops measure decoder.clock, not the machine
 
-A prediction is a function of the exact text before it, so a loop that looks at the wrong text says something else. The
-cache keeps, for the layers below the exit and for those above it, which text the row of each position was computed
-from. A run reads every row below its own and fails with "hole" where there is none and with "stale" where it belongs to
-another text; rows above are never looked at, as in attention with a length. A proposing draft also reads the state of
-the position before its own: the whole model's for row 0, the exit's guess for the others.
+A prediction is a function of the exact text before it, so a loop that looks at the wrong text gets other tokens. The
+cache records from which text the row of each position was computed, once for the layers below the exit and once for
+those above. A run reads all rows before its own. It fails with "hole" if one is missing, and with "stale" if one
+belongs to another text. It never reads later rows, like attention with a length. A draft with a head also reads the
+state of the position before its own: the whole model's for row 0, the exit's guess for the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SPREAD = 2.5  # logits lie in -2.5..2.5: the best of eight tokens has about 0.4
 
 
 class Prefix:
-    """A text, as a node of the tree of all texts of one model: equal texts are the same object."""
+    """A text, as a node in the tree of all texts of one model; equal texts are the same object."""
 
     __slots__ = ("digest", "exit_logits", "final_logits", "following", "length", "parent", "token")
 
@@ -56,15 +56,15 @@ class Prefix:
 
 
 class ScriptedModel:
-    """What two heads say to every text.
+    """The predictions of two heads after every text.
 
     Args:
-        seed: Another seed, another model.
+        seed: Each seed gives a different model.
         vocab_size: Number of tokens.
-        agreement: How often the exit's most likely token is the final head's: a probability, or a pattern by the number
-            of tokens before the predicted one, repeated.
-        draft_ids: Token ids of a trimmed exit head, ascending; where the final head's token is not among them, the exit
-            cannot agree.
+        agreement: How often the exit's most likely token is the final head's: a probability, or a pattern, which is
+            indexed by the number of tokens before the predicted one and repeats.
+        draft_ids: Token ids of a trimmed exit head, ascending. The exit cannot agree if the final head's token is not
+            among them.
         sure_at: Lengths of texts after which the final head is certain.
     """
 
@@ -107,7 +107,7 @@ class ScriptedModel:
         if text.exit_logits is None:
             ids = np.arange(self.vocab_size) if self.draft_ids is None else self.draft_ids
             logits = self._random(text, b"exit", len(ids))
-            wanted = np.flatnonzero(ids == self.final(text).argmax())  # one row, or none in a trimmed head
+            wanted = np.flatnonzero(ids == self.final(text).argmax())  # one row, or none if a trimmed head lacks it
             if self._agrees(text):
                 logits[wanted] = np.float32(logits.max() + 1.0)
             elif len(ids) > 1:
@@ -120,7 +120,7 @@ class ScriptedModel:
         return int(self.final(self.prefix(tokens)).argmax())
 
     def continuation(self, tokens: Sequence[int], count: int, max_length: int) -> list[int]:
-        """What greedy decoding must emit after a prompt: the oracle of every loop."""
+        """The tokens that greedy decoding must emit after a prompt; every loop is compared with them."""
         text = list(tokens)
         while len(text) < len(tokens) + count and (len(text) < max_length or len(text) == len(tokens)):
             text.append(self.next_token(text))
@@ -138,7 +138,7 @@ class ScriptedModel:
 
 
 class Call(NamedTuple):
-    """One run: which, from which position on, over how many rows."""
+    """One run: its kind, its first position and its number of rows."""
 
     kind: Literal["prefill", "draft", "verify"]
     start: int
@@ -147,25 +147,25 @@ class Call(NamedTuple):
 
 
 class State(NamedTuple):
-    """Whose state a row holds: of the last token of a text, by the whole model or by the exit's guess."""
+    """The state that a row holds: that of a text's last token, from the whole model or guessed by the exit."""
 
     text: Prefix
     is_guess: bool
 
 
 class ScriptedError(Exception):
-    """A run was told to fail."""
+    """A run that was scripted to fail."""
 
 
 class ScriptedCache:
-    """By layer group and position, the text that a row was computed from, this position included."""
+    """For each layer group and position, the text that the row was computed from, up to and including the position."""
 
     def __init__(self) -> None:
         self.lower: dict[int, Prefix] = {}
         self.upper: dict[int, Prefix] = {}
 
     def assert_holds(self, model: ScriptedModel, tokens: Sequence[int]) -> None:
-        """Both groups hold exactly this text from position 0 on; what lies above it does not matter."""
+        """Assert that both groups hold exactly this text from position 0 on; later positions do not matter."""
         text = model.root
         for position, token in enumerate(tokens):
             text = text.then(token)
@@ -175,7 +175,7 @@ class ScriptedCache:
 
 
 class ScriptedClock:
-    """Time that passes only in runs."""
+    """A clock that advances only during runs."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -188,20 +188,20 @@ class ScriptedDecoder:
     """A :class:`shortstack.runtime.engine.decoder.Decoder`.
 
     Args:
-        model: What it says.
-        window: Rows of one round at most.
+        model: Its predictions.
+        window: The most rows that one round may have.
         max_length: Positions of the longest context.
-        cache: Shared with another decoder of the same model; None makes a new one.
-        is_cut: False for a stack without an exit, whose draft runs nothing and whose verify runs every layer.
+        cache: A cache to share with another decoder of the same model; None makes a new one.
+        is_cut: False for a stack without an exit: drafting runs nothing, and verifying runs every layer.
         draft_s: Seconds of one row through the lower layers.
         verify_s: Seconds of one, two, ... rows through the upper layers; the last one for more rows.
 
     Attributes:
-        calls: What was run, in order.
-        kept_rows: What :meth:`keep_state` was told, in order.
+        calls: All runs, in order.
+        kept_rows: The rows passed to :meth:`keep_state`, in order.
         fails_at: Index of the run that writes garbage to its rows and raises :class:`ScriptedError`; None for none.
-        delays_s: Extra seconds of some runs, by their index.
-        clock: Goes forward with each run.
+        delays_s: Extra seconds of some runs, by the index of the run.
+        clock: Advances with each run.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class ScriptedDecoder:
             raise ScriptedError(call)
 
     def _read(self, group: dict[int, Prefix], past: int) -> Prefix:
-        """Attend to positions 0..past-1: the text they hold, if it is one."""
+        """Return the text that positions 0..past-1 hold, after checking that it is a single text without holes."""
         name = "lower" if group is self.cache.lower else "upper"
         text = self.model.root
         for position in range(past):
@@ -324,14 +324,14 @@ class ScriptedDecoder:
         return token
 
     def _poison_final(self) -> None:
-        """Nobody may read rows that the coming run does not write."""
+        """Spoil all rows of the final head, so that a loop that reads a row which the next run does not write fails."""
         self.final.token[:] = -1
         if len(self.final.logits):
             self.final.logits[:] = np.nan
 
 
 def say(head: Head, row: int, logits: npt.NDArray[np.float32], with_logits: bool) -> None:
-    """Write what a head says to a row."""
+    """Write a head's outputs to a row."""
     head.outputs(row, row + 1, with_logits)  # allocates the logits when they are first asked for
     best, head.top_prob[row], head.margin[row], head.entropy[row] = _summary(logits.tobytes())
     head.token[row] = best if head.ids is None else head.ids[best]
@@ -341,7 +341,7 @@ def say(head: Head, row: int, logits: npt.NDArray[np.float32], with_logits: bool
 
 @lru_cache(maxsize=4096)
 def _summary(logits_bytes: bytes) -> tuple[int, float, float, float]:
-    """Row of the most likely token, its probability, its lead over the next one, and the entropy in nats."""
+    """Return the row of the most likely token, its probability, its margin over the next one, the entropy in nats."""
     logits = np.frombuffer(logits_bytes, np.float32).astype(np.float64)
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
@@ -352,7 +352,7 @@ def _summary(logits_bytes: bytes) -> tuple[int, float, float, float]:
 
 @contextmanager
 def scripted_time(decoder: ScriptedDecoder) -> Iterator[ScriptedClock]:
-    """The loops and streams read the decoder's clock, so that adaptive lengths and seconds are the script's."""
+    """Make loops and streams read the decoder's clock, so that the script sets their seconds and adaptive lengths."""
     with ExitStack() as stack:
         for module in (plain, speculative, stream):
             stack.enter_context(mock.patch.object(module, "time", decoder.clock))

@@ -1,8 +1,9 @@
-"""A decoder of any number of levels without a neural net, for tests of early exit: runtime.decoder.LeveledDecoder.
+"""A scripted LeveledDecoder for tests of early exit: any number of levels, and no neural net.
 
-Like :class:`helpers.scripted.ScriptedDecoder`, with one cache per level: a run of a level reads every row of its own
-cache below its first one, and the rows that the level below left; it fails with "hole" where one is missing and with
-"stale" where one belongs to another text. Levels may run in different threads, and take a random nap now and then.
+It is like :class:`helpers.scripted.ScriptedDecoder`, but with one cache per level. A run of a level reads all rows of
+its own cache before its first one, and the rows that the level below left. It fails with "hole" if one is missing, and
+with "stale" if one belongs to another text. Levels may run in different threads, and sleep for a random time now and
+then.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ HIDDEN = 4
 
 
 class ScriptedLevels:
-    """See the module.
+    """See the module's docstring.
 
     Args:
-        model: What the final head says, and how often an exit agrees with it.
-        exits: How many exits.
-        window: Rows of one round at most.
+        model: The final head's predictions, and how often an exit agrees with them.
+        exits: How many exits there are.
+        window: The most rows that one round may have.
         max_length: Positions of the longest context.
-        naps: Seeds the naps; None takes none.
-        has_gate: The exits have gates.
+        naps: Seed of the random naps; None for no naps.
+        has_gate: Whether the exits have gates.
 
     Attributes:
-        runs: (level, start, end, num_rows) of each run, in the order in which they ended.
-        fails: Called with level and rows before each run; true makes it raise :class:`ScriptedError`.
+        runs: (level, start, end, num_rows) of each run, in the order in which the runs ended.
+        fails: Called with the level and the rows before each run; if it returns true, the run raises
+            :class:`ScriptedError`.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class ScriptedLevels:
         assert 0 <= row <= self.window
 
     def assert_holds(self, tokens: Sequence[int]) -> None:
-        """Every level's cache holds exactly this text from position 0 on."""
+        """Assert that every level's cache holds exactly this text from position 0 on."""
         for level in range(len(self.heads)):
             text = self._root
             for position, token in enumerate(tokens):
@@ -148,7 +150,7 @@ class ScriptedLevels:
         head = self.heads[level]
         if level == len(self.heads) - 1:
             logits = self.model.final(text)
-        else:  # an exit higher up is surer of the same token, or names another
+        else:  # a higher exit is surer of the same token, or predicts another
             logits = self.model.exit(text) * np.float32(1 + level)
             if text.digest[level] % 4 == 0:
                 logits = np.roll(logits, level)
@@ -166,7 +168,7 @@ class ScriptedLevels:
         return text
 
     def _forget(self, head: Head) -> None:
-        """Nobody may read what a head said before its coming run, but the rows it runs on."""
+        """Spoil a head's rows, so that a loop which reads a row that the next run does not write fails."""
         head.token[:] = -1
         head.top_prob[:] = np.nan
 

@@ -22,12 +22,12 @@ from shortstack.runtime.decode.step import Stats, Step
 def self_speculative(
     decoder: ScriptedDecoder, sequence: TokenSequence, choice: Choice, stats: Stats, count: int, length: DraftLength
 ) -> Iterator[Step]:
-    """Speculative decoding whose drafts come from the decoder's exit."""
+    """Decode speculatively with drafts from the decoder's exit."""
     return speculative(decoder, sequence, choice, stats, count, length, ExitDrafter(decoder, choice))
 
 
 class ScriptedLength(DraftLength):
-    """Drafts as many tokens as a list says, over and over: whatever an adaptive rule could come up with."""
+    """Drafts as many tokens as a list says, and repeats the list: any sequence that an adaptive rule could choose."""
 
     def __init__(self, wanted: Sequence[int], has_bonus: bool) -> None:
         super().__init__(DraftPolicy(has_bonus=has_bonus))
@@ -41,7 +41,7 @@ class ScriptedLength(DraftLength):
 
 @dataclass(frozen=True)
 class Wanted:
-    """How to decode: None plainly, a policy, or a scripted list of draft lengths."""
+    """How to decode: plainly (None), by a policy, or with a scripted list of draft lengths."""
 
     length: DraftPolicy | tuple[int, ...] | None
     has_bonus: bool = False
@@ -83,8 +83,8 @@ def assert_consistent(decoder: ScriptedDecoder, sequence: TokenSequence, stats: 
 def run(
     model: ScriptedModel, prompt: Sequence[int], wanted: Wanted, count: int, *, window: int = 16, max_length: int = 64
 ) -> tuple[list[Step], Stats, ScriptedDecoder]:
-    """Decodes to the end, checking after every step."""
-    # Judging four rows costs more than judging two, so an adaptive length has something to weigh.
+    """Decode to the end, and check the cache and the counts after every step."""
+    # Judging four rows costs more than judging two, so an adaptive length has a choice to make.
     decoder = ScriptedDecoder(model, window=window, max_length=max_length, verify_s=(0.7, 0.8, 1.3, 1.8))
     sequence = TokenSequence(prompt)
     stats = Stats(prompt=len(prompt))

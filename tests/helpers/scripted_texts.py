@@ -1,4 +1,4 @@
-"""What the property tests of the decoding loops draw: scripted models, prompts, ways to sample."""
+"""What the property tests of the decoding loops draw at random: scripted models, prompts, ways to sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct quantized by the recipes that have a name: still exact among themselves, and how good."""
+"""SmolLM2-135M-Instruct quantized by the presets that have a name: still exact among themselves, and how good."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 from shortstack.graphs.texts import HELDOUT_TEXT
 from shortstack.graphs.texts.prompts import prompts
 from shortstack.quant.assemble import quantize_bundle
-from shortstack.quant.recipes import find_recipe
-from shortstack.quant.spec import QuantizeSpec
+from shortstack.quant.presets import find_preset
+from shortstack.quant.quality_report import make_report
+from shortstack.quant.spec import QuantizeSpec, ReportSpec
 from shortstack.quant.texts import read_rows
 from shortstack.runtime import DraftPolicy, Model, load
 from shortstack.runtime.commands.row_check import check_rows
@@ -39,15 +40,11 @@ class Quantized:
 
 @pytest.fixture(scope="session", params=NAMES)
 def quantized(request: pytest.FixtureRequest, smollm2_bundle: Path, kept: Callable[..., Path]) -> Quantized:
-    """What the command writes, without a report."""
     name: str = request.param
 
     def quantize(out: Path) -> None:
-        preset = find_recipe(name)
-        spec = QuantizeSpec(
-            smollm2_bundle, out, preset, calibration_tokens=CALIBRATION_TOKENS, with_report=False, overwrite=True
-        )
-        quantize_bundle(spec)
+        preset, tokens = find_preset(name), CALIBRATION_TOKENS
+        quantize_bundle(QuantizeSpec(smollm2_bundle, out, preset, calibration_tokens=tokens, overwrite=True))
 
     rooms = ("graphs/", "export/", "quant/", "runtime/text/")
     out = kept(f"smollm2-{name}", rooms, (smollm2_bundle.name, CALIBRATION_TOKENS), quantize)
@@ -103,17 +100,17 @@ def test_rows_of_one_run_equal_rows_run_one_by_one_bit_for_bit(quantized: Quanti
         assert all(check.is_exact for check in check_rows(model, text[:length]))
 
 
-def test_the_named_recipes_keep_what_they_promise(quantized: Quantized, float_perplexity: float) -> None:
+def test_the_named_presets_keep_what_they_promise(quantized: Quantized, float_perplexity: float) -> None:
     assert_promise(quantized.name, perplexity(quantized.model) / float_perplexity - 1, quantized.total_bytes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_report_of_the_command_shows_what_the_recipe_promises(
+def test_the_report_of_the_command_shows_what_the_preset_promises(
     smollm2_bundle: Path, tmp_path: Path, name: str
 ) -> None:
-    bundle, quality = quantize_bundle(QuantizeSpec(smollm2_bundle, tmp_path / name, find_recipe(name)))
-    assert quality is not None
+    bundle = quantize_bundle(QuantizeSpec(smollm2_bundle, tmp_path / name, find_preset(name)))
+    quality = make_report(ReportSpec(smollm2_bundle, tmp_path / name))
     assert quality.is_exact
     loss = quality.result.perplexity / quality.source.perplexity - 1
     assert_promise(name, loss, sum(entry.bytes for entry in bundle.manifest.files.values()))

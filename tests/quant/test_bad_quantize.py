@@ -1,4 +1,4 @@
-"""What a quantization that cannot be meets: one line that says what is wrong, exit code 2, and nothing written."""
+"""A quantization that cannot work is refused: one line that says what is wrong, exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from helpers.bad_input import Refused, edit_json, left_behind
-from helpers.quantized import INT4, INT8, QuantizedBundles, recipe, stored_tensors
+from helpers.quantized import INT4, INT8, QuantizedBundles, preset, stored_tensors
 from shortstack.__main__ import run
 from shortstack.graphs import manifest, names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
-from shortstack.quant.recipes import RECIPES
+from shortstack.quant.presets import PRESETS
 from shortstack.quant.spec import QuantizeSpec
 
 RefusedQuantize = Callable[..., str]
@@ -40,7 +40,7 @@ def test_a_bundle_that_is_quantized_already_is_named(
     sound: Path, quantized: QuantizedBundles, refuses: RefusedQuantize, kv_cache: str
 ) -> None:
     weights = None if kv_cache == "int8" else INT8
-    small = quantized(sound, recipe(weights, "int8" if kv_cache == "int8" else "float"))
+    small = quantized(sound, preset(weights, "int8" if kv_cache == "int8" else "float"))
     for options in ([], ["-r", "float", "--dtype", "fp16"]):
         refuses(options, str(small), "quantized already", f"cache of {kv_cache}", "made from", bundle=small)
 
@@ -48,7 +48,7 @@ def test_a_bundle_that_is_quantized_already_is_named(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--recipe", "int3"], ("--recipe is unknown", "'int3'", *RECIPES)),
+        (["--preset", "int3"], ("--preset is unknown", "'int3'", *PRESETS)),
         (["--calibration-tokens", "31"], ("--calibration-tokens", "found 31", "at least 32")),
         (["--heldout-tokens", "0"], ("--heldout-tokens", "found 0", "at least 32")),
         (["--max-kl", "0"], ("--max-kl", "found 0", "above 0")),
@@ -130,7 +130,7 @@ def test_a_text_that_is_not_there_is_named(refuses: RefusedQuantize, tmp_path: P
 
 
 @pytest.mark.parametrize("version", [0, 99])
-def test_a_bundle_of_a_newer_format_is_named(bundle: Path, refuses: RefusedQuantize, version: int) -> None:
+def test_a_bundle_of_another_format_version_is_named(bundle: Path, refuses: RefusedQuantize, version: int) -> None:
     path = bundle / names.MANIFEST_FILE
     edit_json(path, format_version=version)
     edit_json(path, digest=manifest._digest(json.loads(path.read_text(encoding="utf-8"))))
@@ -157,8 +157,8 @@ def test_a_tensor_in_another_file_is_not_followed(bundle: Path, refuses: Refused
     refuses([], str(graph), "lies in another file", "'../../passwd'", bundle=bundle)
 
 
-def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path, refuses: RefusedQuantize) -> None:
-    refuses([], str(tmp_path / "nowhere"), "not a folder", bundle=tmp_path / "nowhere")
+def test_a_folder_that_is_not_a_bundle_is_named(tmp_path: Path, refuses: RefusedQuantize) -> None:
+    refuses([], str(tmp_path / "nowhere"), "does not exist", bundle=tmp_path / "nowhere")
     refuses([], str(tmp_path), "bundle.json", bundle=tmp_path)
 
 
@@ -188,13 +188,13 @@ def test_a_bundle_is_never_quantized_onto_itself(bundle: Path, tmp_path: Path, r
     open_bundle(bundle, verify_hashes=True)
 
 
-# Recipes that no command line writes
+# Presets that no command line writes
 
 
 @pytest.mark.parametrize("layer", [4, -5, 99])
 def test_a_layer_that_the_model_does_not_have_is_named(sound: Path, tmp_path: Path, layer: int) -> None:
-    mix = recipe(INT4, layers={0: INT8, layer: INT8})
-    with pytest.raises(RequestError, match=rf"recipe test names a layer .* found \[{layer}\], expected 4 layers"):
+    mix = preset(INT4, layers={0: INT8, layer: INT8})
+    with pytest.raises(RequestError, match=rf"preset test names a layer .* found \[{layer}\], expected 4 layers"):
         quantize_bundle(QuantizeSpec(sound, tmp_path / "out", mix))
     assert left_behind(tmp_path) == []
 
@@ -202,12 +202,12 @@ def test_a_layer_that_the_model_does_not_have_is_named(sound: Path, tmp_path: Pa
 @pytest.mark.parametrize("part", ["head", "embedding", "draft_head"])
 def test_a_head_with_offsets_is_refused(part: str) -> None:
     with pytest.raises(RequestError, match=rf"format of {part}: found int4 with offsets, blocks of 32"):
-        recipe(INT4, **{part: BlockFormat(4, has_offsets=True)})
+        preset(INT4, **{part: BlockFormat(4, has_offsets=True)})
 
 
-def test_an_unknown_method_of_a_recipe_is_named(sound: Path, tmp_path: Path) -> None:
+def test_an_unknown_method_of_a_preset_is_named(sound: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="--method is unknown: found 'magic', expected one of rtn"):
-        quantize_bundle(QuantizeSpec(sound, tmp_path / "out", recipe(INT4, method="magic")))
+        quantize_bundle(QuantizeSpec(sound, tmp_path / "out", preset(INT4, method="magic")))
     assert left_behind(tmp_path) == []
 
 

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from helpers import tolerances
 from helpers.kv_bundles import KVBundles
 from helpers.kv_cases import early, exits_of
-from helpers.quantized import INT4, INT8, QuantizedBundles, open_session, recipe, stored_tensors
+from helpers.quantized import INT4, INT8, QuantizedBundles, open_session, preset, stored_tensors
 from shortstack.graphs import names
 from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.kv_map import placement, producers
@@ -27,7 +27,8 @@ from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.texts import CALIBRATION_TEXT
 from shortstack.quant import quality_measure
 from shortstack.quant.assemble import quantize_bundle
-from shortstack.quant.spec import QuantizeSpec
+from shortstack.quant.quality_report import make_report
+from shortstack.quant.spec import QuantizeSpec, ReportSpec
 from shortstack.quant.texts import open_tokenizer, read_rows
 from shortstack.runtime import DraftPolicy, ExitPolicy, Model, load, parse_criterion
 from shortstack.runtime.engine import stack as stacks
@@ -160,13 +161,13 @@ def test_scales_lie_a_little_above_the_models_own_keys_and_values(
     kv_bundles: KVBundles, quantized: QuantizedBundles, case: str
 ) -> None:
     source = source_of(kv_bundles, case)
-    small = quantized(source, recipe(INT8, "int8"))
+    small = quantized(source, preset(INT8, "int8"))
     spec, stored = load(source).bundle.manifest.spec, stored_tensors(small)
     owners = producers(spec.kv_map, 0, LAYERS)
     wanted = {names.kv_scale(layer, part) for layer in owners for part in names.KV_PARTS}
     assert {name for name in stored if name.endswith("_scale")} == wanted
-    teacher = load(source).activations(text_of(source, 256))
-    for layer, (part, seen) in product(owners, zip(names.KV_PARTS, (teacher.keys, teacher.values), strict=True)):
+    ran = load(source).activations(text_of(source, 256))
+    for layer, (part, seen) in product(owners, zip(names.KV_PARTS, (ran.keys, ran.values), strict=True)):
         scale = stored[names.kv_scale(layer, part)].read(small).reshape(spec.num_key_value_heads, 2, -1)
         half = spec.head_dim // 2
         assert (scale[..., half:] <= 1e-8).all(), "columns that pad a head hold zeros"
@@ -181,7 +182,7 @@ def test_methods_that_weigh_by_text_are_refused(
     kv_bundles: KVBundles, quantized: QuantizedBundles, method: str
 ) -> None:
     with pytest.raises(UnsupportedError, match="--method rtn") as caught:
-        quantized(source_of(kv_bundles, "sandwich-top"), recipe(INT8, "int8", method=method))
+        quantized(source_of(kv_bundles, "sandwich-top"), preset(INT8, "int8", method=method))
     assert "--kv-cache" not in str(caught.value)
 
 
@@ -194,9 +195,9 @@ def test_logits_stay_near_those_with_a_cache_of_floats(
     kv_bundles: KVBundles, quantized: QuantizedBundles, case: str, weights: BlockFormat | None
 ) -> None:
     source = source_of(kv_bundles, case)
-    floats = source if weights is None else quantized(source, recipe(weights))
+    floats = source if weights is None else quantized(source, preset(weights))
     text = text_of(source, 64)
-    found, expected = (load(b).activations(text).heads for b in (quantized(source, recipe(weights, "int8")), floats))
+    found, expected = (load(b).activations(text).heads for b in (quantized(source, preset(weights, "int8")), floats))
     for depth in expected:
         assert drift(found[depth], expected[depth]) <= tolerances.INT8_CACHE
     assert (found[LAYERS] != expected[LAYERS]).any()
@@ -204,7 +205,7 @@ def test_logits_stay_near_those_with_a_cache_of_floats(
 
 def test_activations_may_be_float16_as_well(kv_bundles: KVBundles, quantized: QuantizedBundles) -> None:
     source = source_of(kv_bundles, "sandwich-top")
-    small = load(quantized(source, recipe(INT8, "int8"), dtype="float16"))
+    small = load(quantized(source, preset(INT8, "int8"), dtype="float16"))
     text = text_of(source, 64)
     found, expected = (model.activations(text).heads[LAYERS] for model in (small, load(source)))
     assert drift(found, expected) <= tolerances.QUANTIZED_INT8
@@ -215,7 +216,7 @@ def test_activations_may_be_float16_as_well(kv_bundles: KVBundles, quantized: Qu
 def test_drafts_are_judged_as_plain_decoding_would(
     kv_bundles: KVBundles, quantized: QuantizedBundles, case: str, weights: BlockFormat
 ) -> None:
-    check_decoding(load(quantized(source_of(kv_bundles, case), recipe(weights, "int8"))))
+    check_decoding(load(quantized(source_of(kv_bundles, case), preset(weights, "int8"))))
 
 
 @pytest.mark.parametrize("weights", [INT8, INT4], ids=str)
@@ -224,7 +225,7 @@ def test_windows_and_blocks_over_a_cache_of_floats(
 ) -> None:
     kv_map = placement("sandwich", "middle", LAYERS, 3)
     source = kv_bundles.bundle(kv_map, *exits_of(kv_map), **WIDE, windows=(0, 5, 5, 5, 0, 3))
-    model, text = load(quantized(source, recipe(weights))), text_of(source, 64)
+    model, text = load(quantized(source, preset(weights))), text_of(source, 64)
     found, expected = (m.activations(text).heads[LAYERS] for m in (model, load(source)))
     assert drift(found, expected) <= (tolerances.QUANTIZED_INT8 if weights.bits == 8 else 1.0)
     check_decoding(model)
@@ -257,7 +258,7 @@ def test_passes_over_a_prompt_end_where_no_code_changes(
     case: str,
     weights: BlockFormat | None,
 ) -> None:
-    folder = quantized(source_of(kv_bundles, case), recipe(weights, "int8"))
+    folder = quantized(source_of(kv_bundles, case), preset(weights, "int8"))
     text = text_of(folder, 64)
     passes: list[int] = []
 
@@ -284,9 +285,8 @@ def test_a_report_counts_one_cache_per_producer_and_finds_drafts_exact(
     kv_bundles: KVBundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality_measure, "_peak_rss_bytes", lambda bundle: 1)  # takes a process each
-    few: dict[str, int] = {"calibration_tokens": 256, "heldout_tokens": 64, "prompts": 2, "continuation_tokens": 6}
-    source = source_of(kv_bundles, "sandwich-top")
-    _, quality = quantize_bundle(QuantizeSpec(source, tmp_path / "small", recipe(INT8, "int8"), **few))
-    assert quality is not None
+    source, small = source_of(kv_bundles, "sandwich-top"), tmp_path / "small"
+    quantize_bundle(QuantizeSpec(source, small, preset(INT8, "int8"), calibration_tokens=256))
+    quality = make_report(ReportSpec(source, small, heldout_tokens=64, prompts=2, continuation_tokens=6))
     assert quality.formats["int8 KV cache"] == 3
     assert quality.is_exact

@@ -7,22 +7,24 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx
 import pytest
 
 from helpers.bad_input import left_behind
-from helpers.quantized import INT4, INT4_OFFSETS, INT8, PROMPT, QuantizedBundles, recipe
+from helpers.progress_lines import without_progress
+from helpers.quantized import INT4, INT4_OFFSETS, INT8, PROMPT, QuantizedBundles, preset
 from helpers.tiny_models import BASE, SPECULATOR, TinyBundles
 from shortstack.__main__ import run
 from shortstack.graphs import manifest as manifests
 from shortstack.graphs import names
 from shortstack.graphs.bundle import describe_files, open_bundle
+from shortstack.graphs.ir import write_bundle as bundle_writer
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.precision import BlockFormat, KVType, Precision
 from shortstack.graphs.spec import DType
-from shortstack.quant import assemble
 from shortstack.runtime import load
 
 SMALL = ("--calibration-tokens", "512", "--heldout-tokens", "256")
@@ -63,7 +65,7 @@ def test_a_bundle_of_the_first_format_opens_and_is_quantized_to_the_same(
     plain = [load(folder).generate(PROMPT, ignore_eos=True).tokens for folder in (source, old)]
     assert plain[0] == plain[1]
     assert len(plain[0]) == 48 - len(PROMPT)
-    small = [quantized(folder, recipe(INT4, kv_cache)) for folder in (source, old)]
+    small = [quantized(folder, preset(INT4, kv_cache)) for folder in (source, old)]
     assert open_bundle(small[0]).manifest.weights_sha256 == open_bundle(small[1]).manifest.weights_sha256
     model = load(small[1])
     tokens = model.generate(PROMPT, ignore_eos=True).tokens
@@ -131,7 +133,7 @@ def test_people_get_a_table(tiny_bundles: TinyBundles, tmp_path: Path, capsys: p
     capsys.readouterr()
     assert run(["quantize", str(tiny_bundles.bundle(BASE, 1)), str(out), "--weights", "int8", *SMALL]) == 0
     said = capsys.readouterr()
-    assert said.err == ""
+    assert without_progress(said.err) == ""
     for words in (
         "perplexity",
         "KL divergence",
@@ -151,7 +153,7 @@ def test_the_report_of_a_float16_copy_is_not_taken_for_that_of_what_is_made_of_i
         run(["quantize", str(tiny_bundles.bundle(BASE, 1)), str(half), "-r", "float", "--dtype", "fp16", *SMALL]) == 0
     )
     assert (half / names.QUALITY_FILE).is_file()
-    assert not (quantized(half, recipe(INT8)) / names.QUALITY_FILE).exists()
+    assert not (quantized(half, preset(INT8)) / names.QUALITY_FILE).exists()
 
 
 INT8_LAYERS = {names.layer_weight(layer, part): INT8 for layer in range(4) for part in names.LAYER_MATRICES}
@@ -185,7 +187,7 @@ VOCABULARY = (names.EMBED_TOKENS, names.LM_HEAD)
     ],
     ids=["int8", "fp16", "int8 cache", "single formats", "kv producers", "int4"],
 )
-def test_options_change_the_recipe(
+def test_options_change_the_preset(
     tiny_bundles: TinyBundles,
     tmp_path: Path,
     options: tuple[str, ...],
@@ -205,7 +207,11 @@ def test_options_change_the_recipe(
 # What is left when it dies
 
 
-@pytest.mark.parametrize("place", ["describe_files", "judge", "segment_model"])
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [(bundle_writer, "describe_files"), (bundle_writer, "segment_model")],
+    ids=["hashes", "graphs"],
+)
 @pytest.mark.parametrize(
     ("raised", "code"),
     [
@@ -220,6 +226,7 @@ def test_a_quantization_that_dies_half_way_leaves_the_old_bundle_and_nothing_els
     sound: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
     place: str,
     raised: BaseException,
     code: int | None,
@@ -229,7 +236,7 @@ def test_a_quantization_that_dies_half_way_leaves_the_old_bundle_and_nothing_els
         raise raised
 
     before = open_bundle(bundle).manifest
-    monkeypatch.setattr(assemble, place, fail)
+    monkeypatch.setattr(module, place, fail)
     for out in (bundle, tmp_path / "new"):
         command = ["quantize", str(sound), str(out), "-r", "float", "--weights", "int8", "--overwrite", *SMALL]
         if code is None:

@@ -1,4 +1,4 @@
-"""What calibration runs by itself, layer by layer, against the bundle that it stands for; and the mixes it finds."""
+"""Calibration runs layer by layer what the bundle runs as a whole; and the mixes that a search finds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from helpers.quantized import INT4, INT8, open_session, recipe
+from helpers.quantized import INT4, INT8, open_session, preset
 from helpers.tiny_models import BASE, SWITCHES, TinyBundles, TinyModel
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
@@ -26,7 +26,7 @@ from shortstack.runtime import load
 TINY = {tiny.name: tiny for tiny in SWITCHES}
 MODELS = [TINY[name] for name in ("base", "all-biases-tied", "head-dim-20-biased", "rope-llama3", "odd-sizes")]
 MODEL = pytest.mark.parametrize("tiny", MODELS, ids=lambda tiny: tiny.name)
-# Two runs of the same kernels in float32, fused otherwise; the residual stream is of the size of 1 to 30.
+# Two runs of the same kernels in float32, fused differently; the residual stream is of the size of 1 to 30.
 CHAIN = 1e-5
 TOKENS = 2048
 _WATCHED = "watched."
@@ -40,16 +40,16 @@ def rows_of(bundle: Path, tokens: int = 512) -> npt.NDArray[np.int64]:
 def test_layers_one_by_one_give_the_hidden_states_of_the_bundle(tiny_bundles: TinyBundles, tiny: TinyModel) -> None:
     folder = tiny_bundles.bundle(tiny, 1, 2, 3)
     source, rows = Source(open_bundle(folder)), rows_of(folder)
-    teachers = [load(folder).activations(row.tolist()) for row in rows]
+    activations = [load(folder).activations(row.tolist()) for row in rows]
     hidden = source.floats(names.EMBED_TOKENS)[rows]
     for layer in range(tiny.layers):
         hidden = LayerGraph(source.spec, layer, source.layer(layer)).run(hidden)
         if layer + 1 < tiny.layers:
-            expected = np.stack([teacher.hidden[layer + 1] for teacher in teachers])
+            expected = np.stack([ran.hidden[layer + 1] for ran in activations])
             np.testing.assert_allclose(hidden, expected, rtol=CHAIN, atol=CHAIN * np.abs(expected).max())
     head = names.EMBED_TOKENS if tiny.is_tied else names.LM_HEAD
     graph = HeadGraph(source.spec, head, {name: source.floats(name) for name in (head, names.FINAL_NORM)})
-    expected = np.concatenate([teacher.heads[tiny.layers] for teacher in teachers])
+    expected = np.concatenate([ran.heads[tiny.layers] for ran in activations])
     logits = graph.logits(hidden.reshape(-1, tiny.hidden))
     np.testing.assert_allclose(logits, expected, rtol=CHAIN, atol=CHAIN * np.abs(expected).max())
 
@@ -65,8 +65,8 @@ def test_keys_and_values_are_those_of_the_bundle(tiny_bundles: TinyBundles, tiny
     half, stored = tiny.head_dim // 2, source.spec.cache_head_dim // 2
     columns = [*range(half), *range(stored, stored + half)]
     for index, row in enumerate(rows):
-        teacher = load(folder).activations(row.tolist())
-        for part, expected in (("key", teacher.keys[0]), ("value", teacher.values[0])):
+        ran = load(folder).activations(row.tolist())
+        for part, expected in (("key", ran.keys[0]), ("value", ran.values[0])):
             np.testing.assert_allclose(taps.cache[part][index][..., columns], expected, rtol=1e-5, atol=1e-5)
     padding = sorted(set(range(2 * stored)) - set(columns))
     assert not any(taps.cache[part][..., padding].any() for part in names.KV_PARTS)
@@ -147,15 +147,15 @@ def test_a_searched_mix_stays_under_its_limit_and_a_larger_limit_is_cheaper(
     source = tiny_bundles.bundle(tiny, 1)
     rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(source), TOKENS)
     measured = rows[-(len(rows) // 4) :]  # what the search does not round for
-    teachers = [load(source).activations(row.tolist()).heads[tiny.layers] for row in measured]
+    activations = [load(source).activations(row.tolist()).heads[tiny.layers] for row in measured]
     sizes, everything = [], units(Source(open_bundle(source)))
     for number, max_kl in enumerate((1e-6, 0.02, 0.3, 100.0)):
         out = tmp_path / str(number)
-        mix = recipe(INT4)
-        quantize_bundle(QuantizeSpec(source, out, mix, calibration_tokens=TOKENS, max_kl=max_kl, with_report=False))
+        mix = preset(INT4)
+        quantize_bundle(QuantizeSpec(source, out, mix, calibration_tokens=TOKENS, max_kl=max_kl))
         model = load(out)
         total = 0.0
-        for row, expected in zip(measured, teachers, strict=True):
+        for row, expected in zip(measured, activations, strict=True):
             found = model.activations(row.tolist()).heads[tiny.layers]
             logp, logq = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (expected, found))
             total += float((np.exp(logp) * (logp - logq)).sum())

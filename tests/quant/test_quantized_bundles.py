@@ -1,4 +1,4 @@
-"""Quantized tiny bundles: they compute what floats of the same values do, and hold what manifest and inspect say."""
+"""Quantized tiny bundles compute what floats of the same values compute, and hold what manifest and inspect say."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from helpers.quantized import (
     INT8,
     PROMPT,
     QuantizedBundles,
+    preset,
     read_matrix,
-    recipe,
     stored_tensors,
 )
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles, TinyModel
@@ -77,13 +77,13 @@ def with_weights_of(source: Path, quantized: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("kv_cache", ["float", "int8"])
 @pytest.mark.parametrize("tiny", MODELS, ids=lambda tiny: tiny.name)
-def test_blocks_compute_what_floats_of_the_same_values_do(
+def test_blocks_compute_what_floats_of_the_same_values_compute(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, tmp_path: Path, tiny: TinyModel, kv_cache: KVType
 ) -> None:
     source = tiny_bundles.bundle(tiny, 1)
     text = text_of(source)
     for weights in (INT4, replace(INT4, is_symmetric=True), INT4_OFFSETS, INT8):
-        small = quantized(source, recipe(weights, kv_cache))
+        small = quantized(source, preset(weights, kv_cache))
         expected = logits_of(with_weights_of(source, small, tmp_path / str(weights)), text)
         for depth, logits in logits_of(small, text).items():
             error = relative(logits, expected[depth])
@@ -92,12 +92,12 @@ def test_blocks_compute_what_floats_of_the_same_values_do(
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_other_block_sizes_compute_what_floats_of_the_same_values_do(
+def test_other_block_sizes_compute_what_floats_of_the_same_values_compute(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, tmp_path: Path, bits: int, block_size: int
 ) -> None:
     source = tiny_bundles.bundle(BASE, 1)
     text = text_of(source)
-    small = quantized(source, recipe(BlockFormat(bits, block_size)))
+    small = quantized(source, preset(BlockFormat(bits, block_size)))
     expected = logits_of(with_weights_of(source, small, tmp_path / "floats"), text)
     for depth, logits in logits_of(small, text).items():
         assert relative(logits, expected[depth]) < tolerances.QUANTIZED_SAME_WEIGHTS
@@ -111,16 +111,16 @@ def test_int8_is_close_to_the_source(
     source = tiny_bundles.bundle(tiny, 1)
     text = text_of(source)
     expected = logits_of(source, text)
-    for depth, logits in logits_of(quantized(source, recipe(INT8, kv_cache)), text).items():
+    for depth, logits in logits_of(quantized(source, preset(INT8, kv_cache)), text).items():
         assert relative(logits, expected[depth]) < tolerances.QUANTIZED_INT8
 
 
 def test_trimmed_heads_see_the_rows_of_their_ids(tiny_bundles: TinyBundles, quantized: QuantizedBundles) -> None:
     source = tiny_bundles.bundle(BASE, 1, 3, draft_vocab=64)
     text = text_of(source)
-    small = quantized(source, recipe(INT8))
+    small = quantized(source, preset(INT8))
     ids = np.load(small / names.draft_vocab_file(1))
-    whole = logits_of(quantized(tiny_bundles.bundle(BASE, 1, 3), recipe(INT8)), text)
+    whole = logits_of(quantized(tiny_bundles.bundle(BASE, 1, 3), preset(INT8)), text)
     for depth, logits in logits_of(small, text).items():
         np.testing.assert_array_equal(logits, whole[depth] if depth == BASE.layers else whole[depth][:, ids])
 
@@ -131,7 +131,7 @@ def test_a_float16_bundle_is_close_to_a_float32_one_and_decodes(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, weights: BlockFormat | None, kv_cache: KVType
 ) -> None:
     source = tiny_bundles.bundle(BASE, 1, 3)
-    mix = recipe(weights, kv_cache)
+    mix = preset(weights, kv_cache)
     half, single = quantized(source, mix, dtype="float16"), quantized(source, mix)
     model, text = load(half), text_of(source)
     assert model.bundle.manifest.dtype == "float16"
@@ -153,7 +153,7 @@ def test_a_float16_bundle_is_close_to_a_float32_one_and_decodes(
 def test_the_manifest_lists_the_format_of_each_matrix(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, tiny: TinyModel, kv_cache: KVType
 ) -> None:
-    mix = recipe(
+    mix = preset(
         INT4_OFFSETS,
         kv_cache,
         head=INT8,
@@ -175,11 +175,12 @@ def test_a_source_keeps_its_other_files_and_says_where_it_came_from(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles
 ) -> None:
     source = open_bundle(tiny_bundles.bundle(BASE, 1, 3, draft_vocab=64))
-    small = open_bundle(quantized(source.folder, recipe(INT4, "int8")), verify_hashes=True)
+    small = open_bundle(quantized(source.folder, preset(INT4, "int8")), verify_hashes=True)
     before, after = source.manifest, small.manifest
     graphs = {names.segment_file(s.start, s.end) for s in before.plan.segments}
-    assert before.files.keys() == after.files.keys()
-    same = {name for name, entry in after.files.items() if before.files[name] == entry}
+    assert after.files.keys() - before.files.keys() == {names.QUANTIZATION_FILE}
+    assert before.files.keys() <= after.files.keys()
+    same = {name for name, entry in after.files.items() if before.files.get(name) == entry}
     assert same == before.files.keys() - graphs - {names.WEIGHTS_FILE}
     changed = ("precision", "files", "tools")
     assert replace(after, **{f: getattr(before, f) for f in changed}) == before  # type: ignore[arg-type]
@@ -191,7 +192,7 @@ def test_a_tied_embedding_is_stored_once(
 ) -> None:
     sizes = {}
     for tiny in (BASE, TINY["tied"]):
-        folder = quantized(tiny_bundles.bundle(tiny, 1), recipe(weights))
+        folder = quantized(tiny_bundles.bundle(tiny, 1), preset(weights))
         sizes[tiny.is_tied] = (folder / names.WEIGHTS_FILE).stat().st_size
         offsets = {name: t.offset for name, t in stored_tensors(folder).items() if name.endswith("weight.codes")}
         assert len(set(offsets.values())) == len(offsets), "two names for one tensor"
@@ -205,10 +206,10 @@ def offsets_of_heads(folder: Path) -> list[int]:
 
 def test_equal_heads_of_exits_are_stored_once(tiny_bundles: TinyBundles, quantized: QuantizedBundles) -> None:
     full, trimmed = (tiny_bundles.bundle(SPECULATOR, *EXITS, **o) for o in ({}, {"draft_vocab": 64}))  # type: ignore[arg-type]
-    assert len(set(offsets_of_heads(quantized(full, recipe(INT8, draft_head=INT4))))) == 1
-    assert len(set(offsets_of_heads(quantized(trimmed, recipe(INT8))))) == 1
+    assert len(set(offsets_of_heads(quantized(full, preset(INT8, draft_head=INT4))))) == 1
+    assert len(set(offsets_of_heads(quantized(trimmed, preset(INT8))))) == 1
     # Rounded for what each exit multiplies, they differ.
-    assert len(set(offsets_of_heads(quantized(trimmed, recipe(INT4, method="k-quant"))))) == len(EXITS)
+    assert len(set(offsets_of_heads(quantized(trimmed, preset(INT4, method="k-quant"))))) == len(EXITS)
 
 
 def test_full_heads_follow_the_final_one_unless_another_format_is_asked_for(
@@ -216,10 +217,10 @@ def test_full_heads_follow_the_final_one_unless_another_format_is_asked_for(
 ) -> None:
     source = tiny_bundles.bundle(SPECULATOR, *EXITS)
     for mix, owns in (
-        (recipe(INT8), False),
-        (recipe(INT8, draft_head=INT8), False),
-        (recipe(INT8, draft_head=INT4), True),
-        (recipe(None, draft_head=INT4), True),
+        (preset(INT8), False),
+        (preset(INT8, draft_head=INT8), False),
+        (preset(INT8, draft_head=INT4), True),
+        (preset(None, draft_head=INT4), True),
     ):
         weights = open_bundle(quantized(source, mix)).manifest.precision.weights
         assert {names.exit_weight(e, "head.weight") in weights for e in EXITS} == {owns}
@@ -228,7 +229,7 @@ def test_full_heads_follow_the_final_one_unless_another_format_is_asked_for(
 @pytest.mark.parametrize("tiny", [BASE, TINY["all-biases-tied"]], ids=lambda tiny: tiny.name)
 def test_every_graph_keeps_rows_apart(tiny_bundles: TinyBundles, quantized: QuantizedBundles, tiny: TinyModel) -> None:
     for weights in (INT4, INT4_OFFSETS, INT8):
-        folder = quantized(tiny_bundles.bundle(tiny, 1, 3, draft_vocab=64), recipe(weights, draft_head=INT4))
+        folder = quantized(tiny_bundles.bundle(tiny, 1, 3, draft_vocab=64), preset(weights, draft_head=INT4))
         products = 0
         for segment in open_bundle(folder).manifest.plan.segments:
             model = ir.load(folder / names.segment_file(segment.start, segment.end))
@@ -265,7 +266,7 @@ def test_inspect_predicts_every_byte(
     method: str,
     kv_cache: KVType,
 ) -> None:
-    mix = recipe(weights, kv_cache, method=method, draft_head=INT4 if draft_vocab is None else "as head")
+    mix = preset(weights, kv_cache, method=method, draft_head=INT4 if draft_vocab is None else "as head")
     folder = quantized(tiny_bundles.bundle(tiny, 1, 3, draft_vocab=draft_vocab), mix, dtype=dtype)
     report = build_report(open_bundle(folder))
     for layer in report.layers:
@@ -286,7 +287,7 @@ def report_head(tiny: TinyModel) -> str:
 
 def test_inspect_tells_how_many_first_rows_there_are(tiny_bundles: TinyBundles, quantized: QuantizedBundles) -> None:
     for tiny in (BASE, TINY["tied"]):
-        mix = recipe(INT4, first_rows=200, first_rows_format=INT8)
+        mix = preset(INT4, first_rows=200, first_rows_format=INT8)
         folder = quantized(tiny_bundles.bundle(tiny, 1), mix)
         report = build_report(open_bundle(folder))
         assert report.weights.as_predicted

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, recipe
+from helpers.quantized import INT4, INT4_OFFSETS, INT8, QuantizedBundles, preset
 from helpers.tiny_models import SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.runtime import DraftPolicy, Model, Result, load
@@ -82,7 +82,7 @@ def check_bits(model: Model, length: int = 40) -> None:
 def test_every_exit_and_draft_length_gives_the_plain_tokens(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, weights: BlockFormat, kv_cache: KVType
 ) -> None:
-    model = load(quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), recipe(weights, kv_cache)))
+    model = load(quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), preset(weights, kv_cache)))
     low, high = ACCEPTANCE
     assert low < check_exits(model, SPECULATOR, PROMPTS) < high, "the grid must meet accepted and rejected drafts"
 
@@ -92,7 +92,7 @@ def test_every_exit_and_draft_length_gives_the_plain_tokens(
 def test_rows_are_the_same_bit_for_bit_at_every_past(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, weights: BlockFormat, kv_cache: KVType, length: int
 ) -> None:
-    check_bits(load(quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), recipe(weights, kv_cache))), length)
+    check_bits(load(quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), preset(weights, kv_cache))), length)
 
 
 @pytest.mark.parametrize("kv_cache", CACHES)
@@ -102,7 +102,7 @@ def test_ties_biases_padded_heads_and_odd_widths_change_nothing(
 ) -> None:
     bundle = tiny_bundles.bundle(tiny, 1, 3)
     for weights in (INT8, replace(INT4, is_symmetric=True), INT4_OFFSETS):
-        model = load(quantized(bundle, recipe(weights, kv_cache)))
+        model = load(quantized(bundle, preset(weights, kv_cache)))
         check_bits(model)
         check_exits(model, tiny, 1, POLICIES[::3])
 
@@ -111,7 +111,7 @@ def test_ties_biases_padded_heads_and_odd_widths_change_nothing(
 def test_a_trimmed_head_of_blocks_drafts_worse_and_emits_the_same(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, weights: BlockFormat, kv_cache: KVType
 ) -> None:
-    mix = recipe(weights, kv_cache)
+    mix = preset(weights, kv_cache)
     whole = load(quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), mix))
     trimmed = load(quantized(tiny_bundles.bundle(SPECULATOR, *EXITS, draft_vocab=100), mix))
     for prompt in prompts(2):
@@ -124,7 +124,7 @@ def test_a_trimmed_head_of_blocks_drafts_worse_and_emits_the_same(
 def test_first_rows_of_a_format_of_their_own_change_nothing(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, tiny: TinyModel, kv_cache: KVType
 ) -> None:
-    mix = recipe(INT4, kv_cache, first_rows=100, first_rows_format=INT8)
+    mix = preset(INT4, kv_cache, first_rows=100, first_rows_format=INT8)
     for options in ({}, {"draft_vocab": 64}):
         model = load(quantized(tiny_bundles.bundle(tiny, 1, 3, **options), mix))
         check_bits(model)
@@ -136,8 +136,8 @@ def test_a_lower_draft_head_changes_what_is_drafted_and_never_what_is_emitted(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, head: BlockFormat | None
 ) -> None:
     bundle = tiny_bundles.bundle(SPECULATOR, *EXITS)
-    shared = load(quantized(bundle, recipe(INT4, head=head)))
-    lower = load(quantized(bundle, recipe(INT4, head=head, draft_head=INT4)))
+    shared = load(quantized(bundle, preset(INT4, head=head)))
+    lower = load(quantized(bundle, preset(INT4, head=head, draft_head=INT4)))
     proposals = []
     for model in (shared, lower):
         results = [speculate(model, prompt, DraftPolicy(4), exit_layer=3) for prompt in prompts(PROMPTS)]
@@ -156,7 +156,7 @@ def test_every_strategy_reaches_the_last_position_of_the_context(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, kv_cache: KVType, max_length: int
 ) -> None:
     bundle = tiny_bundles.bundle(SPECULATOR, *EXITS, max_length=max_length)
-    model = load(quantized(bundle, recipe(INT4, kv_cache)))
+    model = load(quantized(bundle, preset(INT4, kv_cache)))
     for prompt in prompts(2, length=max(1, max_length - 30)):
         expected = decode(model, prompt, 10_000)
         assert len(prompt) + len(expected.tokens) == max_length
@@ -172,7 +172,7 @@ def test_the_whole_context_of_a_model_can_be_decoded(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, kv_cache: KVType
 ) -> None:
     """As many positions as the model was made for: a spare row and its rotary angles lie one beyond."""
-    model = load(quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), recipe(INT8, kv_cache)))
+    model = load(quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), preset(INT8, kv_cache)))
     prompt = prompts(1, length=SPECULATOR.context - 12)[0]
     expected = decode(model, prompt, 10_000)
     assert len(prompt) + len(expected.tokens) == SPECULATOR.context
@@ -183,7 +183,7 @@ def test_the_whole_context_of_a_model_can_be_decoded(
 def test_growing_the_cache_and_turns_on_a_kept_one_change_nothing(
     tiny_bundles: TinyBundles, quantized: QuantizedBundles, kv_cache: KVType
 ) -> None:
-    folder = quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), recipe(INT4, kv_cache))
+    folder = quantized(tiny_bundles.bundle(SPECULATOR, *EXITS), preset(INT4, kv_cache))
     model = load(folder)
     text = prompts(1, length=CHUNK_POSITIONS - 30)[0]
     for turn, policy in enumerate(POLICIES[:4]):

@@ -1,4 +1,4 @@
-"""A threshold of `auto` on a tiny model: it is learned from text to text, and only by the model that decodes."""
+"""A threshold of `auto` on a tiny model: it is learned over several texts, by each model for itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def thresholds(model: Model, exit_layers: tuple[int, ...] = EXITS) -> dict[int, 
     return dict(model._loops._thresholds[exit_layers, AUTO.criterion].begin().threshold.by_exit)
 
 
-def test_thresholds_are_learned_from_text_to_text_and_let_more_tokens_leave(opened: Bundle) -> None:
+def test_thresholds_are_learned_over_several_texts_and_let_more_tokens_exit_early(opened: Bundle) -> None:
     model = Model(opened)
     results = texts(model, AUTO)
     assert all(result.stats.is_balanced for result in results)
@@ -41,7 +41,7 @@ def test_thresholds_are_learned_from_text_to_text_and_let_more_tokens_leave(open
     assert sum(r.stats.exited for r in results[20:]) > sum(r.stats.exited for r in results[:10])
 
 
-def test_what_is_learned_belongs_to_the_model_and_the_exits(opened: Bundle) -> None:
+def test_learned_thresholds_belong_to_one_model_and_its_exits(opened: Bundle) -> None:
     model, other = Model(opened), Model(opened)
     texts(model, AUTO)
     texts(other, AUTO, 1)
@@ -52,7 +52,7 @@ def test_what_is_learned_belongs_to_the_model_and_the_exits(opened: Bundle) -> N
     assert thresholds(model, (1,)).keys() == {1}
 
 
-def test_when_the_layers_above_catch_up_changes_nothing_that_is_learned(opened: Bundle) -> None:
+def test_max_pending_does_not_change_what_is_learned(opened: Bundle) -> None:
     outputs, learned = [], []
     for max_pending in (1, 3, 16):
         model = Model(opened)
@@ -62,7 +62,7 @@ def test_when_the_layers_above_catch_up_changes_nothing_that_is_learned(opened: 
     assert learned[0] == learned[1] == learned[2]
 
 
-def test_verified_exactly_the_text_is_that_of_plain_decoding(opened: Bundle) -> None:
+def test_exact_verification_gives_the_text_of_plain_decoding(opened: Bundle) -> None:
     model = Model(opened)
     rng = np.random.default_rng(3)
     for result in texts(model, replace(AUTO, verify="exact"), 12):

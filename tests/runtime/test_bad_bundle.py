@@ -1,4 +1,4 @@
-"""What a damaged or forged bundle meets: one line that names file and field and a remedy, exit code 2."""
+"""A damaged or forged bundle gives one line with the file, the field and a remedy, and exit code 2."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_all_damaged_files_are_named_at_once(bundle: Path, refused: Refused) -> 
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_changed_byte_is_found_when_asked_for(bundle: Path, refused: Refused, file: str) -> None:
+def test_verify_finds_a_changed_byte(bundle: Path, refused: Refused, file: str) -> None:
     flip(bundle / file)
     refused(["generate", bundle, "Hello", "--verify"], file, "sha256", "Copy the bundle again")
     with pytest.raises(BundleError, match=file):
@@ -83,7 +83,7 @@ def test_a_changed_byte_is_found_when_asked_for(bundle: Path, refused: Refused, 
 
 @pytest.mark.parametrize("file", ["layers-00-01.onnx", "tokenizer.json", "draft-vocab-01.npy", "draft-vocab-03.npy"])
 @pytest.mark.parametrize("fill", [b"\0", b"\xff", b"{"])
-def test_garbage_of_the_right_size_is_refused_where_it_is_read(
+def test_garbage_of_the_right_size_is_refused_when_it_is_read(
     bundle: Path, refused: Refused, file: str, fill: bytes
 ) -> None:
     (bundle / file).write_bytes(fill * (bundle / file).stat().st_size)
@@ -114,7 +114,7 @@ def test_a_graph_of_another_model_is_refused_port_by_port(
 
 
 def forge(bundle: Path, **fields: Any) -> None:
-    """Edit bundle.json as somebody would who also corrects the digest."""
+    """Edit bundle.json as an attacker would, who also corrects the digest."""
     path = bundle / names.MANIFEST_FILE
     data = json.loads(path.read_text(encoding="utf-8")) | fields
     data["digest"] = manifest._digest(data)
@@ -127,21 +127,21 @@ def content(bundle: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("field", ["model", "exits", "dtype", "max_length", "segments", "files", "source", "tools"])
-def test_an_edited_field_of_bundle_json_is_noticed(bundle: Path, refused: Refused, field: str) -> None:
+def test_an_edited_field_of_bundle_json_is_detected(bundle: Path, refused: Refused, field: str) -> None:
     edit_json(bundle / names.MANIFEST_FILE, **{field: "something else"})
     for command in commands(bundle):
         refused(command, "bundle.json: field digest", "edited", "e-export")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"bundle"', "{}", '{"format_version": 1}', "\udcff"])
-def test_a_bundle_json_that_is_none_is_named(bundle: Path, refused: Refused, text: str) -> None:
+def test_a_bundle_json_that_is_not_valid_is_named(bundle: Path, refused: Refused, text: str) -> None:
     (bundle / names.MANIFEST_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     for command in commands(bundle):
         refused(command, "bundle.json", "e-export")
 
 
 @pytest.mark.parametrize("version", [0, 4, 99, "1", None, 1.5, True, [1]])
-def test_another_format_version_is_named(bundle: Path, refused: Refused, version: object) -> None:
+def test_an_unknown_format_version_is_named(bundle: Path, refused: Refused, version: object) -> None:
     forge(bundle, format_version=version)
     for command in commands(bundle):
         refused(
@@ -242,7 +242,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str
 
 
 @pytest.mark.parametrize("case", FORGERIES)
-def test_a_bundle_json_that_cannot_be_true_is_refused_even_with_a_right_digest(
+def test_a_contradictory_bundle_json_is_refused_even_with_a_valid_digest(
     bundle: Path, refused: Refused, case: str
 ) -> None:
     edit, says = FORGERIES[case]
@@ -263,7 +263,7 @@ def test_a_missing_field_of_bundle_json_is_named(bundle: Path, refused: Refused,
 
 
 @pytest.mark.parametrize("where", ["nowhere", "file", "folder", ""])
-def test_a_bundle_that_is_not_there_is_named(
+def test_a_bundle_that_does_not_exist_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, where: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

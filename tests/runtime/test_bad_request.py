@@ -1,4 +1,4 @@
-"""What users get wrong: one line that names the option and a remedy, exit code 2."""
+"""A request that is not valid gives one line with the option and a remedy, and exit code 2."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SAMPLING = ("--temperature", 1)
         (("Hello", "--compare", "--strategy", "plain"), ("--compare", "rop --strategy")),
     ],
 )
-def test_a_request_that_cannot_be_met_names_the_option(
+def test_a_request_that_cannot_be_met_is_refused_by_option(
     sound: Path, refused: Refused, options: tuple[str | int | float, ...], says: tuple[str, ...]
 ) -> None:
     refused(["generate", sound, *map(str, options)], *says)
@@ -90,7 +90,7 @@ def test_the_python_api_refuses_the_same_and_stays_usable(
     assert model.generate([5, 6, 7], max_new_tokens=4).tokens == before
 
 
-def test_options_are_checked_where_they_are_made() -> None:
+def test_options_are_checked_when_they_are_created() -> None:
     for make in (
         lambda: DraftPolicy(0),
         lambda: DraftPolicy(4, confidence=-0.5),
@@ -101,7 +101,7 @@ def test_options_are_checked_where_they_are_made() -> None:
             make()
 
 
-# The request to compare
+# Parity options that are not valid
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_options_are_checked_where_they_are_made() -> None:
         (("--text", "long.txt"), ("too long", "--max-length")),
     ],
 )
-def test_a_comparison_that_cannot_be_made_names_the_option(
+def test_a_parity_check_that_cannot_run_is_refused_by_option(
     tiny_bundles: TinyBundles,
     sound: Path,
     tmp_path: Path,
@@ -131,7 +131,7 @@ def test_a_comparison_that_cannot_be_made_names_the_option(
 
 
 @pytest.mark.parametrize("other", [SPECULATOR, replace(BASE, name="wide", vocab=310)], ids=lambda tiny: tiny.name)
-def test_a_comparison_with_another_model_is_refused(
+def test_a_parity_check_against_another_model_is_refused(
     tiny_bundles: TinyBundles, refused: Refused, other: TinyModel
 ) -> None:
     bundle = tiny_bundles.bundle(BASE, 2)

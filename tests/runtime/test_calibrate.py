@@ -1,4 +1,4 @@
-"""`shortstack calibrate` on a tiny model: the command, its profile, and the guarantee, drawn two hundred times."""
+"""`shortstack calibrate` on a tiny model: the command, its profile, and its guarantee over two hundred draws."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from helpers.bad_input import Refused, edit_json, left_behind
+from helpers.progress_lines import without_progress
 from helpers.tiny_models import BASE, SPECULATOR, TinyBundles
 from shortstack.__main__ import run
 from shortstack.graphs.bundle import open_bundle
@@ -27,7 +28,7 @@ from shortstack.runtime.calibration.prompts import read_prompts
 
 EXITS = (1, 3, 4)
 PROMPTS = 40
-# Any 29 prompts that lose nothing pass at these.
+# At these settings, any 29 prompts without a loss pass the test.
 QUICK = ["--loss", "any", "--test", "binomial", "--delta", "0.1", "-n", "6"]
 
 Calibrate = Callable[..., tuple[int, dict[str, Any]]]
@@ -60,12 +61,12 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def calibrated(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Calibrate:
-    """Runs the command with ``--json``; returns its exit code and what it printed."""
+    """Run the command with ``--json``; return its exit code and the JSON that it printed."""
 
     def calibrated(*options: str) -> tuple[int, dict[str, Any]]:
         code = run(["calibrate", str(folder), "--data", str(data), "--json", *QUICK, *options])
         out, error = capsys.readouterr()
-        assert error == ""
+        assert without_progress(error) == ""
         return code, json.loads(out)
 
     return calibrated
@@ -74,7 +75,7 @@ def calibrated(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> 
 # The command
 
 
-def test_the_walk_ends_at_the_first_threshold_that_fails_and_the_profile_decodes(
+def test_the_search_ends_at_the_first_failing_threshold_and_its_profile_decodes(
     calibrated: Calibrate, folder: Path, speculator: Model
 ) -> None:
     code, printed = calibrated()
@@ -92,7 +93,7 @@ def test_the_walk_ends_at_the_first_threshold_that_fails_and_the_profile_decodes
     assert result.stats.exited
 
 
-def test_a_sweep_measures_everything_and_finds_the_same(calibrated: Calibrate) -> None:
+def test_a_sweep_measures_all_thresholds_and_chooses_the_same(calibrated: Calibrate) -> None:
     _, walked = calibrated()
     code, swept = calibrated("--sweep")
     assert code == 0
@@ -117,7 +118,7 @@ def test_other_criteria_and_exits_are_calibrated(calibrated: Calibrate, folder: 
     assert not (folder / PROFILE_FILE).exists()
 
 
-def test_where_no_threshold_passes_the_profile_asks_for_the_whole_model(
+def test_if_no_threshold_passes_the_profile_runs_the_whole_model(
     calibrated: Calibrate, folder: Path, speculator: Model
 ) -> None:
     code, printed = calibrated("--grid", "0")
@@ -130,7 +131,7 @@ def test_where_no_threshold_passes_the_profile_asks_for_the_whole_model(
     assert early.tokens == speculator.generate(prompt, max_new_tokens=20).tokens
 
 
-def test_the_table_says_what_was_found(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_the_result(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["calibrate", str(folder), "--data", str(data), *QUICK]
     assert run([*arguments, "--grid", "0.9 0"]) == 0
     out = capsys.readouterr().out
@@ -141,7 +142,7 @@ def test_the_table_says_what_was_found(folder: Path, data: Path, capsys: pytest.
     assert "no threshold passes: full model" in capsys.readouterr().out
 
 
-def test_prompts_are_read_as_generate_would_take_them(speculator: Model, tmp_path: Path) -> None:
+def test_prompts_are_read_as_generate_reads_them(speculator: Model, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     question = [{"role": "user", "content": "Why?"}]
     lines: list[dict[str, Any]] = [
@@ -163,7 +164,7 @@ def test_prompts_are_read_as_generate_would_take_them(speculator: Model, tmp_pat
 # What is refused
 
 
-def test_too_few_prompts_are_refused_before_any_work_unless_only_the_curve_is_wanted(
+def test_too_few_prompts_are_refused_before_any_work_unless_it_is_a_sweep(
     refused: Refused, folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments: list[str | Path] = ["calibrate", folder, "--data", data]
@@ -189,7 +190,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_options_that_cannot_be_are_refused(refused: Refused, folder: Path, data: Path, case: str) -> None:
+def test_options_that_are_not_valid_are_refused(refused: Refused, folder: Path, data: Path, case: str) -> None:
     options, says = BAD_OPTIONS[case]
     refused(["calibrate", folder, "--data", data, *QUICK, *options], *says)
     assert not (folder / PROFILE_FILE).exists()
@@ -209,21 +210,23 @@ LINES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_files_that_hold_no_prompts_are_refused(refused: Refused, folder: Path, data: Path, case: str) -> None:
+def test_files_without_valid_prompts_are_refused(refused: Refused, folder: Path, data: Path, case: str) -> None:
     content, says = LINES[case]
     data.write_bytes(content)
     refused(["calibrate", folder, "--data", data, *QUICK], f"--data {data}", says)
 
 
-def test_a_file_that_is_no_profile_is_not_replaced(refused: Refused, folder: Path, data: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_profile_is_not_replaced(
+    refused: Refused, folder: Path, data: Path, tmp_path: Path
+) -> None:
     before = data.read_bytes()
-    refused(["calibrate", folder, "--data", data, *QUICK, "-o", data], "exists and is no exit profile")
+    refused(["calibrate", folder, "--data", data, *QUICK, "-o", data], "exists and is not an exit profile")
     assert data.read_bytes() == before
     refused(["calibrate", folder, "--data", data, *QUICK, "-o", tmp_path / "none" / "p.json"], "is not a folder")
     assert left_behind(tmp_path) == ["bundle", data.name]
 
 
-def test_a_profile_of_other_weights_is_refused(calibrated: Calibrate, folder: Path, tiny_bundles: TinyBundles) -> None:
+def test_a_profile_for_other_weights_is_refused(calibrated: Calibrate, folder: Path, tiny_bundles: TinyBundles) -> None:
     calibrated("--grid", "0.9")
     other = open_bundle(tiny_bundles.bundle(BASE, 1))
     with pytest.raises(RequestError) as caught:
@@ -233,7 +236,7 @@ def test_a_profile_of_other_weights_is_refused(calibrated: Calibrate, folder: Pa
     assert all(part in str(caught.value) for part in expected)
 
 
-def test_a_profile_for_exits_that_a_bundle_lacks_is_refused(calibrated: Calibrate, folder: Path) -> None:
+def test_a_profile_for_exits_that_the_bundle_lacks_is_refused(calibrated: Calibrate, folder: Path) -> None:
     calibrated("--grid", "0.9")
     edit_json(folder / PROFILE_FILE, exit_layers=[1, 2])
     with pytest.raises(RequestError, match=rf"{PROFILE_FILE} does not fit .*unknown exit 2"):
@@ -250,19 +253,19 @@ CASES: list[tuple[Loss, Test]] = [("text", "hoeffding"), ("text", "hoeffding-ben
 
 @dataclass(frozen=True)
 class Population:
-    """All prompts that may come: the loss of each at each threshold [thresholds, prompts], and what leaves early."""
+    """All possible prompts: the loss of each at each threshold [thresholds, prompts], and how much leaves early."""
 
     losses: dict[Loss, npt.NDArray[np.float64]]
     exited_shares: list[float]
 
     def drawn(self, loss: Loss, draws: int) -> Iterator[npt.NDArray[np.float64]]:
-        """Losses [thresholds, drawn] of prompts drawn from all."""
+        """Yield the losses [thresholds, drawn] of prompts drawn from the population."""
         rng = np.random.default_rng(13)
         for _ in range(draws):
             yield self.losses[loss][:, rng.integers(0, self.losses[loss].shape[1], DRAWN)]
 
     def mean_loss(self, loss: Loss, accepted: int) -> float:
-        """What the last of so many accepted thresholds really loses; nothing if none was."""
+        """Return the true mean loss of the last accepted threshold, 0 if none was accepted."""
         return float(self.losses[loss][accepted - 1].mean()) if accepted else 0.0
 
 
@@ -288,7 +291,7 @@ def accepted(losses: npt.NDArray[np.float64], test: Test, delta: float) -> int:
 
 
 @pytest.mark.parametrize(("loss", "test"), CASES)
-def test_the_bound_holds_in_95_of_100_calibrations_and_most_let_tokens_leave(
+def test_the_bound_holds_in_95_of_100_calibrations_and_most_let_tokens_exit_early(
     population: Population, loss: Loss, test: Test
 ) -> None:
     delta = 0.1
@@ -301,10 +304,10 @@ def test_the_bound_holds_in_95_of_100_calibrations_and_most_let_tokens_leave(
 
 
 @pytest.mark.parametrize(("loss", "test"), CASES)
-def test_the_bound_holds_where_a_threshold_loses_just_more_than_delta(
+def test_the_bound_holds_if_a_threshold_loses_slightly_more_than_delta(
     population: Population, loss: Loss, test: Test
 ) -> None:
-    """The hardest case; a choice by the measured mean alone is wrong in about half of the draws."""
+    """This is the hardest case: a choice by the measured mean alone is wrong in about half of the draws."""
     draws, means = 1000, population.losses[loss].mean(axis=1)
     tempting = int(np.argmax(means > 0.06))
     delta = float(means[tempting]) - 1e-6

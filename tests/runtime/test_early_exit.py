@@ -1,7 +1,7 @@
-"""Early exit on real graphs: the same keys and values as full-depth decoding, whoever left, and the same output where
-that is promised.
+"""Early exit on real graphs: the keys and values equal those of full-depth decoding, whichever tokens exit early, and
+the output is the same where that is promised.
 
-The exits 1, 2 and 3 of a random six-layer model name the whole model's token about half the time.
+The exits 1, 2 and 3 of a random six-layer model predict the whole model's token about half the time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ KV_POLICIES: tuple[KVPolicy, ...] = ("flush", "pipeline", "auto", "recompute")
 
 @dataclass(frozen=True)
 class Scripted:
-    """Wraps a pattern so that its decisions depend on the position only: the same for every way to fill the cache."""
+    """Decides by position only, after a pattern, so that the decisions are the same for every KV policy."""
 
     pattern: Pattern
     needs = frozenset[str]()
@@ -84,7 +84,7 @@ def plain(model: Model, ids: Sequence[int], tokens: int = TOKENS, **options: Any
 
 
 def kv(model: Model, positions: int) -> list[np.ndarray]:
-    """Keys and values of every layer, [kv_heads, positions, head_dim] each."""
+    """Return the keys and values of every layer, each [kv_heads, positions, head_dim]."""
     layers = range(SPECULATOR.layers)
     return [
         model.cache.buffer(layer, part).numpy()[0, :, :positions].copy() for layer in layers for part in names.KV_PARTS
@@ -92,7 +92,7 @@ def kv(model: Model, positions: int) -> list[np.ndarray]:
 
 
 def assert_kv_is_that_of_full_depth(model: Model, text: Sequence[int]) -> None:
-    """What the last generation left is what one run of all layers over its text writes."""
+    """Check that the last generation left the keys and values that one run of all layers over its text writes."""
     positions = len(text) - 1  # the newest token is not cached
     left = kv(model, positions)
     model.exclusive_stack().prefill(text[:positions], 0, False)
@@ -101,7 +101,7 @@ def assert_kv_is_that_of_full_depth(model: Model, text: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize(("expression", "kv_policy"), list(product(CRITERIA, KV_POLICIES)))
-def test_every_criterion_leaves_the_keys_and_values_of_full_depth(
+def test_every_criterion_gives_the_keys_and_values_of_full_depth(
     model: Model, expression: str, kv_policy: KVPolicy
 ) -> None:
     policy = ExitPolicy(parse_criterion(expression), kv_policy=kv_policy)
@@ -111,7 +111,7 @@ def test_every_criterion_leaves_the_keys_and_values_of_full_depth(
         result = generate(model, ids, policy)
         exited += result.stats.exited
         assert_kv_is_that_of_full_depth(model, [*ids, *result.tokens])
-    assert exited > 10, "hardly a token left: this shows nothing"
+    assert exited > 10, "hardly any token exited early, so this shows nothing"
 
 
 @examples(40)
@@ -123,7 +123,7 @@ def test_every_criterion_leaves_the_keys_and_values_of_full_depth(
     st.integers(1, 40),
     st.integers(0, 100),
 )
-def test_random_exit_patterns_leave_the_keys_and_values_of_full_depth(
+def test_random_exit_patterns_give_the_keys_and_values_of_full_depth(
     model: Model,
     leaves_at: list[bool],
     kv_policy: KVPolicy,
@@ -155,13 +155,15 @@ def test_exact_verification_gives_the_plain_tokens(model: Model, expression: str
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("expression", ["top_prob >= 1.01", "never", "margin >= 1.5"])
-def test_a_threshold_out_of_reach_is_plain_decoding(model: Model, expression: str, kv_policy: KVPolicy) -> None:
+def test_a_threshold_that_is_never_reached_is_plain_decoding(
+    model: Model, expression: str, kv_policy: KVPolicy
+) -> None:
     for seed in range(4):
         policy = ExitPolicy(parse_criterion(expression), kv_policy=kv_policy)
         assert generate(model, prompt(seed), policy).tokens == plain(model, prompt(seed))
 
 
-def test_all_ways_to_fill_the_cache_generate_the_same(model: Model) -> None:
+def test_all_kv_policies_generate_the_same(model: Model) -> None:
     for expression, ids in product(CRITERIA, (prompt(0), prompt(1))):
         criterion = parse_criterion(expression)
         texts = {
@@ -172,7 +174,7 @@ def test_all_ways_to_fill_the_cache_generate_the_same(model: Model) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 9, 300])
-def test_a_prompt_that_may_leave_early_leaves_the_same_keys_and_values(model: Model, length: int) -> None:
+def test_a_prompt_that_may_exit_early_gives_the_same_keys_and_values(model: Model, length: int) -> None:
     ids = prompt(1, length)
     for expression in ("always", "top_prob >= 0.3", "similarity >= 0.8", "never"):
         policy = ExitPolicy(parse_criterion(expression), prefill_exit=True)
@@ -182,7 +184,7 @@ def test_a_prompt_that_may_leave_early_leaves_the_same_keys_and_values(model: Mo
             assert result.stats.prefilled == (expression == "never")
 
 
-def test_the_next_turn_starts_from_what_was_flushed(model: Model) -> None:
+def test_the_next_turn_starts_from_the_flushed_cache(model: Model) -> None:
     policy = ExitPolicy(parse_criterion("always"))
     ids = prompt(2)
     first = generate(model, ids, policy, 20)
@@ -195,7 +197,7 @@ def test_the_next_turn_starts_from_what_was_flushed(model: Model) -> None:
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
-def test_ends_stops_and_cancellation_work_and_leave_a_usable_model(model: Model, kv_policy: KVPolicy) -> None:
+def test_end_stop_and_cancellation_leave_a_usable_model(model: Model, kv_policy: KVPolicy) -> None:
     policy = ExitPolicy(parse_criterion("top_prob >= 0.2"), kv_policy=kv_policy)
     options: dict[str, Any] = {"strategy": "early-exit", "exits": policy}
     whole = generate(model, prompt(4), policy)
@@ -222,7 +224,7 @@ def test_ends_stops_and_cancellation_work_and_leave_a_usable_model(model: Model,
     assert alive == []
 
 
-def test_the_end_token_ends_the_text_wherever_it_was_decided(model: Model) -> None:
+def test_the_end_token_ends_the_text_at_any_exit(model: Model) -> None:
     found: set[int] = set()
     for seed in range(16):
         for kv_policy in ("flush", "pipeline"):
@@ -235,7 +237,7 @@ def test_the_end_token_ends_the_text_wherever_it_was_decided(model: Model) -> No
     assert found - {SPECULATOR.layers}, "no text was ended by an exit"
 
 
-def test_every_token_says_who_decided_it_and_how_surely(model: Model) -> None:
+def test_every_token_records_its_exit_and_confidence(model: Model) -> None:
     policy = ExitPolicy(parse_criterion("top_prob >= 0.3"))
     stream = model.stream(prompt(5), max_new_tokens=TOKENS, ignore_eos=True, strategy="early-exit", exits=policy)
     tokens = list(stream)
@@ -247,7 +249,7 @@ def test_every_token_says_who_decided_it_and_how_surely(model: Model) -> None:
     assert stream.stats.mean_exit_layer == pytest.approx(np.mean([token.exit_layer for token in tokens]))
 
 
-def test_every_token_is_what_its_head_says_of_the_text_so_far(model: Model) -> None:
+def test_every_token_is_what_its_head_predicts_for_the_text_so_far(model: Model) -> None:
     differ = 0
     for expression in ("top_prob >= 0.2", "margin >= 0.1 and patience >= 2", "always"):
         policy = ExitPolicy(parse_criterion(expression))
@@ -259,10 +261,10 @@ def test_every_token_is_what_its_head_says_of_the_text_so_far(model: Model) -> N
             row = len(ids) - 1 + index
             assert token.id == heads[token.exit_layer][row].argmax()
             differ += token.id != heads[SPECULATOR.layers][row].argmax()
-    assert differ, "no token left that the whole model would not have said"
+    assert differ, "every token that exited early is also the whole model's choice"
 
 
-def test_upper_layers_on_threads_of_their_own_generate_the_same(tiny_bundles: TinyBundles, model: Model) -> None:
+def test_upper_layers_on_separate_threads_generate_the_same(tiny_bundles: TinyBundles, model: Model) -> None:
     bundle = tiny_bundles.bundle(SPECULATOR, *EXITS)
     with pytest.raises(RequestError, match="another process"):
         load(bundle, upper=Placement(threads=1))
@@ -272,7 +274,7 @@ def test_upper_layers_on_threads_of_their_own_generate_the_same(tiny_bundles: Ti
 import json
 from shortstack.runtime import ExitPolicy, Placement, load, parse_criterion
 model = load({str(bundle)!r}, threads=1, upper=Placement(threads=1))
-load({str(bundle)!r})  # a second one shares nothing with it and is no error
+load({str(bundle)!r})  # a second model shares nothing with it and is not an error
 texts = []
 for way in {KV_POLICIES!r}:
     exits = ExitPolicy(parse_criterion("top_prob >= 0.3"), kv_policy=way)
@@ -285,7 +287,7 @@ print(json.dumps(texts))
     assert json.loads(ended.stdout) == [list(tokens) for tokens in expected]
 
 
-def test_sampling_at_exits_is_repeatable_and_exact_where_verified(model: Model) -> None:
+def test_sampling_at_exits_is_repeatable_and_exact_if_verified(model: Model) -> None:
     sampling = SamplingParams(temperature=0.9, top_p=0.9, seed=3)
     criterion: Criterion = parse_criterion("top_prob >= 0.3")
     for options in ({"kv_policy": "pipeline"}, {"kv_policy": "flush"}, {"verify": "exact"}):
@@ -308,6 +310,6 @@ def test_sampling_at_exits_is_repeatable_and_exact_where_verified(model: Model) 
         ({"strategy": "late-exit"}, "early-exit"),
     ],
 )
-def test_requests_that_cannot_be_followed_are_refused(model: Model, options: dict[str, Any], says: str) -> None:
+def test_impossible_requests_are_refused(model: Model, options: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         model.stream(prompt(0), **options)

@@ -1,4 +1,4 @@
-"""`shortstack generate --strategy early-exit`: its options, what it refuses, what it prints, its exit codes."""
+"""`shortstack generate --strategy early-exit`: its options, its output, its errors, its exit codes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tiny_model(tiny: Path) -> Model:
 
 @pytest.fixture
 def profile(tiny: Path, tmp_path: Path) -> Path:
-    """A profile of the tiny bundle that asks for 0.2 at the exits 1 and 3."""
+    """A profile for the tiny bundle with the threshold 0.2 at the exits 1 and 3."""
     manifest = open_bundle(tiny).manifest
     points = tuple(Point(t, 0.05, 0.01, True, 3.0, 0.6, 100, None) for t in (0.5, 0.2))
     path = tmp_path / "exit-profile.json"
@@ -62,7 +62,7 @@ def run_json(bundle: Path, *options: object, code: int = 0) -> Any:
     return json.loads(run(bundle, *options, "--json", code=code).stdout)
 
 
-# What it generates
+# Generated tokens
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_options_become_the_policy(
     assert found["stats"]["exits"] == {str(depth): count for depth, count in expected.stats.exits.items()}
 
 
-def test_upper_segments_may_have_threads_of_their_own(tiny: Path) -> None:
-    # In a process of its own: onnxruntime knows either one pool for all or one for each.
+def test_upper_segments_may_have_separate_threads(tiny: Path) -> None:
+    # In a separate process: onnxruntime has either one thread pool for all sessions or one for each.
     options = [*EARLY, *RULE, "--kv-policy", "pipeline", "--upper-provider", "cpu", "--upper-threads", "1", "--json"]
     command = [sys.executable, "-m", "shortstack", "generate", str(tiny), "Hello there", "--raw", "-n", str(TOKENS)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
@@ -98,24 +98,24 @@ def test_upper_segments_may_have_threads_of_their_own(tiny: Path) -> None:
     assert json.loads(done.stdout)["tokens"] == run_json(tiny, *EARLY, *RULE)["tokens"]
 
 
-def test_a_profile_says_when_tokens_leave(tiny: Path, tiny_model: Model, profile: Path) -> None:
+def test_a_profile_decides_when_tokens_exit(tiny: Path, tiny_model: Model, profile: Path) -> None:
     found = run_json(tiny, *EARLY, "--profile", profile)
     exits = ExitPolicy(parse_criterion("top_prob >= 0.2"), (1, 3))
     expected = tiny_model.generate("Hello there", max_new_tokens=TOKENS, strategy="early-exit", exits=exits)
     assert found["tokens"] == list(expected.tokens)
 
 
-def test_a_profile_that_found_nothing_is_noted(tiny: Path, profile: Path) -> None:
+def test_a_profile_without_a_safe_threshold_is_reported(tiny: Path, profile: Path) -> None:
     edit_json(profile, threshold=None, criterion="never")
     done = run(tiny, *EARLY, "--profile", profile)
     assert "found no safe threshold" in done.stderr
     assert "exited 0%" in done.stderr
 
 
-# What it shows
+# Output
 
 
-def test_json_has_a_record_per_token_when_asked(tiny: Path) -> None:
+def test_json_has_a_record_per_token_if_requested(tiny: Path) -> None:
     found = run_json(tiny, *EARLY, *RULE, "--show-exits")
     assert [each["token"] for each in found["exits"]] == found["tokens"]
     assert {frozenset(each) for each in found["exits"]} == {frozenset({"token", "exit_layer", "confidence", "pending"})}
@@ -126,7 +126,7 @@ def test_json_has_a_record_per_token_when_asked(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["plain", "self-speculative"])
-def test_exits_are_shown_of_every_strategy(tiny: Path, strategy: str) -> None:
+def test_exits_are_shown_for_every_strategy(tiny: Path, strategy: str) -> None:
     done = run(tiny, "--strategy", strategy, "--show-exits")
     assert "all 6 layers" in done.stdout
     assert ("after 1 layer " in done.stdout) == (strategy == "self-speculative")
@@ -141,7 +141,7 @@ def test_shown_exits_end_in_a_legend_and_a_mean_depth(tiny: Path) -> None:
     assert "\x1b" not in done.stdout.splitlines()[-1]
 
 
-def test_comparing_takes_in_early_exit_and_its_difference_is_no_failure(tiny: Path) -> None:
+def test_compare_includes_early_exit_and_its_difference_is_not_a_failure(tiny: Path) -> None:
     plain, drafted, early = run_json(tiny, "--compare", "--exit-when", "always", "-e", 1)
     assert [one["strategy"] for one in (plain, drafted, early)] == ["plain", "self-speculative", "early-exit"]
     assert plain["tokens"] == drafted["tokens"] != early["tokens"]
@@ -153,17 +153,17 @@ def test_comparing_takes_in_early_exit_and_its_difference_is_no_failure(tiny: Pa
     assert "early exit agrees with plain decoding in the first" in " ".join(text.split())
 
 
-def test_comparing_verified_early_exit_finds_it_identical(tiny: Path) -> None:
+def test_compare_finds_verified_early_exit_identical(tiny: Path) -> None:
     done = run(tiny, "--compare", *RULE, "--verify-exits", "exact")
     assert done.stdout.count("yes") >= 2
     assert "early exit agrees" not in done.stdout
 
 
-def test_comparing_without_a_rule_stays_as_it_was(tiny: Path) -> None:
+def test_compare_without_a_rule_leaves_early_exit_out(tiny: Path) -> None:
     assert [one["strategy"] for one in run_json(tiny, "--compare")] == ["plain", "self-speculative"]
 
 
-def test_a_verified_difference_fails(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_fails_if_verified_early_exit_differs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def accept_all(self: Any, rows: int, drafts: list[Any]) -> Any:
         tokens = [draft.token for draft in drafts]
         return loop.Verdict((*tokens, *self._stack.final.token[len(drafts) : rows].tolist()), len(drafts))
@@ -173,30 +173,30 @@ def test_a_verified_difference_fails(tiny: Path, monkeypatch: pytest.MonkeyPatch
     assert "NO" in done.stdout
 
 
-# The report
+# Reports
 
 
-def test_a_report_is_written_beside_the_answer(tiny: Path, tmp_path: Path) -> None:
+def test_a_report_is_written_in_addition_to_the_answer(tiny: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = run(tiny, *EARLY, *RULE, "--report", page)
     assert f"report: {page}" in done.stderr
     html = page.read_text(encoding="utf-8")
     assert html.count("data-tip=") == TOKENS
-    assert "Other thresholds of top_prob" in html
-    assert html.count("(this text)") == 1
+    assert "This and other thresholds of top_prob" in html
+    assert html.count("<small>this text</small>") == 1
     alone = run(tiny, *EARLY, *RULE)
     assert done.stdout == alone.stdout
 
 
-def test_a_report_without_sweep_and_one_that_has_nothing_to_sweep(tiny: Path, tmp_path: Path) -> None:
+def test_a_report_has_no_sweep_if_it_is_off_or_impossible(tiny: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     run(tiny, *EARLY, *RULE, "--report", page, "--no-sweep")
-    assert "Other thresholds" not in page.read_text(encoding="utf-8")
+    assert "other thresholds" not in page.read_text(encoding="utf-8")
     run(tiny, *EARLY, "--exit-when", "patience >= 2", "--report", page)
-    assert "Other thresholds" not in page.read_text(encoding="utf-8")
+    assert "other thresholds" not in page.read_text(encoding="utf-8")
 
 
-def test_a_report_of_a_profile_shows_the_calibration(tiny: Path, tmp_path: Path, profile: Path) -> None:
+def test_a_report_for_a_profile_shows_the_calibration(tiny: Path, tmp_path: Path, profile: Path) -> None:
     page = tmp_path / "page.html"
     found = run_json(tiny, "--compare", "--profile", profile, "--report", page)
     assert len(found) == 3
@@ -205,7 +205,7 @@ def test_a_report_of_a_profile_shows_the_calibration(tiny: Path, tmp_path: Path,
     assert 'class="calibrated"' in html
 
 
-# What it refuses
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_report_of_a_profile_shows_the_calibration(tiny: Path, tmp_path: Path,
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused(
+def test_impossible_options_are_refused(
     sound: Path, refused: Refused, options: tuple[object, ...], says: tuple[str, ...]
 ) -> None:
     refused(["generate", sound, "Hello", *map(str, options)], *says)
@@ -252,7 +252,7 @@ def test_a_bundle_without_exits_is_refused(tiny_bundles: TinyBundles, refused: R
     refused(["generate", tiny_bundles.bundle(BASE), "Hi", *EARLY, *RULE], "this bundle has none", "--exit-layer E")
 
 
-def test_a_profile_of_other_weights_is_refused(sound: Path, profile: Path, refused: Refused) -> None:
+def test_a_profile_for_other_weights_is_refused(sound: Path, profile: Path, refused: Refused) -> None:
     refused(["generate", sound, "Hi", *EARLY, "--profile", profile], "measured on other weights", "calibrate")
 
 

@@ -1,5 +1,5 @@
-"""Exits above which no layer owns a cache: what lies above has none, a prompt hardly runs there, and tokens that leave
-leave no hole; of other maps, the missing producers alone are filled back.
+"""Exits above which no layer owns a cache: the upper graphs have none, a prompt runs there with its last position only,
+and tokens that exit early leave no hole. With other maps, only the missing producers are filled in later.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ complete_maps = pytest.mark.parametrize("name", COMPLETE)
 
 
 @complete_maps
-def test_above_a_complete_exit_there_is_no_cache_at_all(kv_bundles: KVBundles, name: str) -> None:
+def test_above_a_complete_exit_there_is_no_cache(kv_bundles: KVBundles, name: str) -> None:
     kv_map, exits, changes = COMPLETE[name]
     assert exits[0] == complete_from(kv_map)
     model = load(kv_bundles.bundle(kv_map, *exits, **changes))
@@ -47,7 +47,7 @@ def test_above_a_complete_exit_there_is_no_cache_at_all(kv_bundles: KVBundles, n
 
 
 def criterion(model: Model, measure: str, exits: Sequence[int]) -> str:
-    """One that half of the positions of some text meet."""
+    """Return a criterion that half of the positions of some text meet."""
     if measure == "always":
         return measure
     found = model.activations(ids(64))
@@ -62,7 +62,7 @@ def criterion(model: Model, measure: str, exits: Sequence[int]) -> str:
 
 @complete_maps
 @pytest.mark.parametrize("measure", ["always", "top_prob", "similarity"])
-def test_leaving_at_a_complete_exit_changes_no_later_logit(kv_bundles: KVBundles, name: str, measure: str) -> None:
+def test_exiting_at_a_complete_exit_changes_no_later_logit(kv_bundles: KVBundles, name: str, measure: str) -> None:
     kv_map, exits, changes = COMPLETE[name]
     if measure == "similarity" and len(exits) == 1:
         pytest.skip("similarity compares an exit with the one below")
@@ -70,7 +70,7 @@ def test_leaving_at_a_complete_exit_changes_no_later_logit(kv_bundles: KVBundles
     expression = criterion(model, measure, exits)
     left = stayed = 0
     for seed in range(3):
-        for kv_policy in ("flush", "pipeline", "auto"):  # recomputing runs the lower rows in other numbers
+        for kv_policy in ("flush", "pipeline", "auto"):  # recomputing runs other numbers of rows
             policy = ExitPolicy(parse_criterion(expression), kv_policy=kv_policy)  # type: ignore[arg-type]
             prompt = ids(7, seed)
             stream = model.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True, strategy="early-exit", exits=policy)
@@ -79,7 +79,7 @@ def test_leaving_at_a_complete_exit_changes_no_later_logit(kv_bundles: KVBundles
             left += sum(token.exit_layer < len(kv_map) for token in tokens[1:])
             stayed += sum(token.exit_layer == len(kv_map) for token in tokens[1:])
             text = [*prompt, *(token.id for token in tokens)]
-            # The caches that early exit left, read by one more full-depth step; and those of a text that never left.
+            # One more full-depth step reads the caches after early exit, and those of a text that never exited early.
             after = []
             for fresh in (False, True):
                 stack = model._stack(())
@@ -93,11 +93,11 @@ def test_leaving_at_a_complete_exit_changes_no_later_logit(kv_bundles: KVBundles
                 after.append(stack.final.logits[0].copy())
             assert (after[0] == after[1]).all(), "bit for bit"
     assert left > 0
-    assert (stayed == 0) is (measure == "always"), "with a criterion some leave and some do not"
+    assert (stayed == 0) is (measure == "always"), "with a criterion, some tokens exit early and some do not"
 
 
 @complete_maps
-def test_a_prompt_runs_above_a_complete_exit_with_its_last_position_only(
+def test_only_the_last_position_of_a_prompt_runs_above_a_complete_exit(
     kv_bundles: KVBundles, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     kv_map, exits, changes = COMPLETE[name]
@@ -119,7 +119,7 @@ def test_a_prompt_runs_above_a_complete_exit_with_its_last_position_only(
     assert rows == [*((0, count) for count in chunks), *above]
 
 
-def test_missing_producers_alone_are_filled_back(kv_bundles: KVBundles) -> None:
+def test_only_missing_producers_are_filled_in_later(kv_bundles: KVBundles) -> None:
     kv_map = placement("lasagna", "bottom", 6, 3)  # 0 0 2 2 4 4: complete from 5 on
     model = load(kv_bundles.bundle(kv_map, 2, 5))
     runs: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Passes over iterated groups: how many run, which positions they make final, and what is read out before that."""
+"""Passes over iterated groups: how many run, which positions they make final, and what fewer passes give."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MAPS = {
     "pizza-middle": placement("pizza", "middle", 6, 3),
     "three groups": placement("lasagna", "middle", 9, 3),
     "overlapping groups": (3, 4, 4, 3, 4, 5),
-    "a layer of its own in a group": (2, 1, 2, 3),
+    "a producer without consumers in a group": (2, 1, 2, 3),
 }
 maps = pytest.mark.parametrize("name", MAPS)
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[int]]:
-    """Says how often each graph of a model ran since it was last asked."""
+    """Return a function that tells how often each graph of a model ran since its last call."""
     counted: Counter[Any] = Counter()
     whole = Binding.run
 
@@ -52,7 +52,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[int]]:
 
 
 def kept(model: Model, text: list[int]) -> dict[int, list[np.ndarray]]:
-    """Keys and values [1, kv_heads, len(text), head_dim] by producer, after a prompt."""
+    """Return the keys and values [1, kv_heads, len(text), head_dim] after a prompt, by producer."""
     kv_map = model.bundle.manifest.spec.kv_map
     model.exclusive_stack().prefill(text, 0, True)
     return {owner: model.cache.read(owner, 0, len(text)) for owner in producers(kv_map, 0, len(kv_map))}
@@ -64,8 +64,10 @@ def last_logits(model: Model) -> np.ndarray:
 
 @torch.no_grad()
 def after_passes(twin: Twin, text: list[int], passes: int) -> np.ndarray:
-    """Logits [vocab] after the last position: the first one is final, all others begin with nothing, and the whole
-    stack runs in each pass, which is how the runtime does it where no exit parts the layers.
+    """Return the logits [vocab] of the last position after a number of passes.
+
+    The first position is final, all others begin with nothing, and the whole stack runs in each pass. The runtime does
+    the same if no exit divides the layers.
     """
     tokens, spec = torch.tensor([text]), twin.spec
     first = sequential(twin, tokens[:, :1]).caches
@@ -82,7 +84,7 @@ def after_passes(twin: Twin, text: list[int], passes: int) -> np.ndarray:
 @maps
 @pytest.mark.parametrize("masks_diagonal", [False, True])
 def test_n_passes_make_the_first_positions_final(kv_bundles: KVBundles, name: str, masks_diagonal: bool) -> None:
-    """One more than n: the first position has run alone."""
+    """One position more than n is final, since the first position has run alone."""
     changes: dict[str, Any] = {"masks_diagonal": True} if masks_diagonal else {}
     bundle, text = kv_bundles.bundle(MAPS[name], **changes), ids(LENGTH)
     final = kept(load(bundle, prefill_passes=LENGTH + 3), text)
@@ -100,7 +102,7 @@ def test_n_passes_make_the_first_positions_final(kv_bundles: KVBundles, name: st
                 assert np.array_equal(part[:, :, : passes + 1], end[:, :, : passes + 1]), (passes, owner)
                 later = np.abs(part - end)[:, :, passes + 1 :]
                 is_open |= bool(later.size) and bool(later[:, :, 0].max() > 1e-3)
-        assert is_open or passes > 2, "not for a trivial reason: the next position is open yet"
+        assert is_open or passes > 2, "the next position must still be open, else this shows nothing"
 
 
 @maps
@@ -115,20 +117,20 @@ def test_as_many_passes_as_positions_give_the_logits_of_decoding_one_by_one(kv_b
 
 
 @maps
-def test_fewer_passes_give_what_the_twin_has_after_as_many(kv_bundles: KVBundles, name: str) -> None:
+def test_fewer_passes_give_what_the_twin_computes_in_as_many(kv_bundles: KVBundles, name: str) -> None:
     twin, text = kv_bundles.twin(MAPS[name]), ids(LENGTH)
     exact = after_passes(twin, text, LENGTH)
     for passes in (1, 2, 5):
         model = load(kv_bundles.bundle(MAPS[name]), prefill_passes=passes)
-        kept(model, ids(LENGTH, 1))  # of which nothing may remain
+        kept(model, ids(LENGTH, 1))  # nothing of this text may remain
         kept(model, text)
         expected = after_passes(twin, text, passes)
         assert np.abs(last_logits(model) - expected).max() <= TOLERANCE, passes
-        assert np.abs(expected - exact).max() > TOLERANCE or passes > 2, "too few passes must show"
+        assert np.abs(expected - exact).max() > TOLERANCE or passes > 2, "too few passes must make a difference"
 
 
 @maps
-def test_a_prompt_runs_as_often_as_is_asked_and_a_token_once(
+def test_a_prompt_runs_the_requested_number_of_passes_and_a_token_one(
     kv_bundles: KVBundles, runs: Callable[[Model], list[int]], name: str
 ) -> None:
     expected = {1: 1, 4: 4, 20: 20, "sequential": LENGTH - 1}
@@ -136,7 +138,7 @@ def test_a_prompt_runs_as_often_as_is_asked_and_a_token_once(
         model = load(kv_bundles.bundle(MAPS[name]), prefill_passes=passes)  # type: ignore[arg-type]
         stack = model.exclusive_stack()
         stack.prefill(ids(LENGTH), 0, True)
-        assert runs(model) == [1 + count], passes  # the first position alone
+        assert runs(model) == [1 + count], passes  # the first position runs alone
         for past in range(LENGTH, LENGTH + 3):
             stack.put(0, 7)
             stack.verify(1, past, True)
@@ -144,7 +146,9 @@ def test_a_prompt_runs_as_often_as_is_asked_and_a_token_once(
 
 
 @maps
-def test_a_group_alone_is_iterated(kv_bundles: KVBundles, runs: Callable[[Model], list[int]], name: str) -> None:
+def test_only_the_layers_of_a_group_are_iterated(
+    kv_bundles: KVBundles, runs: Callable[[Model], list[int]], name: str
+) -> None:
     exits = exits_of(MAPS[name])
     if not exits:
         pytest.skip("no depth at which this map may be cut")
@@ -153,7 +157,7 @@ def test_a_group_alone_is_iterated(kv_bundles: KVBundles, runs: Callable[[Model]
     stack.prefill(ids(LENGTH), 0, True)
     segments = model.bundle.manifest.plan.segments
     often = [any(MAPS[name][layer] > layer for layer in range(s.start, s.end)) for s in segments]
-    # Above a KV-complete exit nothing runs but the prompt's last position.
+    # Above a KV-complete exit only the prompt's last position runs.
     owns = [bool(producers(MAPS[name], s.start, s.end)) for s in segments]
     assert any(often)
     assert runs(model) == [1 + (5 if o else 1) if own else 1 for o, own in zip(often, owns, strict=True)]
@@ -166,7 +170,7 @@ def test_a_group_alone_is_iterated(kv_bundles: KVBundles, runs: Callable[[Model]
 
 @maps
 def test_passes_stop_once_nothing_changes(kv_bundles: KVBundles, runs: Callable[[Model], list[int]], name: str) -> None:
-    """Layers that add little, as trained ones do, forget what a pass began with."""
+    """Layers that add little, as trained layers do, forget what a pass began with."""
     text, calm = ids(40), {"calm_above": 0}
     model = load(kv_bundles.bundle(MAPS[name], **calm))
     kept(model, text)
@@ -174,16 +178,18 @@ def test_passes_stop_once_nothing_changes(kv_bundles: KVBundles, runs: Callable[
         exact = sequential(kv_bundles.twin(MAPS[name], **calm), torch.tensor([text])).logits[0, -1].numpy()
     assert np.abs(last_logits(model) - exact).max() <= TOLERANCE
     (count,) = runs(model)
-    assert 3 <= count <= 12, "the first position, passes, and one that changes nothing; measured: 6 or 7"
+    assert 3 <= count <= 12, "first position, passes, and one that changes nothing; measured: 6 or 7"
 
 
 @pytest.mark.parametrize("passes", [0, -1, "often", 1.5, True])
-def test_passes_that_are_none_are_refused(kv_bundles: KVBundles, passes: Any) -> None:
+def test_passes_that_are_not_valid_are_refused(kv_bundles: KVBundles, passes: Any) -> None:
     with pytest.raises(RequestError, match="passes over a prompt"):
         load(kv_bundles.bundle(TOP), prefill_passes=passes)
 
 
-def test_generate_takes_passes_where_there_are_any(kv_bundles: KVBundles, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_accepts_prefill_passes_only_for_models_that_iterate(
+    kv_bundles: KVBundles, capsys: pytest.CaptureFixture[str]
+) -> None:
     top, bottom = kv_bundles.bundle(TOP), kv_bundles.bundle(placement("sandwich", "bottom", 6, 3))
     for passes in ("9", "converged", "sequential"):
         assert run(["generate", str(top), "the red stone", "-n", "4", "--prefill-passes", passes]) == 0

@@ -1,4 +1,4 @@
-"""Shared keys and values after a rollback: rows of another text lie behind the cache's end, and nothing sees them."""
+"""Shared keys and values after a rollback: rows of another text lie beyond the cache's end, and nothing sees them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PROMPT, ROWS = 9, 4
 
 
 def one_round(stack: Stack, tokens: Sequence[int], past: int) -> list[np.ndarray]:
-    """Draft tokens that are given, whatever the exit says, and verify them at once; return what each head chose."""
+    """Draft the given tokens, whatever the exit predicts, and verify them in one run; return what each head chose."""
     drafts = []
     for row, token in enumerate(tokens):
         stack.put(row, token)
         stack.draft(row, past, with_head=True, with_logits=True)
         drafts.append(int(stack.exit.token[row]))
     for row, token in enumerate(tokens):
-        stack.put(row, token)  # a draft has written the exit's own there
+        stack.put(row, token)  # the draft run has written the exit's own token there
     stack.verify(len(tokens), past, True)
     return [np.array(drafts), stack.final.token[: len(tokens)]][-len(stack.heads) :]
 
@@ -60,7 +60,7 @@ def test_rejected_rows_leave_no_trace_in_any_logit(
 
 
 @cases
-def test_drafts_are_judged_as_plain_decoding_would(
+def test_verified_drafts_give_the_tokens_of_plain_decoding(
     kv_bundles: KVBundles, kv_map: tuple[int, ...], changes: dict[str, Any]
 ) -> None:
     exits = exits_of(kv_map)
@@ -92,7 +92,7 @@ def test_drafts_are_judged_as_plain_decoding_would(
 
 
 @pytest.mark.parametrize("kv_map", [kv_map for kv_map in NINE if exits_of(kv_map)], ids=str)
-def test_calm_layers_above_an_exit_agree_with_some_drafts_and_not_with_all(
+def test_calm_layers_above_an_exit_accept_some_drafts_but_not_all(
     kv_bundles: KVBundles, kv_map: tuple[int, ...]
 ) -> None:
     depth = exits_of(kv_map)[-1]
@@ -110,7 +110,7 @@ def test_calm_layers_above_an_exit_agree_with_some_drafts_and_not_with_all(
     assert rejected > 0
 
 
-def test_every_map_that_has_one_is_cut_at_its_complete_exit() -> None:
+def test_every_map_with_a_complete_exit_is_cut_there() -> None:
     assert len(set(NINE)) == 9
     complete = [kv_map for kv_map in NINE if complete_from(kv_map) < len(kv_map)]
     assert len(complete) == 4  # pizza-bottom and -middle, lasagna-bottom and -middle

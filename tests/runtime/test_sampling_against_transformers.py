@@ -1,4 +1,4 @@
-"""The distribution the runtime samples from is the one transformers' generate() samples from."""
+"""The runtime samples from the same distribution as transformers' generate()."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def processors(params: SamplingParams) -> LogitsProcessorList:
-    """In the order of ``GenerationMixin._get_logits_processor``."""
+    """Build the processors in the order of ``GenerationMixin._get_logits_processor``."""
     chain = LogitsProcessorList()
     if params.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
@@ -61,7 +61,7 @@ def theirs(logits: NDArray[np.float32], params: SamplingParams, context: list[in
 @pytest.mark.parametrize("temperature", [0.3, 0.8, 1.7])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("vocab", "spread"), [(37, 1.0), (4096, 3.0), (49152, 2.5)])
-def test_support_and_probabilities_are_those_of_transformers(
+def test_support_and_probabilities_equal_those_of_transformers(
     vocab: int, spread: float, options: dict[str, Any], temperature: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -69,7 +69,7 @@ def test_support_and_probabilities_are_those_of_transformers(
     context = rng.integers(0, vocab, 64).tolist()
     params = SamplingParams(temperature=temperature, **options)
     expected, found = theirs(logits, params, context), distribution(logits, params, context)
-    # a token at the very edge of the nucleus may fall on either side, since their sum is float32
+    # A token at the very edge of the nucleus may fall on either side, since transformers sums in float32.
     different = np.setxor1d(found.ids, np.flatnonzero(expected))
     assert expected[different].sum() + found.probs_at(different).sum() <= 5e-4
     assert different.size <= (1 if params.top_p < 1 or params.min_p > 0 else 0)
@@ -80,13 +80,15 @@ def test_support_and_probabilities_are_those_of_transformers(
 @pytest.mark.parametrize(
     ("logits", "options", "support"),
     [
-        ([0, 1, 1, 2], {"top_k": 2}, [1, 2, 3]),  # all that are tied with the k-th stay
+        ([0, 1, 1, 2], {"top_k": 2}, [1, 2, 3]),  # all tokens tied with the k-th stay
         ([0, 1, 1, 2], {"top_p": 0.0}, [3]),  # never empty
-        ([0, 2, 1, 2], {"min_p": 1.0}, [1, 3]),  # at the limit is kept
+        ([0, 2, 1, 2], {"min_p": 1.0}, [1, 3]),  # a token at the limit is kept
         ([-9, 2, 2, 2], {"top_k": 1, "min_p": 1.0}, [1, 2, 3]),
     ],
 )
-def test_limits_and_ties_fall_to_the_same_side(logits: list[int], options: dict[str, Any], support: list[int]) -> None:
+def test_limits_and_ties_are_resolved_the_same_way(
+    logits: list[int], options: dict[str, Any], support: list[int]
+) -> None:
     row, params = np.array(logits, np.float32), SamplingParams(temperature=1.0, **options)
     assert np.flatnonzero(theirs(row, params, [0])).tolist() == support
     assert distribution(row, params, [0]).ids.tolist() == support
@@ -94,7 +96,7 @@ def test_limits_and_ties_fall_to_the_same_side(logits: list[int], options: dict[
 
 def test_a_sum_that_reaches_top_p_exactly_ends_the_nucleus() -> None:
     row, params = np.zeros(4, np.float32), SamplingParams(temperature=1.0, top_p=0.5)
-    # which of equal tokens transformers keeps is up to its sort; here it is the lowest ids
+    # Which of several equal tokens transformers keeps depends on its sort; the runtime keeps the lowest ids.
     assert np.count_nonzero(theirs(row, params, [0])) == 2
     assert distribution(row, params, [0]).ids.tolist() == [0, 1]
 

@@ -1,6 +1,6 @@
-"""Self-speculation emits what plain decoding emits, token for token, on real graphs: a tiny model, the full grid.
+"""Self-speculation emits the tokens of plain decoding on real graphs: a tiny model and the full grid of settings.
 
-Exits 1, 3 and 4 of six layers stand for 4, 8 and 15 of SmolLM2's thirty.
+Exits 1, 3 and 4 of six layers stand for exits 4, 8 and 15 of SmolLM2's thirty.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from shortstack.runtime.request import Plain, Speculate, Strategy
 
 EXITS = (1, 3, 4)
 PROMPTS = 30
-SOME = 12  # prompts where the grid is not the point
+SOME = 12  # prompts of a test that does not need the full grid
 TOKENS = 64
 POLICIES = [DraftPolicy(k, has_bonus=bonus) for k, bonus in product(range(1, 7), (False, True))]
-# As likely to accept a run of drafts as not, and sure to reject some: what every grid below relies on.
+# Accepts about half of the runs of drafts and rejects some for certain, which every grid below relies on.
 ACCEPTANCE = (0.15, 0.9)
 
 
 def prompts(count: int, length: int | None = None) -> list[list[int]]:
-    """Random token ids, the same for every test; 1 to 40 of them, or ``length``."""
+    """Return prompts of random token ids, the same for every test; 1 to 40 ids each, or ``length``."""
     rng = np.random.default_rng(7)
     return [rng.integers(3, SPECULATOR.vocab, length or rng.integers(1, 41)).tolist() for _ in range(count)]
 
@@ -76,7 +76,7 @@ def test_every_exit_and_draft_length_gives_the_plain_tokens(
 
 
 @pytest.mark.parametrize("exit_layer", EXITS)
-def test_a_bundle_with_that_exit_alone_gives_the_same_tokens(
+def test_a_bundle_with_only_that_exit_gives_the_same_tokens(
     tiny_bundles: TinyBundles, plain: list[tuple[int, ...]], exit_layer: int
 ) -> None:
     model = load(tiny_bundles.bundle(SPECULATOR, exit_layer))
@@ -87,7 +87,7 @@ def test_a_bundle_with_that_exit_alone_gives_the_same_tokens(
 
 @pytest.mark.parametrize("confidence", [0.2, 0.6, 1.0])
 @pytest.mark.parametrize("bonus", [False, True])
-def test_stopping_unsure_drafts_gives_the_plain_tokens(
+def test_stopping_drafts_at_low_confidence_gives_the_plain_tokens(
     model: Model, plain: list[tuple[int, ...]], bonus: bool, confidence: float
 ) -> None:
     lengths: set[int] = set()
@@ -115,7 +115,7 @@ def test_adapting_the_draft_length_gives_the_plain_tokens(
 
 
 @pytest.mark.parametrize("draft_vocab", [2, 40, 200])
-def test_a_trimmed_head_drafts_worse_and_emits_the_same(
+def test_a_trimmed_head_drafts_worse_but_emits_the_same(
     tiny_bundles: TinyBundles, plain: list[tuple[int, ...]], draft_vocab: int
 ) -> None:
     model = load(tiny_bundles.bundle(SPECULATOR, *EXITS, draft_vocab=draft_vocab))
@@ -157,7 +157,7 @@ def test_biases_and_padded_heads_change_nothing(tiny_bundles: TinyBundles, is_ti
 def test_prompts_around_and_beyond_a_prefill_chunk_give_the_plain_tokens(model: Model, length: int) -> None:
     prompt = prompts(1, length)[0]
     expected = decode(model, prompt).tokens
-    # The chunks of a prefill are not seen: the same prompt in two halves, the second on the cache of the first.
+    # The same prompt in two halves, the second on the cache of the first, must give the same tokens.
     decode(model, prompt[: length // 2], 1)
     assert decode(model, prompt, reuse_cache=True).tokens == expected
     for policy, exit_layer in zip(POLICIES[::2], EXITS * 2, strict=True):
@@ -190,7 +190,7 @@ def test_the_end_of_the_context_ends_every_strategy_at_the_same_token(
             assert result.finish_reason == "context"
 
 
-def test_exits_of_one_bundle_share_the_cache_from_turn_to_turn(model: Model) -> None:
+def test_exits_of_one_bundle_share_the_cache_across_turns(model: Model) -> None:
     text = prompts(1, 20)[0]
     fresh = list(text)
     for turn in range(9):
@@ -230,7 +230,7 @@ def test_a_repetition_penalty_keeps_greedy_decoding_lossless(model: Model) -> No
 
 
 @pytest.mark.parametrize("strategy", [Plain(), Speculate(draft=DraftPolicy(4))], ids=["plain", "self-speculative"])
-def test_sampling_with_a_seed_repeats_itself(model: Model, strategy: Strategy) -> None:
+def test_sampling_with_a_seed_is_repeatable(model: Model, strategy: Strategy) -> None:
     outputs = set()
     for seed in range(4):
         sampling = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, seed=seed)

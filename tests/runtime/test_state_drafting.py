@@ -1,7 +1,7 @@
-"""Exits that see a token or a state, on real graphs: the same output, and drafts equal to those of a slow reference.
+"""Exits that see a token or a state, on real graphs: the output is the same, and drafts equal a slow reference's.
 
-The reference keeps no cache and no state: before each draft it runs the whole PyTorch twin on the whole text again and
-takes the states from there, so whatever the loop hands from run to run must be what the text says.
+The reference keeps no cache and no state. Before each draft it runs the whole PyTorch twin on the whole text and takes
+the states from that run. So every state that the loop passes from run to run must follow from the text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.quantized import INT4, INT8, QuantizedBundles, recipe
+from helpers.quantized import INT4, INT8, QuantizedBundles, preset
 from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.export.twin.exits import ExitNode, save_exits
 from shortstack.export.twin.folder import load_twin
@@ -31,13 +31,13 @@ from shortstack.runtime.engine.stack import PREFILL_ROWS, Stack
 
 PROMPTS = 5
 TOKENS = 40
-SLOW_TOKENS = 24  # of the reference, which runs the whole text for each
+SLOW_TOKENS = 24  # new tokens of the reference, which runs the whole text for each
 POLICIES = [DraftPolicy(k, has_bonus=bonus) for k, bonus in product((1, 2, 3, 4), (False, True))]
-# Accepts and rejects, both often: what every grid below relies on.
+# Often accepts and often rejects, which every grid below relies on.
 ACCEPTANCE = (0.1, 0.9)
 MIXED_IN = 0.3  # how much of what it sees a random exit mixes into the residual stream
 
-# By what is special about it, the exits of one bundle. The one that drafts is tried in every combination.
+# The exits of each bundle, by what is special about it. The exit that drafts is tried in every combination.
 EXITS = {
     "state": [ExitSpec(3, branch="linear", sees_state=True)],
     "token-and-state": [ExitSpec(3, branch="linear", sees_token=True, sees_state=True)],
@@ -52,7 +52,7 @@ EXITS = {
 
 @dataclass(frozen=True)
 class Counts:
-    """What one generation did."""
+    """The tokens and draft counts of one generation."""
 
     tokens: tuple[int, ...]
     drafted: int
@@ -61,12 +61,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class SlowSpeculation:
-    """Self-speculation with nothing kept between two runs.
+    """Self-speculation that keeps nothing from run to run.
 
     Attributes:
         twin: The model.
         node: The exit that drafts.
-        forgets: The exit sees the state of the first token, always: how much does the right one matter?
+        forgets: The exit always sees the state of the first token, to show how much the right state matters.
     """
 
     twin: Twin
@@ -88,12 +88,12 @@ class SlowSpeculation:
 
     @torch.no_grad()
     def wanted(self, text: Sequence[int]) -> list[int]:
-        """What the whole model says after each token of a text."""
+        """Return the whole model's prediction after each token of a text."""
         return [int(token) for token in self.twin(torch.tensor([list(text)]))[0].argmax(-1)]
 
     @torch.no_grad()
     def drafts(self, text: Sequence[int], count: int) -> list[int]:
-        """What the exit proposes after a text: the first from the model's state, the others from its own guesses."""
+        """Return the exit's drafts after a text: the first from the model's state, the others from its estimates."""
         depth, exit_layer = self.twin.spec.num_hidden_layers, self.node.exit_spec.exit_layer
         final = self.twin.boundaries(torch.tensor([list(text[:-1])]), (depth,))[depth].hidden
         state: torch.Tensor | None = unit_rms(final[:, :1] if self.forgets else final[:, -1:], self.node.eps)
@@ -111,7 +111,7 @@ class SlowSpeculation:
 
 
 def random_exit(spec: ModelSpec, exit_spec: ExitSpec) -> ExitNode:
-    """An exit that passes the residual stream on, with a good deal of what else it sees mixed in."""
+    """Return an exit that passes the residual stream on and mixes in much of what else it sees."""
     node = ExitNode(spec, exit_spec)
     generator = torch.Generator().manual_seed(zlib.crc32(repr(exit_spec).encode()))
     for name, parameter in node.named_parameters():
@@ -125,7 +125,7 @@ def random_exit(spec: ModelSpec, exit_spec: ExitSpec) -> ExitNode:
 
 
 def prompts(count: int = PROMPTS, length: int | None = None) -> list[list[int]]:
-    """Random token ids, the same for every test; 1 to 40 of them, or ``length``."""
+    """Return prompts of random token ids, the same for every test; 1 to 40 ids each, or ``length``."""
     rng = np.random.default_rng(7)
     return [rng.integers(3, SPECULATOR.vocab, length or rng.integers(1, 41)).tolist() for _ in range(count)]
 
@@ -156,7 +156,7 @@ class Sample:
 
 @pytest.fixture(autouse=True)
 def torch_is_kept_to_one_thread(one_torch_thread: Callable[[], None]) -> None:
-    """The reference runs a tiny model many times: threads would only wait for each other."""
+    """Keep torch to one thread: the reference runs a tiny model many times, and threads would wait for each other."""
 
 
 @pytest.fixture(scope="module", params=EXITS)
@@ -192,14 +192,14 @@ def test_every_draft_length_gives_the_plain_tokens(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"k{p.max_draft_tokens}{'-bonus' if p.has_bonus else ''}")
-def test_drafts_are_those_of_the_slow_reference(sample: Sample, policy: DraftPolicy) -> None:
+def test_drafts_equal_those_of_the_slow_reference(sample: Sample, policy: DraftPolicy) -> None:
     for prompt, exit_layer in product(prompts(2), sample.nodes):
         found = speculate(sample.model, prompt, policy, SLOW_TOKENS, exit_layer=exit_layer)
         assert found == sample.slow(exit_layer).decode(prompt, policy, SLOW_TOKENS)
 
 
 def test_the_right_state_makes_a_difference_to_the_reference(sample: Sample) -> None:
-    """Or the tests here would show nothing."""
+    """If it made none, the tests here would show nothing."""
     counts = [
         [sample.slow(3, forgets).decode(prompt, POLICIES[-1], SLOW_TOKENS) for prompt in prompts(3)]
         for forgets in (False, True)
@@ -207,15 +207,15 @@ def test_the_right_state_makes_a_difference_to_the_reference(sample: Sample) -> 
     assert counts[0] != counts[1]
 
 
-def test_a_turn_on_a_reused_cache_drafts_as_on_a_fresh_one(three: Sample) -> None:
-    """Turns end by a limit or a closed stream, anywhere in a round, on any exit or none."""
+def test_a_turn_drafts_the_same_on_a_reused_cache_as_on_a_fresh_one(three: Sample) -> None:
+    """A turn ends at a limit or when its stream is closed, anywhere in a round, with any exit or none."""
     text = prompts(1, 20)[0]
     for turn, taken in enumerate((7, 1, 10, 5, 2, 6)):
         exit_layer, policy = (3, 1, 3, 4)[turn % 4], POLICIES[-1 - turn]
         expected = three.slow(exit_layer).decode(text, policy, SLOW_TOKENS)
         options: dict[str, Any] = {"exit_layer": exit_layer, "reuse_cache": turn > 0}
         if turn == 4:
-            decode(three.model, text, 5, reuse_cache=True)  # plainly, then again from the same text
+            decode(three.model, text, 5, reuse_cache=True)  # plain decoding, then again from the same text
         assert speculate(three.model, text, policy, SLOW_TOKENS, **options) == expected
         stream = three.model.stream(
             text,
@@ -233,8 +233,8 @@ def test_a_turn_on_a_reused_cache_drafts_as_on_a_fresh_one(three: Sample) -> Non
 
 
 @pytest.mark.parametrize("length", [1, 2, PREFILL_ROWS - 20, PREFILL_ROWS + 1])
-def test_prompts_of_all_lengths_hand_over_the_last_state(three: Sample, length: int) -> None:
-    """From one token to more than a prefill chunk, and across a growth of the cache."""
+def test_prompts_of_all_lengths_pass_on_the_last_state(three: Sample, length: int) -> None:
+    """Lengths go from one token to more than a prefill chunk, and the cache grows."""
     model = load(three.path)
     prompt = prompts(1, length)[0]
     for policy in POLICIES[-2:]:
@@ -242,7 +242,7 @@ def test_prompts_of_all_lengths_hand_over_the_last_state(three: Sample, length: 
         assert speculate(model, prompt, policy, SLOW_TOKENS, exit_layer=3) == expected
 
 
-def test_a_stack_hands_over_the_gates_confidence(three: Sample) -> None:
+def test_a_stack_returns_the_confidence_of_the_gate(three: Sample) -> None:
     model, node = three.model, three.nodes[3]
     stack = Stack(model.graphs, model.cache, (3,))
     text = prompts(1, 30)[0]
@@ -258,8 +258,8 @@ def test_a_stack_hands_over_the_gates_confidence(three: Sample) -> None:
     assert Stack(model.graphs, model.cache, (4,)).exit.gate is None
 
 
-def test_drafts_chosen_in_python_are_what_the_next_draft_sees(three: Sample) -> None:
-    """With a penalty or a seed the drafted token is not the one that the graph took."""
+def test_the_next_draft_sees_the_drafts_chosen_in_python(three: Sample) -> None:
+    """With a penalty or a seed, the drafted token may differ from the one that the graph chose."""
     penalty = SamplingParams(repetition_penalty=1.3)
     drawn = SamplingParams(temperature=0.8, top_p=0.95, seed=3)
     for prompt, policy in zip(prompts(), POLICIES[2:], strict=False):
@@ -280,10 +280,10 @@ def test_float16_states_draft_about_as_well(tiny_bundles: TinyBundles, three: Sa
 
 @pytest.mark.parametrize("weights", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("kv_cache", ["float", "int8"])
-def test_quantized_exits_give_the_plain_tokens_and_draft_the_same_again(
+def test_quantized_exits_give_the_plain_tokens_and_draft_repeatably(
     three: Sample, quantized: QuantizedBundles, weights: BlockFormat, kv_cache: KVType
 ) -> None:
-    model = load(quantized(three.path, recipe(weights, kv_cache)))
+    model = load(quantized(three.path, preset(weights, kv_cache)))
     drafted = accepted = 0
     for prompt in prompts(2):
         expected = decode(model, prompt).tokens

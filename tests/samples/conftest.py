@@ -18,8 +18,8 @@ def small() -> Settings:
     return Settings(
         prompt_lengths=(5,),
         repeats=2,
-        blocks=2,
-        block_tokens=3,
+        chunks=2,
+        chunk_tokens=3,
         rest_s=0.0,
         draft_prompts=1,
         draft_prompt_tokens=12,

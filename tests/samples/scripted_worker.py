@@ -9,7 +9,7 @@ STEP_S = 0.5
 def answer(request: dict) -> dict:
     if request["op"] == "start":
         return {"tokens": [0], "elapsed_s": STEP_S}
-    if request["op"] == "block":
+    if request["op"] == "chunk":
         count = request["count"]
         return {"tokens": list(range(count)), "elapsed_s": STEP_S * count, "cpu_s": STEP_S * count}
     return {"rss_bytes": 1_000_000, "pss_bytes": 2_000_000, "peak_bytes": 3_000_000}

@@ -12,8 +12,8 @@ import pytest
 from shortstack.graphs.errors import ShortstackError
 from shortstack.samples.bench.artifacts import Artifacts, stored_bytes
 from shortstack.samples.bench.drafting import relative_costs
-from shortstack.samples.bench.engines import Blocks, common_prefix, compare
-from shortstack.samples.bench.figures import expected_tokens, predicted_speed_up, ratios, spread
+from shortstack.samples.bench.engines import Account, common_prefix, compare
+from shortstack.samples.bench.figures import ratios, spread
 from shortstack.samples.bench.footprint import disk_section, load_section, memory_section
 from shortstack.samples.bench.pipe import WorkerProcess, bundle_worker
 from shortstack.samples.bench.report import Row, Section, at_least, at_most, machine, print_report, to_json
@@ -37,20 +37,6 @@ def test_a_slow_spell_that_hits_both_of_a_pair_leaves_the_ratio_alone() -> None:
     assert ratios([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]).show(1) == "2.0 [2.0, 2.0]"
 
 
-def test_a_round_emits_the_geometric_sum_of_alpha() -> None:
-    assert expected_tokens(0.0, 4) == 1.0
-    assert expected_tokens(1.0, 4) == 4.0
-    assert expected_tokens(0.5, 3) == pytest.approx((1 - 0.5**3) / (1 - 0.5))
-
-
-def test_the_predicted_speed_up_is_tokens_over_cost() -> None:
-    verify = {1: 0.8, 2: 0.9, 3: 1.0}
-    assert predicted_speed_up(0.5, 2, 0.3, verify) == pytest.approx(1.5 / (0.6 + 0.9))
-    assert predicted_speed_up(0.5, 2, 0.3, verify, bonus_row=0.2) == pytest.approx(1.75 / (0.6 + 0.2 + 1.0))
-    # Nothing gained, nothing lost: a draft that always holds, at the cost of the layers it ran anyway.
-    assert predicted_speed_up(1.0, 1, 0.2, verify) == pytest.approx(1.0)
-
-
 def test_costs_are_relative_to_the_plain_step_of_the_same_round() -> None:
     costs = relative_costs(
         [1.0, 10.0, 1.0], [0.5, 5.0, 0.5], [0.25, 2.5, 0.25], {"1": [0.8, 8, 0.8], "2": [1.2, 12, 1.2]}
@@ -60,9 +46,9 @@ def test_costs_are_relative_to_the_plain_step_of_the_same_round() -> None:
     assert costs.curve[2] == pytest.approx(1.5)
 
 
-def test_a_comparison_tells_speed_and_where_tokens_part() -> None:
-    ours = Blocks([[1, 2, 3], [1, 2, 3]], [1.0], [1.0, 2.0], [0.5, 1.0])
-    theirs = Blocks([[1, 2, 3], [1, 9, 3]], [3.0], [2.0, 4.0], [2.0, 4.0])
+def test_a_comparison_gives_the_speed_and_where_tokens_first_differ() -> None:
+    ours = Account([[1, 2, 3], [1, 2, 3]], [1.0], [1.0, 2.0], [0.5, 1.0])
+    theirs = Account([[1, 2, 3], [1, 9, 3]], [3.0], [2.0, 4.0], [2.0, 4.0])
     result = compare(ours, theirs)
     assert (result.speed.median, result.cpu_speed.median, result.prefill_speed.median) == (2.0, 4.0, 3.0)
     assert (result.same_tokens, result.tokens) == (1, 3)
@@ -98,20 +84,20 @@ def test_a_model_that_is_there_is_not_made_again(models: Artifacts, monkeypatch:
     assert stored_bytes(models.bundle(EXIT_LAYER, DRAFT_VOCAB)) > stored_bytes(models.bundle(EXIT_LAYER))
 
 
-def test_a_worker_decodes_in_blocks_what_it_decodes_at_once(models: Artifacts) -> None:
+def test_a_worker_decodes_in_chunks_what_it_decodes_at_once(models: Artifacts) -> None:
     with bundle_worker(models.bundle(EXIT_LAYER), 1) as worker:
         first = worker.ask("start", prompt=TEXT, tokens=9)
-        blocks = [worker.ask("block", count=4) for _ in range(2)]
+        chunks = [worker.ask("chunk", count=4) for _ in range(2)]
         at_once = worker.ask("decode", prompt=TEXT, tokens=9)
         drafted = worker.ask("decode", prompt=TEXT, tokens=9, draft=3)
         memory = worker.ask("memory")
-    assert first["tokens"] + blocks[0]["tokens"] + blocks[1]["tokens"] == at_once["tokens"] == drafted["tokens"]
-    assert all(0 < block["run_s"] < block["elapsed_s"] for block in blocks)
+    assert first["tokens"] + chunks[0]["tokens"] + chunks[1]["tokens"] == at_once["tokens"] == drafted["tokens"]
+    assert all(0 < chunk["run_s"] < chunk["elapsed_s"] for chunk in chunks)
     assert memory["peak_bytes"] >= memory["rss_bytes"] > 0
 
 
 def test_a_worker_that_fails_says_why(models: Artifacts) -> None:
-    with pytest.raises(ShortstackError, match="is not a folder"):
+    with pytest.raises(ShortstackError, match="does not exist"):
         bundle_worker(models.folder / "absent", 1)
     with pytest.raises(ShortstackError, match="ended with code 3"):
         WorkerProcess([sys.executable, "-c", "raise SystemExit(3)"])

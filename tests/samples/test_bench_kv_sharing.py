@@ -29,6 +29,6 @@ def test_every_map_is_timed_and_bundles_are_kept(smollm2_gguf: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("wrong", [["--hidden", "100"], ["--kv-heads", "3"], ["--kv-map", "calzone:2"]])
-def test_shapes_and_maps_that_cannot_be_are_refused(wrong: list[str], tmp_path: Path) -> None:
+def test_impossible_shapes_and_maps_are_refused(wrong: list[str], tmp_path: Path) -> None:
     result = CliRunner().invoke(bench, [*SHAPE, *wrong, "--cache", str(tmp_path)])
     assert isinstance(result.exception, RequestError)

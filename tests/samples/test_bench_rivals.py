@@ -45,12 +45,12 @@ def quantized(models: Artifacts, tmp_path: Path) -> Artifacts:
     """Bundles that lie where quantized ones would; these tests do not look into them."""
     for name in ("uncut", f"exit-{EXIT_LAYER}", f"exit-{EXIT_LAYER}-vocab-{DRAFT_VOCAB}"):
         (tmp_path / f"{name}-int4").symlink_to(models.folder / name)
-    return replace(models, quantized_folder=tmp_path, precision="int4", recipe="int4")
+    return replace(models, quantized_folder=tmp_path, precision="int4", preset="int4")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_every_worker_is_first_and_behind_each_other_one_equally_often(workers: int) -> None:
-    orders = [turn_order(workers, block) for block in range(2 * workers)]
+def test_every_worker_goes_first_and_follows_each_other_one_equally_often(workers: int) -> None:
+    orders = [turn_order(workers, chunk) for chunk in range(2 * workers)]
     assert all(sorted(order) == list(range(workers)) for order in orders)
     assert set(Counter(order[0] for order in orders).values()) == {2}
     behind = Counter(pair for order in orders for pair in pairwise(order))
@@ -89,7 +89,7 @@ def test_loading_is_judged_against_genai_where_weights_are_quantized(
     assert rows[f"load / {GENAI}"].is_met is None
 
 
-def test_rivals_stand_beside_our_sizes_on_disk_and_in_memory(quantized: Artifacts, small: Settings) -> None:
+def test_sizes_of_rivals_are_listed_next_to_ours_on_disk_and_in_memory(quantized: Artifacts, small: Settings) -> None:
     rows = by_name(disk_section(quantized, EXIT_LAYER, [scripted(LLAMA)], small, max_mb=0.0))
     assert rows[f"{LLAMA}, MB"].value == stored_bytes(Path(SCRIPT)) / 1e6
     assert rows["full exit head, MB"].is_met is False
@@ -97,7 +97,7 @@ def test_rivals_stand_beside_our_sizes_on_disk_and_in_memory(quantized: Artifact
     assert rows[f"{LLAMA}, peak MB"].shown == "3 (loaded 1, decoded PSS 2)"
 
 
-def test_what_is_not_installed_is_left_out_and_the_way_to_it_shown(
+def test_a_rival_that_is_not_installed_is_left_out_and_its_remedy_shown(
     models: Artifacts, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def absent(python: str) -> str:
@@ -136,21 +136,21 @@ def test_a_quantized_bundle_is_made_from_the_exported_one(
 ) -> None:
     made: list[Sequence[str]] = []
     monkeypatch.setattr(artifacts, "make", lambda command, what: made.append(command[3:]))
-    found = replace(models, quantized_folder=tmp_path, precision="int4", recipe="int4-k-quant")
+    found = replace(models, quantized_folder=tmp_path, precision="int4", preset="int4-k-quant")
     out = found.bundle(EXIT_LAYER)
     assert out == tmp_path / "exit-3-int4-k-quant"
     source = str(models.folder / "exit-3")
-    assert made == [["quantize", source, str(out), "--recipe", "int4-k-quant", "--no-report"]]
-    assert found.description == "int4, recipe int4-k-quant"
-    rounded = replace(found, recipe="int4", method="rtn")
+    assert made == [["quantize", source, str(out), "--preset", "int4-k-quant", "--no-report"]]
+    assert found.description == "int4, preset int4-k-quant"
+    rounded = replace(found, preset="int4", method="rtn")
     assert rounded.bundle(EXIT_LAYER).name == "exit-3-int4-rtn"
     assert made[1][-3:] == ["--method", "rtn", "--no-report"]
     assert rounded.description == "int4, rounded by rtn"
-    assert replace(found, recipe="int4").description == "int4"
+    assert replace(found, preset="int4").description == "int4"
     assert models.description == "fp32"
 
 
-def test_bundles_of_older_sources_make_room(models: Artifacts, tmp_path: Path) -> None:
+def test_bundles_of_older_sources_are_removed(models: Artifacts, tmp_path: Path) -> None:
     for name in ("bundles-0123", "quantized-0123", "something else"):
         (tmp_path / name).mkdir()
     found = open_artifacts(models.checkpoint, tmp_path, "int4")
@@ -159,8 +159,8 @@ def test_bundles_of_older_sources_make_room(models: Artifacts, tmp_path: Path) -
     assert open_artifacts(models.checkpoint, tmp_path).folder == found.folder  # the same for every precision
 
 
-def test_a_recipe_without_a_precision_is_refused() -> None:
-    result = CliRunner().invoke(bench, ["--recipe", "int4"])
+def test_a_preset_without_a_precision_is_refused() -> None:
+    result = CliRunner().invoke(bench, ["--preset", "int4"])
     assert result.exit_code == 2
     assert "name a --precision" in result.output
 
@@ -211,17 +211,18 @@ def test_the_llama_worker_decodes_one_token_at_a_time(monkeypatch: pytest.Monkey
     llama = ScriptedLlama()
     monkeypatch.setitem(sys.modules, "llama_cpp", llama)
     monkeypatch.syspath_prepend(str(Path(artifacts.__file__).parent))
-    for name in ("llama_worker", "memory"):
+    for name in ("llama_worker", "memory", "serve"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     worker = importlib.import_module("llama_worker").Worker("model.gguf", 2)
+    ask = worker.operations()
     assert worker.load_s > 0
-    assert worker.answer({"op": "start", "prompt": [3, 4, 5], "tokens": 4})["tokens"] == [6]
-    assert worker.answer({"op": "block", "count": 3})["tokens"] == [7, 8, 9]
+    assert ask["start"](prompt=[3, 4, 5], tokens=4)["tokens"] == [6]
+    assert ask["chunk"](count=3)["tokens"] == [7, 8, 9]
     assert llama.decoded == [[3, 4, 5], [6], [7], [8]]
     (context,) = llama.contexts
     assert (context.n_threads, context.n_threads_batch, context.n_ctx) == (2, 2, 7)
-    worker.answer({"op": "start", "prompt": [1], "tokens": 2})
+    ask["start"](prompt=[1], tokens=2)
     assert (len(llama.contexts), llama.cleared) == (1, 1)  # there was room
-    worker.answer({"op": "start", "prompt": [1], "tokens": 20})
+    ask["start"](prompt=[1], tokens=20)
     assert [context.n_ctx for context in llama.contexts] == [7, 21]
-    assert worker.answer({"op": "memory"})["peak_bytes"] > 0
+    assert ask["memory"]()["peak_bytes"] > 0

@@ -40,7 +40,7 @@ def drafted(model: Model, prompts: tuple[str, ...], exit_layer: int, drafts: int
 
 
 @pytest.mark.parametrize("folder", sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir()))
-def test_each_is_small_and_has_a_card(folder: str) -> None:
+def test_each_checkpoint_is_small_and_has_a_card(folder: str) -> None:
     files = list((CHECKPOINTS / folder).iterdir())
     assert sum(file.stat().st_size for file in files) <= LARGEST_BYTES
     card = (CHECKPOINTS / folder / "README.md").read_text(encoding="utf-8")

@@ -90,7 +90,7 @@ def test_bfloat16_only_proposes_the_most_likely_token(twin: Twin) -> None:
     np.testing.assert_array_equal(_next_tokens(twin, hidden, True), _next_tokens(twin, hidden, False))
 
 
-def test_features_go_on_where_they_stopped(
+def test_features_continue_where_they_stopped(
     twin: Twin, rows: list[Example], held: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, module = tmp_path / "f", "shortstack.samples.recipes.training.features"
@@ -308,7 +308,7 @@ def test_the_recipe_runs(kind: str, tiny_bundles: TinyBundles, twin: Twin, data:
     (out / "training.png").stat()
 
 
-def test_the_curve_takes_in_what_was_trained(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+def test_the_curve_includes_the_exits_that_were_trained(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
     checkpoint, trained, out = str(tiny_bundles.checkpoint(SPECULATOR)), tmp_path / "trained", tmp_path / "curve"
     common = ["--data", str(data), "--features", str(tmp_path / "features")]
     depths = ["--exit-layer", "1", "--exit-layer", "3"]

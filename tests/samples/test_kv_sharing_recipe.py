@@ -52,7 +52,7 @@ def plain() -> Twin:
     return random_twin(kv_spec((0, 1, 2, 3, 4), qkv_bias=True))
 
 
-def test_target_keeps_the_producers_own_weights(plain: Twin) -> None:
+def test_the_target_keeps_the_producers_own_weights(plain: Twin) -> None:
     shared = share_keys_values(plain, (0, 3, 3, 3, 4), "target")
     before = plain.state_dict()
     for name, value in shared.state_dict().items():
@@ -61,7 +61,7 @@ def test_target_keeps_the_producers_own_weights(plain: Twin) -> None:
 
 @pytest.mark.parametrize("kind", ["weight", "bias"])
 @pytest.mark.parametrize("part", ["k_proj", "v_proj"])
-def test_mean_is_over_all_layers_that_attend(plain: Twin, part: str, kind: str) -> None:
+def test_the_mean_is_over_all_layers_that_attend(plain: Twin, part: str, kind: str) -> None:
     shared = share_keys_values(plain, (0, 3, 3, 3, 0), "mean")
     for producer, users in ((3, (1, 2, 3)), (0, (0, 4))):
         expected = sum(weight(plain, user, part, kind) for user in users) / len(users)
@@ -89,7 +89,7 @@ def test_a_map_without_sharing_changes_nothing(plain: Twin, keys_values: Any) ->
         assert torch.equal(same(ids), plain(ids))
 
 
-def test_layers_that_were_alike_share_without_loss(plain: Twin) -> None:
+def test_identical_layers_share_without_loss(plain: Twin) -> None:
     """Layers 2 and 3 see the same stream if layer 2 adds nothing, and then the same weights make the same K,V."""
     with torch.no_grad():
         plain.model.layers[2].self_attn.o_proj.weight.zero_()
@@ -208,7 +208,7 @@ def test_keys_and_values_of_an_iterated_group_are_trained(
             assert not torch.equal(weight(trained, layer, part), weight(original, layer, part)), (layer, part)
 
 
-def test_a_run_that_stopped_goes_on_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
     arguments = ["--kv-map", "lckv:2", "--save-every", 2, *options(data, 4)]
     assert_resumes(kv_sharing.main, tiny_bundles.checkpoint(BASE), tmp_path, 2, *arguments)
 
@@ -258,7 +258,7 @@ def test_loss_weights_are_those_of_layerskip_or_of_ee_llm() -> None:
         (["--kv-map", "yoco", "--exit-layer", 2, "--exit-weight", 1, "--exit-weight", 2], "one for each of 1 exits"),
     ],
 )
-def test_wrong_requests_are_told_what_to_do(
+def test_a_wrong_request_names_what_to_change(
     tiny_bundles: TinyBundles, data: Path, tmp_path: Path, arguments: list[object], says: str
 ) -> None:
     line = (tiny_bundles.checkpoint(BASE), tmp_path / "run", *options(data, 2), *arguments)

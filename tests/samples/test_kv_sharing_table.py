@@ -1,4 +1,4 @@
-"""The table of K,V maps: texts to recall, and that one command makes it and goes on with it."""
+"""The table of K,V maps: texts to recall, and the one command that makes it and continues it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make(out: Path, data: Path, *more: object) -> None:
         kv_sharing_table.main.main(arguments, standalone_mode=False)
 
 
-def test_what_is_asked_was_said_before() -> None:
+def test_every_question_was_answered_earlier_in_its_text() -> None:
     for row in draw_rows("recall", 50, 3):
         pairs, asked = row["prompt"].split("\n")
         said = dict(pair.split(" ") for pair in pairs.split(", "))
@@ -61,7 +61,7 @@ def test_what_is_asked_was_said_before() -> None:
         assert 6 <= len(set(row["completion"].split())) <= 12
 
 
-def test_texts_are_those_of_their_seed() -> None:
+def test_a_seed_fixes_the_texts() -> None:
     assert draw_rows("recall", 9, 1) == draw_rows("recall", 9, 1)
     assert not {row["prompt"] for row in draw_rows("recall", 99, 0)} & {r["prompt"] for r in draw_rows("recall", 99, 1)}
 

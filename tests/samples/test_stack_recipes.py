@@ -22,6 +22,7 @@ from shortstack.export.twin.folder import load_twin, twin_of
 from shortstack.runtime import load
 from shortstack.samples.recipes import ee_llm, layerskip, new_model
 from shortstack.samples.recipes.training import loop
+from shortstack.samples.recipes.training.command import EE_LLM_KINDS
 from shortstack.samples.recipes.training.source import open_source
 
 
@@ -53,7 +54,7 @@ def test_layerskip_lowers_the_loss_at_exits_and_on_top(tiny_bundles: TinyBundles
     assert np.abs(load(tmp_path / "bundle").activations(ids).heads[BASE.layers] - expected).max() < TRAINED_LOGITS
 
 
-def test_a_run_that_stopped_goes_on_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_to_the_same_weights(tiny_bundles: TinyBundles, data: Path, tmp_path: Path) -> None:
     arguments = ["--exit-layer", 2, "--p-max", 0.3, "--save-every", 2, *options(data, 6)]
     assert_resumes(layerskip.main, tiny_bundles.checkpoint(BASE), tmp_path, 4, *arguments)
 
@@ -118,7 +119,7 @@ def test_from_scratch_starts_with_a_tokenizer_of_its_own(data: Path, tmp_path: P
     assert load(tmp_path / "bundle").generate("red blue 3\n", max_new_tokens=4).tokens
 
 
-@pytest.mark.parametrize("kind", list(ee_llm.KINDS))
+@pytest.mark.parametrize("kind", list(EE_LLM_KINDS))
 @pytest.mark.parametrize("head", ["shared", "own"])
 def test_ee_llm_trains_stack_and_exits_as_one(
     tiny_bundles: TinyBundles, data: Path, tmp_path: Path, kind: str, head: str
@@ -156,7 +157,7 @@ def test_ee_llm_trains_stack_and_exits_as_one(
         (["--exit-layer", 1, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_wrong_requests_are_told_what_to_do(
+def test_a_wrong_request_names_what_to_change(
     tiny_bundles: TinyBundles, data: Path, tmp_path: Path, arguments: list[object], says: str
 ) -> None:
     result = CliRunner().invoke(

@@ -1,4 +1,4 @@
-"""A threshold learned while decoding: what the mixture makes of known distributions, what readings teach."""
+"""A threshold learned while decoding: the threshold for known distributions, and what is learned from readings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def taught(
 
 
 def best_threshold(wrong: tuple[float, float], right: tuple[float, float]) -> float:
-    """What the rule says where the distributions are known."""
+    """Return the threshold that the rule gives if the distributions are known."""
 
     def density(x: float, a: float, b: float) -> float:
         return x ** (a - 1) * (1 - x) ** (b - 1) * math.gamma(a + b) / (math.gamma(a) * math.gamma(b))
@@ -83,14 +83,14 @@ def test_better_exits_get_lower_thresholds() -> None:
     assert good < poor
 
 
-def test_the_threshold_is_the_highest_before_anything_is_known_and_where_none_will_do() -> None:
+def test_the_threshold_is_the_highest_before_anything_is_learned_and_if_no_point_will_do() -> None:
     assert BetaMixture().threshold == FIRST_THRESHOLD == pytest.approx(0.9)
     assert taught((40.0, 2.0), (2.0, 40.0)).threshold == FIRST_THRESHOLD
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("agreed", [False, True])
-def test_texts_of_one_kind_and_one_confidence_keep_the_fit_sound(confidence: float, agreed: bool) -> None:
+def test_texts_of_one_kind_and_one_confidence_do_not_break_the_fit(confidence: float, agreed: bool) -> None:
     mixture = BetaMixture()
     for _ in range(500):
         mixture.learn([confidence] * 100, [agreed] * 100)
@@ -98,7 +98,7 @@ def test_texts_of_one_kind_and_one_confidence_keep_the_fit_sound(confidence: flo
     assert mixture.threshold in GRID
 
 
-def test_what_is_learned_follows_a_change() -> None:
+def test_the_learned_threshold_follows_a_change_of_subject() -> None:
     mixture = taught((2.0, 6.0), (9.0, 2.0), texts=200)
     low = mixture.threshold
     rng = np.random.default_rng(2)
@@ -109,7 +109,7 @@ def test_what_is_learned_follows_a_change() -> None:
     assert mixture.threshold > low
 
 
-# As a criterion
+# The criterion
 
 
 @pytest.mark.parametrize("text", ["top_prob >= auto", "margin >= auto", "(margin >= auto)"])
@@ -134,19 +134,19 @@ def test_auto_is_read_and_written(text: str) -> None:
         "top_prob >= 0.9 [4: auto]",
     ],
 )
-def test_auto_stands_alone_and_for_two_measures_only(text: str) -> None:
+def test_auto_cannot_be_combined_and_works_for_two_measures_only(text: str) -> None:
     with pytest.raises(RequestError):
         parse_criterion(text)
 
 
 @pytest.mark.parametrize("kv_policy", ["pipeline", "auto"])
-def test_auto_needs_labels_that_a_pipeline_does_not_give(kv_policy: str) -> None:
+def test_auto_is_refused_with_a_pipeline_which_gives_no_labels(kv_policy: str) -> None:
     with pytest.raises(RequestError, match="does not go with kv_policy"):
         ExitPolicy(Adaptive("margin"), kv_policy=kv_policy)  # type: ignore[arg-type]
     ExitPolicy(Adaptive("margin"), kv_policy="recompute")
 
 
-def test_unlearned_it_is_the_first_threshold() -> None:
+def test_a_criterion_that_has_learned_nothing_uses_the_first_threshold() -> None:
     assert Adaptive("top_prob").leaves(READING)
     assert not Adaptive("margin").leaves(READING)
 
@@ -165,5 +165,5 @@ def test_each_exit_learns_from_its_own_tokens_between_texts() -> None:
     assert thresholds[4] < 0.7
     assert thresholds[8] == pytest.approx(0.9)
     assert first != second
-    assert learned.begin() == second, "nothing was said since"
+    assert learned.begin() == second, "there were no readings since"
     assert isinstance(second, Bound)

@@ -20,19 +20,19 @@ from helpers.quantized import open_session, unpacked
 from shortstack.graphs import names
 from shortstack.graphs.contract import GraphContract, Port, PortType
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.ir.block_tensor import BlockTensor, encode, nearest
+from shortstack.graphs.ir.block_tensor import BlockTensor, encode, nearest, pack
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.matrix import embed, head_product, project
 from shortstack.graphs.ir.weights import WeightStore
-from shortstack.graphs.precision import BLOCK_SIZES, EXACT_BLOCK_SIZE, BlockFormat, Precision
+from shortstack.graphs.precision import BLOCK_SIZES, CODE_TYPES, EXACT_BLOCK_SIZE, BlockFormat, CodeType, Precision
 from shortstack.quant.methods.offsets import with_offsets
 from shortstack.quant.methods.rtn import rtn
 
 Floats = npt.NDArray[np.float32]
 MOST_ROWS = 8
 WEIGHT = "lm_head.weight"
-FORMATS = [BlockFormat(*shape) for shape in product((4, 8), (16, 32, 128), (False, True))]
-EXACT = [BlockFormat(bits, EXACT_BLOCK_SIZE, symmetric) for bits, symmetric in product((4, 8), (False, True))]
+FORMATS = [BlockFormat(*shape) for shape in product(CODE_TYPES, (16, 32, 128), (False, True))]
+EXACT = [BlockFormat(bits, EXACT_BLOCK_SIZE, symmetric) for bits, symmetric in product(CODE_TYPES, (False, True))]
 OFFSETS = [replace(block_format, has_offsets=True) for block_format in EXACT]
 # Whole blocks, one weight more or less, a width that is not even.
 WIDTHS = (64, 96, 33, 63, 100)
@@ -62,6 +62,21 @@ def matrix(rng: np.random.Generator, rows: int, width: int, block_format: BlockF
 def test_bits_that_the_kernels_do_not_have_are_refused(bits: int) -> None:
     with pytest.raises(RequestError, match=rf"bits: found {bits}, expected 4 or 8"):
         BlockFormat(bits)
+
+
+@pytest.mark.parametrize("bits", [0, 3, 5, 6, 16])
+def test_a_width_that_does_not_fill_bytes_cannot_be_added(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"codes of {bits} bits do not fill a byte"):
+        CodeType(bits, tried_ranges=(0.9, 1.0, 2), gains_from_offsets=False)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_codes_of_every_width_are_packed_lowest_bits_first(bits: int, rng: np.random.Generator) -> None:
+    for count in (1, 7, 16, 33):
+        codes = rng.integers(0, 1 << bits, (3, count)).astype(np.uint8)
+        packed = pack(codes, bits)
+        assert packed.shape == (3, -(-count * bits // 8))
+        np.testing.assert_array_equal(unpacked(packed, bits, count), codes)
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 24, 31, 512, -32])
@@ -101,7 +116,7 @@ def test_stored_bytes_are_those_of_the_packed_tensors(
         assert fitted.stored_bytes(rows, width, np.dtype(scale_dtype).itemsize) == expected, fitted
 
 
-def test_a_precision_survives_json_and_refuses_what_is_none() -> None:
+def test_a_precision_survives_json_and_refuses_what_is_not_one() -> None:
     precision = Precision({"b": BlockFormat(4, 64, True), "a": BlockFormat(8, has_offsets=True)}, "int8")
     data = precision.to_json()
     assert list(data["weights"]) == ["a", "b"]

@@ -16,7 +16,7 @@ DEPTH = 2
 
 
 def head(tokens: Sequence[int], *, ids: Sequence[int] | None = None, sharpness: float = 50.0) -> Head:
-    """A head that says these tokens, one a row, with certainty unless the sharpness is small."""
+    """Return a head that predicts these tokens, one per row, with certainty unless the sharpness is small."""
     columns = list(range(VOCAB)) if ids is None else list(ids)
     made = Head(len(tokens), len(columns), np.dtype(np.float32), None if ids is None else np.array(ids, np.int64))
     made.token[:] = tokens
@@ -35,14 +35,14 @@ CERTAIN = SamplingParams(temperature=1.0, seed=0)  # on heads this sharp, sampli
     [
         ([1, 2, 3], 3, Verdict((1, 2, 3), 3)),  # all accepted, no row left for more
         ([1, 2], 3, Verdict((1, 2, 3), 2)),  # all accepted, and the bonus
-        ([1, 0, 3], 3, Verdict((1, 2), 1)),  # what comes after the first wrong one does not count
+        ([1, 0, 3], 3, Verdict((1, 2), 1)),  # drafts after the first wrong one do not count
         ([0, 2, 3], 3, Verdict((1,), 0)),
         ([0], 1, Verdict((1,), 0)),
         ([1], 1, Verdict((1,), 1)),
         ([], 1, Verdict((1,), 0)),  # a plain step in the same form
     ],
 )
-def test_the_agreeing_part_of_a_draft_stands_and_one_token_of_the_model_follows(
+def test_the_agreeing_part_of_a_draft_is_accepted_and_one_token_of_the_model_follows(
     choice: Choice, drafts: list[int], rows: int, expected: Verdict
 ) -> None:
     exit_head = head([drafts[row] if row < len(drafts) else 0 for row in range(3)])
@@ -60,7 +60,7 @@ def test_a_trimmed_head_proposes_token_ids_and_not_rows(choice: Choice) -> None:
     assert choice.propose(head([3, 1], ids=[1, 3]), 0, [0], DEPTH).token == 3
 
 
-def test_the_choice_is_the_cheapest_that_does_what_is_asked() -> None:
+def test_the_choice_is_the_cheapest_one_for_the_parameters() -> None:
     assert isinstance(make_choice(SamplingParams()), GreedyChoice)
     assert isinstance(make_choice(SamplingParams(top_k=5, top_p=0.5)), GreedyChoice)  # without temperature: no effect
     assert isinstance(make_choice(SamplingParams(temperature=0.5)), SampledChoice)
@@ -81,11 +81,11 @@ def test_the_penalty_of_a_judged_row_sees_the_drafts_accepted_before_it() -> Non
     drafts = [choice.propose(exit_head, 0, [0], DEPTH), choice.propose(exit_head, 1, [0, 2], DEPTH)]
     assert [draft.token for draft in drafts] == [2, 1]
     says_twice = head([2, 2])
-    says_twice.logits[1, 1] = 1.0  # second best where 2 was not said before, best where it was
+    says_twice.logits[1, 1] = 1.0  # second best if 2 is not in the context, best if it is
     assert choice.judge(says_twice, 2, drafts, [0]) == Verdict((2, 1), 2)
 
 
-def test_a_token_that_the_model_rules_out_is_never_accepted_and_one_it_is_surer_of_always() -> None:
+def test_a_token_that_the_model_rules_out_is_never_accepted_and_one_it_finds_likelier_always_is() -> None:
     choice = SampledChoice(SamplingParams(temperature=1.0, seed=3))
     wide = head([1], sharpness=0.0)
     for _ in range(200):
@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
     assert len(set(picks)) == VOCAB
 
 
-def test_a_proposal_says_how_sure_its_head_was_after_how_many_layers() -> None:
+def test_a_proposal_has_the_confidence_and_the_depth_of_its_head() -> None:
     exit_head = head([2])
     exit_head.top_prob[0] = 0.25
     for choice in (GreedyChoice(), SampledChoice(CERTAIN)):
@@ -109,7 +109,7 @@ def test_a_proposal_says_how_sure_its_head_was_after_how_many_layers() -> None:
         assert (proposal.token, proposal.confidence, proposal.depth) == (2, 0.25, DEPTH)
 
 
-def test_a_token_that_was_looked_up_is_accepted_as_often_as_the_model_would_draw_it() -> None:
+def test_a_token_found_by_lookup_is_accepted_as_often_as_the_model_would_draw_it() -> None:
     choice = SampledChoice(SamplingParams(temperature=1.0, seed=3))
     says = head([1, 1])
     says.logits[0] = np.log([0.1, 0.6, 0.2, 0.1])

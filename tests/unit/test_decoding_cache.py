@@ -1,4 +1,4 @@
-"""The cache of the decoding loops over scripted models: right at every moment, whatever ends or breaks a generation.
+"""The cache of the decoding loops over scripted models: correct at every moment, however a generation ends or fails.
 
 The scripted decoder (tests/helpers/scripted.py) fails on any read of a row that is missing or belongs to another text.
 """
@@ -54,7 +54,7 @@ def test_closing_after_any_step_leaves_a_cache_that_can_be_continued(
     text = sequence.tokens[: max(1, kept)] + extension
     cached = sequence.cached
     reused = sequence.restart(text)
-    assert reused >= min(kept, cached, len(text) - 1)  # the common part that was cached is not run again
+    assert reused >= min(kept, cached, len(text) - 1)  # the cached part of the common prefix is not run again
     decoder.calls.clear()
     again = [step.token for step in (PLAIN if continue_plainly else wanted).start(decoder, sequence, Stats(), 12)]
     assert again == model.continuation(text, 12, decoder.max_length)
@@ -63,7 +63,7 @@ def test_closing_after_any_step_leaves_a_cache_that_can_be_continued(
 
 @examples(150)
 @given(models, prompts, drafting, st.sampled_from(SAMPLINGS), st.integers(0, 25))
-def test_a_run_that_fails_in_the_middle_of_a_round_leaves_what_was_there(
+def test_after_a_run_fails_in_a_round_the_sequence_can_be_continued(
     model: ScriptedModel, prompt: list[int], wanted: Wanted, sampling: SamplingParams, fails_at: int
 ) -> None:
     decoder = ScriptedDecoder(model)
@@ -88,7 +88,7 @@ def test_a_run_that_fails_in_the_middle_of_a_round_leaves_what_was_there(
 @pytest.mark.parametrize("wanted", [PLAIN, fixed(2)])
 @pytest.mark.parametrize("taken", [0, 1])
 def test_a_choice_that_fails_leaves_the_newest_token_uncached(wanted: Wanted, taken: int) -> None:
-    """As on NaN logits: the sequence is as before the step, so that it can be continued without a restart."""
+    """After NaN logits, for example, the sequence is as before the step and can be continued without a restart."""
     model = ScriptedModel(agreement=1.0)
     decoder = ScriptedDecoder(model)
     sequence = TokenSequence([1, 2])
@@ -98,7 +98,7 @@ def test_a_choice_that_fails_leaves_the_newest_token_uncached(wanted: Wanted, ta
     for _ in range(taken):
         next(steps)
     before = (list(sequence.tokens), sequence.cached)
-    # The text whose prediction comes next turns out to be broken.
+    # The next prediction has broken logits.
     model.prefix(sequence.tokens).final_logits = model.final(model.prefix(sequence.tokens)) * float("nan")
     with pytest.raises(Exception, match="largest logit"):
         next(steps)
@@ -107,7 +107,7 @@ def test_a_choice_that_fails_leaves_the_newest_token_uncached(wanted: Wanted, ta
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """One cache, one sequence, two decoders over them as in a loaded model, and everything a caller may do."""
+    """One cache and one sequence with two decoders, as in a loaded model, and every operation of a caller."""
 
     @initialize(model=models, prompt=prompts)
     def load(self, model: ScriptedModel, prompt: list[int]) -> None:
@@ -181,7 +181,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.sequence.tokens == self.text
 
     @invariant()
-    def what_is_called_cached_is_in_the_cache(self) -> None:
+    def positions_counted_as_cached_are_in_the_cache(self) -> None:
         assert self.sequence.cached <= len(self.text)
         self.cut.cache.assert_holds(self.model, self.text[: self.sequence.cached])
 

@@ -1,4 +1,4 @@
-"""The decoding loops over scripted models: the tokens of plain decoding, and what was run, drafted and judged for them.
+"""The decoding loops over scripted models: they give the tokens of plain decoding, with the expected runs and counts.
 
 The scripted decoder (tests/helpers/scripted.py) fails on any read of a row that is missing or belongs to another text.
 """
@@ -32,7 +32,7 @@ def test_speculative_output_equals_plain_output_token_for_token(
 
 @examples(80)
 @given(models, prompts, drafting, st.integers(1, 20))
-def test_a_repetition_penalty_judged_on_logits_changes_both_strategies_alike(
+def test_a_repetition_penalty_changes_both_strategies_alike(
     model: ScriptedModel, prompt: list[int], wanted: Wanted, count: int
 ) -> None:
     penalty = SamplingParams(repetition_penalty=1.7)
@@ -42,8 +42,8 @@ def test_a_repetition_penalty_judged_on_logits_changes_both_strategies_alike(
 
 
 @pytest.mark.parametrize("bonus", [False, True])
-def test_an_exit_that_says_what_the_model_says_is_always_accepted_under_a_penalty(bonus: bool) -> None:
-    """The penalty of a drafted row sees the drafts before it, as that of the judged row will."""
+def test_an_exit_that_predicts_what_the_model_predicts_is_always_accepted_under_a_penalty(bonus: bool) -> None:
+    """The penalty for a drafted row counts the drafts before it, as the penalty for the judged row does later."""
     model = ScriptedModel(seed=4)
     model.exit = model.final  # type: ignore[method-assign]
     wanted = Wanted(DraftPolicy(4, has_bonus=bonus), sampling=SamplingParams(repetition_penalty=1.7))
@@ -56,7 +56,7 @@ def test_an_exit_that_says_what_the_model_says_is_always_accepted_under_a_penalt
 def test_a_draft_that_is_always_wrong_is_corrected_in_every_round(k: int, bonus: bool) -> None:
     model = ScriptedModel(seed=k, agreement=0.0)
     steps, stats, decoder = run(model, [1, 2, 3], fixed(k, bonus=bonus), 41)
-    # One token a round; the last rounds draft what is left at most.
+    # One token per round; the last rounds draft at most the tokens that are left.
     drafted = [min(k, left) for left in range(40, 0, -1)]
     assert not any(step.from_draft for step in steps)
     assert (stats.rounds, stats.corrected, stats.verify_runs) == (40, 40, 40)
@@ -95,14 +95,14 @@ def test_a_round_drafts_row_by_row_and_judges_in_one_run() -> None:
     ]
 
 
-def test_a_plain_step_is_one_headless_row_below_and_one_row_above() -> None:
+def test_a_plain_step_runs_one_row_without_a_head_below_and_one_row_above() -> None:
     _, _, decoder = run(ScriptedModel(), [1, 2, 3], PLAIN, 2)
     assert decoder.calls == [Call("prefill", 0, 3), Call("draft", 3, 1, with_head=False), Call("verify", 3, 1)]
 
 
 @pytest.mark.parametrize("pattern", [(True, False), (True, True, False), (False, True, True, True)])
-def test_the_first_token_the_model_disagrees_with_ends_the_accepted_part(pattern: tuple[bool, ...]) -> None:
-    # The pattern goes by the number of tokens before the predicted one, and the prompt has as many as the pattern.
+def test_the_first_token_that_the_model_rejects_ends_the_accepted_part(pattern: tuple[bool, ...]) -> None:
+    # The pattern is indexed by the number of tokens before the predicted one. The prompt is as long as the pattern.
     steps, stats, _ = run(ScriptedModel(seed=3, agreement=pattern), [0] * len(pattern), fixed(4), 40)
     left, index, expected = 39, 1, [False]
     while left:
@@ -115,21 +115,21 @@ def test_the_first_token_the_model_disagrees_with_ends_the_accepted_part(pattern
     assert stats.accepted == sum(expected)
 
 
-def test_a_draft_stops_after_a_token_the_exit_is_unsure_of() -> None:
+def test_a_draft_stops_after_a_token_that_the_exit_is_unsure_of() -> None:
     _, stats, decoder = run(ScriptedModel(agreement=1.0), [1], fixed(6, confidence=1.0), 11)
-    assert (stats.rounds, stats.drafted, stats.draft_runs) == (10, 10, 10)  # no exit is certain: one token a round
+    assert (stats.rounds, stats.drafted, stats.draft_runs) == (10, 10, 10)  # no exit is certain: one token per round
     _, stats, decoder = run(ScriptedModel(agreement=1.0), [1], fixed(6, confidence=1.0, bonus=True), 11)
     assert (stats.rounds, stats.drafted, stats.bonus) == (5, 5, 5)
     assert all(call.rows == 2 for call in decoder.calls if call.kind == "verify")
 
 
 @pytest.mark.parametrize("bonus", [False, True])
-def test_capacity_reached_in_the_middle_of_a_draft_cuts_the_draft(bonus: bool) -> None:
+def test_a_draft_is_cut_where_the_context_ends(bonus: bool) -> None:
     model = ScriptedModel(seed=5, agreement=1.0)
     steps, stats, decoder = run(model, [1, 2], fixed(6, bonus=bonus), 50, max_length=12)
-    assert len(steps) == 10  # 12 positions in all
+    assert len(steps) == 10  # 12 positions in total
     assert [step.token for step in steps] == model.continuation([1, 2], 10, 99)
-    assert max(call.start + call.rows for call in decoder.calls) == 11  # the last token is not run any more
+    assert max(call.start + call.rows for call in decoder.calls) == 11  # the last token is never run
     assert stats.discarded == 0
 
 
@@ -141,7 +141,7 @@ def test_a_prompt_that_fills_the_context_gives_one_token(wanted: Wanted) -> None
 
 
 @pytest.mark.parametrize("wanted", [PLAIN, fixed(3)])
-def test_no_tokens_wanted_runs_nothing(wanted: Wanted) -> None:
+def test_a_request_for_no_tokens_runs_nothing(wanted: Wanted) -> None:
     steps, _, decoder = run(ScriptedModel(), [1], wanted, 0)
     assert not steps
     assert not decoder.calls

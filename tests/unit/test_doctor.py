@@ -1,4 +1,4 @@
-"""`shortstack doctor`: what it finds on this machine, with and without a bundle, and what it says of unequal rows."""
+"""`shortstack doctor`: what it finds on this machine, with and without a bundle, and how it reports unequal rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 
 class ScriptedStack:
-    """Logits that follow from token and position, and change with the number of rows if told to."""
+    """Logits that follow from token and position, and change with the number of rows on request."""
 
     def __init__(self, noise: float, flips: bool) -> None:
         self.noise, self.flips = noise, flips
@@ -131,12 +131,16 @@ def test_without_a_bundle_it_says_what_the_machine_has(capsys: pytest.CaptureFix
 )
 def test_with_a_bundle_it_judges_its_rows(
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     model: Any,
     code: int,
     says: tuple[str, ...],
 ) -> None:
     monkeypatch.setattr(doctor_module, "load", lambda path, **options: model)
+    monkeypatch.chdir(tmp_path)
+    Path("somewhere").mkdir()
+    Path("somewhere", "bundle.json").touch()
     found, out = doctor(capsys, "somewhere")
     assert found == code
     for words in says:
@@ -162,7 +166,7 @@ def test_a_text_of_few_tokens_is_repeated_and_of_many_cut(monkeypatch: pytest.Mo
         assert set(tokens) <= {0, *ids} - {VOCAB, VOCAB + 1}
 
 
-def test_a_bundle_that_is_none_is_a_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bundle_that_does_not_exist_is_a_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.run(["doctor", str(tmp_path / "nowhere")]) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -173,10 +177,10 @@ def test_a_bundle_that_is_none_is_a_misuse(tmp_path: Path, capsys: pytest.Captur
 def test_a_quantized_bundle_is_exact_on_this_machine(
     tiny_bundles: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int
 ) -> None:
-    from helpers.quantized import QuantizedBundles, recipe
+    from helpers.quantized import QuantizedBundles, preset
     from helpers.tiny_models import BASE
 
-    folder = QuantizedBundles(tmp_path)(tiny_bundles.bundle(BASE, 1), recipe(BlockFormat(bits)))
+    folder = QuantizedBundles(tmp_path)(tiny_bundles.bundle(BASE, 1), preset(BlockFormat(bits)))
     code, out = doctor(capsys, str(folder), "--json")
     assert code == 0
     facts = json.loads(out)

@@ -1,4 +1,4 @@
-"""How many tokens to draft: the formula by hand, and what the adaptive rule does on scripted costs."""
+"""How many tokens to draft: the formula worked out by hand, and the adaptive rule with scripted costs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measured(
 def decode(
     model: ScriptedModel, verify_s: Sequence[float], policy: DraftPolicy = ADAPTIVE, *, slow_run: int | None = None
 ) -> tuple[Stats, float, list[int]]:
-    """Decodes 500 tokens with d = 0.25.
+    """Decode 500 tokens with d = 0.25.
 
     Returns:
         The counts, the seconds it took, and the rows of each judging run.
@@ -53,13 +53,13 @@ def decode(
     return stats, decoder.clock.now_s, rows
 
 
-def test_the_predicted_gain_without_bonus_is_that_of_the_formula() -> None:
+def test_the_predicted_gain_without_bonus_follows_the_formula() -> None:
     length = measured()
     # (1 - 0.8^2) / (1 - 0.8) = 1.8 tokens in 2 * 0.3 + 0.8 = 1.4 s, over 1 token a second
     assert length.predicted_gain(2) == pytest.approx(1.8 / 1.4)
     # 1 + 0.8 + 0.64 + 0.512 = 2.952 tokens in 4 * 0.3 + 1.2 = 2.4 s
     assert length.predicted_gain(4) == pytest.approx(2.952 / 2.4)
-    # three rows were not measured; of the equally near two and four the smaller stands in
+    # three rows were not measured; two and four are equally near, and the smaller is used
     assert length.predicted_gain(3) == pytest.approx(2.44 / (0.9 + 0.8))
 
 
@@ -86,7 +86,7 @@ def test_a_round_of_one_row_is_a_plain_step_since_it_emits_no_more() -> None:
     assert measured(alpha=1.0, bonus=True, max_draft_tokens=1).choose(MANY_ROWS) == 1
 
 
-def test_rows_never_exceed_what_is_left() -> None:
+def test_a_round_never_has_more_rows_than_are_left() -> None:
     for bonus in (False, True):
         for max_rows in range(1, 6):
             chosen = measured(alpha=1.0, bonus=bonus).choose(max_rows)
@@ -103,7 +103,7 @@ def test_alpha_follows_judged_tokens_only() -> None:
     assert length.alpha == pytest.approx(1 - 0.5 * 0.9**2)
 
 
-def test_a_lower_cost_counts_at_once_and_a_higher_one_slowly() -> None:
+def test_a_lower_cost_counts_at_once_and_a_higher_one_gradually() -> None:
     length = measured(alpha=0.8)
     length.observe_plain(0.5)
     assert length.predicted_gain(2) == pytest.approx(0.5 * 1.8 / 1.4)
@@ -145,7 +145,7 @@ def test_a_winning_draft_lets_a_plain_step_be_measured_again_as_rarely() -> None
     assert [index for index, k in enumerate(chosen) if not k] == [8, 8 + 1 + 16, 8 + 1 + 16 + 1 + 32]
 
 
-def test_a_change_of_verdict_starts_the_waiting_anew() -> None:
+def test_the_waits_start_over_when_the_other_way_is_faster() -> None:
     length = measured(alpha=0.0)
     for _ in range(100):
         length.choose(MANY_ROWS)

@@ -1,4 +1,4 @@
-"""Where drafts come from: a drafter that knows nothing of the loop changes what is run, and never what comes out."""
+"""Where drafts come from: a drafter that knows nothing about the loop changes which runs are made, never the output."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from shortstack.runtime.decode.step import Stats, Step
 
 
 class LookUp:
-    """Runs no layer: proposes the same tokens in each round, or what followed the newest token when it was last seen.
+    """Runs no layer: proposes the same tokens in each round, or those that followed the last occurrence of the newest.
 
     Attributes:
-        told: What it heard of each round: tokens emitted, rows judged.
+        observed: For each round, the numbers of tokens emitted and of rows judged that it was notified of.
     """
 
     def __init__(self, tokens: Sequence[int] | None = None) -> None:
         self._tokens = tokens
-        self.told: list[tuple[int, int]] = []
+        self.observed: list[tuple[int, int]] = []
 
     def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft:
         assert past == len(tokens) - 1
@@ -39,7 +39,7 @@ class LookUp:
         return Draft([Proposal(token, 1.0, 0) for token in found[:most]])
 
     def observe(self, emitted: int, rows: int) -> None:
-        self.told.append((emitted, rows))
+        self.observed.append((emitted, rows))
 
 
 def decode(
@@ -70,12 +70,12 @@ def test_whatever_a_drafter_proposes_the_tokens_are_those_of_plain_decoding(
     assert [step.token for step in steps] == model.continuation(prompt, 30, decoder.max_length)
     assert sum(step.from_draft for step in steps) == stats.accepted
     assert all(step.exit_layer == (0 if step.from_draft else decoder.num_layers) for step in steps)
-    assert sum(emitted for emitted, _ in drafter.told) == stats.emitted - 1  # the first is the prompt's
+    assert sum(emitted for emitted, _ in drafter.observed) == stats.emitted - 1  # the first is the prompt's
 
 
 def test_rows_that_the_drafter_did_not_run_are_run_before_they_are_judged() -> None:
     model = ScriptedModel(seed=1)
-    right = model.continuation([1, 2, 3], 4, 99)[1:]  # behind the prompt's token
+    right = model.continuation([1, 2, 3], 4, 99)[1:]  # after the prompt's token
     steps, _, decoder = decode(model, [1, 2, 3], LookUp(right), DraftPolicy(3, has_bonus=True), 5, is_cut=True)
     headless = [Call("draft", position, 1, with_head=False) for position in (3, 4, 5, 6)]
     assert decoder.calls == [Call("prefill", 0, 3), *headless, Call("verify", 3, 4)]
@@ -89,11 +89,11 @@ def test_a_drafter_that_finds_nothing_makes_plain_steps() -> None:
     assert [call.rows for call in decoder.calls if call.kind == "verify"] == [1] * 5
 
 
-def test_a_drafter_hears_of_plain_steps_between_its_rounds() -> None:
+def test_a_drafter_is_notified_of_plain_steps_between_its_rounds() -> None:
     drafter = LookUp([0, 1])
-    policy = DraftPolicy(4, is_adaptive=True)  # starts with a plain step, whose cost it does not know yet
+    policy = DraftPolicy(4, is_adaptive=True)  # starts with a plain step, because its cost is not known yet
     decode(ScriptedModel(agreement=0.0), [1, 2], drafter, policy, 8, is_cut=True)
-    assert drafter.told[0] == (1, 1)
+    assert drafter.observed[0] == (1, 1)
 
 
 @pytest.mark.parametrize(("least", "drafted"), [(0.0, 3), (0.5, 3), (0.500001, 1)])

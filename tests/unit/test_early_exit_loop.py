@@ -1,4 +1,4 @@
-"""The loop of early exit over scripted levels: what is generated, who decided it, and caches that are right.
+"""The loop of early exit over scripted levels: which tokens it gives, which head decided them, and correct caches.
 
 The scripted levels (tests/helpers/scripted_levels.py) fail on any read of a row that is missing or of another text.
 """
@@ -62,7 +62,7 @@ kv_policies = st.sampled_from(["flush", "pipeline", "auto", "recompute"])
 
 @examples(300)
 @given(models, exits, prompts, criteria, caps, st.sampled_from(["flush", "recompute"]), st.none() | st.integers(1, 19))
-def test_whatever_leaves_and_whenever_it_stops_every_cache_holds_the_text(
+def test_every_cache_holds_the_text_whatever_leaves_and_whenever_the_caller_stops(
     model: ScriptedModel,
     exits: int,
     prompt: list[int],
@@ -80,7 +80,7 @@ def test_whatever_leaves_and_whenever_it_stops_every_cache_holds_the_text(
 
 @examples(100)
 @given(models, exits, prompts, criteria, caps, kv_policies, st.integers(0, 2**16))
-def test_when_the_levels_above_catch_up_changes_no_token(
+def test_no_token_depends_on_when_the_levels_above_catch_up(
     model: ScriptedModel,
     exits: int,
     prompt: list[int],
@@ -120,7 +120,7 @@ def full_depth(levels: ScriptedLevels, prompt: Sequence[int], choice: object, st
     """Decode through every level, row by row, with the plain loop."""
 
     class Uncut:
-        """All levels as one."""
+        """All levels as one level."""
 
         def __getattr__(self, name: str) -> object:
             return getattr(levels, name)
@@ -146,7 +146,7 @@ def test_a_threshold_out_of_reach_is_plain_decoding(expression: str, kv_policy: 
         assert found.stats.exits == {6: 20}
 
 
-def test_the_prompt_runs_full_depth_unless_it_may_leave() -> None:
+def test_the_prompt_runs_through_all_layers_unless_it_may_leave() -> None:
     model = ScriptedModel(3)
     always = parse_criterion("always")
     whole = run(ScriptedLevels(model, 2), [1, 2, 3], ExitPolicy(always))
@@ -182,7 +182,7 @@ def test_each_level_runs_on_each_row_once_and_on_pending_rows_in_one_run() -> No
     assert len(upper) < 5
 
 
-def test_recomputation_runs_pending_rows_through_the_lower_level_again() -> None:
+def test_recompute_runs_pending_rows_through_the_lower_level_again() -> None:
     rows = {}
     for kv_policy in ("flush", "recompute"):
         levels = ScriptedLevels(ScriptedModel(5), 1)
@@ -204,7 +204,7 @@ def test_the_context_ends_the_text() -> None:
     assert exact.tokens == plain_tokens(ScriptedModel(1), [1, 2, 3], 40, 16)
 
 
-def test_rollback_takes_back_what_the_whole_model_finds_unlikely() -> None:
+def test_rollback_discards_tokens_that_the_whole_model_finds_unlikely() -> None:
     model = ScriptedModel(11, agreement=0.5)
     always = parse_criterion("always")
     tokens, rejected = {}, {}
@@ -232,7 +232,7 @@ def test_the_first_unlikely_draft_ends_the_round(least: float, accepted: int) ->
 
 
 @pytest.mark.parametrize("cap", [None, 2])
-def test_the_observer_hears_of_every_token_that_left_and_changes_none(cap: int | None) -> None:
+def test_the_observer_sees_every_token_that_left_and_changes_none(cap: int | None) -> None:
     model = ScriptedModel(9, agreement=0.6)
     heard: list[tuple[int, bool]] = []
     policy = ExitPolicy(parse_criterion("top_prob >= 0.3"), max_pending=cap)
@@ -253,7 +253,7 @@ def test_the_observer_hears_of_every_token_that_left_and_changes_none(cap: int |
 
 @pytest.mark.parametrize("kv_policy", ["flush", "pipeline", "auto"])
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_a_failing_run_surfaces_and_leaves_a_sequence_that_can_go_on(level: int, kv_policy: KVPolicy) -> None:
+def test_a_failing_run_reaches_the_caller_and_the_sequence_can_be_continued(level: int, kv_policy: KVPolicy) -> None:
     levels = ScriptedLevels(ScriptedModel(2), 2, naps=1)
     counts = dict.fromkeys(range(3), 0)
 

@@ -1,4 +1,4 @@
-"""Criteria of early exit: what each one means, how it is written, and what is refused."""
+"""Criteria of early exit: when each one lets a token leave, how it is written, and what is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PLAN = SplitPlan(30, (ExitSpec(4), ExitSpec(8, has_gate=True), ExitSpec(12)))
 
 
 def column(*tokens: int, probs: tuple[float, ...] = (0.8, 0.8, 0.8, 0.8)) -> Reading:
-    """What the exits of one position said, the last one's reading."""
+    """Return the last exit's reading for a position, with those of the exits below."""
     below: tuple[Reading, ...] = ()
     for index, token in enumerate(tokens):
         newest = replace(LOWEST, exit_layer=4 * (index + 1), token=token, top_prob=probs[index], below=below)
@@ -64,7 +64,7 @@ def column(*tokens: int, probs: tuple[float, ...] = (0.8, 0.8, 0.8, 0.8)) -> Rea
         ("gate >= 0.7", LOWEST, True),
         ("gate >= 0.71", LOWEST, False),
         ("gate >= 0", replace(LOWEST, gate=None), False),
-        ("similarity >= -1", LOWEST, False),  # nothing below to be similar to
+        ("similarity >= -1", LOWEST, False),  # there is no exit below to compare with
         ("similarity >= 0.9", replace(LOWEST, similarity=0.95), True),
         ("similarity >= 0.9", replace(LOWEST, similarity=0.85), False),
         ("patience >= 1", column(1), True),
@@ -89,7 +89,7 @@ def column(*tokens: int, probs: tuple[float, ...] = (0.8, 0.8, 0.8, 0.8)) -> Rea
         ("top_prob >= 0.9 [8: 0.5]", LOWEST, False),
         ("top_prob >= 0.5 and margin >= 0.9", LOWEST, False),
         ("top_prob >= 0.9 or margin >= 0.5", LOWEST, True),
-        ("never and always or always", LOWEST, True),  # `and` binds tighter
+        ("never and always or always", LOWEST, True),  # `and` binds more tightly
         ("never and (always or always)", LOWEST, False),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_criterion_means_what_the_table_says(expression: str, reading: Reading
     assert parse_criterion(expression).leaves(reading) is leaves
 
 
-def test_a_decaying_threshold_is_calms() -> None:
+def test_a_threshold_decays_as_in_calm() -> None:
     criterion = parse_criterion("top_prob >= 0.8 ~ 4")
     assert isinstance(criterion, Bound)
     for position in (0, 10, 101):
@@ -106,7 +106,7 @@ def test_a_decaying_threshold_is_calms() -> None:
     assert criterion.threshold.at(LOWEST) == pytest.approx(0.8)
 
 
-def test_the_cosine_is_the_one_of_float32_vectors() -> None:
+def test_the_cosine_is_computed_in_float32() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 64))
     expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -139,7 +139,9 @@ def groups(inner: st.SearchStrategy[Criterion]) -> st.SearchStrategy[Criterion]:
 
 @examples(300)
 @given(st.recursive(simple, groups, max_leaves=6), st.floats(0, 1), st.integers(0, 100))
-def test_an_expression_is_read_back_as_it_was_written(criterion: Criterion, top_prob: float, position: int) -> None:
+def test_a_criterion_written_as_text_is_read_back_the_same(
+    criterion: Criterion, top_prob: float, position: int
+) -> None:
     again = parse_criterion(str(criterion))
     assert str(parse_criterion(str(again))) == str(again)
     reading = replace(LOWEST, top_prob=top_prob, position=position)
@@ -161,6 +163,7 @@ def test_an_expression_is_read_back_as_it_was_written(criterion: Criterion, top_
         ("top_prob >= 1e999", "threshold of top_prob is out of range"),
         ("entropy <= -1", "threshold of entropy is out of range"),
         ("similarity >= -2", "threshold of similarity is out of range"),
+        ("top_prob >= 0.5 [4: 0.9, 4: 0.5]", "found: 4, expected: an exit that has no threshold yet"),
         ("top_prob >= 0.5 [4: -1]", "threshold of top_prob is out of range"),
         ("top_prob >= 0.5 ~ 0", "decay of top_prob"),
         ("entropy <= 0.5 ~ 4", "entropy has no decay"),
@@ -175,7 +178,7 @@ def test_an_expression_is_read_back_as_it_was_written(criterion: Criterion, top_
         ("__import__('os')", "cannot be read"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_the_place(expression: str, says: str) -> None:
+def test_an_expression_that_cannot_be_read_is_refused_with_the_part_at_fault(expression: str, says: str) -> None:
     with pytest.raises(RequestError) as caught:
         parse_criterion(expression)
     assert says.replace("found: ", "found ").replace("expected: ", "expected ") in str(caught.value).replace(
@@ -217,12 +220,12 @@ def test_a_bundle_that_lacks_what_the_policy_needs_is_refused(
         {"prefill_exit": True, "verify": "exact"},
     ],
 )
-def test_options_that_do_not_exist_or_do_not_go_together_are_refused(options: dict[str, object]) -> None:
+def test_options_that_are_unknown_or_do_not_go_together_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(RequestError):
         ExitPolicy(Fixed(always=True), **options)  # type: ignore[arg-type]
 
 
-def test_the_exits_in_use_are_those_asked_for_or_all() -> None:
+def test_the_exits_in_use_are_those_that_were_asked_for_or_all() -> None:
     assert ExitPolicy(Fixed(always=True)).exits_in(PLAN) == (4, 8, 12)
     assert ExitPolicy(Fixed(always=True), exit_layers=(12, 4)).exits_in(PLAN) == (4, 12)
     assert ExitPolicy(parse_criterion("gate >= 0.5")).exits_in(PLAN) == (4, 8, 12)

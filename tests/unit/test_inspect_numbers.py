@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 
 from helpers.inspect_bundles import LAYER, MLP, NORMS, O_PROJ, Q_ALONE, QKV, TABLE, MakeBundle, report_of, tiny_spec
+from shortstack.graphs.manifest import FORMAT_VERSION
 from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime.inspection.words import kv_lines
 
@@ -40,6 +44,28 @@ def test_a_padded_head_takes_room_on_disk_but_is_no_parameter(make_bundle: MakeB
     assert report.layers[0].parameters.total == (QKV + O_PROJ) // 2 + MLP + NORMS
     assert report.layers[0].weight_bytes == 4 * LAYER  # stored with heads of 16
     assert report.cache_bytes_per_token == 4 * (2 * 1 * 16 * 4)
+
+
+def test_the_bytes_of_a_layer_are_given_part_by_part(make_bundle: MakeBundle) -> None:
+    report = report_of(make_bundle(tiny_spec(biases=True, kv_map=(0, 1, 1, 3))))
+    owner, consumer = report.layers[1].part_bytes, report.layers[2].part_bytes
+    assert (owner.qkv, owner.o, owner.mlp, owner.norms) == tuple(
+        4 * part for part in (QKV + (2 + 2) * 16, O_PROJ + 8, MLP + 2 * 10 + 8, NORMS)
+    )
+    assert consumer.qkv == 4 * (Q_ALONE + 2 * 16)
+    assert [layer.part_bytes.total for layer in report.layers] == [layer.weight_bytes for layer in report.layers]
+
+
+def test_the_format_version_is_that_of_the_file(make_bundle: MakeBundle) -> None:
+    folder = make_bundle(tiny_spec())
+    assert report_of(folder).format_version == FORMAT_VERSION
+    file = folder / "bundle.json"
+    data = json.loads(file.read_text())
+    del data["digest"]
+    data |= {"format_version": 2, "exits": []}
+    content = json.dumps(data, sort_keys=True, ensure_ascii=True).encode()
+    file.write_text(json.dumps(data | {"digest": hashlib.sha256(content).hexdigest()}))
+    assert report_of(folder).format_version == 2
 
 
 def test_draft_cost_is_the_weight_bytes_read_relative_to_a_plain_step(make_bundle: MakeBundle) -> None:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from helpers.inspect_bundles import MakeBundle, report_of, tiny_spec
+from shortstack.graphs import names
 from shortstack.graphs.kv_map import iterated_groups
 from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.precision import BlockFormat, Precision
 from shortstack.runtime.inspection.picture import Picture, Rect, draw_stack
 
 Point = tuple[float, float]
 Stroke = tuple[Point, Point]
 
+MIXED = Precision(
+    {
+        names.layer_weight(layer, part): BlockFormat(bits)
+        for layer in range(40)
+        for part, bits in (("attn.qkv_proj.weight", 8), ("attn.o_proj.weight", 4), ("mlp.down_proj.weight", 4))
+    },
+    kv_cache="int8",
+)
 SHARED = {
     "all below their producer": (0, 4, 4, 4, 4, 5),
     "bottom": (0, 1, 1, 1, 1, 1),
@@ -145,13 +156,54 @@ def test_many_iterated_groups_are_counted_where_their_layers_do_not_fit(make_bun
 
 
 @pytest.mark.parametrize("exits", [(3,), (1, 3), (3, 5)])
-def test_lines_of_text_beside_the_column_do_not_overlap(exits: tuple[int, ...], make_bundle: MakeBundle) -> None:
+def test_lines_of_text_next_to_the_column_do_not_overlap(exits: tuple[int, ...], make_bundle: MakeBundle) -> None:
     spec = tiny_spec(8, kv_map=(0, 2, 2, 4, 4, 7, 7, 7))
     picture = draw_stack(report_of(make_bundle(spec, *map(ExitSpec, exits))))
-    beside = next(label.x for label in picture.labels if label.text.startswith("exit after"))
-    baselines = sorted(label.y for label in picture.labels if label.x == beside)
+    right = next(label.x for label in picture.labels if label.text.startswith("exit after"))
+    baselines = sorted(label.y for label in picture.labels if label.x == right)
     assert len(baselines) >= 3 * len(exits) + 2
     assert all(below - above >= 13 for above, below in pairwise(baselines))
+
+
+def area(rects: list[Rect]) -> float:
+    return sum(rect.width * rect.height for rect in rects)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", [Precision(), MIXED], ids=["float", "mixed formats"])
+def test_areas_in_the_column_follow_bytes(tied: bool, precision: Precision, make_bundle: MakeBundle) -> None:
+    spec = tiny_spec(40, kv_map=(*range(39), 0), tied=tied)
+    report = report_of(make_bundle(spec, precision=precision))
+    picture = draw_stack(report)
+    per_byte = area(layer_rects(picture, 1)) / report.layers[1].weight_bytes
+    for layer in report.layers:
+        drawn = layer_rects(picture, layer.layer)
+        parts = layer.part_bytes
+        assert area(drawn) == pytest.approx(per_byte * layer.weight_bytes)
+        assert [area([rect]) / per_byte for rect in drawn] == pytest.approx(
+            [parts.qkv, parts.o, parts.mlp + parts.norms]
+        )
+    [embedding] = [rect for rect in picture.rects if rect.title.startswith("token embedding")]
+    assert area([embedding]) == pytest.approx(per_byte * report.weights.embedding)
+    [head] = [rect for rect in picture.rects if rect.title.startswith("final norm and LM head")]
+    assert area([head]) == pytest.approx(per_byte * report.segments[-1].head.weight_bytes)
+    assert not [line for line in picture.marks if line.css == "break"]
+
+
+def test_a_block_that_is_too_high_is_cut_short_and_marked(make_bundle: MakeBundle) -> None:
+    picture = draw_stack(report_of(make_bundle(replace(tiny_spec(4), vocab_size=4000))))
+    assert len([line for line in picture.marks if line.css == "break"]) == 2
+    tables = [rect for rect in picture.rects if rect.css.startswith("table")]
+    assert all("cut short: to scale it is 5.3 times this height" in rect.title for rect in tables)
+
+
+def test_names_of_blocks_that_are_too_low_for_text_stand_next_to_them(make_bundle: MakeBundle) -> None:
+    picture = draw_stack(report_of(make_bundle(tiny_spec(40))))
+    low = [rect for rect in picture.rects if rect.css.startswith("table")]
+    names = [label for label in picture.labels if label.text.startswith(("embedding", "LM head"))]
+    assert len(low) == len(names) == 2
+    assert {rect.height < 34 for rect in low} == {True}
+    assert all(label.x > rect.x + rect.width for label in names for rect in low)
 
 
 def test_trimmed_heads_are_drawn_as_wide_as_their_rows(make_bundle: MakeBundle) -> None:

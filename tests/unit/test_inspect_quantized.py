@@ -155,4 +155,4 @@ def test_text_page_and_json_of_a_quantized_bundle_say_so(make_bundle: MakeBundle
     assert data["precision"] == precision.to_json()
     page = Page(render_html(report_of(folder)))
     assert words in "".join(page.text)
-    assert "exits' own heads" in "".join(page.text)
+    assert "what exits have of their own" in "".join(page.text)

@@ -1,6 +1,7 @@
-"""Which judged row's state a round hands to the next one: that of the position before the newest token.
+"""Which judged row's state a round keeps for the next one: that of the position before the newest token.
 
-The scripted decoder checks the content on each draft; here the row itself, for every way a round can end.
+The scripted decoder checks the content of the state on each draft. These tests check the row itself, for every way in
+which a round can end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ENDS = [(k, accepted) for k in range(1, 7) for accepted in range(k + 1)]
 
 
 def decoder_after_prompt(agreements: list[bool]) -> ScriptedDecoder:
-    """A decoder whose exit agrees or not at each position that the first round drafts, and at none after it."""
+    """A decoder whose exit agrees as listed at the positions that the first round drafts, and at none after them."""
     pattern = [False] * 64
     pattern[len(PROMPT) + 1 : len(PROMPT) + 1 + len(agreements)] = agreements
     return ScriptedDecoder(ScriptedModel(seed=5, agreement=pattern))
@@ -44,7 +45,7 @@ def test_the_next_round_begins_after_the_row_that_predicted_the_newest_token(
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=0.9, seed=3)])
 @pytest.mark.parametrize("bonus", [False, True])
-def test_drawn_drafts_keep_the_row_before_the_newest_token_too(bonus: bool, sampling: SamplingParams) -> None:
+def test_sampled_drafts_keep_the_row_before_the_newest_token_too(bonus: bool, sampling: SamplingParams) -> None:
     decoder = ScriptedDecoder(ScriptedModel(seed=2, agreement=0.8))
     stats = Stats()
     length = DraftLength(DraftPolicy(4, has_bonus=bonus))
@@ -54,7 +55,7 @@ def test_drawn_drafts_keep_the_row_before_the_newest_token_too(bonus: bool, samp
 
 
 def test_a_generation_stopped_anywhere_drafts_from_the_right_state_in_its_next_turn() -> None:
-    """The prefill of a turn sets the state, whatever the round before it left behind."""
+    """The prefill of a turn sets the state, no matter what the round before it left."""
     for taken in range(1, 20):
         decoder = ScriptedDecoder(ScriptedModel(seed=2, agreement=0.8))
         sequence = TokenSequence(PROMPT)
@@ -69,7 +70,7 @@ def test_a_generation_stopped_anywhere_drafts_from_the_right_state_in_its_next_t
         assert [step.token for step in again] == decoder.model.continuation(text, 9, 99)
 
 
-def test_plain_steps_leave_the_state_that_a_draft_after_them_begins_with() -> None:
+def test_plain_steps_leave_the_state_for_a_draft_after_them() -> None:
     decoder = ScriptedDecoder(ScriptedModel(seed=2, agreement=0.8))
     list(plain(decoder, TokenSequence(PROMPT), make_choice(GREEDY), Stats(), 5))
     assert not decoder.kept_rows  # one judged row is row 0 already

@@ -1,4 +1,4 @@
-"""Bytes of keys and values per position, against products done by hand."""
+"""Bytes of keys and values per position, compared with products written out."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def test_each_producer_keeps_a_key_and_a_value_per_head(value_bytes: int) -> Non
         assert kv_bytes_per_token(replace(spec, kv_map=kv_map), value_bytes) == 2 * owners * 3 * 32 * value_bytes
 
 
-def test_a_head_counts_as_wide_as_it_is_stored() -> None:
+def test_a_head_counts_with_its_stored_width() -> None:
     assert kv_bytes_per_token(tiny_spec(1, head_dim=8), 4) == 2 * 1 * 16 * 4
 
 
-def test_owners_can_be_given() -> None:
+def test_the_number_of_owners_can_be_given() -> None:
     spec = tiny_spec(4, kv_map=(0, 1, 1, 1))
     assert [kv_bytes_per_token(spec, 2, owners) for owners in (0, 1, 2)] == [0, 64, 128]
     assert kv_bytes_per_token(spec, 2) == 128
 
 
-def test_a_map_with_l_producers_takes_exactly_l_parts_of_the_plain_one() -> None:
+def test_bytes_are_proportional_to_the_number_of_producers() -> None:
     plain = kv_bytes_per_token(tiny_spec(9), 4)
     for owners in range(1, 10):
         shared = tiny_spec(9, kv_map=placement("lasagna", "middle", 9, owners))

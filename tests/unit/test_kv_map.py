@@ -1,4 +1,4 @@
-"""Maps of K,V sharing: the tables of the literature, degenerate cases, what follows from a map, and what is refused."""
+"""Maps of K,V sharing: the tables of the papers, degenerate cases, what follows from a map, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTITIONS = ("pizza", "sandwich", "lasagna")
 POSITIONS = ("bottom", "middle", "top")
 PLACEMENTS = list(product(PARTITIONS, POSITIONS))
 
-# L = 9, l = 3, layers from 1 as the paper numbers them; and the smallest KV-complete exit.
+# L = 9, l = 3, layers numbered from 1 as in the paper; then the smallest KV-complete exit.
 TABLE = {
     ("pizza", "bottom"): ((1, 2, 3, 3, 3, 3, 3, 3, 3), 3),
     ("pizza", "middle"): ((1, 2, 6, 6, 6, 6, 6, 6, 6), 6),
@@ -46,12 +46,12 @@ TABLE = {
 
 
 def repeated(*parts: str) -> str:
-    """``0_20x20_21`` is 0, then twenty times 20, then 21."""
+    """Expand ``0_20x20_21`` to 0, then twenty times 20, then 21."""
     return "_".join("_".join([part.split("x")[1]] * int(part.split("x")[0])) if "x" in part else part for part in parts)
 
 
 @pytest.mark.parametrize(("partition", "position"), PLACEMENTS)
-def test_nine_layers_with_three_producers_are_those_of_the_paper(partition: str, position: str) -> None:
+def test_maps_of_nine_layers_and_three_producers_equal_the_papers(partition: str, position: str) -> None:
     numbered_from_1, complete = TABLE[partition, position]
     kv_map = placement(partition, position, 9, 3)
     assert kv_map == tuple(layer - 1 for layer in numbered_from_1)
@@ -93,7 +93,7 @@ def test_the_published_yoco_string_slides_below_the_shared_layer() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 7, 9, 12])
-def test_degenerate_numbers_of_producers(layers: int) -> None:
+def test_placements_agree_at_degenerate_numbers_of_producers(layers: int) -> None:
     for position in POSITIONS:
         one = {placement(partition, position, layers, 1) for partition in PARTITIONS}
         assert len(one) == 1
@@ -110,7 +110,7 @@ def test_degenerate_numbers_of_producers(layers: int) -> None:
 
 @examples(200)
 @given(st.sampled_from(PLACEMENTS), st.integers(1, 40), st.integers(1, 40))
-def test_every_placement_is_sound(names: tuple[str, str], layers: int, count: int) -> None:
+def test_every_placement_is_consistent(names: tuple[str, str], layers: int, count: int) -> None:
     count = min(count, layers)
     kv_map = placement(*names, layers, count)
     validate_kv_map(kv_map, layers)
@@ -132,7 +132,7 @@ def test_every_placement_is_sound(names: tuple[str, str], layers: int, count: in
         ((0, 7, 7, 7, 7, 7, 7, 7, 8), ((1, 8),)),
         ((1, 1, 1, 4, 4, 4, 7, 7, 7), ((0, 2), (3, 5), (6, 8))),
         ((2, 2, 2, 5, 5, 5), ((0, 3), (3, 6))),
-        ((3, 4, 4, 3, 4), ((0, 5),)),  # two that overlap run as one
+        ((3, 4, 4, 3, 4), ((0, 5),)),  # two groups that overlap run as one
         ((0, 0, 2, 2), ()),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_boundary_inside_a_group_is_refused_with_the_reason() -> None:
     check_boundaries(placement("pizza", "bottom", 9, 3), range(1, 9))
 
 
-def test_what_is_borrowed_lies_outside() -> None:
+def test_borrowed_producers_lie_outside_the_segment() -> None:
     kv_map = placement("lasagna", "bottom", 9, 3)
     assert borrowed(kv_map, 4, 9) == (3,)
     assert borrowed(kv_map, 3, 9) == ()
@@ -177,7 +177,7 @@ def test_what_is_borrowed_lies_outside() -> None:
         ("0;1", "is not known"),
     ],
 )
-def test_maps_that_are_none_are_refused(text: str, says: str) -> None:
+def test_maps_that_are_not_valid_are_refused(text: str, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         parse_kv_map(text, 9)
 
@@ -194,6 +194,6 @@ def test_maps_that_are_none_are_refused(text: str, says: str) -> None:
         ("0_1", "2 entries"),
     ],
 )
-def test_strings_that_are_no_layer_types_are_refused(text: str, says: str) -> None:
+def test_strings_that_are_not_layer_types_are_refused(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse_layer_types(text, 3)

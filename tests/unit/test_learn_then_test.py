@@ -1,4 +1,4 @@
-"""Learn-then-Test: p-values against brute force, the walk over the grid, distances, thresholds to try."""
+"""Learn-then-Test: p-values against brute force, testing in order, distances, thresholds to try."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from shortstack.runtime.calibration.template import Template
 
 
 @pytest.mark.parametrize(("count", "delta"), [(1, 0.3), (5, 0.1), (12, 0.5), (12, 0.9)])
-def test_the_binomial_tail_is_that_of_all_outcomes(count: int, delta: float) -> None:
+def test_the_binomial_tail_equals_the_sum_over_all_outcomes(count: int, delta: float) -> None:
     chance = [0.0] * (count + 1)
     for outcome in product((0, 1), repeat=count):
         chance[sum(outcome)] += math.prod(delta if failed else 1 - delta for failed in outcome)
@@ -43,7 +43,7 @@ def test_the_binomial_tail_is_that_of_all_outcomes(count: int, delta: float) -> 
         assert binomial(failures, count, delta) == pytest.approx(sum(chance[: failures + 1]), rel=1e-9)
 
 
-def test_hoeffding_is_the_formula_of_the_paper() -> None:
+def test_the_hoeffding_p_value_is_the_formula_of_the_paper() -> None:
     assert hoeffding(0.02, 200, 0.1) == pytest.approx(math.exp(-2 * 200 * 0.08**2))
     assert hoeffding(0.1, 200, 0.1) == hoeffding(0.7, 200, 0.1) == 1.0
 
@@ -66,14 +66,14 @@ def test_p_values_are_rarely_small_where_the_mean_loss_is_above_delta(test: Test
         assert (values <= epsilon).mean() <= epsilon + 3 * math.sqrt(epsilon / 2000)
 
 
-def test_losses_between_0_and_1_are_not_for_the_binomial_test() -> None:
+def test_the_binomial_test_refuses_losses_between_0_and_1() -> None:
     assert p_value("binomial", [0.0, 1.0, 0.0], 0.5) == pytest.approx(0.5)
     with pytest.raises(RequestError, match="losses of 0 or 1"):
         p_value("binomial", [0.0, 0.5], 0.5)
 
 
 @pytest.mark.parametrize("losses", [[], [-0.1], [1.1], [float("nan")]])
-def test_what_is_no_loss_is_refused(losses: list[float]) -> None:
+def test_a_value_that_is_not_a_loss_is_refused(losses: list[float]) -> None:
     with pytest.raises(RequestError, match=r"each 0\.\.1"):
         p_value("hoeffding", losses, 0.1)
 
@@ -97,10 +97,10 @@ def test_hoeffding_needs_150_prompts_at_the_defaults_and_600_for_half_of_delta()
     assert all(part in message for part in ("149", "150 or more", "hoeffding-bentkus, which needs 29"))
 
 
-# The walk
+# Testing in order
 
 
-def test_the_walk_ends_at_the_first_failure_and_asks_for_nothing_behind_it() -> None:
+def test_testing_ends_at_the_first_failure_and_reads_nothing_after_it() -> None:
     asked: list[float] = []
 
     def values() -> Iterator[float]:
@@ -139,7 +139,7 @@ def slow_edits(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     )
 
 
-def test_distances_are_those_of_the_recursive_definitions() -> None:
+def test_distances_agree_with_their_recursive_definitions() -> None:
     rng = np.random.default_rng(1)
     for _ in range(150):
         a, b = (tuple(rng.integers(0, 3, rng.integers(0, 7)).tolist()) for _ in range(2))
@@ -147,7 +147,7 @@ def test_distances_are_those_of_the_recursive_definitions() -> None:
         assert edit_distance(a, b) == slow_edits(a, b)
 
 
-def test_rouge_l_of_the_paper_s_example() -> None:
+def test_rouge_l_of_the_example_in_the_paper() -> None:
     """Lin 2004, section 3.1: "police killed the gunman" shares 3 of 4 words in order with S2, and 2 of 4 with S3."""
     reference = words("police killed the gunman")
     assert rouge_l_distance(words("police kill the gunman"), reference) == pytest.approx(0.25)
@@ -207,7 +207,7 @@ def test_a_criterion_without_a_gap_for_a_threshold_is_refused(text: str) -> None
 @pytest.mark.parametrize(
     "text", ["top >= {}", "top_prob <= {}", "top_prob >= {} and", "top_prob >= {} and margin >= auto"]
 )
-def test_a_template_that_is_no_criterion_is_refused(text: str) -> None:
+def test_a_template_that_is_not_a_criterion_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="exit criterion"):
         Template(text)
 
@@ -224,6 +224,6 @@ def test_a_template_that_is_no_criterion_is_refused(text: str) -> None:
         ({"max_new_tokens": 1}, "2 or more"),
     ],
 )
-def test_a_calibration_that_cannot_be_is_refused(fields: dict[str, object], says: str) -> None:
+def test_a_calibration_with_impossible_settings_is_refused(fields: dict[str, object], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         CalibrationSpec(**fields)  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def test_another_accuracy_level_or_none_is_found(attributes: dict[str, int], lev
 
 @pytest.mark.parametrize("op_type", sorted(BANNED))
 @pytest.mark.parametrize("is_inside", [False, True])
-def test_activations_with_a_scale_over_all_rows_are_found(op_type: str, is_inside: bool) -> None:
+def test_operators_with_one_scale_for_all_rows_are_found(op_type: str, is_inside: bool) -> None:
     node = helper.make_node(op_type, ["x"], ["y"], "mixer")
     (finding,) = lint_findings(model_of(inside_if(node) if is_inside else node))
     assert finding == f"mixer is a {op_type}, whose rows depend on each other"

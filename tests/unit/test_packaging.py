@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 
 from shortstack import __version__
+from shortstack.missing import ONLY_IN_THE_REPOSITORY
 
 # Not part of the package, or made by tools.
 OUTSIDE = {"tests", "build", "dist", "__pycache__"}
-# Stands beside the code, for those who work on it.
+# Is next to the code, for those who work on it.
 FOR_DEVELOPERS = {".pyc", ".toml", ".md"}
+# 470 kB today, of which the texts for calibration and quality take 63: compressed once more, they would take as much.
+MAX_WHEEL_BYTES = 550_000
 
 
 def folders_with_code(repository: Path) -> set[str]:
@@ -55,20 +58,45 @@ def test_every_folder_with_code_is_listed_as_a_package(repository: Path, package
 
 
 def test_the_wheel_holds_every_module_and_data_file(
-    wheel: Path, repository: Path, package_folders: dict[str, Path], package_sources: list[Path]
+    wheel: Path, repository: Path, package_folders: dict[str, Path], pyproject: dict[str, Any]
 ) -> None:
     packed = set(zipfile.ZipFile(wheel).namelist())
-    data = [
-        path
-        for folder in package_folders.values()
+    left_out = set(pyproject["tool"]["shortstack"]["not-in-the-wheel"])
+    needed = {
+        f"{name.replace('.', '/')}/{path.name}"
+        for name, folder in package_folders.items()
         for path in folder.iterdir()
-        if folder != repository and path.is_file() and path.suffix not in FOR_DEVELOPERS
-    ]
-    folder_names = {folder: name.replace(".", "/") for name, folder in package_folders.items()}
-    needed = {f"{folder_names[path.parent]}/{path.name}" for path in [*package_sources, *data]}
+        if path.suffix == ".py" or (folder != repository and path.is_file() and path.suffix not in FOR_DEVELOPERS)
+        if name not in left_out
+    }
     assert needed <= packed, "add the missing ones to packages or package-data in pyproject.toml"
     assert "shortstack/py.typed" in packed
     assert not [name for name in packed if name.startswith(("shortstack/tests", "tests"))]
+
+
+def test_what_a_device_does_not_need_stays_out_of_the_wheel(
+    wheel: Path, package_folders: dict[str, Path], pyproject: dict[str, Any]
+) -> None:
+    packed = zipfile.ZipFile(wheel).namelist()
+    left_out = pyproject["tool"]["shortstack"]["not-in-the-wheel"]
+    assert not set(left_out) & set(pyproject["tool"]["setuptools"]["packages"])
+    assert all(package_folders[name].is_dir() for name in left_out)
+    assert {name.split(".")[2] for name in left_out} == set(ONLY_IN_THE_REPOSITORY)
+    assert not [name for name in packed if name.startswith(tuple(f"{n.replace('.', '/')}/" for n in left_out))]
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES
+
+
+@pytest.mark.parametrize("command", ["bench", "recipes.layerskip", "showcase.answers"])
+def test_a_command_that_is_not_in_the_wheel_says_where_it_is(wheel: Path, tmp_path: Path, command: str) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    line = [sys.executable, "-S", "-m", f"shortstack.samples.{command}", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path, env={})
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"error: shortstack.samples.{command} is in the repository and not in the wheel. Run "
+    )
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_wheel_carries_version_and_licence(wheel: Path, pyproject: dict[str, Any]) -> None:
@@ -79,7 +107,7 @@ def test_the_wheel_carries_version_and_licence(wheel: Path, pyproject: dict[str,
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
-def test_the_wheel_starts_with_click_alone_beside_it(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_starts_with_click_as_its_only_neighbour(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     click = importlib.util.find_spec("click")

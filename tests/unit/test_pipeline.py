@@ -1,4 +1,4 @@
-"""Early exit as a pipeline: the threads above the lowest level, whatever order they happen to run in."""
+"""Early exit as a pipeline: the threads of the levels above the lowest, in whatever order they run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def levels_alive() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("shortstack level")]
 
 
-def test_a_thousand_random_schedules_decide_and_fill_as_a_flush_does() -> None:
+def test_a_thousand_random_schedules_give_the_tokens_and_caches_of_a_flush() -> None:
     rng = random.Random(0)
     runs_of_several, most_pending = 0, 0
     for seed in range(SCHEDULES):
@@ -63,7 +63,7 @@ def enter(levels: ScriptedLevels, catch_up: PipelineCatchUp, row: int) -> None:
 
 
 def wait_for(levels: ScriptedLevels, runs: Sequence[tuple[int, int, int, int]]) -> None:
-    """Wait until just these runs have been made, in any order."""
+    """Wait until exactly these runs have been made, in any order."""
     end = time.monotonic() + 20
     while sorted(levels.runs) != sorted(runs):
         assert time.monotonic() < end, levels.runs
@@ -79,7 +79,7 @@ def test_the_levels_above_work_while_the_caller_does_something_else(
     wait_for(levels, [(0, 0, 1, 1), (1, 0, 1, 0), (2, 0, 1, 0)])
 
 
-def test_a_row_that_is_to_be_read_waits_for_the_caller_below_the_next_level(
+def test_the_next_level_waits_until_the_caller_has_read_the_row(
     pipeline: tuple[ScriptedLevels, PipelineCatchUp],
 ) -> None:
     levels, catch_up = pipeline
@@ -88,7 +88,7 @@ def test_a_row_that_is_to_be_read_waits_for_the_caller_below_the_next_level(
     enter(levels, catch_up, 1)
     catch_up.run_level(1, 1, 1, False)
     assert (2, 0, 2, 0) not in levels.runs
-    assert levels.heads[1].token[1] >= 0, "the head did not see the row"
+    assert levels.heads[1].token[1] >= 0, "the head did not run on the row"
     wait = [run for run in levels.runs if run[0] == 2]
     assert all(end == 1 for _, _, end, _ in wait)
     catch_up.mark_pending(1, 1)
@@ -96,7 +96,7 @@ def test_a_row_that_is_to_be_read_waits_for_the_caller_below_the_next_level(
     levels.assert_holds([1, 2, 0, 1])
 
 
-def test_an_error_in_a_thread_surfaces_in_the_caller_with_its_own_type(
+def test_an_error_in_a_thread_is_raised_in_the_caller_with_its_own_type(
     pipeline: tuple[ScriptedLevels, PipelineCatchUp],
 ) -> None:
     levels, catch_up = pipeline
@@ -136,13 +136,13 @@ def test_closing_in_the_middle_waits_for_the_run_and_starts_no_other() -> None:
     assert levels_alive() == []
 
 
-def test_a_round_of_rows_that_wait_has_the_costs_of_its_row_counts() -> None:
+def test_the_cap_and_the_relative_costs_follow_what_was_measured() -> None:
     cap = PendingCap(16)
     assert cap.rows == 16
     for _ in range(20):
         for rows, cost in ((1, 1.0), (2, 1.1), (4, 1.6), (8, 3.2), (16, 6.4)):
             cap.observe(rows, cost)
-    assert cap.rows == 4, "from four rows on a position costs the same"
+    assert cap.rows == 4, "from four rows on the cost per position is constant"
     assert cap.relative_costs() == pytest.approx({1: 1.0, 2: 1.1, 4: 1.6, 8: 3.2, 16: 6.4})
 
 

@@ -1,4 +1,4 @@
-"""Exit profiles are read back as they were written, and everything else is refused with what is wrong."""
+"""Exit profiles are read back as they were written; anything else is refused with a message that says what is wrong."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def edited(file: Path, **fields: Any) -> Path:
     return file
 
 
-def test_a_profile_is_read_as_it_was_written_and_nothing_else_is_left(file: Path) -> None:
+def test_a_profile_is_read_back_the_same_and_no_other_file_is_left(file: Path) -> None:
     assert read_profile(file) == PROFILE
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_profile_without_a_threshold_asks_for_the_whole_model(file: Path) -> None:
+def test_a_profile_without_a_threshold_uses_the_whole_model(file: Path) -> None:
     none = replace(PROFILE, threshold=None, criterion="never")
     write_profile(none, file)
     assert read_profile(file) == none
     assert str(none.policy().criterion) == "never"
 
 
-def test_the_policy_is_what_was_calibrated() -> None:
+def test_the_policy_of_a_profile_is_the_one_that_was_calibrated() -> None:
     policy = PROFILE.policy(kv_policy="pipeline")
     assert (str(policy.criterion), policy.exit_layers) == (PROFILE.criterion, (4, 8))
     assert (policy.verify, policy.kv_policy) == ("none", "pipeline")
@@ -80,7 +80,7 @@ def test_a_profile_that_cannot_be_written_leaves_the_old_one(file: Path) -> None
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"{", b"[]", b"null", b"[" * 100_000, b'"' + b"x" * (1 << 20) + b'"']
 )
-def test_a_file_that_is_no_profile_is_refused(file: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_profile_is_refused(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(RequestError, match=r"exit-profile\.json.*alibrate again"):
         read_profile(file)
@@ -179,7 +179,7 @@ def test_a_wrong_point_of_the_curve_is_named(file: Path, change: dict[str, Any],
         {"template": "margin >= {}"},
     ],
 )
-def test_a_threshold_that_was_not_found_is_noticed(file: Path, fields: dict[str, Any]) -> None:
+def test_a_threshold_that_was_edited_is_noticed(file: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"field criterion.*edited"):
         read_profile(edited(file, **fields))
 
@@ -187,6 +187,6 @@ def test_a_threshold_that_was_not_found_is_noticed(file: Path, fields: dict[str,
 @pytest.mark.parametrize(
     "template", ["", "never", "top_prob >= {} and", "(" * 900 + "top_prob >= {}", "max_depth = {}..1"]
 )
-def test_a_template_that_is_none_is_refused(file: Path, template: str) -> None:
+def test_a_template_that_is_not_valid_is_refused(file: Path, template: str) -> None:
     with pytest.raises(RequestError, match=r"exit-profile\.json: exit criterion"):
         read_profile(edited(file, template=template))

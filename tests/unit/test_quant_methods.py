@@ -6,17 +6,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from helpers.quantized import unpacked
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.ir.block_tensor import BlockTensor
-from shortstack.graphs.precision import BLOCK_SIZES, BlockFormat
+from shortstack.graphs.precision import BLOCK_SIZES, CODE_TYPES, BlockFormat
 from shortstack.graphs.spec import ModelSpec
-from shortstack.quant.methods import METHODS, awq
+from shortstack.quant.method import METHODS
+from shortstack.quant.methods import awq
 from shortstack.quant.methods.stats import Floats, InputStats, InputStatsBuilder, output_error
 
 ROWS = 6
+ROUNDINGS = {method.name: method.round for method in METHODS.values() if not method.scales_layers}
 # Products in float32 instead of exact ones: twice its precision at the size of the weights.
 FLOAT32_RTOL = 2.4e-7
-FORMATS = [BlockFormat(*shape) for shape in itertools.product((4, 8), BLOCK_SIZES, (False, True))]
+FORMATS = [BlockFormat(*shape) for shape in itertools.product(CODE_TYPES, BLOCK_SIZES, (False, True))]
 WIDTHS = (256, 80, 33)  # whole blocks of every size; an even and an odd rest
 
 
@@ -39,26 +42,18 @@ def correlated_stats(rng: np.random.Generator, width: int, positions: int = 512)
     return builder.finish()
 
 
-def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.float64]:
-    """Read packed codes as the kernels' documentation describes them: the first of two codes in the lower half."""
-    flat = packed.reshape(len(packed), -1)
-    if bits == 4:
-        flat = np.stack([flat & 15, flat >> 4], axis=2).reshape(len(packed), -1)
-    return flat[:, :count].astype(np.float64)
-
-
 def step_per_weight(tensor: BlockTensor) -> Floats:
     return np.repeat(np.abs(tensor.scales), tensor.format.block_size, axis=1)[:, : tensor.shape[1]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROUNDINGS)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("block_format", FORMATS, ids=str)
 def test_packed_bytes_hold_what_dequantize_returns(
     method: str, width: int, block_format: BlockFormat, rng: np.random.Generator
 ) -> None:
     weight, stats = weights(rng, ROWS, width), correlated_stats(rng, width)
-    tensor = METHODS[method](weight, block_format, stats)
+    tensor = ROUNDINGS[method](weight, block_format, stats)
     blocks = block_format.blocks(width)
     codes = unpacked(tensor.packed_codes(), block_format.bits, width)
     packed_zeros = tensor.packed_zero_points()
@@ -81,7 +76,7 @@ def test_rtn_is_off_by_half_a_step_at_most_or_by_one_where_the_top_code_is_missi
     width: int, block_format: BlockFormat, rng: np.random.Generator
 ) -> None:
     weight = weights(rng, ROWS, width)
-    tensor = METHODS["rtn"](weight, block_format, None)
+    tensor = ROUNDINGS["rtn"](weight, block_format, None)
     error, step = np.abs(weight - tensor.dequantize()), step_per_weight(tensor)
     # Symmetric codes reach 2^(bits-1) steps to one side and one less to the other. A rounded zero point moves the
     # range by half a step, so that the outermost weight may be another half away.
@@ -102,7 +97,7 @@ def test_rtn_stores_the_bytes_that_onnxruntime_would(
         )
     )
     codes, scales, zeros = theirs.qbits_block_quant(np.ascontiguousarray(weight.T))
-    ours = METHODS["rtn"](weight, block_format, None)
+    ours = ROUNDINGS["rtn"](weight, block_format, None)
     np.testing.assert_array_equal(ours.scales, scales.reshape(ours.scales.shape))
     np.testing.assert_array_equal(
         unpacked(ours.packed_codes(), block_format.bits, width), unpacked(codes, block_format.bits, width)
@@ -127,7 +122,7 @@ def test_k_quant_leaves_less_weighted_error_than_rtn(
     rms = np.repeat(size, block_format.block_size, axis=1)
     importance = np.sqrt(rms**2 + weight**2) * np.diag(stats.gram) if with_stats else rms + np.abs(weight)
     loss = {
-        name: np.sum(importance * (weight - METHODS[name](weight, block_format, stats_or_none).dequantize()) ** 2)
+        name: np.sum(importance * (weight - ROUNDINGS[name](weight, block_format, stats_or_none).dequantize()) ** 2)
         for name in ("rtn", "k-quant")
         for stats_or_none in [stats if with_stats else None]
     }
@@ -139,7 +134,7 @@ def test_hqq_is_never_worse_than_rtn_by_its_own_norm(block_format: BlockFormat, 
     weight = weights(rng, 64, 256)
     weight[rng.random(weight.shape) < 0.01] *= 6  # outliers are what it is made for
     loss = {
-        name: np.sum(np.abs(weight - METHODS[name](weight, block_format, None).dequantize()) ** 0.7)
+        name: np.sum(np.abs(weight - ROUNDINGS[name](weight, block_format, None).dequantize()) ** 0.7)
         for name in ("rtn", "hqq")
     }
     # Both find their codes in float32; ties may fall either way.
@@ -153,7 +148,7 @@ def test_gptq_leaves_less_output_error_than_rtn(
 ) -> None:
     weight, stats = weights(rng, 64, width), correlated_stats(rng, width)
     error = {
-        name: output_error(weight, METHODS[name](weight, block_format, stats).dequantize(), stats)
+        name: output_error(weight, ROUNDINGS[name](weight, block_format, stats).dequantize(), stats)
         for name in ("rtn", "gptq")
     }
     assert error["gptq"] < 0.8 * error["rtn"]
@@ -161,19 +156,19 @@ def test_gptq_leaves_less_output_error_than_rtn(
 
 def test_gptq_refuses_to_round_without_inputs() -> None:
     with pytest.raises(RequestError, match="calibration text"):
-        METHODS["gptq"](np.ones((2, 32), np.float32), BlockFormat(4), None)
+        ROUNDINGS["gptq"](np.ones((2, 32), np.float32), BlockFormat(4), None)
 
 
 @pytest.mark.parametrize("inputs", ["none seen", "some never fire", "all alike"])
 @pytest.mark.parametrize("block_format", [BlockFormat(4), BlockFormat(8, 16, True)], ids=str)
-def test_gptq_bears_inputs_that_say_little(inputs: str, block_format: BlockFormat, rng: np.random.Generator) -> None:
+def test_gptq_copes_with_sparse_inputs(inputs: str, block_format: BlockFormat, rng: np.random.Generator) -> None:
     weight = weights(rng, ROWS, 64)
     gram = {
         "none seen": np.zeros((64, 64)),
         "some never fire": np.diag((np.arange(64) % 3 > 0).astype(float)),
         "all alike": np.ones((64, 64)),
     }[inputs]
-    tensor = METHODS["gptq"](weight, block_format, InputStats(gram.astype(np.float32), 8))
+    tensor = ROUNDINGS["gptq"](weight, block_format, InputStats(gram.astype(np.float32), 8))
     is_dead = np.diag(gram) == 0
     error = np.abs(weight - tensor.dequantize())[:, is_dead]
     # A grid is not chosen for what never fires, but it is not far off either: other text may have it.
@@ -181,7 +176,7 @@ def test_gptq_bears_inputs_that_say_little(inputs: str, block_format: BlockForma
     assert np.isfinite(tensor.dequantize()).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROUNDINGS)
 @pytest.mark.parametrize("block_format", FORMATS, ids=str)
 def test_zero_and_constant_blocks_stay_what_they_are(
     method: str, block_format: BlockFormat, rng: np.random.Generator
@@ -190,16 +185,16 @@ def test_zero_and_constant_blocks_stay_what_they_are(
     constants = np.array([[0.0, 0.5], [-0.25, 0.0], [0.0, 0.0]], np.float32)
     weight = np.repeat(constants, size, axis=1)
     stats = InputStats(np.eye(2 * size, dtype=np.float32), 1)
-    tensor = METHODS[method](weight, block_format, stats)
+    tensor = ROUNDINGS[method](weight, block_format, stats)
     np.testing.assert_allclose(tensor.dequantize(), weight, rtol=1e-6)
     assert not tensor.dequantize()[weight == 0].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_rows_are_rounded_alike_whatever_stands_beside_them(method: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("method", ROUNDINGS)
+def test_a_row_is_rounded_the_same_alone_and_among_others(method: str, rng: np.random.Generator) -> None:
     weight, stats = weights(rng, 8, 96), correlated_stats(rng, 96)
-    alone = METHODS[method](weight[5:6].copy(), BlockFormat(4), stats).dequantize()
-    together = METHODS[method](weight, BlockFormat(4), stats).dequantize()
+    alone = ROUNDINGS[method](weight[5:6].copy(), BlockFormat(4), stats).dequantize()
+    together = ROUNDINGS[method](weight, BlockFormat(4), stats).dequantize()
     np.testing.assert_allclose(alone, together[5:6], rtol=1e-4)
 
 
@@ -325,8 +320,8 @@ def test_awq_leaves_less_output_error_where_some_channels_are_strong(rng: np.ran
     stats, block_format = seen_by(w, x), BlockFormat(4)
     scaled = awq.scale_layer(w, stats, lambda name: block_format, layer_spec())
     for name in scaled.scales:
-        plain = output_error(w[name], METHODS["rtn"](w[name], block_format, None).dequantize(), stats[name])
-        again = METHODS["rtn"](scaled.weights[name], block_format, None).dequantize()
+        plain = output_error(w[name], ROUNDINGS["rtn"](w[name], block_format, None).dequantize(), stats[name])
+        again = ROUNDINGS["rtn"](scaled.weights[name], block_format, None).dequantize()
         assert output_error(scaled.weights[name], again, scaled.stats[name]) < plain
 
 

@@ -1,4 +1,4 @@
-"""A request as a value, and the short forms of the Python calls that make one."""
+"""A request as a value, and the short forms of the Python calls that create one."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ def test_short_forms_make_the_strategy_that_they_describe(options: dict[str, Any
         ({"temperature": 0.5, "sampling": SamplingParams()}, ("temperature",)),
         ({"temperature": -1.0}, ("temperature",)),
         ({"max_new_tokens": 0}, ("max_new_tokens", "1 or more")),
+        ({"max_new_tokens": 2.5}, ("max_new_tokens", "a whole number")),
+        ({"max_new_tokens": True}, ("max_new_tokens", "a whole number")),
         ({"max_tokens": 3}, ("unknown option max_tokens", "max_new_tokens")),
         (
             {"exits": ExitPolicy(POLICY.criterion, verify="rollback", rollback_below=0.1), "temperature": 1.0},
@@ -74,7 +76,7 @@ def test_single_sampling_options_are_gathered() -> None:
     assert make_request("Hi", sampling=None).sampling == SamplingParams()
 
 
-def test_everything_else_reaches_the_request_as_it_is() -> None:
+def test_all_other_options_reach_the_request_unchanged() -> None:
     options: dict[str, Any] = {
         "max_new_tokens": 3,
         "stop": ("x",),

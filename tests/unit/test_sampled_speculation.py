@@ -1,12 +1,12 @@
 """Speculative sampling draws from the same distribution as plain sampling: chi-square tests with a known power.
 
-Drawn are the tokens after a certain first one, jointly: two of them (at most 25 cells) or three (at most 125), many
-times over with fixed seeds, so a run repeats exactly. The expected probabilities are those of plain sampling,
+The first token is certain. The tests draw the next two (at most 25 cells) or three (at most 125 cells) jointly, many
+times, with fixed seeds, so a run repeats exactly. The expected probabilities are those of plain sampling. They are
 enumerated over all continuations, not estimated.
 
-Level alpha = 1e-4 a test; effect sizes are Cohen's w = sqrt(sum (p1 - p0)^2 / p0) over all cells. The sample size of
-a test follows from its cells: power 0.99 at w = 0.15, which is 2,470 draws for 9 cells, 3,270 for 25 and 5,660 for 125
-(test_the_sample_sizes_stated_have_the_power_stated). The faults put in at the end have w from 0.26 to 0.55
+Each test has level alpha = 1e-4. Effect sizes are Cohen's w = sqrt(sum (p1 - p0)^2 / p0) over all cells. The number of
+cells sets the sample size: power 0.99 at w = 0.15 takes 2,470 draws for 9 cells, 3,270 for 25 and 5,660 for 125
+(test_the_stated_sample_sizes_have_the_stated_power). The faults put in at the end have w from 0.26 to 0.55
 (estimated from 3,000 draws each) and are looked for with the draws that give power 0.99 at w = 0.25.
 """
 
@@ -41,12 +41,12 @@ Cells = dict[tuple[int, ...], float]
 
 
 def model(draft_ids: Sequence[int] | None = None) -> ScriptedModel:
-    """Certain of the token after the prompt, so that the cells are spent on those that drafts decide."""
+    """A model that is certain of the token after the prompt, so that cells cover only the tokens that drafts decide."""
     return ScriptedModel(seed=20, vocab_size=VOCAB, agreement=0.6, draft_ids=draft_ids, sure_at=[len(PROMPT)])
 
 
 def enumerated(scripted: ScriptedModel, params: SamplingParams, count: int) -> Cells:
-    """The probability of each text of ``count`` tokens after the first one."""
+    """Return the probability of each text of ``count`` tokens after the first one."""
 
     def grown(text: list[int], mass: float, left: int) -> Cells:
         if not left:
@@ -63,7 +63,7 @@ def enumerated(scripted: ScriptedModel, params: SamplingParams, count: int) -> C
 def drawn(
     scripted: ScriptedModel, choice: Choice, policy: DraftPolicy | None, count: int, samples: int
 ) -> Counter[tuple[int, ...]]:
-    """How often each text of ``count`` tokens after the first one came out; plain without a policy."""
+    """Count how often each text of ``count`` tokens after the first one was drawn; plainly without a policy."""
     decoder = ScriptedDecoder(scripted)
     sequence = TokenSequence()
     counts: Counter[tuple[int, ...]] = Counter()
@@ -91,7 +91,7 @@ def p_value_of(
     count: int,
     effect: float = EFFECT,
 ) -> float:
-    """The p-value of what was drawn against what plain sampling would give."""
+    """Return the p-value of the drawn texts against the distribution of plain sampling."""
     expected = enumerated(scripted, params, count)
     assert sum(expected.values()) == pytest.approx(1.0)
     counts = drawn(scripted, choice, policy, count, needed(len(expected), effect))
@@ -99,7 +99,7 @@ def p_value_of(
     return p_value([counts[cell] for cell in cells], [expected.get(cell, 0.0) for cell in cells])
 
 
-def test_the_chi_square_distribution_is_that_of_the_tables() -> None:
+def test_the_chi_square_distribution_agrees_with_published_tables() -> None:
     assert survival(3.841, 1) == pytest.approx(0.05, rel=1e-3)
     assert survival(18.307, 10) == pytest.approx(0.05, rel=1e-3)
     assert survival(149.449, 100) == pytest.approx(0.001, rel=1e-3)
@@ -108,7 +108,7 @@ def test_the_chi_square_distribution_is_that_of_the_tables() -> None:
 
 
 @pytest.mark.parametrize(("cells", "stated"), [(9, 2_470), (25, 3_270), (125, 5_660)])
-def test_the_sample_sizes_stated_have_the_power_stated(cells: int, stated: int) -> None:
+def test_the_stated_sample_sizes_have_the_stated_power(cells: int, stated: int) -> None:
     assert needed(cells, EFFECT) == pytest.approx(stated, rel=0.015)
     assert power(needed(cells, EFFECT), EFFECT, cells - 1, LEVEL) >= POWER
 
@@ -147,7 +147,7 @@ def test_speculative_sampling_draws_from_the_distribution_of_plain_sampling(
     assert p_value_of(model(draft_ids), SampledChoice(params), params, policy, count) > LEVEL
 
 
-def test_plain_sampling_draws_from_the_distribution_enumerated() -> None:
+def test_plain_sampling_draws_from_the_enumerated_distribution() -> None:
     params = SamplingParams(1.0, top_p=0.9, repetition_penalty=1.3, seed=1)
     assert p_value_of(model(), SampledChoice(params), params, None, 2) > LEVEL
 
@@ -166,7 +166,7 @@ class AcceptsTheLikeliest(SampledChoice):
 
 
 class RemembersUnprocessed(SampledChoice):
-    """Fault: judges by the exit's distribution before temperature and truncation, having drawn from the one after."""
+    """Fault: draws from the exit's distribution after temperature and truncation, but judges by the one before."""
 
     def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
         unprocessed = distribution(head.logits[row], SamplingParams(1.0), context, ids=head.ids)
@@ -203,7 +203,7 @@ def test_a_faulty_acceptance_rule_is_found(fault: type[SampledChoice]) -> None:
 
 
 def test_drafts_are_both_accepted_and_rejected_in_these_tests() -> None:
-    """Otherwise the tests above would say nothing about one of the two."""
+    """Otherwise the tests above would not cover one of the two."""
     for draft_ids in (FULL, TRIMMED):
         stats = Stats()
         choice = SampledChoice(SamplingParams(1.0, seed=0))

@@ -1,4 +1,4 @@
-"""Sampling options, distributions against a definition written in loops, and exactness of rejection sampling."""
+"""Sampling options, distributions compared with a definition in plain loops, and exactness of rejection sampling."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ temperatures = st.sampled_from([0.5, 1.0, 2.0])
 
 
 def defined(logits: NDArray[np.float32], params: SamplingParams, context: set[int]) -> dict[int, float]:
-    """The definition, one option after the other, over a plain dict."""
+    """The definition: applies one option after the other to a plain dict."""
     scores = {row: float(logit) for row, logit in enumerate(logits)}
     for row in context & scores.keys():
         factor = params.repetition_penalty
@@ -129,7 +129,7 @@ def test_a_seed_gives_the_same_draws_again() -> None:
     logit_lists,
     temperatures,
     st.integers(0, 45),
-    st.sampled_from([1.0, 0.9371, 0.4603, 0.0]),  # no sum of equal shares: there either set would be right
+    st.sampled_from([1.0, 0.9371, 0.4603, 0.0]),  # not a sum of equal shares, for which either set would be right
     st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     st.sampled_from([1.0, 1.25, 0.5]),
     st.sets(st.integers(0, 50), max_size=10),
@@ -151,14 +151,14 @@ def test_every_combination_of_options_equals_the_definition(
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.95}, {"min_p": 0.05}, {"top_k": 3000}]
 )
-def test_the_short_cuts_for_large_vocabularies_choose_the_same_tokens(
+def test_the_shortcuts_for_large_vocabularies_choose_the_same_tokens(
     options: dict[str, Any], spread: float, seed: int
 ) -> None:
     logits = (np.random.default_rng(seed).normal(size=5000) * spread).astype(np.float32)
     assert_equals_definition(logits, SamplingParams(temperature=0.7, **options), set())
 
 
-def test_a_vocabulary_of_equal_logits_survives_every_option() -> None:
+def test_equal_logits_work_with_every_option() -> None:
     logits = np.zeros(1000, np.float32)
     assert distribution(logits, WARM, ()).ids.size == 1000
     assert (
@@ -185,7 +185,7 @@ def test_extreme_temperatures_neither_overflow_nor_warn(temperature: float) -> N
         assert found.ids[found.probs.argmax()] == 3
 
 
-def test_greedy_takes_the_largest_logit_and_of_equals_the_lowest_id() -> None:
+def test_greedy_takes_the_largest_logit_and_among_equals_the_lowest_id() -> None:
     found = distribution(np.array([0, 3, 1, 3], np.float32), SamplingParams(), ())
     assert (found.ids.tolist(), found.probs.tolist()) == ([1], [1.0])
 
@@ -195,10 +195,10 @@ def test_the_penalty_divides_positive_and_multiplies_negative_logits_once_per_to
     params = SamplingParams(repetition_penalty=2.0)
     assert distribution(logits, params, [0, 0, 0]).ids.tolist() == [1]
     assert distribution(logits[2:], params, {0}).ids.tolist() == [1]
-    assert logits.tolist() == [4.0, 3.0, -1.0, -1.5], "the caller's logits are left alone"
+    assert logits.tolist() == [4.0, 3.0, -1.0, -1.5], "the caller's logits must not change"
 
 
-def test_a_context_may_be_a_sequence_a_set_or_an_array_and_name_tokens_without_a_row() -> None:
+def test_a_context_may_be_a_sequence_a_set_or_an_array_and_hold_tokens_without_a_row() -> None:
     logits = np.array([4.0, 3.0], np.float32)
     params = SamplingParams(repetition_penalty=2.0)
     for context in ([0, 9, -1], (0, 9), {0, 9}, np.array([9, 0, 0]), frozenset({0})):
@@ -237,7 +237,7 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         distribution(np.zeros(3, np.float32), WARM, (), ids=np.arange(5))
 
 
-def test_half_precision_logits_are_taken() -> None:
+def test_half_precision_logits_are_accepted() -> None:
     found = distribution(np.array([0, 1], np.float16), SamplingParams(temperature=1.0), ())
     np.testing.assert_allclose(found.probs, [1 / (1 + math.e), math.e / (1 + math.e)], atol=FLOAT32)
 
@@ -252,7 +252,7 @@ def test_a_token_outside_the_support_has_probability_zero() -> None:
 
 
 class Scripted(np.random.Generator):
-    """Returns the draws it was given, and fails when asked for one more."""
+    """Returns the given draws in order, and fails if asked for one more."""
 
     def __init__(self, *draws: float) -> None:
         super().__init__(np.random.PCG64(0))
@@ -305,7 +305,7 @@ def test_the_residual_is_the_normalised_positive_difference(seed: int, vocab: in
 
 @quick
 @given(st.integers(0, 2**32), st.floats(0, 1, exclude_max=True), st.integers(0, 5))
-def test_a_draft_stands_exactly_when_the_draw_is_below_p_over_q(seed: int, draw: float, token: int) -> None:
+def test_a_draft_is_accepted_exactly_when_the_draw_is_below_p_over_q(seed: int, draw: float, token: int) -> None:
     rng = np.random.default_rng(seed)
     p, q = random_distribution(rng, 6), random_distribution(rng, 6)
     scripted = Scripted(draw)
@@ -324,7 +324,7 @@ def test_equal_distributions_leave_no_residual_and_never_reject() -> None:
     assert accept(p, p, 4, Scripted(math.nextafter(1, 0)))
 
 
-def test_greedy_drafts_stand_exactly_when_the_full_model_agrees() -> None:
+def test_greedy_drafts_are_accepted_exactly_when_the_full_model_agrees() -> None:
     p, same, other = Distribution.point(3), Distribution.point(3), Distribution.point(8)
     assert accept(p, same, 3, Scripted(math.nextafter(1, 0)))
     assert not accept(p, other, 8, Scripted(0.0))
@@ -370,6 +370,6 @@ def test_simulated_rounds_are_distributed_as_the_full_model(seed: int) -> None:
     assert chi_square_of_rounds(residual(p, q), np.random.default_rng(seed)) < CRITICAL
 
 
-def test_the_simulation_notices_resampling_from_the_wrong_distribution(seed: int) -> None:
+def test_the_simulation_detects_resampling_from_the_wrong_distribution(seed: int) -> None:
     wrong = Distribution(np.arange(TOKENS), P)  # a frequent mistake: p itself instead of the residual
     assert chi_square_of_rounds(wrong, np.random.default_rng(seed)) > CRITICAL

@@ -1,4 +1,4 @@
-"""Tokens, and how many of them are cached."""
+"""The token sequence: its tokens, and how many of them are cached."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_tokens_begin_uncached_and_are_committed_in_order() -> None:
     assert sequence.cached == 3
 
 
-def test_more_than_there_is_cannot_be_committed() -> None:
+def test_no_more_positions_than_tokens_can_be_committed() -> None:
     sequence = cached([1, 2, 3], 2)
     with pytest.raises(ValueError, match=r"2 \+ 2 positions of 3 tokens"):
         sequence.commit(2)
@@ -44,12 +44,12 @@ def test_rewinding_forgets_tokens_and_their_cache_but_no_more() -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 4])
-def test_rewinding_to_a_length_that_is_not_there_is_refused(length: int) -> None:
+def test_rewinding_beyond_the_text_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match=f"rewind to {length} of 3 tokens"):
         TokenSequence([1, 2, 3]).rewind(length)
 
 
-def test_the_sequence_keeps_its_own_list() -> None:
+def test_the_sequence_copies_the_list_that_it_is_made_from() -> None:
     tokens = [1, 2]
     sequence = TokenSequence(tokens)
     sequence.append(3)
@@ -59,7 +59,7 @@ def test_the_sequence_keeps_its_own_list() -> None:
     assert tokens == [1, 2]
 
 
-def test_a_restart_with_a_longer_text_keeps_the_cache_of_all_that_was() -> None:
+def test_a_restart_with_a_longer_text_keeps_the_whole_cache() -> None:
     sequence = cached([1, 2, 3], 3)
     assert sequence.restart([1, 2, 3, 4]) == 3
     assert (sequence.tokens, sequence.cached) == ([1, 2, 3, 4], 3)
@@ -70,7 +70,7 @@ def test_a_restart_with_the_same_text_leaves_its_last_token_to_run() -> None:
 
 
 @given(texts, st.integers(0, 8), texts)
-def test_a_restart_keeps_the_longest_cached_beginning_that_leaves_one_token(
+def test_a_restart_keeps_the_longest_cached_prefix_that_leaves_one_token(
     old: list[int], positions: int, new: list[int]
 ) -> None:
     sequence = cached(old, min(positions, len(old)))

@@ -1,4 +1,4 @@
-"""The account of a generation."""
+"""The counts of a generation, and the figures derived from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_rounds_are_counted_by_the_position_of_their_tokens() -> None:
     assert stats.accepted_at == [2, 2, 1, 0]
 
 
-def test_the_account_balances_only_if_every_token_decided_is_emitted_or_discarded() -> None:
+def test_the_counts_balance_only_if_every_decided_token_is_emitted_or_discarded() -> None:
     assert Stats().is_balanced
     stats = Stats(emitted=6, discarded=2, prefilled=1, plain=2, bonus=1)
     stats.count_round(4, 3, 4)
@@ -39,7 +39,7 @@ def test_acceptance_counts_all_drafted_tokens_and_alpha_the_judged_ones() -> Non
     assert stats.alpha == 0.5
 
 
-def test_tokens_per_round_leaves_the_prefill_out() -> None:
+def test_tokens_per_round_do_not_count_the_prefill() -> None:
     stats = Stats(prefilled=1, verify_runs=3)
     stats.count_round(3, 3, 4)
     stats.count_round(3, 1, 2)

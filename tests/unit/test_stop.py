@@ -1,4 +1,4 @@
-"""Stop strings against the definition: the one that completes first, as if the text came character by character."""
+"""Stop strings compared with their definition: the first to complete wins, as if text came character by character."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def fed(parts: list[str], strings: list[str]) -> tuple[str, bool]:
 
 
 @given(pieces, stop_strings)
-def test_the_text_shown_is_that_of_the_definition_for_any_cut_in_pieces(parts: list[str], strings: list[str]) -> None:
+def test_the_shown_text_follows_the_definition_for_any_pieces(parts: list[str], strings: list[str]) -> None:
     assert fed(parts, strings) == oracle("".join(parts), strings)
 
 
 @given(texts, stop_strings)
-def test_one_piece_and_single_characters_end_alike(text: str, strings: list[str]) -> None:
+def test_one_piece_and_single_characters_end_in_the_same_way(text: str, strings: list[str]) -> None:
     assert fed([text], strings) == fed(list(text), strings)
 
 
@@ -68,14 +68,14 @@ def test_a_stop_string_split_over_three_pieces_is_found_and_not_shown() -> None:
     assert stop.matched == "<|end|>"
 
 
-def test_a_false_beginning_is_shown_as_soon_as_it_is_known_to_be_one() -> None:
+def test_a_false_start_is_shown_as_soon_as_it_cannot_become_a_stop_string() -> None:
     stop = StopStrings(["\n\nUser:"])
     assert stop.push("a\n\n") == ("a", False)
     assert stop.push("Use") == ("", False)
     assert stop.push("ful") == ("\n\nUseful", False)
 
 
-def test_a_beginning_inside_a_failed_beginning_is_still_found() -> None:
+def test_a_stop_string_that_begins_inside_a_false_start_is_still_found() -> None:
     stop = StopStrings(["aab"])
     assert [stop.push(char) for char in "aaab"] == [("", False), ("", False), ("a", False), ("", True)]
 
@@ -84,11 +84,11 @@ def test_the_string_that_completes_first_wins_over_the_one_that_begins_first() -
     assert fed(["xabcd"], ["abcd", "c"]) == ("xab", True)
 
 
-def test_of_two_that_complete_together_the_longer_is_cut_off() -> None:
+def test_of_two_stop_strings_that_complete_together_the_longer_is_cut_off() -> None:
     assert fed(["xabc"], ["c", "abc"]) == ("x", True)
 
 
-def test_after_the_stop_nothing_is_shown_any_more() -> None:
+def test_after_a_stop_string_nothing_more_is_shown() -> None:
     stop = StopStrings(["."])
     assert stop.push("a.b") == ("a", True)
     assert stop.push("c") == ("", True)
@@ -101,7 +101,7 @@ def test_without_stop_strings_nothing_is_held_back() -> None:
     assert stop.matched is None
 
 
-def test_flush_gives_the_held_text_once() -> None:
+def test_flush_returns_the_held_text_once() -> None:
     stop = StopStrings(["ab"])
     assert stop.push("a") == ("", False)
     assert stop.flush() == "a"

@@ -1,4 +1,4 @@
-"""A generation as its caller sees it: text, ends and cancellation, the same for every strategy."""
+"""A generation as its caller sees it: text, ends and cancellation. They are the same for every strategy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 class Talk:
-    """One decoder and sequence, as a loaded model holds them, and streams over them."""
+    """One decoder and one sequence, as in a loaded model, with streams over them."""
 
     def __init__(self, model: ScriptedModel, tokenizer: Tokenizer, max_length: int = 64) -> None:
         self.decoder = ScriptedDecoder(model, max_length=max_length)
@@ -89,7 +89,7 @@ def saying(tokens: Sequence[int], agreement: float | Sequence[bool] = 1.0) -> Sc
 
 
 def text_before(text: str, stops: Sequence[str]) -> str | None:
-    """What is left of the first stop string to complete, the longest of several; None where none occurs."""
+    """Return the text before the first stop string to complete, the longest of several; None if none occurs."""
     for end in range(1, len(text) + 1):
         completed = [stop for stop in stops if text[:end].endswith(stop)]
         if completed:
@@ -207,7 +207,7 @@ def test_a_stop_string_across_two_rounds_is_never_shown(tokenizer: Tokenizer) ->
     talk.assert_consistent(stream)
 
 
-def test_what_only_looked_like_a_stop_string_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
+def test_text_that_only_looked_like_a_stop_string_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
     stream = Talk(saying([6, 0, 1]), tokenizer).start(DraftPolicy(2), count=3, stop=["abc"])
     assert [token.text for token in stream] == ["c", "", "ab"]
     assert stream.finish_reason == "length"

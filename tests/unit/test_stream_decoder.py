@@ -26,7 +26,7 @@ def load(backend: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """All 256 bytes, merges, special tokens, and added tokens whose text is not in the byte alphabet, or is."""
+    """All 256 bytes, merges, special tokens, and added tokens with text inside and outside the byte alphabet."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As T5: text tokens with a visible space, the first of which is dropped."""
+    """Like T5's: text tokens with a visible space, of which the first is dropped."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
@@ -52,7 +52,7 @@ def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As Llama 2: text tokens, a byte token for each byte, one leading space stripped."""
+    """Like Llama 2's: text tokens, a token for each byte, one leading space stripped."""
     tokens = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁cat", "s", "▁é", BROKEN]
     backend = tokenizers.Tokenizer(
         models.BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
@@ -82,7 +82,7 @@ def test_byte_level_pieces_joined_equal_the_whole_decode(byte_level: Tokenizer, 
 
 @many
 @given(st.binary(max_size=16) | st.text(max_size=6).map(str.encode))
-def test_any_bytes_one_token_each_decode_as_a_whole(byte_level: Tokenizer, data: bytes) -> None:
+def test_any_bytes_with_one_token_each_decode_as_a_whole(byte_level: Tokenizer, data: bytes) -> None:
     id_of = {byte_level.token_bytes(token_id): token_id for token_id in range(2, byte_level.vocab_size)}
     ids = [id_of[bytes([byte])] for byte in data]
     pieces = streamed(byte_level, ids)
@@ -92,7 +92,7 @@ def test_any_bytes_one_token_each_decode_as_a_whole(byte_level: Tokenizer, data:
 @many
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=f"é{BROKEN}"), max_size=12))
 def test_valid_text_is_streamed_without_a_broken_character(byte_level: Tokenizer, text: str) -> None:
-    # but for the added token "é", which the library itself reads as the byte 0xE9
+    # except for the added token "é", which the library itself reads as the byte 0xE9
     pieces = streamed(byte_level, byte_level.encode(text, add_special_tokens=False))
     assert "".join(pieces) == text
     assert not any(BROKEN in piece for piece in pieces)
@@ -100,7 +100,7 @@ def test_valid_text_is_streamed_without_a_broken_character(byte_level: Tokenizer
 
 @many
 @given(id_lists)
-def test_no_prefix_of_the_stream_shows_what_the_whole_does_not(byte_level: Tokenizer, numbers: list[int]) -> None:
+def test_every_prefix_of_the_stream_is_a_prefix_of_the_whole_text(byte_level: Tokenizer, numbers: list[int]) -> None:
     ids = [number % byte_level.vocab_size for number in numbers]
     whole, shown = byte_level.decode(ids), ""
     for piece in streamed(byte_level, ids):
@@ -125,7 +125,7 @@ def test_byte_fallback_pieces_joined_equal_the_whole_decode_where_bytes_are_char
 
 @many
 @given(st.lists(st.integers(258, 263).map(lambda i: [i]) | st.text(max_size=3).map(str.encode).map(bytes_to_ids)))
-def test_byte_fallback_characters_in_bytes_are_streamed_whole(
+def test_byte_fallback_streams_characters_made_of_bytes_as_a_whole(
     byte_fallback: Tokenizer, groups: list[list[int]]
 ) -> None:
     ids = [token_id for group in groups for token_id in group]
@@ -145,7 +145,7 @@ def test_an_emoji_comes_out_with_its_last_byte(byte_fallback: Tokenizer) -> None
     assert streamed(byte_fallback, bytes_to_ids("👋".encode())) == ["", "", "", "👋", ""]
 
 
-def test_an_invalid_byte_is_shown_at_once_and_an_incomplete_character_when_it_is_broken_off(
+def test_an_invalid_byte_is_shown_at_once_and_an_incomplete_character_when_it_breaks_off(
     byte_fallback: Tokenizer,
 ) -> None:
     the = 259
@@ -161,7 +161,7 @@ def test_the_first_space_is_dropped_and_later_ones_stay(byte_fallback: Tokenizer
     assert "".join(streamed(metaspace, ids)) == "the cat sat"
 
 
-def test_special_tokens_add_nothing_unless_asked_for(byte_fallback: Tokenizer) -> None:
+def test_special_tokens_add_no_text_unless_asked_for(byte_fallback: Tokenizer) -> None:
     the, cat, begin = 259, 260, 1
     assert streamed(byte_fallback, [begin, the, begin, cat]) == ["", "the", "", " cat", ""]
     decoder = StreamDecoder(byte_fallback, skip_special_tokens=False)

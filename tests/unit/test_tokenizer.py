@@ -1,4 +1,4 @@
-"""The tokenizer files of a bundle: what is read from which, the chat template, and what is refused."""
+"""The tokenizer files of a bundle: what is read from each one, the chat template, and what is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def with_template(folder: Path, template: str) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def test_text_comes_back_from_its_ids(folder: Path) -> None:
+def test_decoding_the_ids_of_a_text_gives_the_text(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     for text in [*TEXTS, "unseen ☃ 漢字 \x00"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -126,7 +126,7 @@ def test_a_template_sees_the_special_tokens_and_the_callers_variables(folder: Pa
     assert tokenizer.render_chat(HELLO, variables={"thinking": False}) == "<s></s>FalseFalse"
 
 
-def test_a_template_has_what_transformers_gives_it(folder: Path) -> None:
+def test_a_template_can_use_what_transformers_provides(folder: Path) -> None:
     template = (
         "{% for message in messages %}\n"
         "    {% if loop.index > 1 %}\n"
@@ -161,7 +161,7 @@ def test_a_template_in_the_config_is_used_when_there_is_no_file(folder: Path) ->
         ("{% if %}", "not a valid jinja2 template"),
     ],
 )
-def test_a_template_that_fails_is_a_refused_request(folder: Path, template: str, message: str) -> None:
+def test_a_template_that_fails_refuses_the_request(folder: Path, template: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         with_template(folder, template).render_chat(HELLO)
 
@@ -172,7 +172,7 @@ def test_a_chat_without_a_template_is_refused_with_a_remedy(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("messages", [[], "Hello", ["Hello"], [{"role": "user", "content": object()}]])
-def test_what_is_no_chat_is_refused(folder: Path, messages: Any) -> None:
+def test_a_prompt_that_is_not_a_chat_is_refused(folder: Path, messages: Any) -> None:
     with pytest.raises(RequestError, match="chat messages"):
         with_template(folder, CHATML).render_chat(messages)
 

@@ -1,19 +1,24 @@
-"""What the page shows, as plain data: tokens with their depths, both generations' figures, the curve of thresholds."""
+"""What the page shows, as plain data: tokens with their depths, both generations' figures, the curve of thresholds.
+
+A setting has one speed, the median over its runs; every speed-up is a ratio of two such medians.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from statistics import median
 
 from shortstack.graphs.manifest import Manifest
 from shortstack.runtime.calibration.profile import Point, Profile
 from shortstack.runtime.commands.agreement import Agreement, agreement_of
-from shortstack.runtime.commands.exit_report.sweep import SweepPoint, varied_bound
+from shortstack.runtime.commands.exit_report.circumstances import Circumstances, find_circumstances
+from shortstack.runtime.commands.exit_report.spread import Spread
+from shortstack.runtime.commands.exit_report.sweep import SweepPoint, varied_bound, with_own
 from shortstack.runtime.commands.show import FinishedRun
 from shortstack.runtime.commands.show_exits import DepthCount, bucket_of, count_depths
+from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.policy import ExitPolicy
 
@@ -29,7 +34,7 @@ class ReportToken:
         position: From 0.
         token: As it was streamed.
         css: Colour class of its depth.
-        is_shared: The other generation has it, too, once the two are aligned.
+        is_shared: The other generation has it too, once the two are aligned.
     """
 
     position: int
@@ -48,14 +53,11 @@ class ExitReport:
         policy: How tokens left.
         exit_layers: The exits in use, ascending.
         layers: Layers of the whole model.
-        early: The generation with early exit.
-        plain: The same request, decoded plainly.
-        early_tokens_per_s: Decoding speed, median of the runs; for the ratio, they took turns.
-        plain_tokens_per_s: Likewise.
-        speedup: Speed over that of plain decoding, median of the turns; 0 where there was nothing to measure.
-        runs: Turns.
+        early: Runs with early exit; the first is the one that is shown. All give the same tokens.
+        plain: Runs of the same request, decoded plainly; as many, which took turns with the others.
         agreement: Between the two.
-        sweep: Other thresholds, from the fewest early tokens to the most; empty where none was tried.
+        circumstances: When, where and with what it was measured.
+        sweep: This and other thresholds, from the fewest early tokens to the most; empty where none was tried.
         profile: The calibration that the policy comes from.
     """
 
@@ -64,15 +66,42 @@ class ExitReport:
     policy: ExitPolicy
     exit_layers: tuple[int, ...]
     layers: int
-    early: FinishedRun
-    plain: FinishedRun
-    early_tokens_per_s: float
-    plain_tokens_per_s: float
-    speedup: float
-    runs: int
+    early: tuple[FinishedRun, ...]
+    plain: tuple[FinishedRun, ...]
     agreement: Agreement
+    circumstances: Circumstances
     sweep: tuple[SweepPoint, ...] = ()
     profile: Profile | None = None
+
+    @property
+    def shown(self) -> FinishedRun:
+        """The generation with early exit that is shown."""
+        return self.early[0]
+
+    @property
+    def early_speed(self) -> Spread:
+        """Decoding speed with early exit, tokens/s."""
+        return spread_of(self.early, lambda stats: stats.tokens_per_s)
+
+    @property
+    def plain_speed(self) -> Spread:
+        """Decoding speed of plain decoding, tokens/s."""
+        return spread_of(self.plain, lambda stats: stats.tokens_per_s)
+
+    @property
+    def speed_up(self) -> float:
+        """The ratio of the two medians; 0 where there was nothing to measure."""
+        return self.times_plain(self.early_speed).median
+
+    @property
+    def turns(self) -> Spread:
+        """The ratio of each turn, a run with early exit and a plain one; their range holds :attr:`speed_up`."""
+        pairs = zip(self.early_speed.values, self.plain_speed.values, strict=True)
+        return Spread.of(early / plain if plain else 0.0 for early, plain in pairs)
+
+    def times_plain(self, speed: Spread) -> Spread:
+        """Return a speed in units of the median of plain decoding."""
+        return speed.over(self.plain_speed.median)
 
     @property
     def measure(self) -> str:
@@ -88,18 +117,18 @@ class ExitReport:
     @property
     def counts(self) -> list[DepthCount]:
         """Tokens by depth, shallow first; depths without a token included."""
-        found = {count.depth: count for count in count_depths(self.early.tokens)}
+        found = {count.depth: count for count in count_depths(self.shown.tokens)}
         return [found.get(depth, DepthCount(depth, 0, 0.0)) for depth in (*self.exit_layers, self.layers)]
 
     @property
     def tokens(self) -> list[ReportToken]:
         """The tokens of early exit."""
-        return self._marked(self.early.tokens, self.plain.token_ids)
+        return self._marked(self.shown.tokens, self.plain[0].token_ids)
 
     @property
     def plain_tokens(self) -> list[ReportToken]:
         """The tokens of plain decoding."""
-        return self._marked(self.plain.tokens, self.early.token_ids)
+        return self._marked(self.plain[0].tokens, self.shown.token_ids)
 
     def css(self, depth: int) -> str:
         """Return the colour class of a depth."""
@@ -114,6 +143,11 @@ class ExitReport:
             ReportToken(position, token, self.css(token.exit_layer), position in shared)
             for position, token in enumerate(tokens)
         ]
+
+
+def spread_of(runs: Sequence[FinishedRun], figure: Callable[[Stats], float]) -> Spread:
+    """Return one figure of each run."""
+    return Spread.of(figure(run.stats) for run in runs)
 
 
 def build_report(
@@ -134,25 +168,37 @@ def build_report(
         policy: How tokens left.
         early: Runs of the request with early exit, the one to show first.
         plain: Runs of the same request, decoded plainly; as many, which took turns with the others.
-        sweep: Other thresholds.
+        sweep: Other thresholds; the request's own comes from the runs.
         profile: The calibration that the policy comes from.
     """
-    early_speeds = [one.stats.tokens_per_s for one in early]
-    plain_speeds = [one.stats.tokens_per_s for one in plain]
-    ratios = [a / b if b else 0.0 for a, b in zip(early_speeds, plain_speeds, strict=True)]
+    agreement = agreement_of(early[0].token_ids, plain[0].token_ids)
     return ExitReport(
         source_name=Path(manifest.source_name).name or manifest.source_name,
         prompt=prompt,
         policy=policy,
         exit_layers=policy.exits_in(manifest.plan),
         layers=manifest.spec.num_hidden_layers,
-        early=early[0],
-        plain=plain[0],
-        early_tokens_per_s=median(early_speeds),
-        plain_tokens_per_s=median(plain_speeds),
-        speedup=median(ratios),
-        runs=len(ratios),
-        agreement=agreement_of(early[0].token_ids, plain[0].token_ids),
-        sweep=sweep,
+        early=tuple(early),
+        plain=tuple(plain),
+        agreement=agreement,
+        circumstances=find_circumstances(manifest),
+        sweep=_with_shown(policy, sweep, early, agreement),
         profile=profile,
     )
+
+
+def _with_shown(
+    policy: ExitPolicy, others: tuple[SweepPoint, ...], early: Sequence[FinishedRun], agreement: Agreement
+) -> tuple[SweepPoint, ...]:
+    bound = varied_bound(policy.criterion)
+    if bound is None:
+        return ()
+    own = SweepPoint(
+        threshold=bound.threshold.value,
+        similarity=agreement.similarity,
+        mean_exit_layer=early[0].stats.mean_exit_layer,
+        exited_share=early[0].exited_share,
+        tokens_per_s=spread_of(early, lambda stats: stats.tokens_per_s),
+        is_chosen=True,
+    )
+    return with_own(policy, others, own)

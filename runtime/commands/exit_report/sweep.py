@@ -1,15 +1,18 @@
-"""The same request at other thresholds: the curve of quality over speed that one criterion can reach.
+"""The same request at other thresholds: which quality one criterion reaches at which speed.
 
-Only a criterion with one threshold has such a curve: one measure, or one among counts and bounds on depth, with the
-same threshold at all exits. It is found and replaced; the rest of the criterion stays.
+Only a criterion with one threshold can vary: one measure, or one among counts and bounds on depth, with the
+same threshold at all exits. It is found and replaced; the rest of the criterion stays. The request's own threshold is
+not run again: the report has its figures, and a setting has one speed.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from shortstack.runtime.commands.agreement import agreement_of
+from shortstack.runtime.commands.exit_report.spread import Spread
 from shortstack.runtime.decode.stream import Stream
 from shortstack.runtime.early_exit.criteria import MEASURES, Bound, Combined, Criterion, Measure
 from shortstack.runtime.early_exit.policy import ExitPolicy
@@ -26,6 +29,8 @@ GRIDS: dict[Measure, tuple[float, ...]] = {  # thresholds to try, ascending
     "similarity": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995),
 }
 _CLOSE = 0.02  # a point of the grid so near to the request's own threshold is left out
+_ROUNDS = 3  # over all thresholds, since times vary
+_BUDGET_S = 30.0  # another round begins only if it would end within this time
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class SweepPoint:
         similarity: To plain decoding: 1 - edit distance over token ids / tokens.
         mean_exit_layer: Mean depth of the heads that named the tokens.
         exited_share: Share of tokens that left early.
-        tokens_per_s: Decoding speed.
+        tokens_per_s: Decoding speed, a value of each run.
         is_chosen: It is the request's own threshold.
     """
 
@@ -45,12 +50,12 @@ class SweepPoint:
     similarity: float
     mean_exit_layer: float
     exited_share: float
-    tokens_per_s: float
+    tokens_per_s: Spread
     is_chosen: bool
 
 
 def varied_bound(criterion: Criterion) -> Bound | None:
-    """Return the one bound of a criterion that can vary; None where there is none, or more than one."""
+    """Return the one bound of a criterion that can vary; None unless there is exactly one."""
     bounds = list(_bounds(criterion))
     return bounds[0] if len(bounds) == 1 and not bounds[0].threshold.by_exit else None
 
@@ -73,7 +78,7 @@ def grid_of(bound: Bound) -> tuple[float, ...]:
 
 
 def sweep(policy: ExitPolicy, plain: Sequence[int], layers: int, run: Run) -> tuple[SweepPoint, ...]:
-    """Run the request once per threshold.
+    """Run the request at every threshold of the grid but its own, in rounds, so that drift hits all alike.
 
     Args:
         policy: The request's own.
@@ -87,21 +92,37 @@ def sweep(policy: ExitPolicy, plain: Sequence[int], layers: int, run: Run) -> tu
     bound = varied_bound(policy.criterion)
     if bound is None:
         return ()
-    points = []
-    for value in grid_of(bound):
-        stream = run(replace(policy, criterion=with_threshold(policy.criterion, value)))
-        early = sum(token.exit_layer < layers for token in stream)
-        points.append(
-            SweepPoint(
-                threshold=value,
-                similarity=agreement_of(stream.token_ids, plain).similarity,
-                mean_exit_layer=stream.stats.mean_exit_layer,
-                exited_share=early / len(stream.token_ids),
-                tokens_per_s=stream.stats.tokens_per_s,
-                is_chosen=value == bound.threshold.value,
-            )
-        )
-    return tuple(points)
+    started = time.perf_counter()
+    values = [value for value in grid_of(bound) if value != bound.threshold.value]
+    rounds = [[_measure(policy, value, plain, layers, run) for value in values]]
+    while len(rounds) < _ROUNDS and (time.perf_counter() - started) * (1 + 1 / len(rounds)) <= _BUDGET_S:
+        rounds.append([_measure(policy, value, plain, layers, run) for value in values])
+    return tuple(
+        replace(runs[0], tokens_per_s=Spread.of(point.tokens_per_s.median for point in runs))
+        for runs in zip(*rounds, strict=True)
+    )
+
+
+def with_own(policy: ExitPolicy, others: Sequence[SweepPoint], own: SweepPoint) -> tuple[SweepPoint, ...]:
+    """Return the points of other thresholds with the request's own among them, in the order of the grid."""
+    bound = varied_bound(policy.criterion)
+    if bound is None or not others:
+        return ()
+    order = grid_of(bound)
+    return tuple(sorted([*others, own], key=lambda point: order.index(point.threshold)))
+
+
+def _measure(policy: ExitPolicy, value: float, plain: Sequence[int], layers: int, run: Run) -> SweepPoint:
+    stream = run(replace(policy, criterion=with_threshold(policy.criterion, value)))
+    early = sum(token.exit_layer < layers for token in stream)
+    return SweepPoint(
+        threshold=value,
+        similarity=agreement_of(stream.token_ids, plain).similarity,
+        mean_exit_layer=stream.stats.mean_exit_layer,
+        exited_share=early / (len(stream.token_ids) or 1),
+        tokens_per_s=Spread((stream.stats.tokens_per_s,)),
+        is_chosen=False,
+    )
 
 
 def _bounds(criterion: Criterion) -> Iterator[Bound]:

@@ -37,7 +37,7 @@ def fit_linear(
     """Set the linear map of a linear exit by ridge regression to the whole model's state, on positions of answers.
 
     Args:
-        node: The exit; a gated MLP beside the map is left as it is, and must be zero.
+        node: The exit; a gated MLP next to the map is left as it is, and must be zero.
         twin: The model.
         features: Its activations.
         rows: Rows to fit on.

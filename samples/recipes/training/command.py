@@ -1,11 +1,10 @@
-"""What the recipes' command lines have in common: model, data, loop, and how a result and an error are told."""
+"""What the recipes' command lines have in common: model, data, loop, exits, and how a run ends."""
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.plan import Branch, Norm
+from shortstack.samples.command import command_errors
 from shortstack.samples.recipes.training.data import Example, read_examples
 from shortstack.samples.recipes.training.loop import LoopSpec
 from shortstack.samples.recipes.training.source import Source
@@ -22,7 +23,7 @@ from shortstack.samples.recipes.training.source import Source
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """The options that every recipe has, the loop's apart.
+    """The options that every recipe has, without the loop's.
 
     Attributes:
         checkpoint: Where to start.
@@ -112,12 +113,63 @@ _OPTIONS = (
     click.option(
         "--measure-every", type=click.IntRange(0), default=0, help="Steps between measurements; 0: at the end."
     ),
-    click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop training after so long."),
+    click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop training after this time."),
     click.option("--seed", type=int, default=0, show_default=True, help="Fixes data order and dropout."),
     click.option("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]"),
     click.option("--from-scratch", is_flag=True, help="Random weights; CHECKPOINT needs config and tokenizer only."),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )
+
+
+EE_LLM_KINDS: dict[str, tuple[Branch, Norm]] = {
+    "embedding": ("none", "none"),
+    "norm": ("none", "own"),
+    "mlp": ("mlp", "own"),
+    "block": ("block", "own"),
+}
+"""EE-LLM's four exits: what is below the head, and whose norm it has."""
+
+exit_layer_option = click.option(
+    "--exit-layer", "exit_layers", type=click.IntRange(1), multiple=True, help="Exit to train; repeatable."
+)
+
+_EXIT_WEIGHT_OPTIONS = (
+    click.option(
+        "--exit-weight",
+        "exit_weights",
+        type=click.FloatRange(0),
+        multiple=True,
+        help="Weight of an exit's loss, in the order of the exits [1].",
+    ),
+    click.option(
+        "--weight-start",
+        type=click.FloatRange(0),
+        default=1.0,
+        show_default=True,
+        help="Factor on these weights at first: below 1 warms up, above 1 decays.",
+    ),
+    click.option("--weight-steps", type=click.IntRange(0), default=0, show_default=True, help="Steps until it is 1."),
+    click.option("--weight-style", type=click.Choice(["linear", "cosine"]), default="linear", show_default=True),
+)
+
+
+def exit_weight_options(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Add EE-LLM's options about the weights of the exits' losses: their values, and how they warm up or decay."""
+    for option in reversed(_EXIT_WEIGHT_OPTIONS):
+        body = option(body)
+    return body
+
+
+def loss_weights(given: Sequence[float], exits: int) -> tuple[float, ...]:
+    """Return the weight of each exit's loss: as given, or 1 each.
+
+    Raises:
+        RequestError: There are more or fewer weights than exits.
+    """
+    weights = tuple(given) or (1.0,) * exits
+    if len(weights) != exits:
+        raise RequestError("--exit-weight", found=f"{len(weights)} weights", expected=f"one for each of {exits} exits")
+    return weights
 
 
 def recipe_command(body: Callable[..., dict[str, Any]]) -> click.Command:
@@ -145,22 +197,16 @@ def recipe_command(body: Callable[..., dict[str, Any]]) -> click.Command:
         for name in ("prompt", "completion"):
             options[name] = options[name].replace("\\n", "\n")
         common = Common(loop=loop, **options)
-        try:
+        with command_errors(f"stopped; the same command continues where {common.out} was last saved"):
             report = body(loop=loop, common=common, **own)
-        except ShortstackError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo(f"stopped; the same command goes on where {common.out} was last saved", err=True)
-            sys.exit(130)
-        tell(report, as_json)
+        print_report(report, as_json)
 
     for option in reversed(_OPTIONS):
         command = option(command)
     return click.command(context_settings={"max_content_width": 120})(command)
 
 
-def tell(report: Mapping[str, Any], as_json: bool) -> None:
+def print_report(report: Mapping[str, Any], as_json: bool) -> None:
     """Print a report: as JSON, or as a table of the depths."""
     if as_json:
         click.echo(json.dumps(report, indent=2))

@@ -14,11 +14,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from shortstack.samples.bench.figures import expected_tokens
+from shortstack.runtime.decode.speed_up import expected_tokens
 from shortstack.samples.recipes.training.draft_cost import Costs
 
 _LEVELS = (1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
 _MOST_DRAFTS = 6
+_TOP = 0.95  # of the acceptance axis, unless an entry lies above it
 
 
 def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -> None:
@@ -27,11 +28,12 @@ def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -
     Args:
         entries: Of ``curve.json``.
         costs: What judging costs, for the lines of equal speed-up.
-        file: The PNG to write, beside and then renamed.
+        file: The PNG to write, under another name first.
     """
-    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(11, 5.5), constrained_layout=True)
     right = max(entry["draft_cost"] for entry in entries) * 1.05
-    f, alpha = np.meshgrid(np.linspace(0.01, right, 160), np.linspace(0.0, 0.95, 160))
+    top = max(_TOP, *(min(1.0, entry["alphas"][0] + 0.02) for entry in entries))
+    f, alpha = np.meshgrid(np.linspace(0.01, right, 160), np.linspace(0.0, min(top, 0.99), 160))
     lines = axes.contour(f, alpha, fastest(f, alpha, costs), levels=_LEVELS, colors="0.75", linewidths=0.8)
     axes.clabel(lines, fmt="%.2fx", fontsize=8)
     curves: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
@@ -48,16 +50,19 @@ def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -
             color=f"C{kinds.index(kind) % 10}",
             marker=markers.get(vocab or 0, "o"),
             markersize=8 if kind.startswith("trained") else 4,
-            label=f"{kind}; {vocab or 'all'} tokens",
+            label=f"{kind}; {f'{vocab:,}' if vocab else 'all'} rows",
         )
         for entry in points:
             place = (entry["draft_cost"], entry["alphas"][0])
-            axes.annotate(str(entry["spec"]["exit_layer"]), place, (2, 3), textcoords="offset points", fontsize=6)
-    axes.set_xlabel("cost of a draft, in plain steps (numbers: layers below the exit)")
-    axes.set_ylabel("acceptance of the first draft")
-    axes.set_title("draft sources over lines of equal speed-up, predicted for equal acceptance of every draft")
-    axes.set_ylim(0, 0.95)
-    axes.legend(frameon=False, fontsize=7, loc="upper right")
+            axes.annotate(str(entry["spec"]["exit_layer"]), place, (6, 4), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("cost of a draft, in plain steps (number at a point: layers before the exit)")
+    axes.set_ylabel("acceptance of the first draft, 0 to 1")
+    axes.set_title(
+        "Draft sources. Grey: equal speed-up, predicted as if every draft were accepted like the first", fontsize=11
+    )
+    axes.set_xlim(0, right)
+    axes.set_ylim(0, top)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     partial = file.with_suffix(".partial")
     figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)

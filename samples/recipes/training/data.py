@@ -74,7 +74,7 @@ def read_examples(
         max_tokens: Longer texts are cut.
 
     Raises:
-        RequestError: The file cannot be read, or a row has not the fields.
+        RequestError: The file cannot be read, or a row lacks the fields.
     """
     examples = []
     for where, row in _rows(file):

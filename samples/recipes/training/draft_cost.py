@@ -3,10 +3,11 @@
 A small model on a CPU waits for memory, so the cost of a run is the weights it reads. In units of a plain step::
 
     f = (E layers + branch + head) / (L layers + LM head) + launch        one draft
-    S = tokens of a round / (drafts * f + c(drafts + 1))                  bonus form: one row more than drafts is judged
+    S = tokens of a round / (drafts * f + c(drafts + 1))                  one row more than drafts is judged
 
-(Leviathan et al., arXiv 2211.17192, theorem 3.8, with costs as they are here.) Tokens of a round are counted by walking
-through held-out answers, since an i.i.d. acceptance rate flatters: rounds start where the one before was rejected.
+The formula of S is in :mod:`shortstack.runtime.decode.speed_up`, but for the tokens of a round: they are counted by
+walking through held-out answers. An acceptance rate that is the same everywhere flatters, since rounds start where the
+one before was rejected.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy.typing as npt
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
+from shortstack.runtime.decode.speed_up import round_cost
 
 ROW_COSTS: Mapping[int, float] = {1: 1.0, 2: 1.06, 4: 1.17, 8: 1.52}
-"""c(M) of SmolLM2-135M in float32 on two cores (README, "What was measured")."""
+"""c(M) of SmolLM2-135M in float32 on two cores, as ``python -m shortstack.samples.bench`` measured it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def head_parameters(spec: ModelSpec, exit_spec: ExitSpec) -> int:
 def draft_cost(spec: ModelSpec, exit_spec: ExitSpec, costs: Costs) -> float:
     """Return f, the cost of one draft.
 
-    An MLP exit's own layer still runs whole: the trunk goes on from it.
+    An MLP exit's own layer still runs whole: the layers above read it.
     """
     lower = exit_spec.exit_layer * layer_parameters(spec)
     whole = spec.num_hidden_layers * layer_parameters(spec) + spec.vocab_size * spec.hidden_size
@@ -114,7 +116,7 @@ class Drafts:
         is_right: bool [positions, drafts]: draft j from position t is the whole model's token behind t + j.
         confidence: float [positions, drafts]: the exit's top-1 probability.
         is_usable: bool [positions, drafts]: position t + j is inside the answer, and the text up to there is what the
-            whole model says, so that the comparison means something.
+            whole model predicts, so that the comparison means something.
         answer_ends: One past the last position of each answer, ascending, int64 [answers].
     """
 
@@ -140,7 +142,7 @@ class Policy:
     """How many tokens to draft.
 
     Attributes:
-        drafts: At most so many a round.
+        drafts: Most drafts of a round.
         threshold: A draft whose top-1 probability is below is thrown away and ends the round; 0 keeps all.
     """
 
@@ -186,7 +188,7 @@ def play(drafts: Drafts, policy: Policy, draft: float, costs: Costs) -> Outcome:
     for end in drafts.answer_ends.tolist():
         while position < end:
             emitted = min(int(accepted[position]) + 1, end - position)
-            cost += float(runs[position]) * draft + float(judging[kept[position] + 1])
+            cost += round_cost(float(runs[position]), draft, float(judging[kept[position] + 1]))
             judged += min(int(accepted[position]) + 1, int(kept[position]))
             rounds, tokens, position = rounds + 1, tokens + emitted, position + emitted
     return Outcome(policy, tokens / rounds, (tokens - rounds) / max(judged, 1), tokens / cost)

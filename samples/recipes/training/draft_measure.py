@@ -43,7 +43,7 @@ def measure_drafts(node: ExitNode, twin: Twin, features: Features, drafts: int =
     for rows in held_out_batches(features, _ROWS):
         batch = load_spans(features, rows, (depth,), whole_rows=whole_rows)
         before = batch.state_before
-        follows = batch.targets[:, :-1] == batch.ids[:, 1:]  # the text goes on as the whole model says
+        follows = batch.targets[:, :-1] == batch.ids[:, 1:]  # the text continues as the whole model predicts
         usable = batch.counts
         right, sure, able = [], [], []
         for draft in range(drafts):
@@ -81,7 +81,7 @@ def measure_exit(node: ExitNode, twin: Twin, features: Features) -> DepthQuality
     """Measure an exit on held-out answers, with the true state of the position before.
 
     Agreement counts every position. Accuracy and perplexity are against the text, perplexity over the tokens that the
-    exit's head can say.
+    exit's head can predict.
     """
     depth = node.exit_spec.exit_layer
     tally = _Tally()
@@ -120,7 +120,7 @@ class _Tally:
             logits: The exit's [positions, rows].
             said: Row of the whole model's next token, -1 if there is none [positions].
             text: The same of the text's.
-            followed: Positions that the text goes on from.
+            followed: Positions after which the text continues.
         """
         best = logits.argmax(-1)
         self.positions += len(best)

@@ -26,7 +26,7 @@ class SpanBatch:
         ids: The text, int64 [batch, seq].
         state: What the whole model holds, float [batch, seq, hidden].
         state_before: The same of the positions before; zeros before a row's first.
-        targets: What the whole model says next, int64 [batch, seq].
+        targets: What the whole model predicts next, int64 [batch, seq].
         counts: Positions of answers, the last one left out, bool [batch, seq]; padding is not among them.
         boundaries: By depth, what the stack holds there.
         lengths: Positions of each span without padding.

@@ -50,7 +50,7 @@ class ExitLoss:
 
     Attributes:
         loss: To be minimised.
-        agreement: Part of the positions where the exit says what the whole model says, with the true state before.
+        agreement: Part of the positions where the exit predicts what the whole model does, with the true state before.
     """
 
     loss: Tensor
@@ -120,8 +120,8 @@ def _token_loss(
         node: The exit.
         twin: The model.
         state: What the whole model holds [positions, hidden].
-        logits: What the exit says [positions, rows].
-        wanted: The row of the token to say; where it is -1, what is returned means nothing [positions].
+        logits: What the exit predicts [positions, rows].
+        wanted: The row of the token to predict; where it is -1, what is returned means nothing [positions].
         spec: What exits are trained for.
     """
     said = logits.log_softmax(-1)
@@ -137,7 +137,7 @@ def _token_loss(
 
 
 def gate_loss(node: ExitNode, hidden: Tensor, right: Tensor) -> Tensor:
-    """Return CALM's loss of a gate: class-balanced cross-entropy with "the exit says what the whole model says".
+    """Return CALM's loss of a gate: class-balanced cross-entropy with "the exit predicts what the model predicts".
 
     Section 3.3 of https://arxiv.org/abs/2207.07061. Trains the gate only.
 

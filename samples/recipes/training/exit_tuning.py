@@ -1,4 +1,4 @@
-"""Trains exits on what a frozen model computed, and says what they are worth: the work behind ``ee_tuning``."""
+"""Trains exits on what a frozen model computed, and measures what they are worth: the work behind ``ee_tuning``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ExitWeights:
 
 @dataclass(frozen=True, slots=True)
 class TuningSpec:
-    """What is trained, apart from the loop.
+    """What is trained, without the loop's settings.
 
     Attributes:
         exits: The exits.

@@ -4,7 +4,7 @@ One forward pass fills flat arrays over all tokens of all rows; exits are then t
 
     meta.json        what was run on what; which batches are done
     tokens.npy       int32 [tokens]          the text
-    targets.npy      int32 [tokens]          what the whole model would say next
+    targets.npy      int32 [tokens]          what the whole model would predict next
     state.npy        float16 [tokens, hidden]  the residual stream after all layers, divided by its root mean square
     hidden-02.npy    float16 [tokens, hidden]  the residual stream after 2 layers
     middle-02.npy    the one between attention and MLP of the last of these layers, if an exit reads it
@@ -88,7 +88,7 @@ def extract_features(
         twin: The model, frozen.
         rows: What to run it on.
         is_held_out: Which of them are for evaluation only.
-        folder: Where the arrays are kept; a run that was stopped goes on there.
+        folder: Where the arrays are kept; a run that was stopped continues there.
         depths: Where exits will be; a folder that holds more serves too.
         middles: Depths whose exits read the stream between attention and MLP.
         batch_tokens: Positions run at once, padding included.

@@ -39,7 +39,7 @@ def parse_sharing(text: str, window: int | None, num_layers: int) -> tuple[tuple
 
     ::
 
-        yoco          with a window: the layers below the shared producer see so many positions, the others all
+        yoco          with a window: the layers below the shared producer see that many positions, the others all
         0s_1s_2_2     LCKV's own strings: those marked s see a window's positions, the others all
         other maps    as in :func:`shortstack.graphs.kv_map.parse_kv_map`; no windows
 

@@ -1,7 +1,8 @@
 """The training loop of every recipe: steps, accumulation, learning rate, progress, and a state that survives a kill.
 
-A run is its folder: ``state.pt`` holds what is trained, the optimizer, the step and the history, and is written beside
-and renamed. Called again with the same settings, a run goes on where that state was saved, on the very same batches.
+A run is its folder: ``state.pt`` holds what is trained, the optimizer, the step and the history, and is written
+under another name first. Called again with the same settings, a run continues where that state was saved, on the very
+same batches.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from shortstack.graphs.errors import RequestError
 from shortstack.samples.recipes.training.schedules import learning_rate
+from shortstack.samples.recipes.training.settings import check_settings
 
 STATE_FILE = "state.pt"
 
@@ -39,7 +41,7 @@ class LoopSpec:
         save_every: Steps between two saved states.
         measure_every: Steps between two measurements; 0 measures at the end only.
         seed: Fixes data order and dropout.
-        max_minutes: Stop after so long, as if all steps were done; None does not.
+        max_minutes: Stop after this time, as if all steps were done; None does not.
     """
 
     steps: int
@@ -170,7 +172,7 @@ def save_state(
     history: History,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write the state beside and rename it."""
+    """Write the state under another name, then rename it."""
     partial = file.with_suffix(".partial")
     torch.save(
         {
@@ -194,15 +196,12 @@ def _resume(
         state = torch.load(file, weights_only=True)
     except Exception as error:  # torch raises what pickle raises
         raise RequestError(f"{file} cannot be read ({error})", remedy="remove it to start over") from None
-    found = state["settings"]
-    other = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))
-    if other:
-        raise RequestError(
-            f"{file.parent} holds a run with other settings",
-            found=", ".join(f"{name} = {found.get(name)}" for name in other),
-            expected=", ".join(f"{name} = {settings.get(name)}" for name in other),
-            remedy="choose another folder, or call the recipe as before to go on",
-        )
+    check_settings(
+        f"{file.parent} holds a run with other settings",
+        state["settings"],
+        settings,
+        "choose another folder, or call the recipe as before to continue",
+    )
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(state["parameters"][name])

@@ -62,7 +62,7 @@ def adapter_tensors(twin: Twin) -> dict[str, Tensor]:
 def save_adapter(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.float16
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each beside and then renamed.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each under another name first.
 
     Args:
         folder: Where to.

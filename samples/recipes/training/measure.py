@@ -23,7 +23,7 @@ _ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class DepthQuality:
-    """What the final norm and head say after some layers, on the tokens that count.
+    """What the final norm and head predict after some layers, on the tokens that count.
 
     Attributes:
         agreement: Part of the positions where the most likely token is the last layer's: the acceptance of a draft of
@@ -61,7 +61,7 @@ def measure_depths(
         device: Where the model is.
         use_bf16: Compute in bfloat16.
         exits: Exit nodes with the whole vocabulary, by depth; other depths go through the shared final norm and head.
-        exit_ids: The only tokens that an exit can say, int64 [rows]; None is all. Perplexity is over all tokens still.
+        exit_ids: The only tokens that an exit can predict, int64 [rows]; None is all. Perplexity is over all tokens.
 
     Returns:
         Quality by depth.

@@ -35,7 +35,7 @@ def write_report(
         history: What happened.
         before: Quality by depth on held-out text before training.
         after: The same afterwards.
-        extra: What only this recipe has to say, by name, as JSON-ready data.
+        extra: What only this recipe reports, by name, as JSON-ready data.
 
     Returns:
         The report.
@@ -47,6 +47,7 @@ def write_report(
         "training_s": round(history.elapsed_s, 1),
         "held_out_before": {str(depth): quality.to_json() for depth, quality in before.items()},
         "held_out_after": {str(depth): quality.to_json() for depth, quality in after.items()},
+        "losses": history.losses,
         "measures": history.measures,
         **extra,
         "tools": {"shortstack": __version__, "torch": torch.__version__},

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.checkpoint import open_checkpoint
-from shortstack.export.checkpoint.checkpoint import TOKENIZER_FILES
 from shortstack.export.checkpoint.config import Config, not_one_of, parse_json_object
 from shortstack.export.checkpoint.hf import member
 from shortstack.export.checkpoint.tokenizer_files import complete_files
@@ -20,6 +19,7 @@ from shortstack.export.twin.folder import read_passes, twin_of
 from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError
+from shortstack.graphs.names import TEXT_FILES
 
 _INITIAL_STD = 0.02  # of normal weights, transformers' default for initializer_range
 
@@ -72,7 +72,7 @@ def open_source(checkpoint: str, *, from_scratch: bool, adapter: Path | None = N
             opened = AdaptedCheckpoint(opened, adapter)
         twin, files = twin_of(opened), opened.files()
     if names.TOKENIZER_FILE not in files:
-        raise CheckpointError(f"{checkpoint} has no {names.TOKENIZER_FILE}", remedy="save the tokenizer beside it")
+        raise CheckpointError(f"{checkpoint} has no {names.TOKENIZER_FILE}", remedy="save the tokenizer next to it")
     try:
         tokenizer = Tokenizer.from_str(files[names.TOKENIZER_FILE].decode())
     except Exception as error:  # the library raises nothing narrower
@@ -111,5 +111,5 @@ def _fresh(folder: Path) -> tuple[Twin, dict[str, bytes]]:
                 parameter.normal_(0.0, std * deep)
             elif name.endswith("bias"):
                 parameter.zero_()
-    found = {name: path.read_bytes() for name in TOKENIZER_FILES if (path := member(folder, name)) is not None}
+    found = {name: path.read_bytes() for name in TEXT_FILES if (path := member(folder, name)) is not None}
     return twin, complete_files(found, config, str(folder))

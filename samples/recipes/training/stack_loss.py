@@ -16,7 +16,7 @@ from shortstack.samples.recipes.training.precision import short_attention
 
 @dataclass(frozen=True, slots=True)
 class ExitVocab:
-    """The token ids that an exit can say, as it will be exported with ``--draft-vocab``.
+    """The token ids that an exit can predict, as it will be exported with ``--draft-vocab``.
 
     Attributes:
         ids: Token ids int64 [rows], ascending.
@@ -54,7 +54,7 @@ def stack_loss(
         twin: The model.
         batch: The texts.
         weights: Loss weight by depth; layers above the deepest one do not run.
-        exit_vocab: What exits can say; None is the whole vocabulary.
+        exit_vocab: What exits can predict; None is the whole vocabulary.
         teacher: The original model, for distillation.
         distill: Weight of KL(teacher || last layer), in place of as much of the last layer's cross-entropy.
 

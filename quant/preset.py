@@ -1,6 +1,6 @@
-"""What a quantized bundle is to be: a recipe, and the assignment of one format to each matrix that comes of it.
+"""What a quantized bundle is to be: a preset, and the assignment of one format to each matrix that follows from it.
 
-A recipe speaks of parts, an assignment of matrices. A layer's matrix has one entry in an assignment, and a bundle
+A preset speaks of parts, an assignment of matrices. A layer's matrix has one entry in an assignment, and a bundle
 stores it once: there is no way to say that a draft runs another layer than its verification. Only an exit's own
 matrices may have formats of their own, since what it proposes is judged by the final head.
 """
@@ -8,37 +8,38 @@ matrices may have formats of their own, since what it proposes is judged by the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import ROWS, exit_matrices
 from shortstack.graphs.plan import SplitPlan
-from shortstack.graphs.precision import BlockFormat, KVType
+from shortstack.graphs.precision import CODE_TYPES, BlockFormat, KVType
 from shortstack.graphs.spec import ModelSpec
 
 Format = BlockFormat | None  # None: floats of the bundle's dtype
 
-FORMAT_NAMES = ("int4", "int8", "float")
-METHOD_NAMES = ("rtn", "k-quant", "hqq", "gptq", "awq", "awq-gptq")
+_BITS = {code_type.name: code_type.bits for code_type in CODE_TYPES.values()}
+FORMAT_NAMES = (*_BITS, "float")
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Preset:
     """A named mix of formats and the method that rounds to them.
 
     Attributes:
         name: What the command line calls it.
         summary: One line for ``--help``.
-        method: One of METHOD_NAMES.
+        method: How weights are rounded, a key of :data:`shortstack.quant.method.METHODS`.
         weights: Format of every layer matrix not named below.
         head: Format of the LM head, and of the embedding where that is tied to it.
         embedding: Format of an untied embedding.
         first_rows: How many rows of the LM head, from the first, have another format: byte-pair merges are numbered by
             falling frequency, so these are the tokens that matter most.
         first_rows_format: Which; None where ``first_rows`` is 0.
-        draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head. What else exits have of
-            their own is int8 where ``weights`` are in blocks.
+        draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head. Other matrices
+            of exits are int8 where ``weights`` are in blocks.
         parts: Formats of single matrices of every layer, by names.LAYER_MATRICES.
         layers: Formats of all matrices of single layers, negative numbers counted from the top. Wins over ``parts``.
         kv_cache: Element type of the cache.
@@ -65,8 +66,21 @@ class Recipe:
             wanted = getattr(self, part)
             if isinstance(wanted, BlockFormat) and wanted.has_offsets:
                 raise RequestError(
-                    f"recipe {self.name}: format of {part}", found=str(wanted), expected="a format without offsets"
+                    f"preset {self.name}: format of {part}", found=str(wanted), expected="a format without offsets"
                 )
+
+    def reshaped(self, block_size: int | None = None, is_symmetric: bool | None = None) -> Preset:
+        """Return the preset with another block size or symmetry in all its formats; None keeps what each has."""
+
+        def shaped(value: Any) -> Any:
+            if isinstance(value, BlockFormat):
+                symmetric = value.is_symmetric if is_symmetric is None else is_symmetric
+                return replace(value, block_size=block_size or value.block_size, is_symmetric=symmetric)
+            if isinstance(value, Mapping):
+                return {key: shaped(wanted) for key, wanted in value.items()}
+            return value
+
+        return replace(self, **{f.name: shaped(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +91,7 @@ class Assignment:
         matrices: By name: embedding, untied LM head, every layer matrix. None: floats.
         draft_heads: By depth, exits whose head is a tensor of its own.
         first_rows: Rows of the LM head that have another format, and which; None where all have one.
-        exit_matrices: By name: what exits have of their own besides, branches and the parts of low-rank heads.
+        exit_matrices: By name: the exits' other own matrices, of branches and of low-rank heads.
     """
 
     matrices: Mapping[str, Format]
@@ -87,56 +101,56 @@ class Assignment:
 
 
 def parse_format(name: str, block_size: int, is_symmetric: bool) -> Format:
-    """Return the format that the command line calls ``int4``, ``int8`` or ``float``.
+    """Return the format that the command line calls by one of FORMAT_NAMES.
 
     Raises:
         RequestError: Another name.
     """
     if name == "float":
         return None
-    if name not in FORMAT_NAMES:
+    if name not in _BITS:
         raise RequestError("format", found=name, expected=f"one of {', '.join(FORMAT_NAMES)}")
-    return BlockFormat(int(name[3:]), block_size, is_symmetric)
+    return BlockFormat(_BITS[name], block_size, is_symmetric)
 
 
-def assign(recipe: Recipe, spec: ModelSpec, plan: SplitPlan) -> Assignment:
+def assign(preset: Preset, spec: ModelSpec, plan: SplitPlan) -> Assignment:
     """Return the format of each matrix of a model.
 
     Raises:
-        RequestError: The recipe names a layer that the model does not have.
+        RequestError: The preset names a layer that the model does not have.
     """
     depth = spec.num_hidden_layers
-    outside = [layer for layer in recipe.layers if not -depth <= layer < depth]
+    outside = [layer for layer in preset.layers if not -depth <= layer < depth]
     if outside:
         raise RequestError(
-            f"recipe {recipe.name} names a layer that the model does not have",
+            f"preset {preset.name} names a layer that the model does not have",
             found=outside,
             expected=f"{depth} layers",
         )
-    single = {layer % depth: wanted for layer, wanted in recipe.layers.items()}
-    matrices: dict[str, Format] = {names.EMBED_TOKENS: recipe.head if spec.tie_word_embeddings else recipe.embedding}
+    single = {layer % depth: wanted for layer, wanted in preset.layers.items()}
+    matrices: dict[str, Format] = {names.EMBED_TOKENS: preset.head if spec.tie_word_embeddings else preset.embedding}
     for layer in range(depth):
         for part in names.LAYER_MATRICES:
-            wanted = single[layer] if layer in single else recipe.parts.get(part, recipe.weights)
+            wanted = single[layer] if layer in single else preset.parts.get(part, preset.weights)
             matrices[names.layer_weight(layer, part)] = wanted
     if not spec.tie_word_embeddings:
-        matrices[names.LM_HEAD] = recipe.head
+        matrices[names.LM_HEAD] = preset.head
     draft_heads: dict[int, Format] = {}
     exit_formats: dict[str, Format] = {}
-    # A branch is small beside the layers below it, and rounding it costs accepted drafts: 8 bits.
-    branch = None if recipe.weights is None else BlockFormat(8, recipe.weights.block_size)
+    # A branch is small compared with the layers below it, and rounding it costs accepted drafts: 8 bits.
+    branch = None if preset.weights is None else BlockFormat(8, preset.weights.block_size)
     for exit_spec in plan.exits:
         depth_of_exit = exit_spec.exit_layer
-        follows = recipe.draft_head == "as head"
+        follows = preset.draft_head == "as head"
         is_own = exit_spec.head == "own" or (exit_spec.head == "shared" and exit_spec.draft_vocab is not None)
-        wanted_head = recipe.head if isinstance(recipe.draft_head, str) else recipe.draft_head
-        if is_own or (exit_spec.head == "shared" and not follows and wanted_head != recipe.head):
+        wanted_head = preset.head if isinstance(preset.draft_head, str) else preset.draft_head
+        if is_own or (exit_spec.head == "shared" and not follows and wanted_head != preset.head):
             draft_heads[depth_of_exit] = wanted_head
         for part in exit_matrices(spec, exit_spec):
             if part != "head.weight":
                 exit_formats[names.exit_weight(depth_of_exit, part)] = wanted_head if part in ROWS else branch
     first_rows = None
-    # Of a small vocabulary all rows are first ones: then there is nothing to tell apart.
-    if recipe.first_rows_format is not None and recipe.head is not None and recipe.first_rows < spec.vocab_size:
-        first_rows = (recipe.first_rows, recipe.first_rows_format)
+    # In a small vocabulary all rows are first rows: then one format is enough.
+    if preset.first_rows_format is not None and preset.head is not None and preset.first_rows < spec.vocab_size:
+        first_rows = (preset.first_rows, preset.first_rows_format)
     return Assignment(matrices, draft_heads, first_rows, exit_formats)

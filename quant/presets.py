@@ -1,20 +1,20 @@
-"""The recipes that have a name; measured on SmolLM2-135M-Instruct, see the README."""
+"""The presets, by name; measured on SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.precision import BlockFormat
-from shortstack.quant.recipe import Recipe
+from shortstack.quant.preset import Preset
 
 INT4 = BlockFormat(4)
 INT4_SYMMETRIC = BlockFormat(4, is_symmetric=True)
 INT8 = BlockFormat(8)
 INT4_OFFSETS = BlockFormat(4, has_offsets=True)
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
             "int4",
             "int4 weights by GPTQ, in layers with offsets; int8 rows of frequent tokens, int8 cache",
             "gptq",
@@ -25,7 +25,7 @@ RECIPES: dict[str, Recipe] = {
             first_rows_format=INT8,
             kv_cache="int8",
         ),
-        Recipe(
+        Preset(
             "int4-fast",
             "symmetric int4 weights by GPTQ without anything else, int8 cache: smallest, fastest, worst",
             "gptq",
@@ -34,7 +34,7 @@ RECIPES: dict[str, Recipe] = {
             embedding=INT4_SYMMETRIC,
             kv_cache="int8",
         ),
-        Recipe(
+        Preset(
             "int8",
             "int8 weights, int4 draft heads, float cache: nearly the float model",
             "rtn",
@@ -43,7 +43,7 @@ RECIPES: dict[str, Recipe] = {
             embedding=INT8,
             draft_head=INT4,
         ),
-        Recipe(
+        Preset(
             "float",
             "nothing in blocks: for --dtype fp16 or --kv-cache int8 alone",
             "rtn",
@@ -55,17 +55,17 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return a recipe by name.
+def find_preset(name: str) -> Preset:
+    """Return a preset by name.
 
     Raises:
-        RequestError: There is none of that name.
+        RequestError: No preset has that name.
     """
-    if name not in RECIPES:
+    if name not in PRESETS:
         raise RequestError(
-            "--recipe is unknown",
+            "--preset is unknown",
             found=repr(name),
-            expected=f"one of {', '.join(RECIPES)}",
+            expected=f"one of {', '.join(PRESETS)}",
             remedy="choose one of these, and change parts of it with --weights, --head, --draft-head or --method",
         )
-    return RECIPES[name]
+    return PRESETS[name]

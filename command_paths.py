@@ -1,0 +1,219 @@
+"""Wrong paths on the command line: what they are instead, and the very command to run.
+
+An argument says what it must be by its type, :class:`BundlePath` or :class:`CheckpointPath`;
+:class:`shortstack.command_options.Command` then calls :func:`check_paths` before the command runs. An error is one
+line that ends with a command, quoted for a shell, that carries the options of the one that failed::
+
+    error: x.gguf is a GGUF file and not a bundle. Run: shortstack export x.gguf x-bundle && shortstack inspect x-bundle
+
+What passes may still be damaged: the readers of bundles and checkpoints look closer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from shortstack.graphs import names
+from shortstack.graphs.errors import BundleError, CheckpointError, RequestError
+from shortstack.graphs.path_kind import (
+    PathKind,
+    bundle_name,
+    export_command,
+    is_hub_id,
+    not_a_bundle,
+    path_kind,
+    shell_line,
+    similar_path,
+)
+
+_DRAFT_DEPTH = "8"  # where a bundle needs an exit and none was named: a good depth for models of 16 to 40 layers
+_MODEL_FILES = (PathKind.CHECKPOINT, PathKind.GGUF)
+_PLACEHOLDER = "CHECKPOINT"  # where nothing tells which checkpoint was meant
+
+
+class BundlePath(click.Path):
+    """An argument that must be a bundle."""
+
+
+class CheckpointPath(click.Path):
+    """An argument that must be a checkpoint: a folder, a GGUF file or a hub id."""
+
+
+def check_paths(context: click.Context) -> None:
+    """Refuse arguments that are not what their types say, or that are swapped.
+
+    Raises:
+        BundleError: A bundle is wanted, and something else was given.
+        CheckpointError: A checkpoint is wanted, and something else was given.
+        RequestError: The arguments are swapped.
+    """
+    for argument in _arguments(context):
+        value = str(context.params[argument.name])
+        if isinstance(argument.type, BundlePath) and path_kind(value) is not PathKind.BUNDLE:
+            _refuse_if_swapped(context, argument)
+            raise BundleError(_wrong_bundle(context, argument, value))
+        if isinstance(argument.type, CheckpointPath):
+            value = str(Path(value).expanduser()) if value.startswith("~/") else value
+            kind = path_kind(value)
+            if kind in (PathKind.BUNDLE, PathKind.ABSENT):
+                _refuse_if_swapped(context, argument)
+            if kind is PathKind.BUNDLE:
+                raise CheckpointError(_bundle_as_checkpoint(context, argument, value))
+            if remedy := _misspelled_checkpoint(context, argument, value, kind):
+                raise CheckpointError(remedy)
+
+
+def command_line(context: click.Context, replaced: Mapping[str, str] | None = None) -> str:
+    """Return the command that is running, quoted for a shell.
+
+    Args:
+        context: Of the running command.
+        replaced: Other values of arguments, by name.
+    """
+    values = {argument.name: str(context.params[argument.name]) for argument in _arguments(context)}
+    values |= replaced or {}
+    options = _given_options(context)
+    arguments = list(values.values())
+    if any(value.startswith("-") and value != "-" for value in arguments):
+        return shell_line(context.command.name or "", *options, "--", *arguments)
+    return shell_line(context.command.name or "", *arguments, *options)
+
+
+def _arguments(context: click.Context) -> list[click.Argument]:
+    """The arguments that were given, in their order."""
+    arguments = [parameter for parameter in context.command.params if isinstance(parameter, click.Argument)]
+    return [argument for argument in arguments if context.params.get(argument.name) is not None]
+
+
+def _given_options(context: click.Context) -> list[str]:
+    """The options of the command line, as they could have been written."""
+    words: list[str] = []
+    for option in context.command.params:
+        if (
+            not isinstance(option, click.Option)
+            or context.get_parameter_source(option.name) is not ParameterSource.COMMANDLINE
+        ):
+            continue
+        value: Any = context.params[option.name]
+        flag = max(option.opts, key=len)
+        if option.is_flag:
+            words.append(flag if value else max(option.secondary_opts, key=len))
+        else:
+            for one in value if option.multiple else (value,):
+                words += [flag, str(one)]
+    return words
+
+
+def _refuse_if_swapped(context: click.Context, wrong: click.Argument) -> None:
+    """Refuse two arguments of which the second is what the first should be, and the first may be the second."""
+    arguments = _arguments(context)
+    if len(arguments) != 2 or wrong is not arguments[0]:
+        return
+    first, second = arguments
+    given = {argument.name: str(context.params[argument.name]) for argument in arguments}
+    kinds = [path_kind(value) for value in given.values()]
+    swapped = command_line(context, {first.name: given[second.name], second.name: given[first.name]})
+    if isinstance(first.type, BundlePath) and (kinds[1] is not PathKind.BUNDLE or kinds[0] in _MODEL_FILES):
+        return
+    if isinstance(first.type, CheckpointPath):
+        if not kinds[1].is_model or (isinstance(second.type, BundlePath) and kinds[0] is not PathKind.BUNDLE):
+            return
+        if not isinstance(second.type, BundlePath) and kinds[1] is PathKind.HUB_ID:
+            return  # the second is where to write, and that may be spelled like a hub id
+        if not isinstance(second.type, BundlePath) and kinds[0] is PathKind.BUNDLE:
+            if not context.params.get("overwrite"):
+                swapped += " --overwrite"
+            raise RequestError(
+                f"{given[first.name]} is a bundle and {given[second.name]} is {kinds[1].value}: they are swapped. "
+                f"To replace the bundle, run: {swapped}"
+            )
+    raise RequestError(f"{_metavar(first)} and {_metavar(second)} are swapped. Run: {swapped}")
+
+
+def _wrong_bundle(context: click.Context, argument: click.Argument, value: str) -> str:
+    """Say what was given where a bundle belongs, and the command to run."""
+    kind = path_kind(value)
+    path = Path(value)
+    if kind is PathKind.FILE and path_kind(path.parent) in (PathKind.BUNDLE, PathKind.CHECKPOINT):
+        value, kind = str(path.parent), path_kind(path.parent)  # a file in the folder that was meant
+    if kind is PathKind.BUNDLE:
+        return f"{path} is a file in a bundle. Run: {command_line(context, {argument.name: value})}"
+    if kind.is_model:
+        return f"{not_a_bundle(path)}. Run: {_export_first(context, argument, value)}"
+    if kind is PathKind.FOLDER:
+        inside = sorted(child for child in path.iterdir() if path_kind(child) is PathKind.BUNDLE)
+        if inside:
+            listed = ", ".join(child.name for child in inside[:5])
+            again = command_line(context, {argument.name: str(inside[0])})
+            return f"{not_a_bundle(path)}, but it holds bundles ({listed}). Run: {again}"
+    if kind is PathKind.ABSENT and (similar := similar_path(path, {PathKind.BUNDLE})):
+        return f"{not_a_bundle(path)}; {similar} does. Run: {command_line(context, {argument.name: str(similar)})}"
+    out = value if kind is PathKind.ABSENT else bundle_name(value)
+    export = export_command(_PLACEHOLDER, out, *_exit_options(context))
+    return f"{not_a_bundle(path)}. Make one: {export} && {command_line(context, {argument.name: out})}"
+
+
+def _export_first(context: click.Context, argument: click.Argument, source: str) -> str:
+    """Return the command that makes a bundle of a checkpoint and then does what was asked for."""
+    out = bundle_name(source)
+    again = command_line(context, {argument.name: out})
+    if path_kind(out) is PathKind.BUNDLE:  # most likely made by this very advice
+        return again
+    return f"{export_command(source, out, *_exit_options(context))} && {again}"
+
+
+def _exit_options(context: click.Context) -> list[str]:
+    """Return the exits that a bundle needs for the running command."""
+    given = context.params.get("exit_layers") or ()
+    strategy = context.params.get("strategy")
+    needs_exit = context.params.get("compare") or strategy not in (None, "plain") or context.command.name == "calibrate"
+    depths = [str(depth) for depth in given] or ([_DRAFT_DEPTH] if needs_exit else [])
+    return [word for depth in depths for word in ("--exit-layer", depth)]
+
+
+def _bundle_as_checkpoint(context: click.Context, argument: click.Argument, value: str) -> str:
+    """Say what to do with a bundle where a checkpoint belongs."""
+    said = f"{value} is a bundle and not a checkpoint"
+    source = _made_from(value)
+    again = command_line(context, {argument.name: source or _PLACEHOLDER})
+    if context.command.name == "export" and not _given_options(context):
+        shrink = shell_line("quantize", value, str(context.params["out"]))
+        return f"{said}. To cut it elsewhere, export the checkpoint that it was made from; to shrink it, run: {shrink}"
+    if source is None:
+        return f"{said}. Give the checkpoint that it was made from: {again}"
+    return f"{said}; it was made from {source}. Run: {again}"
+
+
+def _made_from(bundle: str) -> str | None:
+    """Return the checkpoint of a bundle where its name leads to one: a hub id, or a path from here or beside it."""
+    try:
+        data = json.loads((Path(bundle) / names.MANIFEST_FILE).read_text(encoding="utf-8"))
+        source = str(data["source"]["name"]).partition(" + ")[0]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for place in (Path(source), Path(bundle).parent / source):
+        if path_kind(place) in _MODEL_FILES:
+            return str(place)
+    return source if is_hub_id(source) else None
+
+
+def _misspelled_checkpoint(context: click.Context, argument: click.Argument, value: str, kind: PathKind) -> str | None:
+    """Say which checkpoint was meant by a path that is none; None where the reader of checkpoints knows better."""
+    path = Path(value)
+    if kind is PathKind.FILE and path_kind(path.parent) is PathKind.CHECKPOINT:
+        folder = command_line(context, {argument.name: str(path.parent)})
+        return f"{value} is a file in a checkpoint: give the folder. Run: {folder}"
+    if kind is PathKind.ABSENT and (similar := similar_path(path, _MODEL_FILES)):
+        again = command_line(context, {argument.name: str(similar)})
+        return f"{value} does not exist; {similar} does. Run: {again}"
+    return None
+
+
+def _metavar(argument: click.Argument) -> str:
+    return (argument.name or "").upper()

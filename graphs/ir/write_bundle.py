@@ -1,0 +1,62 @@
+"""The last step of writing a bundle: from stored weights to graphs, further files and bundle.json.
+
+``export`` and ``quantize`` each fill a :class:`WeightStore` in their own way; from there on they do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from shortstack import __version__
+from shortstack.graphs import names
+from shortstack.graphs.bundle import describe_files, write_manifest
+from shortstack.graphs.ir.lint import lint
+from shortstack.graphs.ir.segment import segment_model
+from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.manifest import Manifest
+from shortstack.progress import Stage
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of what writes a bundle, as :attr:`Manifest.tools` lists them."""
+    return {"shortstack": __version__, **{package: version(package) for package in ("numpy", "onnx", "onnx-ir")}}
+
+
+def write_bundle(
+    folder: Path, manifest: Manifest, store: WeightStore, files: Mapping[str, bytes], stage: Stage
+) -> Manifest:
+    """Write all of a bundle but its weights, which are there already.
+
+    Args:
+        folder: Where the bundle is being written.
+        manifest: What it holds; the field ``files`` is filled in here.
+        store: Its weights, in ``folder``; complete.
+        files: The content of its other files, by name: tokenizer, chat template, id maps.
+        stage: Starts a stage of the progress bar.
+
+    Returns:
+        The manifest as it was written.
+
+    Raises:
+        ContractError: A graph would not verify what it drafts.
+    """
+    plan = manifest.plan
+    advance = stage("Building graphs", len(plan.segments))
+    for segment in plan.segments:
+        model = segment_model(manifest.spec, plan, segment, manifest.dtype, store, manifest.precision.kv_cache)
+        name = names.segment_file(segment.start, segment.end)
+        lint(model, name)
+        ir.save(model, folder / name)
+        advance(1)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    advance = stage("Hashing", 1)
+    written = replace(manifest, files=describe_files(folder))
+    write_manifest(folder, written)
+    advance(1)
+    return written
