@@ -8,9 +8,9 @@ INSTALLED := $(VENV)/installed.stamp
 PYTHON ?= python3.11
 PYTHONS := $(PYTHON) python3 python3.12 python3.13
 
-# Tests run one after another: onnxruntime's threads spin, and two test processes on two cores slow each other down more than
-# they gain. With cores to spare: make test PYTEST_ARGS='-n 4'
-PYTEST_ARGS ?=
+# Two test processes, each with half of the cores for itself (tests/conftest.py): most models of the tests are too small for
+# a second thread. With cores and memory to spare: make test PYTEST_ARGS='-n 4 --dist loadfile'; one by one: PYTEST_ARGS=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 

@@ -12,17 +12,32 @@ import tomllib
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pytest
 
+from helpers.bad_input import MAX_LENGTH, Refused
+from shortstack.__main__ import run
 from shortstack.graphs.errors import ShortstackError
 from shortstack.samples.fetch_model import default_model_path
 
 if TYPE_CHECKING:  # fixtures import torch and transformers only when a test asks for them
+    from helpers.kv_bundles import KVBundles
+    from helpers.quantized import QuantizedBundles
     from helpers.tiny_models import TinyBundles
     from shortstack.export.parity.reference import Reference
+
+
+def pytest_configure() -> None:
+    """Gives each of several test processes cores of its own.
+
+    onnxruntime and torch then start one thread a core: threads that share a core spin and wait for each other.
+    """
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker is not None and hasattr(os, "sched_setaffinity"):  # Linux only
+        index, cores = int(worker.removeprefix("gw")), sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[index::count] or [cores[index % len(cores)]])
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +100,53 @@ def tiny_bundles(tmp_path_factory: pytest.TempPathFactory) -> TinyBundles:
     return TinyBundles(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def kv_bundles(tmp_path_factory: pytest.TempPathFactory) -> KVBundles:
+    from helpers.kv_bundles import KVBundles
+
+    return KVBundles(tmp_path_factory.mktemp("kv"))
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> QuantizedBundles:
+    from helpers.quantized import QuantizedBundles
+
+    return QuantizedBundles(tmp_path_factory.mktemp("quantized"))
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_bundles: TinyBundles) -> Path:
+    from helpers.tiny_models import BASE
+
+    return tiny_bundles.bundle(BASE, 1, 3, draft_vocab=64, max_length=MAX_LENGTH)
+
+
+@pytest.fixture
+def bundle(sound: Path, tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(sound, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command line that must be refused: exit code 2, nothing on stdout, one line on stderr with these words."""
+
+    def refused(arguments: list[str | Path], *says: str) -> str:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        out, error = capsys.readouterr()
+        assert code == 2, error
+        assert out == ""
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1, error
+        assert "Traceback" not in error
+        for words in says:
+            assert words in error, error
+        return error
+
+    return refused
+
+
 @pytest.fixture
 def one_torch_thread() -> Iterator[Callable[[], None]]:
     """Call it after making a Reference: on tiny models torch's threads only wait, and fight those of onnxruntime."""
@@ -96,26 +158,46 @@ def one_torch_thread() -> Iterator[Callable[[], None]]:
     torch.set_num_threads(before)
 
 
+class Kept(Protocol):
+    """Makes a bundle once and keeps it in .cache/ until a source file in one of the rooms, or a setting, changes."""
+
+    def __call__(self, name: str, rooms: tuple[str, ...], settings: object, make: Callable[[Path], object]) -> Path: ...
+
+
 @pytest.fixture(scope="session")
-def smollm2_bundle(smollm2_gguf: Path, package_sources: list[Path], repository: Path) -> Path:
-    """SmolLM2-135M-Instruct in float32, cut at 4, 8 and 15; kept in .cache/ until the exporter's sources change."""
+def kept(package_sources: list[Path], repository: Path) -> Kept:
+    def kept(name: str, rooms: tuple[str, ...], settings: object, make: Callable[[Path], object]) -> Path:
+        digest = hashlib.sha256(repr(settings).encode())
+        for path in package_sources:
+            if path.relative_to(repository).as_posix().startswith(rooms):
+                digest.update(path.read_bytes())
+        home = repository / ".cache" / "tests"
+        out = home / f"{name}-{digest.hexdigest()[:16]}"
+        home.mkdir(parents=True, exist_ok=True)
+        with (home / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes makes it, the others wait
+            if not (out / "bundle.json").is_file():
+                for old in home.glob(f"{name}-*"):  # 100 to 540 MB each
+                    shutil.rmtree(old, ignore_errors=True)
+                make(out)
+        return out
+
+    return kept
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_gguf: Path, kept: Kept) -> Path:
+    """SmolLM2-135M-Instruct in float32, cut at 4, 8 and 15."""
     from shortstack.export.assemble import export_bundle
     from shortstack.export.spec import ExportSpec
 
-    digest = hashlib.sha256(smollm2_gguf.name.encode())
-    for path in package_sources:
-        if path.relative_to(repository).parts[0] in ("graphs", "export"):
-            digest.update(path.read_bytes())
-    home = repository / ".cache" / "tests"
-    out = home / f"smollm2-{digest.hexdigest()[:16]}"
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes exports, the others wait
-        if not (out / "bundle.json").is_file():
-            for old in home.glob("smollm2-*"):  # 540 MB each
-                shutil.rmtree(old, ignore_errors=True)
-            export_bundle(ExportSpec(str(smollm2_gguf), out, (4, 8, 15), overwrite=True))
-    return out
+    exits = (4, 8, 15)
+    return kept(
+        "smollm2-float",
+        ("graphs/", "export/"),
+        (smollm2_gguf.name, exits),
+        lambda out: export_bundle(ExportSpec(str(smollm2_gguf), out, exits, overwrite=True)),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from helpers.gguf_files import HEAD_DIM, HIDDEN, VOCAB, Edit, byte_level, rows, weights, write
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.parity.reference import Reference
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
 SAMPLES = [
@@ -297,9 +298,7 @@ def test_a_merge_that_forms_no_token_is_refused(tmp_path: Path) -> None:
         checkpoint.files()
 
 
-def test_smollm2_reads_as_transformers_reads_it(smollm2_gguf: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_smollm2_reads_as_transformers_reads_it(smollm2_gguf: Path, smollm2_reference: Reference) -> None:
     checkpoint = open_checkpoint(str(smollm2_gguf))
     _, spec = resolve(checkpoint)
     assert (spec.num_hidden_layers, spec.hidden_size, spec.num_attention_heads, spec.num_key_value_heads) == (
@@ -309,8 +308,7 @@ def test_smollm2_reads_as_transformers_reads_it(smollm2_gguf: Path) -> None:
         3,
     )
     assert (spec.vocab_size, spec.rope_theta, spec.tie_word_embeddings) == (49152, 100000.0, True)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype="float32")
-    state = model.state_dict()
+    state = smollm2_reference._model.state_dict()
     assert checkpoint.names() == state.keys() - {"lm_head.weight"}
     for name in [
         "model.embed_tokens.weight",

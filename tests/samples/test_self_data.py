@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +41,14 @@ def model(bundle: Path) -> Model:
     return load(bundle)
 
 
+@pytest.fixture(scope="module")
+def whole(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run with OPTIONS that nothing stops writes, its settings beside it; not to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "rows.jsonl"
+    write_rows(model, out, **OPTIONS)
+    return out
+
+
 def rows_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
@@ -55,10 +64,9 @@ def test_an_answer_is_the_greedy_one_in_the_chat_template(model: Model, tmp_path
         assert row == {"p": model.encode([{"role": "user", "content": prompt}]), "o": list(plain.tokens), "k": "prompt"}
 
 
-def test_without_an_exit_the_answers_are_the_same(tiny_bundles: TinyBundles, model: Model, tmp_path: Path) -> None:
-    write_rows(model, tmp_path / "drafted.jsonl", **OPTIONS)
+def test_without_an_exit_the_answers_are_the_same(tiny_bundles: TinyBundles, whole: Path, tmp_path: Path) -> None:
     write_rows(load(tiny_bundles.bundle(ASKS)), tmp_path / "plain.jsonl", **OPTIONS)
-    assert (tmp_path / "drafted.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert whole.read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
 
 
 def test_the_model_asks_itself_a_turn_that_ends(model: Model) -> None:
@@ -129,10 +137,8 @@ def test_a_template_without_a_place_for_the_user_is_refused(
 
 @pytest.mark.parametrize(("rows", "tear"), [(0, 0), (0, 25), (1, 0), (2, 1), (3, 0), (4, 25), (6, 0), (6, 1)])
 def test_a_stopped_run_continues_to_the_same_file(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, tear: int
+    model: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, tear: int
 ) -> None:
-    whole = tmp_path / "whole.jsonl"
-    write_rows(model, whole, **OPTIONS)
     lines = whole.read_bytes().splitlines(keepends=True)
     assert len(lines) == 6
 
@@ -183,11 +189,10 @@ def test_a_killed_process_loses_one_row_at_most(bundle: Path, model: Model, tmp_
     assert all(row["k"] == "self" for row in rows_of(out))
 
 
-def test_more_questions_may_be_asked_for_later(model: Model, tmp_path: Path) -> None:
+def test_more_questions_may_be_asked_for_later(model: Model, whole: Path, tmp_path: Path) -> None:
     write_rows(model, tmp_path / "grown.jsonl", PROMPTS, 1, max_new_tokens=12)
     write_rows(model, tmp_path / "grown.jsonl", **OPTIONS)
-    write_rows(model, tmp_path / "whole.jsonl", **OPTIONS)
-    assert (tmp_path / "grown.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert (tmp_path / "grown.jsonl").read_bytes() == whole.read_bytes()
     again = write_rows(model, tmp_path / "grown.jsonl", **OPTIONS)
     assert (again.rows, again.made) == (6, 0)
     assert "nothing left to do" in again.line()
@@ -204,10 +209,9 @@ def test_more_questions_may_be_asked_for_later(model: Model, tmp_path: Path) -> 
     ],
 )
 def test_settings_that_differ_are_refused_and_named(
-    model: Model, tmp_path: Path, changed: dict[str, Any], says: str
+    model: Model, whole: Path, tmp_path: Path, changed: dict[str, Any], says: str
 ) -> None:
-    out = tmp_path / "rows.jsonl"
-    write_rows(model, out, **OPTIONS)
+    out = Path(shutil.copytree(whole.parent, tmp_path / "begun")) / whole.name
     before = out.read_bytes()
     with pytest.raises(RequestError, match=rf"begun with other settings: .*{says}.*begin again with --overwrite"):
         write_rows(model, out, **(OPTIONS | changed))
@@ -300,7 +304,7 @@ def test_prompts_that_are_too_long_are_counted(model: Model, tmp_path: Path) -> 
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_a_checkpoint_is_exported_first(tiny_bundles: TinyBundles, model: Model, tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_first(tiny_bundles: TinyBundles, whole: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"question": prompt}) for prompt in PROMPTS))
     checkpoint = tiny_bundles.checkpoint(ASKS)
@@ -311,8 +315,7 @@ def test_a_checkpoint_is_exported_first(tiny_bundles: TinyBundles, model: Model,
     assert set(summary) == {*Summary.__dataclass_fields__, "tokens_per_s"}
     assert (summary["rows"], summary["made"], summary["out"]) == (6, 6, str(out))
     assert without_progress(done.stderr) == ""
-    write_rows(model, tmp_path / "bundle.jsonl", **OPTIONS)
-    assert out.read_bytes() == (tmp_path / "bundle.jsonl").read_bytes()
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_the_bundle_of_a_checkpoint_goes_away(tiny_bundles: TinyBundles) -> None:

@@ -17,6 +17,7 @@ from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.runtime import DraftPolicy, Model, Result, SamplingParams, load
 from shortstack.runtime.engine.cache import CHUNK_POSITIONS
 from shortstack.runtime.engine.stack import PREFILL_ROWS
+from shortstack.runtime.request import Plain, Speculate, Strategy
 
 EXITS = (1, 3, 4)
 PROMPTS = 30
@@ -228,12 +229,12 @@ def test_a_repetition_penalty_keeps_greedy_decoding_lossless(model: Model) -> No
             assert speculate(model, prompt, policy, sampling=sampling, exit_layer=exit_layer).tokens == expected
 
 
-@pytest.mark.parametrize("strategy", ["plain", "self-speculative"])
-def test_sampling_with_a_seed_is_repeatable(model: Model, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", [Plain(), Speculate(draft=DraftPolicy(4))], ids=["plain", "self-speculative"])
+def test_sampling_with_a_seed_is_repeatable(model: Model, strategy: Strategy) -> None:
     outputs = set()
     for seed in range(4):
         sampling = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, seed=seed)
-        options: dict[str, Any] = {"sampling": sampling, "strategy": strategy, "draft": DraftPolicy(4)}
+        options: dict[str, Any] = {"sampling": sampling, "strategy": strategy}
         first = decode(model, prompts(1)[0], **options).tokens
         assert decode(model, prompts(1)[0], **options).tokens == first
         outputs.add(first)

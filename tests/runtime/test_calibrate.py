@@ -272,7 +272,7 @@ class Population:
 @pytest.fixture(scope="module")
 def population(speculator: Model) -> Population:
     rng = np.random.default_rng(11)
-    prompts = [rng.integers(3, SPECULATOR.vocab, rng.integers(1, 9)).tolist() for _ in range(500)]
+    prompts = [rng.integers(3, SPECULATOR.vocab, rng.integers(1, 9)).tolist() for _ in range(300)]
     full = [speculator.generate(prompt, max_new_tokens=6) for prompt in prompts]
     losses: dict[Loss, list[list[float]]] = {"text": [], "any": []}
     shares = []
