@@ -1,6 +1,6 @@
 """Builds the decoding loop that answers a request, and keeps what the loops have learned so far.
 
-A new drafter needs one file in :mod:`shortstack.runtime.decode` and one line in :meth:`Loops._speculative`.
+A new drafter needs nothing here: a request names its source (:class:`shortstack.runtime.decode.drafters.DraftSource`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from shortstack.runtime.decode.choice import Choice, make_choice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
-from shortstack.runtime.decode.drafters import Drafter, ExitDrafter
+from shortstack.runtime.decode.drafters import DraftSource, FromExit
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
@@ -35,7 +35,7 @@ class Loops:
 
     def __init__(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
-        self._lengths: dict[tuple[type[Drafter], int, DraftPolicy], DraftLength] = {}
+        self._lengths: dict[tuple[DraftSource, DraftPolicy], DraftLength] = {}
         self._caps: dict[tuple[int | None, tuple[int, ...]], PendingCap] = {}
         self._ways: dict[tuple[int, ...], WayCosts] = {}
         self._thresholds: dict[tuple[tuple[int, ...], Adaptive], AdaptiveThreshold] = {}
@@ -53,20 +53,21 @@ class Loops:
         match request.strategy:
             case Plain():
                 return plain(stack, self._sequence, choice, stats, limit)
-            case Speculate(draft=draft):
+            case Speculate(draft=draft) as strategy:
                 policy = draft or DraftPolicy(is_adaptive=not request.sampling.is_repeatable)
-                return self._speculative(stack, choice, stats, limit, policy)
+                return self._speculative(stack, choice, stats, limit, policy, strategy.drafts_from)
             case ExitEarly(policy=policy):
                 return self._early_exit(
                     stack, choice, stats, limit, policy, is_repeatable=request.sampling.is_repeatable
                 )
 
     def _speculative(
-        self, stack: Stack, choice: Choice, stats: Stats, limit: int, policy: DraftPolicy
+        self, stack: Stack, choice: Choice, stats: Stats, limit: int, policy: DraftPolicy, source: DraftSource
     ) -> Iterator[Step]:
-        drafter = ExitDrafter(stack, choice)
-        length = self._lengths.setdefault((type(drafter), stack.exit_layer, policy), DraftLength(policy))
-        return speculative(stack, self._sequence, choice, stats, limit, length, drafter)
+        if isinstance(source, FromExit):  # the lowest exit is the same source whether it was named or not
+            source = FromExit(stack.exit_layer)
+        length = self._lengths.setdefault((source, policy), DraftLength(policy))
+        return speculative(stack, self._sequence, choice, stats, limit, length, source.drafter(stack, choice))
 
     def _early_exit(
         self,

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack, get_arg
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.decode.drafters import DraftSource, FromExit
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
@@ -45,39 +46,39 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Speculate:
-    """An exit drafts and the whole model verifies: faster than plain decoding, with the same output.
+    """An exit, or another source, drafts and the whole model verifies: plain decoding's output, sooner.
 
     Attributes:
         exit_layer: Which exit drafts, by the number of layers run before it; None takes the lowest.
         draft: How many tokens to draft. None drafts adaptively, four at most; if the sampling has a seed, None always
             drafts four. Drafts decide how random draws are used, and adaptive lengths depend on measured times, so a
             seed alone would not repeat the output.
+        source: Another drafter than an exit, see :mod:`shortstack.runtime.decode.drafters`.
+
+    Raises:
+        RequestError: A value of another type, or an exit and a source.
     """
 
     exit_layer: int | None = None
     draft: DraftPolicy | None = None
+    source: DraftSource | None = None
     name: ClassVar[StrategyName] = "self-speculative"
 
-    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
-        """Return the exit that drafts in a bundle of this plan.
+    def __post_init__(self) -> None:
+        _expect("draft", self.draft, DraftPolicy, optional=True)
+        if self.source is not None and self.exit_layer is not None:
+            raise RequestError(
+                "exit_layer would have no effect: a source says where drafts come from", remedy="drop one of the two"
+            )
 
-        Raises:
-            RequestError: The bundle does not have that exit, or has no exit at all.
-        """
-        exits = plan.boundaries
-        if not exits:
-            raise RequestError(
-                "self-speculation needs an exit, and this bundle has none",
-                remedy=f"re-export with --exit-layer {self.exit_layer or 'E'}, or use the plain strategy",
-            )
-        if self.exit_layer is not None and self.exit_layer not in exits:
-            raise RequestError(
-                "exit_layer is not an exit of this bundle",
-                found=self.exit_layer,
-                expected=f"one of {list(exits)}",
-                remedy=f"re-export with --exit-layer {self.exit_layer}",
-            )
-        return (exits[0] if self.exit_layer is None else self.exit_layer,)
+    @property
+    def drafts_from(self) -> DraftSource:
+        """Where drafts come from."""
+        return FromExit(self.exit_layer) if self.source is None else self.source
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        """Return the exits that the drafts need in a bundle of this plan; errors as in :class:`FromExit`."""
+        return self.drafts_from.exits_in(plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,9 @@ class ExitEarly:
 
     policy: ExitPolicy
     name: ClassVar[StrategyName] = "early-exit"
+
+    def __post_init__(self) -> None:
+        _expect("policy", self.policy, ExitPolicy)
 
     def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
         """Return the exits in use in a bundle of this plan; see :meth:`ExitPolicy.exits_in` for the errors."""
@@ -131,6 +135,13 @@ class Request:
     template_variables: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _expect("strategy", self.strategy, Strategy)
+        _expect("sampling", self.sampling, SamplingParams)
+        _expect("template_variables", self.template_variables, Mapping, optional=True)
+        if not hasattr(self.prompt, "__len__"):
+            raise RequestError(
+                "the prompt", found=type(self.prompt).__name__, expected="text, a list of token ids, or chat messages"
+            )
         is_count = isinstance(self.max_new_tokens, Integral) and not isinstance(self.max_new_tokens, bool)
         if not is_count or self.max_new_tokens < 1:
             raise RequestError("max_new_tokens", found=repr(self.max_new_tokens), expected="a whole number, 1 or more")
@@ -211,6 +222,13 @@ def make_request(prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
     return Request(prompt, strategy, sampling, **{name: given[name] for name in _OF_REQUEST if name in given})
 
 
+def _expect(name: str, value: object, kind: Any, *, optional: bool = False) -> None:
+    """Refuse a value of another type than ``kind``, a class or a union of classes."""
+    if not isinstance(value, kind) and not (optional and value is None):
+        names = " or ".join(each.__name__ for each in (get_args(kind) or (kind,)))
+        raise RequestError(name, found=repr(value), expected=f"{names}{' or None' if optional else ''}")
+
+
 def is_chat(prompt: Prompt) -> bool:
     """Return whether a prompt consists of chat messages."""
     return not isinstance(prompt, str) and any(isinstance(item, Mapping) for item in prompt)
@@ -247,7 +265,7 @@ def _strategy(wanted: Strategy | StrategyName | None, options: Mapping[str, Any]
             expected=f"an ExitPolicy or an expression such as {EXAMPLE!r} for the strategy 'early-exit' only",
         )
     if exits is not None:
-        _refuse(given, wanted, "early exit drafts nothing", "set ExitPolicy.exit_layers to choose exits")
+        _refuse(given, wanted, "early exit drafts nothing", "leave it out; ExitPolicy.exit_layers chooses exits")
         return ExitEarly(_policy(exits))
     if wanted == "plain":
         _refuse(given, wanted, "plain decoding drafts nothing", "leave it out, or use the strategy 'self-speculative'")

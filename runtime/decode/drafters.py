@@ -6,9 +6,9 @@ has run there already, and the loop runs the others. The exit has run the rows t
 not run the model reports 0. A drafter that needs to see prompts wraps the
 :class:`~shortstack.runtime.engine.decoder.Decoder` that the loop receives.
 
-:class:`ExitDrafter` drafts with the lowest exit of the stack, which makes decoding self-speculative (LayerSkip, arXiv
-2404.16710). A new drafter needs one file in this folder, and one line in ``runtime/loops.py``, where requests become
-loops.
+A request names a drafter by a value, its :class:`DraftSource`. :class:`FromExit` is the one that ships: the lowest exit
+of the stack drafts, which makes decoding self-speculative (LayerSkip, arXiv 2404.16710). A new drafter is one file in
+this folder with a source of its own, which ``Speculate(source=...)`` takes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.choice import Choice, Proposal
 from shortstack.runtime.engine.decoder import Decoder
 
@@ -57,6 +59,54 @@ class Drafter(Protocol):
             rows: Rows that were judged.
         """
         ...
+
+
+class DraftSource(Protocol):
+    """A drafter as a request names it: a frozen value, by which what was learned about its drafts is kept."""
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        """Return the exits at which the stack is cut for it, ascending; none for a drafter that uses no exit.
+
+        Raises:
+            RequestError: A bundle of this plan does not have them.
+        """
+        ...
+
+    def drafter(self, stack: Decoder, choice: Choice) -> Drafter:
+        """Return the drafter for one generation over a stack that is cut so."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FromExit:
+    """An exit drafts.
+
+    Attributes:
+        exit_layer: Which one, by the number of layers run before it; None takes the lowest.
+    """
+
+    exit_layer: int | None = None
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        """See :meth:`DraftSource.exits_in`."""
+        exits = plan.boundaries
+        if not exits:
+            raise RequestError(
+                "self-speculation needs an exit, and this bundle has none",
+                remedy=f"re-export with --exit-layer {self.exit_layer or 'E'}, or use the plain strategy",
+            )
+        if self.exit_layer is not None and self.exit_layer not in exits:
+            raise RequestError(
+                "exit_layer is not an exit of this bundle",
+                found=self.exit_layer,
+                expected=f"one of {list(exits)}",
+                remedy=f"re-export with --exit-layer {self.exit_layer}",
+            )
+        return (exits[0] if self.exit_layer is None else self.exit_layer,)
+
+    def drafter(self, stack: Decoder, choice: Choice) -> Drafter:
+        """See :meth:`DraftSource.drafter`."""
+        return ExitDrafter(stack, choice)
 
 
 class ExitDrafter:

@@ -23,11 +23,11 @@ _TOKENS = (1, 2, 3)  # any will do: a different order of addition shows in nearl
 def fewest_rows(graphs: OpenGraphs) -> int:
     """Return the fewest rows that a run must have so that no result depends on the number of rows: 1 or 2.
 
-    Bundles without 4-bit weights are not measured, since no such dependence is known for their products.
+    Bundles without codes of less than 8 bits are not measured, since no such dependence is known for their products.
     """
     manifest = graphs.bundle.manifest
     spec = manifest.spec
-    if not any(block_format.bits == 4 for block_format in manifest.precision.weights.values()):
+    if not any(block_format.bits < 8 for block_format in manifest.precision.weights.values()):
         return 1
     if manifest.max_length <= len(_TOKENS) or spec.vocab_size <= max(_TOKENS):
         return 1  # only tests have models this small

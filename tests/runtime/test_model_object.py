@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from helpers.tiny_models import BASE, TinyBundles
-from shortstack import Plain, Request, Speculate, load
+from shortstack import DraftPolicy, Plain, Request, Speculate, load
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.plan import SplitPlan
+from shortstack.runtime.decode.choice import Choice, Proposal
+from shortstack.runtime.decode.drafters import Draft
+from shortstack.runtime.engine.decoder import Decoder
 
 PROMPT = [5, 6, 7]
 
@@ -77,3 +83,35 @@ def test_closing_lets_go_of_the_sessions(tiny_bundles: TinyBundles) -> None:
     model.close()
     gc.collect()
     assert session() is None
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A source that needs no exit and no layer: it proposes the newest token again."""
+
+    times: int
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        return ()
+
+    def drafter(self, stack: Decoder, choice: Choice) -> Repeat:
+        return self
+
+    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft:
+        return Draft([Proposal(tokens[-1], 1.0, 0)] * min(self.times, most))
+
+    def observe(self, emitted: int, rows: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("cuts", [(), (1, 3)])
+@pytest.mark.parametrize("bonus", [False, True])
+def test_a_drafter_of_ones_own_needs_no_exit_and_changes_no_token(
+    tiny_bundles: TinyBundles, cuts: tuple[int, ...], bonus: bool
+) -> None:
+    model = load(tiny_bundles.bundle(BASE, *cuts))
+    expected = model.generate(PROMPT, max_new_tokens=60, ignore_eos=True).tokens
+    strategy = Speculate(draft=DraftPolicy(3, has_bonus=bonus), source=Repeat(2))
+    found = model.generate(PROMPT, max_new_tokens=60, ignore_eos=True, strategy=strategy)
+    assert found.tokens == expected
+    assert found.stats.drafted > 0

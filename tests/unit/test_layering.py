@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,8 +76,8 @@ def imports_of(source: str) -> Iterator[str]:
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-def folders_in(source: str) -> Iterator[str]:
-    """The first part of every string constant that is not a docstring: of a path, the folder that it begins with."""
+def names_in(source: str) -> Iterator[str]:
+    """The parts of every path and module that a string outside of docstrings spells, parts of f-strings included."""
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {
@@ -85,8 +86,10 @@ def folders_in(source: str) -> Iterator[str]:
         if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            yield node.value.removeprefix("../").partition("/")[0]
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in docstrings:
+            continue
+        if not re.search(r"\s", node.value):  # a message says what it likes
+            yield from re.split(r"[/.\\:]", node.value)
 
 
 def files_of(room: str, package_folders: dict[str, Path]) -> list[Path]:
@@ -128,9 +131,26 @@ def test_no_file_of_a_room_imports_another_room_that_it_must_not_know(
 
 
 @pytest.mark.parametrize("room", PRODUCT_ROOMS)
-def test_no_product_room_reaches_into_samples_by_a_path(room: str, package_folders: dict[str, Path]) -> None:
-    wrong = [str(path) for path in files_of(room, package_folders) if "samples" in folders_in(path.read_text("utf-8"))]
+def test_no_product_room_reaches_into_samples_by_a_path_or_a_name_in_a_string(
+    room: str, package_folders: dict[str, Path]
+) -> None:
+    wrong = [str(path) for path in files_of(room, package_folders) if "samples" in names_in(path.read_text("utf-8"))]
     assert not wrong, "what a product room needs stands in a product room: texts are in graphs/texts"
+
+
+def test_no_module_at_the_root_is_a_way_into_samples(package_folders: dict[str, Path]) -> None:
+    """Every room imports these modules, so what they import reaches every room."""
+    wrong = []
+    for path in sorted(package_folders["shortstack"].glob("*.py")):
+        source = path.read_text("utf-8")
+        imported = [module for module in imports_of(source) if module.startswith("shortstack.samples")]
+        # missing.py says which commands a wheel lacks.
+        names_it = path.stem != "missing" and "samples" in names_in(
+            source
+        )
+        if imported or names_it:
+            wrong.append(str(path))
+    assert not wrong
 
 
 def test_arrows_between_the_wings_of_runtime_point_down(package_folders: dict[str, Path]) -> None:
@@ -158,10 +178,15 @@ from pathlib import Path
 def late():
     """samples/too"""
     from shortstack.samples.prompts import prompts
+    print("see samples/ for more")
     return Path(__file__).parent.parent / "samples" / "heldout.jsonl", "../samples/x", prompts
+class Late:
+    module = importlib.import_module("shortstack.samples.prompts")
+    path = f"{__file__}/../samples/x"
+    other = "./samples/x", "shortstack/samples/x"
 '''
     assert "shortstack.samples.prompts" in set(imports_of(source))
-    assert list(folders_in(source)).count("samples") == 2
+    assert list(names_in(source)).count("samples") == 6
 
 
 def test_help_lists_the_commands_and_imports_none_of_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from shortstack import DraftPolicy, ExitEarly, ExitPolicy, Plain, Request, SamplingParams, Speculate, parse_criterion
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec, SplitPlan
+from shortstack.runtime.decode.drafters import FromExit
 from shortstack.runtime.request import make_request
 
 RULE = "top_prob >= 0.9"
@@ -52,6 +54,8 @@ def test_short_forms_make_the_strategy_that_they_describe(options: dict[str, Any
         ({"temperature": 0.5, "sampling": SamplingParams()}, ("temperature",)),
         ({"temperature": -1.0}, ("temperature",)),
         ({"max_new_tokens": 0}, ("max_new_tokens", "1 or more")),
+        ({"draft": 4}, ("draft", "found 4", "DraftPolicy or None")),
+        ({"strategy": Speculate(), "sampling": {"temperature": 1}}, ("sampling", "SamplingParams")),
         ({"max_new_tokens": 2.5}, ("max_new_tokens", "a whole number")),
         ({"max_new_tokens": True}, ("max_new_tokens", "a whole number")),
         ({"max_tokens": 3}, ("unknown option max_tokens", "max_new_tokens")),
@@ -87,6 +91,38 @@ def test_all_other_options_reach_the_request_unchanged() -> None:
     }
     request = make_request(CHAT, **options)
     assert request == Request(CHAT, **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Request("Hi", "plain"),  # type: ignore[arg-type]
+        lambda: Request("Hi", sampling=None),  # type: ignore[arg-type]
+        lambda: Request(iter([1, 2])),  # type: ignore[arg-type]
+        lambda: ExitEarly("top_prob >= 0.3"),  # type: ignore[arg-type]
+        lambda: Speculate(draft=4),  # type: ignore[arg-type]
+        lambda: Speculate(4, source=Twice()),
+    ],
+)
+def test_a_value_of_another_type_is_refused_when_the_request_is_made(make: Any) -> None:
+    with pytest.raises(RequestError):
+        make()
+
+
+@dataclass(frozen=True)
+class Twice:
+    """A source that needs two exits."""
+
+    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
+        return plan.boundaries[:2]
+
+    def drafter(self, stack: Any, choice: Any) -> Any:
+        raise AssertionError("nothing is decoded here")
+
+
+def test_a_source_of_drafts_names_its_exits_itself() -> None:
+    assert Speculate(source=Twice()).exits_in(SplitPlan(12, (ExitSpec(4), ExitSpec(8), ExitSpec(10)))) == (4, 8)
+    assert Speculate(4).drafts_from == FromExit(4)
 
 
 def test_a_request_cannot_be_changed() -> None:
