@@ -52,6 +52,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "completion": ("shortstack.completion:completion", "Print the script that completes commands in a shell."),
 }
 
+# option of shortstack itself -> an example, for whoever writes it after the command
+BEFORE_COMMAND = {"--log-level": "--log-level info", "--debug": "--debug"}
+
 COMPLETION_VARIABLE = "_SHORTSTACK_COMPLETE"  # set by the script of `shortstack completion`, and read by click
 
 
@@ -113,7 +116,7 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, message=f"shortstack %(version)s (Python {platform.python_version()})")
 @click.option(
     "--log-level",
-    type=click.Choice(LEVELS),
+    type=click.Choice(LEVELS, case_sensitive=False),
     default="warning",
     envvar="SHORTSTACK_LOG",
     show_envvar=True,
@@ -156,7 +159,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=colour)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        _with_place(error).show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
@@ -170,6 +173,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"error: {error}", err=True)
         return ShortstackError.exit_code
     return result if isinstance(result, int) else 0
+
+
+def _with_place(error: click.ClickException) -> click.ClickException:
+    """Returns the error; if an option of shortstack itself was written after a command, one that says where it goes."""
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None and error.ctx.command is not cli:
+        example = BEFORE_COMMAND.get(error.option_name)
+        if example is not None:
+            place = f"shortstack {example} {error.ctx.command.name} ..."
+            return click.UsageError(f"{error.message} It goes before the command: {place}", error.ctx)
+    return error
 
 
 def main() -> None:

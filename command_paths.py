@@ -55,13 +55,16 @@ def check_paths(context: click.Context) -> None:
     """
     for argument in _arguments(context):
         value = str(context.params[argument.name])
+        if isinstance(argument.type, BundlePath) and not value.strip():
+            again = command_line(context, {argument.name: _metavar(argument)})
+            raise BundleError(f"{_metavar(argument)} is empty: name the folder of a bundle. Run: {again}")
         if isinstance(argument.type, BundlePath) and path_kind(value) is not PathKind.BUNDLE:
             _refuse_if_swapped(context, argument)
             raise BundleError(_wrong_bundle(context, argument, value))
         if isinstance(argument.type, CheckpointPath):
             value = str(Path(value).expanduser()) if value.startswith("~/") else value
             kind = path_kind(value)
-            if kind in (PathKind.BUNDLE, PathKind.ABSENT):
+            if kind in (PathKind.BUNDLE, PathKind.ABSENT) and value.strip():
                 _refuse_if_swapped(context, argument)
             if kind is PathKind.BUNDLE:
                 raise CheckpointError(_bundle_as_checkpoint(context, argument, value))

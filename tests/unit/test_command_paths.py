@@ -180,6 +180,10 @@ def test_a_printed_command_reads_back_as_the_same_words(word: str) -> None:
             "megatron is a checkpoint and not a bundle. Run: shortstack export megatron megatron-bundle && "
             "shortstack generate megatron-bundle $'two\\nlines'",
         ),
+        (
+            ["generate", "", "x"],
+            "BUNDLE is empty: name the folder of a bundle. Run: shortstack generate BUNDLE x",
+        ),
     ],
 )
 def test_where_a_bundle_belongs(says: Says, arguments: list[str], expected: str) -> None:
@@ -267,6 +271,11 @@ def test_a_bundle_tells_which_checkpoint_it_was_made_from(says: Says, source: st
 )
 def test_swapped_arguments_are_swapped_back(says: Says, arguments: list[str], expected: str) -> None:
     assert says(*arguments) == expected
+
+
+def test_an_empty_text_is_not_taken_for_a_swapped_argument(says: Says) -> None:
+    assert "swapped" not in says("export", "", "smol")
+    assert "swapped" not in says("generate", "", "smol-bundle")
 
 
 def test_an_output_folder_that_reads_like_a_hub_id_is_not_taken_for_a_checkpoint(says: Says) -> None:

@@ -78,6 +78,36 @@ def test_info_shows_the_load_and_the_growth_of_the_cache(
     assert "DEBUG" not in error
 
 
+@pytest.mark.parametrize("level", ["INFO", "Info", "info"])
+def test_a_level_may_be_written_in_capitals(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHORTSTACK_LOG", level)
+    assert run(["completion", "bash"]) == 0
+    assert logging.getLogger("shortstack").level == logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        (["--log-level", "info"], "shortstack --log-level info inspect ..."),
+        (["--log-level=info"], "shortstack --log-level info inspect ..."),
+        (["--debug"], "shortstack --debug inspect ..."),
+    ],
+)
+def test_an_option_after_the_command_that_goes_before_it_says_so(
+    option: list[str], place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", "x", *option]) == 2
+    assert f"It goes before the command: {place}\n" in capsys.readouterr().err
+
+
+def test_an_option_that_nobody_knows_gets_no_hint_at_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["inspect", "x", "--loud"], ["--loud", "inspect", "x"]):
+        assert run(arguments) == 2
+        error = capsys.readouterr().err
+        assert "--loud" in error
+        assert "before the command" not in error
+
+
 def test_debug_shows_every_graph(tiny_bundles: TinyBundles, capsys: pytest.CaptureFixture[str]) -> None:
     from helpers.tiny_models import BASE
 
