@@ -12,7 +12,7 @@ What passes may still be damaged: the readers of bundles and checkpoints look cl
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from shortstack.graphs.path_kind import (
 )
 
 _DRAFT_DEPTH = "8"  # where a bundle needs an exit and none was named: a good depth for models of 16 to 40 layers
+_BUNDLES = (PathKind.BUNDLE,)
 _MODEL_FILES = (PathKind.CHECKPOINT, PathKind.GGUF)
 _PLACEHOLDER = "CHECKPOINT"  # where nothing tells which checkpoint was meant
 
@@ -122,7 +123,7 @@ def _refuse_if_swapped(context: click.Context, wrong: click.Argument) -> None:
     given = {argument.name: str(context.params[argument.name]) for argument in arguments}
     kinds = [path_kind(value) for value in given.values()]
     swapped = command_line(context, {first.name: given[second.name], second.name: given[first.name]})
-    if isinstance(first.type, BundlePath) and (kinds[1] is not PathKind.BUNDLE or kinds[0] in _MODEL_FILES):
+    if isinstance(first.type, BundlePath) and not _may_be_swapped_with_bundle(context, first, second):
         return
     if isinstance(first.type, CheckpointPath):
         if not kinds[1].is_model or (isinstance(second.type, BundlePath) and kinds[0] is not PathKind.BUNDLE):
@@ -136,7 +137,37 @@ def _refuse_if_swapped(context: click.Context, wrong: click.Argument) -> None:
                 f"{given[first.name]} is a bundle and {given[second.name]} is {kinds[1].value}: they are swapped. "
                 f"To replace the bundle, run: {swapped}"
             )
+        if _similar(context, first, _MODEL_FILES):
+            return
     raise RequestError(f"{_metavar(first)} and {_metavar(second)} are swapped. Run: {swapped}")
+
+
+def _may_be_swapped_with_bundle(context: click.Context, first: click.Argument, second: click.Argument) -> bool:
+    """Whether the second argument is the bundle that the first should be; a mistyped first one is the likelier slip."""
+    value = str(context.params[first.name])
+    kind = path_kind(value)
+    if path_kind(str(context.params[second.name])) is not PathKind.BUNDLE or kind in _MODEL_FILES:
+        return False
+    if _similar(context, first, _BUNDLES):
+        return False
+    if not isinstance(second.type, click.Path):
+        return True  # a text that happens to be the path of a bundle
+    if context.params.get("overwrite") or context.params.get("report_only"):
+        return False  # OUT is known to exist
+    return kind is PathKind.ABSENT or (kind is PathKind.FOLDER and not _bundles_in(Path(value)))
+
+
+def _similar(context: click.Context, wrong: click.Argument, kinds: Container[PathKind]) -> Path | None:
+    """Return what a path that does not exist may have been meant to be; never what another argument is already."""
+    value = str(context.params[wrong.name])
+    if path_kind(value) is not PathKind.ABSENT:
+        return None
+    others = [str(context.params[argument.name]) for argument in _arguments(context) if argument is not wrong]
+    return similar_path(Path(value).expanduser() if value.startswith("~/") else value, kinds, others)
+
+
+def _bundles_in(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if path_kind(child) is PathKind.BUNDLE)
 
 
 def _wrong_bundle(context: click.Context, argument: click.Argument, value: str) -> str:
@@ -149,13 +180,11 @@ def _wrong_bundle(context: click.Context, argument: click.Argument, value: str) 
         return f"{path} is a file in a bundle. Run: {command_line(context, {argument.name: value})}"
     if kind.is_model:
         return f"{not_a_bundle(path)}. Run: {_export_first(context, argument, value)}"
-    if kind is PathKind.FOLDER:
-        inside = sorted(child for child in path.iterdir() if path_kind(child) is PathKind.BUNDLE)
-        if inside:
-            listed = ", ".join(child.name for child in inside[:5])
-            again = command_line(context, {argument.name: str(inside[0])})
-            return f"{not_a_bundle(path)}, but it holds bundles ({listed}). Run: {again}"
-    if kind is PathKind.ABSENT and (similar := similar_path(path, {PathKind.BUNDLE})):
+    if kind is PathKind.FOLDER and (inside := _bundles_in(path)):
+        listed = ", ".join(child.name for child in inside[:5])
+        again = command_line(context, {argument.name: str(inside[0])})
+        return f"{not_a_bundle(path)}, but it holds bundles ({listed}). Run: {again}"
+    if kind is PathKind.ABSENT and (similar := _similar(context, argument, _BUNDLES)):
         return f"{not_a_bundle(path)}; {similar} does. Run: {command_line(context, {argument.name: str(similar)})}"
     out = value if kind is PathKind.ABSENT else bundle_name(value)
     export = export_command(_PLACEHOLDER, out, *_exit_options(context))
@@ -212,7 +241,7 @@ def _misspelled_checkpoint(context: click.Context, argument: click.Argument, val
     if kind is PathKind.FILE and path_kind(path.parent) is PathKind.CHECKPOINT:
         folder = command_line(context, {argument.name: str(path.parent)})
         return f"{value} is a file in a checkpoint: give the folder. Run: {folder}"
-    if kind is PathKind.ABSENT and (similar := similar_path(path, _MODEL_FILES)):
+    if kind is PathKind.ABSENT and (similar := _similar(context, argument, _MODEL_FILES)):
         again = command_line(context, {argument.name: str(similar)})
         return f"{value} does not exist; {similar} does. Run: {again}"
     return None

@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from shortstack.graphs import names
@@ -79,17 +79,25 @@ def bundle_name(source: str | Path) -> str:
     return f"{name.removesuffix('.gguf') or 'model'}-bundle"
 
 
-def similar_path(path: str | Path, kinds: Container[PathKind]) -> Path | None:
-    """Return what lies where a path that does not exist would lie, is of these kinds, and has a similar name."""
+def similar_path(path: str | Path, kinds: Container[PathKind], excluded: Iterable[str | Path] = ()) -> Path | None:
+    """Return what lies where a path that does not exist would lie, is of these kinds, and has a similar name.
+
+    Args:
+        path: The path that does not exist.
+        kinds: What it should be.
+        excluded: Paths that it was not meant to be, however similar they are.
+    """
     missing = Path(path)
+    taken = {os.path.abspath(each) for each in excluded}
     try:
         with os.scandir(missing.parent) as entries:
             neighbours = [entry.name for entry in itertools.islice(entries, _MOST_NEIGHBOURS)]
     except (OSError, ValueError):
         return None
     for name in difflib.get_close_matches(missing.name, neighbours, n=3):
-        if path_kind(missing.parent / name) in kinds:
-            return missing.parent / name
+        found = missing.parent / name
+        if path_kind(found) in kinds and os.path.abspath(found) not in taken:
+            return found
     return None
 
 

@@ -259,6 +259,18 @@ def test_a_bundle_tells_which_checkpoint_it_was_made_from(says: Says, source: st
             "BUNDLE and PROMPT are swapped. Run: shortstack generate smol-bundle 'yes/no?'",
         ),
         (
+            ["quantize", "small", "smol-bundle", "--preset", "int4"],
+            "BUNDLE and OUT are swapped. Run: shortstack quantize smol-bundle small --preset int4",
+        ),
+        (
+            ["quantize", "smol-bundle-int4", "smol-bundle"],
+            "BUNDLE and OUT are swapped. Run: shortstack quantize smol-bundle smol-bundle-int4",
+        ),
+        (
+            ["quantize", "empty", "smol-bundle"],
+            "BUNDLE and OUT are swapped. Run: shortstack quantize smol-bundle empty",
+        ),
+        (
             ["export", "out", "my model.gguf", "-e", "8"],
             "CHECKPOINT and OUT are swapped. Run: shortstack export 'my model.gguf' out --exit-layer 8",
         ),
@@ -270,6 +282,47 @@ def test_a_bundle_tells_which_checkpoint_it_was_made_from(says: Says, source: st
     ],
 )
 def test_swapped_arguments_are_swapped_back(says: Says, arguments: list[str], expected: str) -> None:
+    assert says(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["quantize", "bundles/oen", "smol-bundle", "--overwrite"],
+            "bundles/oen does not exist; bundles/one does. Run: "
+            "shortstack quantize bundles/one smol-bundle --overwrite",
+        ),
+        (
+            ["quantize", "bundles/oen", "smol-bundle"],
+            "bundles/oen does not exist; bundles/one does. Run: shortstack quantize bundles/one smol-bundle",
+        ),
+        (
+            ["generate", "bundles/oen", "smol-bundle"],
+            "bundles/oen does not exist; bundles/one does. Run: shortstack generate bundles/one smol-bundle",
+        ),
+        (
+            ["quantize", "nowhere", "smol-bundle", "--overwrite"],
+            "nowhere does not exist. Make one: "
+            "shortstack export CHECKPOINT nowhere && shortstack quantize nowhere smol-bundle --overwrite",
+        ),
+        (
+            ["quantize", "nowhere", "smol-bundle", "--report-only"],
+            "nowhere does not exist. Make one: "
+            "shortstack export CHECKPOINT nowhere && shortstack quantize nowhere smol-bundle --report-only",
+        ),
+        (
+            ["quantize", "bundles", "smol-bundle"],
+            "bundles is not a bundle: it has no bundle.json, but it holds bundles (one). Run: "
+            "shortstack quantize bundles/one smol-bundle",
+        ),
+        (
+            ["export", "my modle.gguf", "smol"],
+            "my modle.gguf does not exist; my model.gguf does. Run: shortstack export 'my model.gguf' smol",
+        ),
+    ],
+)
+def test_a_mistyped_path_is_not_taken_for_a_swapped_one(says: Says, arguments: list[str], expected: str) -> None:
     assert says(*arguments) == expected
 
 
