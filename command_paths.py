@@ -32,7 +32,9 @@ from shortstack.graphs.path_kind import (
     similar_path,
 )
 
-_DRAFT_DEPTH = "8"  # where a bundle needs an exit and none was named: a good depth for models of 16 to 40 layers
+_EXITS_FILE = "exits.json"  # describes trained exits, in a checkpoint's folder or elsewhere
+_DEPTHS = {"SmolLM2-135M-Instruct.Q4_1.gguf": "8"}  # a good depth of an exit, by GGUF file; the default model's
+_UNKNOWN_DEPTH = "E"  # where nothing tells how many layers there are
 _BUNDLES = (PathKind.BUNDLE,)
 _MODEL_FILES = (PathKind.CHECKPOINT, PathKind.GGUF)
 _PLACEHOLDER = "CHECKPOINT"  # where nothing tells which checkpoint was meant
@@ -187,7 +189,7 @@ def _wrong_bundle(context: click.Context, argument: click.Argument, value: str) 
     if kind is PathKind.ABSENT and (similar := _similar(context, argument, _BUNDLES)):
         return f"{not_a_bundle(path)}; {similar} does. Run: {command_line(context, {argument.name: str(similar)})}"
     out = value if kind is PathKind.ABSENT else bundle_name(value)
-    export = export_command(_PLACEHOLDER, out, *_exit_options(context))
+    export = export_command(_PLACEHOLDER, out, *_exit_options(context, _PLACEHOLDER))
     return f"{not_a_bundle(path)}. Make one: {export} && {command_line(context, {argument.name: out})}"
 
 
@@ -197,16 +199,55 @@ def _export_first(context: click.Context, argument: click.Argument, source: str)
     again = command_line(context, {argument.name: out})
     if path_kind(out) is PathKind.BUNDLE:  # most likely made by this very advice
         return again
-    return f"{export_command(source, out, *_exit_options(context))} && {again}"
+    return f"{export_command(source, out, *_exit_options(context, source))} && {again}"
 
 
-def _exit_options(context: click.Context) -> list[str]:
-    """Return the exits that a bundle needs for the running command."""
-    given = context.params.get("exit_layers") or ()
+def _exit_options(context: click.Context, source: str) -> list[str]:
+    """Return the exits that a bundle of a checkpoint needs for the running command."""
+    given = set(context.params.get("exit_layers") or ())
     strategy = context.params.get("strategy")
     needs_exit = context.params.get("compare") or strategy not in (None, "plain") or context.command.name == "calibrate"
-    depths = [str(depth) for depth in given] or ([_DRAFT_DEPTH] if needs_exit else [])
-    return [word for depth in depths for word in ("--exit-layer", depth)]
+    options: list[str] = []
+    if given:
+        trained = _trained_depths(source)
+        if given & trained:
+            options, given = ["--exits", source], given - trained
+        depths = [str(depth) for depth in sorted(given)]
+    elif needs_exit and Path(source, _EXITS_FILE).is_file():
+        return ["--exits", source]
+    else:
+        depths = [_draft_depth(source)] if needs_exit else []
+    return [*options, *(word for depth in depths for word in ("--exit-layer", depth))]
+
+
+def _trained_depths(folder: str) -> set[int]:
+    """Return the depths of the exits in a folder; none if it cannot be told."""
+    try:
+        return {int(one["exit_layer"]) for one in _read_json(Path(folder, _EXITS_FILE))["exits"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def _draft_depth(source: str) -> str:
+    """Return a good depth of an exit where it is sure to work, a quarter of the layers; else the letter E.
+
+    In models whose layers use keys and values of other layers, not every depth works.
+    """
+    if path_kind(source) is PathKind.GGUF:
+        return _DEPTHS.get(Path(source).name, _UNKNOWN_DEPTH)
+    try:
+        config = _read_json(Path(source, "config.json"))
+        layers = config["num_hidden_layers"]
+        is_plain = config["model_type"] == "llama" and "kv_map" not in config
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return _UNKNOWN_DEPTH
+    if type(layers) is not int or layers < 2 or not is_plain:
+        return _UNKNOWN_DEPTH
+    return str(max(1, layers // 4))
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _bundle_as_checkpoint(context: click.Context, argument: click.Argument, value: str) -> str:
@@ -225,8 +266,7 @@ def _bundle_as_checkpoint(context: click.Context, argument: click.Argument, valu
 def _made_from(bundle: str) -> str | None:
     """Return the checkpoint of a bundle where its name leads to one: a hub id, or a path from here or beside it."""
     try:
-        data = json.loads((Path(bundle) / names.MANIFEST_FILE).read_text(encoding="utf-8"))
-        source = str(data["source"]["name"]).partition(" + ")[0]
+        source = str(_read_json(Path(bundle, names.MANIFEST_FILE))["source"]["name"]).partition(" + ")[0]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     for place in (Path(source), Path(bundle).parent / source):

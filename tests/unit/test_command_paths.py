@@ -13,6 +13,7 @@ from shortstack.__main__ import run
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.path_kind import PathKind, bundle_name, path_kind, shell_line
+from shortstack.samples.fetch_model import MEMBER
 
 Says = Callable[..., str]
 
@@ -120,7 +121,7 @@ def test_a_printed_command_reads_back_as_the_same_words(word: str) -> None:
         (
             ["generate", "megatron", "Hi", "--strategy", "self-speculative"],
             "megatron is a checkpoint and not a bundle. Run: "
-            "shortstack export megatron megatron-bundle --exit-layer 8 && "
+            "shortstack export megatron megatron-bundle --exit-layer E && "
             "shortstack generate megatron-bundle Hi --strategy self-speculative",
         ),
         (
@@ -136,7 +137,7 @@ def test_a_printed_command_reads_back_as_the_same_words(word: str) -> None:
         (
             ["calibrate", "org/name", "--data", "x.jsonl"],
             "org/name does not exist, and a model of the hub is not a bundle yet. Run: "
-            "shortstack export org/name name-bundle --exit-layer 8 && shortstack calibrate name-bundle --data x.jsonl",
+            "shortstack export org/name name-bundle --exit-layer E && shortstack calibrate name-bundle --data x.jsonl",
         ),
         (
             ["inspect", "smol-bundle/weights.data"],
@@ -188,6 +189,59 @@ def test_a_printed_command_reads_back_as_the_same_words(word: str) -> None:
 )
 def test_where_a_bundle_belongs(says: Says, arguments: list[str], expected: str) -> None:
     assert says(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "depth"),
+    [
+        ('{"model_type": "llama", "num_hidden_layers": 30}', "7"),
+        ('{"model_type": "llama", "num_hidden_layers": 8}', "2"),
+        ('{"model_type": "llama", "num_hidden_layers": 2}', "1"),
+        ('{"model_type": "llama", "num_hidden_layers": 1}', "E"),
+        ('{"model_type": "llama", "num_hidden_layers": "8"}', "E"),
+        ('{"model_type": "llama", "num_hidden_layers": true}', "E"),
+        ('{"model_type": "llama", "num_hidden_layers": 8, "kv_map": [0, 1, 7, 7, 7, 7, 7, 7]}', "E"),
+        ('{"model_type": "opt-llama", "num_hidden_layers": 8}', "E"),
+        ('{"num_hidden_layers": 8}', "E"),
+        ("[8]", "E"),
+        ("{", "E"),
+        ("\0", "E"),
+    ],
+)
+def test_the_depth_of_an_exit_is_a_quarter_of_the_layers_or_left_open(says: Says, config: str, depth: str) -> None:
+    make_folder("new", "model.safetensors")
+    Path("new", "config.json").write_text(config, encoding="utf-8")
+    expected = (
+        f"Run: shortstack export new new-bundle --exit-layer {depth} && shortstack generate new-bundle Hi --compare"
+    )
+    assert says("generate", "new", "Hi", "--compare").endswith(expected)
+
+
+def test_only_the_default_model_has_a_known_depth_among_gguf_files(says: Says) -> None:
+    default = Path(MEMBER).name
+    Path(default).touch()
+    assert f"{bundle_name(default)} --exit-layer 8 && " in says("calibrate", default, "--data", "x")
+    assert " --exit-layer E && " in says("calibrate", "my model.gguf", "--data", "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "exits"),
+    [
+        (["--compare"], " --exits new"),
+        (["--compare", "-e", "4"], " --exits new"),
+        (["--compare", "-e", "3"], " --exit-layer 3"),
+        (["--strategy", "early-exit", "-e", "4", "-e", "3"], " --exits new --exit-layer 3"),
+        ([], ""),
+    ],
+)
+def test_trained_exits_in_the_checkpoint_are_used_where_an_exit_is_needed(
+    says: Says, options: list[str], exits: str
+) -> None:
+    make_folder("new", "config.json")
+    Path("new", "exits.json").write_text('{"exits": [{"exit_layer": 2}, {"exit_layer": 4}]}', encoding="utf-8")
+    assert f"Run: shortstack export new new-bundle{exits} && shortstack generate" in says(
+        "generate", "new", "Hi", *options
+    )
 
 
 # A checkpoint is wanted
