@@ -25,10 +25,13 @@ LAYERS = 30
 # (exit, drafted tokens, bonus): one for each prompt in turn.
 FORMS = list(product((4, 8, 15), (1, 2, 4), (False, True)))
 TOKENS = 24
-# Fewer tokens than a user's command looks at: a little worse, within the same bound. A slow test takes the defaults.
-CALIBRATION_TOKENS, HELDOUT_TOKENS = 2048, 2048
+# Fewer than the command's default: a little worse, within the same bound. A slow test takes the default.
+CALIBRATION_TOKENS = 2048
+# Over 2048 tokens the perplexity of int8 wanders by its whole bound.
+HELDOUT_TOKENS = {"int4": 2048, "int8": 4096}
 # What the slow tests decode.
 MANY_PROMPTS, MANY_TOKENS = 30, 64
+MANY_HELDOUT_TOKENS = 8192
 
 
 @dataclass
@@ -52,19 +55,20 @@ def quantized(request: pytest.FixtureRequest, smollm2_bundle: Path, kept: Callab
     return Quantized(name, model, sum(entry.bytes for entry in model.bundle.manifest.files.values()))
 
 
-def perplexity(model: Model) -> float:
-    losses = []
-    for row in read_rows(HELDOUT_TEXT, "--heldout", model.tokenizer, HELDOUT_TOKENS):
+def losses(model: Model, tokens: int) -> np.ndarray:
+    """Negative log likelihoods of the held-out text's beginning, in nats, row after row."""
+    found = []
+    for row in read_rows(HELDOUT_TEXT, "--heldout", model.tokenizer, tokens):
         logits = model.activations(row.tolist()).heads[LAYERS][:-1]
         top = logits.max(axis=1)
         norms = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-        losses.append(norms - logits[np.arange(len(logits)), row[1:]])
-    return float(np.exp(np.mean(losses)))
+        found.append(norms - logits[np.arange(len(logits)), row[1:]])
+    return np.concatenate(found)
 
 
 @pytest.fixture(scope="session")
-def float_perplexity(model: Model) -> float:
-    return perplexity(model)
+def float_losses(model: Model) -> np.ndarray:
+    return losses(model, max(HELDOUT_TOKENS.values()))
 
 
 def test_self_speculation_equals_plain_decoding_token_for_token(quantized: Quantized) -> None:
@@ -100,27 +104,27 @@ def test_rows_of_one_run_equal_rows_run_one_by_one_bit_for_bit(quantized: Quanti
         assert all(check.is_exact for check in check_rows(model, text[:length]))
 
 
-def test_the_named_presets_keep_what_they_promise(quantized: Quantized, float_perplexity: float) -> None:
-    assert_promise(quantized.name, perplexity(quantized.model) / float_perplexity - 1, quantized.total_bytes)
+def test_the_named_presets_keep_what_they_promise(quantized: Quantized, float_losses: np.ndarray) -> None:
+    found = losses(quantized.model, HELDOUT_TOKENS[quantized.name])
+    change = np.exp(found.mean() - float_losses[: len(found)].mean()) - 1
+    assert_promise(quantized.name, float(change), quantized.total_bytes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_report_of_the_command_shows_what_the_preset_promises(
-    smollm2_bundle: Path, tmp_path: Path, name: str
-) -> None:
+def test_the_report_shows_what_the_preset_promises(smollm2_bundle: Path, tmp_path: Path, name: str) -> None:
     bundle = quantize_bundle(QuantizeSpec(smollm2_bundle, tmp_path / name, find_preset(name)))
-    quality = make_report(ReportSpec(smollm2_bundle, tmp_path / name))
+    quality = make_report(ReportSpec(smollm2_bundle, tmp_path / name, heldout_tokens=MANY_HELDOUT_TOKENS))
     assert quality.is_exact
-    loss = quality.result.perplexity / quality.source.perplexity - 1
-    assert_promise(name, loss, sum(entry.bytes for entry in bundle.manifest.files.values()))
+    change = quality.result.perplexity / quality.source.perplexity - 1
+    assert_promise(name, change, sum(entry.bytes for entry in bundle.manifest.files.values()))
 
 
-def assert_promise(name: str, loss: float, total_bytes: int) -> None:
-    """Loss is the change of perplexity, relative to the float bundle's."""
-    print(f"{name}: perplexity {loss:+.2%}, {total_bytes / 1e6:.1f} MB")
+def assert_promise(name: str, change: float, total_bytes: int) -> None:
+    """The change is that of perplexity, relative to the float bundle's."""
+    print(f"{name}: perplexity {change:+.2%}, {total_bytes / 1e6:.1f} MB")
     if name == "int4":
         assert total_bytes <= 100e6
-        assert loss <= 0.03
+        assert change <= 0.03
     else:
-        assert abs(loss) <= 0.003
+        assert abs(change) <= 0.003
