@@ -14,10 +14,11 @@ import shutil
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import BundleError
-from shortstack.graphs.manifest import FileEntry, Manifest, read_manifest
+from shortstack.graphs.manifest import FileEntry, Manifest, read_manifest, with_files
 from shortstack.graphs.path_kind import PathKind, bundle_name, export_command, not_a_bundle, path_kind
 from shortstack.graphs.plan import Segment
 
@@ -90,15 +91,14 @@ def describe_files(folder: Path, only: Container[str] | None = None) -> dict[str
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write bundle.json."""
-    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
-    _write_beside(folder / names.MANIFEST_FILE, (text + "\n").encode())
+    _write_json(folder / names.MANIFEST_FILE, manifest.to_json())
 
 
 def put_file(bundle: Bundle, name: str, content: bytes) -> Bundle:
     """Add a file to a finished bundle, or replace one that a bundle can be without, such as a report.
 
     Whenever this stops, bundle.json describes what is there: it forgets the file before the file changes, and lists it
-    again afterwards.
+    again afterwards. Nothing else in bundle.json changes, its format version included.
 
     Args:
         bundle: The bundle as it is on disk.
@@ -107,16 +107,25 @@ def put_file(bundle: Bundle, name: str, content: bytes) -> Bundle:
 
     Returns:
         The bundle with the file.
+
+    Raises:
+        BundleError: bundle.json cannot be read any more.
+        OSError: The folder cannot be written.
     """
-    manifest = bundle.manifest
-    others = {other: entry for other, entry in manifest.files.items() if other != name}
-    if name in manifest.files:
-        write_manifest(bundle.folder, replace(manifest, files=others))
-    _write_beside(bundle.folder / name, content)
+    path, files = bundle.folder / names.MANIFEST_FILE, bundle.manifest.files
+    others = {other: entry for other, entry in files.items() if other != name}
     entry = FileEntry(len(content), hashlib.sha256(content).hexdigest())
-    written = replace(manifest, files=dict(sorted({**others, name: entry}.items())))
-    write_manifest(bundle.folder, written)
-    return Bundle(bundle.folder, written)
+    written = dict(sorted({**others, name: entry}.items()))
+    after = with_files(path, written)
+    if name in files:
+        _write_json(path, with_files(path, others))
+    _write_beside(bundle.folder / name, content)
+    _write_json(path, after)
+    return Bundle(bundle.folder, replace(bundle.manifest, files=written))
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    _write_beside(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _write_beside(path: Path, content: bytes) -> None:

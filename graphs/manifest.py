@@ -10,7 +10,7 @@ Layout of the JSON object::
     precision        {weights: {name: {bits, block_size, is_symmetric, has_offsets}}, kv_cache: float | int8}
     max_length       positions that the rotary tables cover: the longest context
     segments         [{file, start, end, inputs, outputs}]: the contract, for readers without this package
-    files            {name: {bytes, sha256}}: every file but bundle.json
+    files            {name: {bytes, sha256}}: every file but bundle.json and exit-profile.json
     source           {name, sha256}: the checkpoint
     tools            {package: version}: what wrote it
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,34 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         BundleError: The file is absent, not JSON, of another format version, edited, or inconsistent; names the field.
     """
+    data = _read_object(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        manifest = _parse(path, data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BundleError(f"{path} lacks or misspells a field ({error!r})", remedy=_REEXPORT) from None
+    except RequestError as error:
+        raise BundleError(f"{path}: field exits: {error}", remedy=_REEXPORT) from None
+    return manifest
+
+
+def with_files(path: Path, files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    """Return the JSON object of a bundle.json with other ``files`` and the digest that follows from them.
+
+    Every other field stays as it is on disk, so a bundle of an older format version keeps that version.
+
+    Raises:
+        BundleError: The file is absent, not JSON, of another format version, or edited.
+    """
+    data = _read_object(path)
+    data["files"] = {name: asdict(entry) for name, entry in sorted(files.items())}
+    data["digest"] = _digest(data)
+    return data
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object of a bundle.json, and check its version and its digest."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(
             f"{path.parent} is not a bundle: it has no {names.MANIFEST_FILE}",
@@ -147,13 +174,7 @@ def read_manifest(path: Path) -> Manifest:
         )
     if data.get("digest") != _digest(data):
         raise BundleError(f"{path}: field digest does not match the content, so the file was edited", remedy=_REEXPORT)
-    try:
-        manifest = _parse(path, data)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BundleError(f"{path} lacks or misspells a field ({error!r})", remedy=_REEXPORT) from None
-    except RequestError as error:
-        raise BundleError(f"{path}: field exits: {error}", remedy=_REEXPORT) from None
-    return manifest
+    return data
 
 
 def _parse(path: Path, data: dict[str, Any]) -> Manifest:
