@@ -129,13 +129,23 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _write_beside(path: Path, content: bytes) -> None:
-    """Write a file under another name first, so that its own name never stands for half of it."""
+    """Write a file under another name first, so that its own name never stands for half of it.
+
+    The other name can be guessed, so what has it already is removed and never written through.
+    """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.unlink(missing_ok=True)  # of a killed process, or a planted link: a link is removed, not its target
     try:
-        partial.write_bytes(content)
+        with open(partial, "xb", opener=_open_new) as file:
+            file.write(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _open_new(path: str, flags: int) -> int:
+    """Open a file as the mode x does (O_CREAT | O_EXCL), and refuse links even where a file system is lax about those."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 @contextlib.contextmanager
