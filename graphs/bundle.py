@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,6 +95,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     _write_json(folder / names.MANIFEST_FILE, manifest.to_json())
 
 
+def check_writable(folder: Path) -> None:
+    """Check that files can be put into a bundle; cheap, so that it can be asked before long work.
+
+    Raises:
+        OSError: They cannot.
+    """
+    with tempfile.TemporaryFile(dir=folder):  # permissions tell nothing of a read-only disk, nor root of permissions
+        pass
+
+
 def put_file(bundle: Bundle, name: str, content: bytes) -> Bundle:
     """Add a file to a finished bundle, or replace one that a bundle can be without, such as a report.
 
@@ -144,7 +155,7 @@ def _write_beside(path: Path, content: bytes) -> None:
 
 
 def _open_new(path: str, flags: int) -> int:
-    """Open a file as the mode x does (O_CREAT | O_EXCL), and refuse links even where a file system is lax about those."""
+    """Open a file as the mode x does (O_CREAT | O_EXCL), and refuse links where a file system forgets to."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 

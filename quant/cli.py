@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import fields
@@ -12,7 +13,7 @@ import click
 
 from shortstack.command_options import Command, option_group, refuse_given
 from shortstack.command_paths import BundlePath
-from shortstack.graphs.bundle import open_bundle
+from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.spec import DType
 from shortstack.quant.options import (
     Calibrating,
@@ -22,6 +23,7 @@ from shortstack.quant.options import (
     mixing_options,
     reporting_options,
 )
+from shortstack.quant.quality import Quality
 
 _DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
 
@@ -61,17 +63,17 @@ def quantize(
     """
     from shortstack.progress import progress_stages
     from shortstack.quant.assemble import quantize_bundle
-    from shortstack.quant.quality_report import make_report, read_report_texts
-    from shortstack.quant.quality_table import print_quality
+    from shortstack.quant.quality_report import measure_report, read_report_texts, store_report
     from shortstack.quant.spec import QuantizeSpec
 
     report = reporting.spec(bundle, out)
+    keeping = functools.partial(_keeping, out, reporting.later(bundle, out))
     quality = None
     if reporting.report_only:
         assert report is not None
         options = [field.name for group in (Mixing, Calibrating) for field in fields(group)]
         refuse_given((*options, "dtype", "overwrite"), "OUT is quantized already", "drop it, or --report-only")
-        quality = make_report(report)
+        quality = measure_report(report)
     else:
         request = QuantizeSpec(
             bundle=bundle,
@@ -87,9 +89,26 @@ def quantize(
         with progress_stages() as stage:
             quantize_bundle(request, stage)
             if report is not None:
-                with _keeping(out, reporting.later(bundle, out)):
-                    quality = make_report(report, texts, stage)
-    total_bytes = sum(entry.bytes for entry in open_bundle(out).manifest.files.values())
+                with keeping():
+                    quality = measure_report(report, texts, stage)
+    if quality is None:
+        _print(out, None, _total_bytes(open_bundle(out)), as_json)
+        return
+    total_bytes = quality.result.disk_bytes
+    try:
+        with contextlib.nullcontext() if reporting.report_only else keeping():
+            total_bytes = _total_bytes(store_report(out, quality))
+    finally:  # the work is done: a report that cannot be stored is shown all the same, and then the error
+        _print(out, quality, total_bytes, as_json)
+
+
+def _total_bytes(bundle: Bundle) -> int:
+    return sum(entry.bytes for entry in bundle.manifest.files.values())
+
+
+def _print(out: Path, quality: Quality | None, total_bytes: int, as_json: bool) -> None:
+    from shortstack.quant.quality_table import print_quality
+
     if as_json:
         found = None if quality is None else quality.to_json()
         click.echo(json.dumps({"bundle": str(out), "bytes": total_bytes, "quality": found}, ensure_ascii=False))

@@ -5,8 +5,10 @@ The bundle is in place and complete before its report begins, and it stays so wh
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from shortstack.graphs import names
-from shortstack.graphs.bundle import Bundle, open_bundle, put_file
+from shortstack.graphs.bundle import Bundle, check_writable, open_bundle, put_file
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.progress import Stage, progress_stages
 from shortstack.quant.quality import Quality
@@ -30,8 +32,26 @@ def read_report_texts(request: ReportSpec) -> ReportTexts:
     return ReportTexts(heldout, tuple(prompt[: max(1, longest // 2)] for prompt in found))  # room to continue
 
 
-def make_report(request: ReportSpec, texts: ReportTexts | None = None, stage: Stage | None = None) -> Quality:
+def make_report(request: ReportSpec) -> Quality:
     """Compare a quantized bundle with its source, and put the report into the bundle.
+
+    Args:
+        request: Which bundles, and on how much text.
+
+    Returns:
+        The report.
+
+    Raises:
+        BundleError: A bundle cannot be read, was replaced meanwhile, or the report cannot be stored.
+        RequestError: The bundles do not belong together, or the text cannot be used.
+    """
+    quality = measure_report(request)
+    store_report(request.result, quality)
+    return quality
+
+
+def measure_report(request: ReportSpec, texts: ReportTexts | None = None, stage: Stage | None = None) -> Quality:
+    """Compare a quantized bundle with its source, after checks of all that could make the report useless.
 
     Args:
         request: Which bundles, and on how much text.
@@ -39,15 +59,15 @@ def make_report(request: ReportSpec, texts: ReportTexts | None = None, stage: St
         stage: Starts a stage of the progress bar; None shows progress of its own.
 
     Returns:
-        The report.
+        The report, for :func:`store_report`.
 
     Raises:
-        BundleError: A bundle cannot be read, or was replaced meanwhile.
-        RequestError: The bundles do not belong together, or the text cannot be used.
+        BundleError: A bundle cannot be read.
+        RequestError: The bundles do not belong together, the text cannot be used, or the report could not be stored.
     """
     if stage is None:
         with progress_stages() as stage:
-            return make_report(request, texts, stage)
+            return measure_report(request, texts, stage)
     if not (request.result / names.MANIFEST_FILE).is_file():
         raise RequestError(
             f"{request.result} is not a bundle, so there is nothing to report on",
@@ -56,13 +76,39 @@ def make_report(request: ReportSpec, texts: ReportTexts | None = None, stage: St
     source, result = open_bundle(request.source), open_bundle(request.result)
     record = read_record(result)
     _check_pair(source, result, record)
-    texts = texts or read_report_texts(request)
-    quality = judge(source, result, texts, request, record, stage)
-    now = open_bundle(request.result)
-    if now.manifest.weights_sha256 != result.manifest.weights_sha256:
-        raise BundleError(f"{request.result} was replaced while it was measured", remedy="make the report again")
-    put_file(now, names.QUALITY_FILE, quality.content())
-    return quality
+    try:
+        check_writable(result.folder)
+    except OSError as error:
+        raise RequestError(
+            f"{result.folder} cannot be written, so a report could not be put into it: {error.strerror or error}",
+            remedy="make the folder writable, or copy the bundle to a folder that is",
+        ) from None
+    return judge(source, result, texts or read_report_texts(request), request, record, stage)
+
+
+def store_report(folder: Path, quality: Quality) -> Bundle:
+    """Put a report into the bundle that it is about.
+
+    Args:
+        folder: The quantized bundle.
+        quality: What :func:`measure_report` returned.
+
+    Returns:
+        The bundle with the report.
+
+    Raises:
+        BundleError: The bundle was replaced meanwhile, or cannot be read or written.
+    """
+    bundle = open_bundle(folder)
+    if bundle.manifest.weights_sha256 != quality.result.weights_sha256:
+        raise BundleError(f"{folder} was replaced while it was measured", remedy="make the report again")
+    try:
+        return put_file(bundle, names.QUALITY_FILE, quality.content())
+    except OSError as error:
+        raise BundleError(
+            f"{folder / names.QUALITY_FILE} cannot be stored: {error.strerror or error}",
+            remedy="make room, make the folder writable, and make the report again",
+        ) from error
 
 
 def _check_pair(source: Bundle, result: Bundle, record: QuantizationRecord | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from shortstack.graphs import bundle as bundles
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle, put_file
 from shortstack.quant import quality_report
+from shortstack.quant.quality import Quality
 from shortstack.quant.quality_report import make_report
 from shortstack.quant.spec import ReportSpec
 from shortstack.runtime import load
@@ -169,10 +171,13 @@ def test_a_report_is_either_wanted_or_not(sound: Path, finished: Path, refused: 
 def test_a_bundle_that_is_replaced_while_it_is_measured_is_left_alone(
     sound: Path, finished: Path, quantized: QuantizedBundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def replaced(*_: object) -> None:
+    def replaced(*arguments: Any) -> Quality:
+        quality = judge(*arguments)
         shutil.rmtree(finished)
         shutil.copytree(quantized(sound, preset(INT8)), finished)
+        return quality
 
+    judge = quality_report.judge
     monkeypatch.setattr(quality_report, "judge", replaced)
     with pytest.raises(bundles.BundleError, match="was replaced while it was measured"):
         make_report(ReportSpec(sound, finished, heldout_tokens=64))
@@ -208,3 +213,77 @@ def test_a_bundle_can_be_opened_wherever_the_writing_of_its_report_stops(
         assert names.QUALITY_FILE in open_bundle(finished).manifest.files
     open_bundle(finished, verify_hashes=True)
     assert not [name for name in left_behind(finished) if name.startswith(".")]
+
+
+# A report that cannot be stored
+
+
+def never(*_: object) -> None:
+    raise AssertionError("measured before it was checked that this is of use")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
+    sound: Path, finished: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if Path(path).is_relative_to(finished) and flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, flags, *rest, **named)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(quality_report, "judge", never)
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    error = refused(["quantize", sound, finished, "--report-only"], f"{finished} cannot be written", "folder writable")
+    assert "Read-only file system" in error
+    assert ".partial-" not in error
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_to_write_is_named_before_anything_is_measured(
+    sound: Path, finished: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_report, "judge", never)
+    finished.chmod(0o555)
+    try:
+        refused(["quantize", sound, finished, "--report-only"], f"{finished} cannot be written", "folder writable")
+    finally:
+        finished.chmod(0o755)
+
+
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "table"])
+def test_a_report_that_cannot_be_stored_is_printed_before_the_error(
+    sound: Path, finished: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    (finished / names.QUALITY_FILE).mkdir()  # no file can take its place
+    capsys.readouterr()
+    command = ["quantize", str(sound), str(finished), "--report-only", "--heldout-tokens", "64"]
+    assert run([*command, *(["--json"] if as_json else [])]) == 2
+    out, error = capsys.readouterr()
+    if as_json:
+        printed = json.loads(out)
+        assert printed["quality"]["heldout"].endswith(": 64 tokens")
+        assert printed["bytes"] == printed["quality"]["result"]["disk_bytes"]
+    else:
+        assert "KL divergence" in out
+        assert out.splitlines()[-1].startswith(f"{finished}: ")
+    (line,) = (line for line in error.splitlines() if line.startswith("error: "))
+    assert f"{finished / names.QUALITY_FILE} cannot be stored" in line
+    assert "make the report again" in line
+    assert names.QUALITY_FILE not in open_bundle(finished, verify_hashes=True).manifest.files
+
+
+def test_a_report_that_cannot_be_stored_after_quantizing_says_how_to_make_it_later(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(quality_report, "put_file", full)
+    assert run(["quantize", str(sound), str(out), *MIX, *SMALL, "--json"]) == 2
+    printed, error = capsys.readouterr()
+    assert json.loads(printed)["quality"]["recipe"]
+    assert f"{out} is complete, but its report is not. To make it: shortstack quantize" in error
+    assert "cannot be stored: No space left on device" in error
