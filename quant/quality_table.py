@@ -53,12 +53,12 @@ def print_quality(quality: Quality, console: Console | None = None) -> None:
     console.print(table)
     formats = "; ".join(f"{count} x {words}" for words, count in quality.formats.items())
     preset = "unknown preset" if quality.preset is None else f"preset {quality.preset} ({quality.method})"
-    console.print(f"{preset}: {formats or 'no matrix in blocks'}", highlight=False)
+    console.print(f"{preset}: {formats or 'no matrix in blocks'}", highlight=False, markup=False)
     calibrated = quality.calibration or ("nothing" if quality.preset is not None else "an unknown text, if any")
-    console.print(f"calibrated on {calibrated}; judged on {quality.heldout}", highlight=False)
+    console.print(f"calibrated on {calibrated}; judged on {quality.heldout}", highlight=False, markup=False)
     if quality.worst:
         worst = ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in quality.worst)
-        console.print(f"largest output errors: {worst}", highlight=False)
+        console.print(f"largest output errors: {worst}", highlight=False, markup=False)
 
 
 def _ratio(after: float, before: float) -> str:

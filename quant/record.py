@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError
+
+_AGAIN = "quantize the bundle again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,53 @@ def read_record(bundle: Bundle) -> QuantizationRecord | None:
     """Return how a bundle was quantized; None if it does not say, as bundles of older versions do not.
 
     Raises:
-        BundleError: quantization.json cannot be read.
+        BundleError: quantization.json cannot be read, or a field of it is absent, unknown or not valid.
     """
     if names.QUANTIZATION_FILE not in bundle.manifest.files:
         return None
     path = bundle.folder / names.QUANTIZATION_FILE
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return QuantizationRecord(**data)
-    except (OSError, ValueError, TypeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", remedy="quantize the bundle again") from None
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", remedy=_AGAIN) from None
+    if not isinstance(data, dict):
+        raise BundleError(str(path), found=_short(data), expected="an object", remedy=_AGAIN)
+    wrong = [f"no field {name}" for name in _FIELDS if name not in data]
+    wrong += [f"an unknown field {_short(name)}" for name in data if name not in _FIELDS]
+    if wrong:
+        raise BundleError(str(path), found=", ".join(wrong), expected=f"the fields {', '.join(_FIELDS)}", remedy=_AGAIN)
+    for name, (is_valid, expected) in _FIELDS.items():
+        if not is_valid(data[name]):
+            raise BundleError(f"{path}: field {name}", found=_short(data[name]), expected=expected, remedy=_AGAIN)
+    for name, value in data["errors"].items():
+        if not _is_text(name) or not _is_number(value):
+            where, expected = f"{path}: field errors[{_short(name)}]", "the name of a matrix and a finite number >= 0"
+            raise BundleError(where, found=_short(value), expected=expected, remedy=_AGAIN)
+    return QuantizationRecord(**data)
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a text that can be written again: JSON can also spell halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number of at least 0 that a float can hold; Python's JSON has NaN, Infinity and 10**400."""
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+
+
+def _short(value: object) -> str:
+    """Return a value as a message shows it."""
+    text = ascii(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+_SHOWN = 60  # characters of a value
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "preset": (_is_text, "a text"),
+    "method": (_is_text, "a text"),
+    "source_weights_sha256": (_is_text, "a text"),
+    "calibration": (lambda value: value is None or _is_text(value), "a text or null"),
+    "max_kl": (lambda value: value is None or _is_number(value), "a finite number >= 0 or null"),
+    "errors": (lambda value: isinstance(value, dict), "an object of numbers"),
+}

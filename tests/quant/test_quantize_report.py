@@ -215,7 +215,7 @@ def test_a_bundle_can_be_opened_wherever_the_writing_of_its_report_stops(
     assert not [name for name in left_behind(finished) if name.startswith(".")]
 
 
-# A report that cannot be stored
+# A report that cannot be stored, and quantization.json from elsewhere
 
 
 def never(*_: object) -> None:
@@ -287,3 +287,75 @@ def test_a_report_that_cannot_be_stored_after_quantizing_says_how_to_make_it_lat
     assert json.loads(printed)["quality"]["recipe"]
     assert f"{out} is complete, but its report is not. To make it: shortstack quantize" in error
     assert "cannot be stored: No space left on device" in error
+
+
+def give_record(folder: Path, content: str) -> None:
+    """Put a quantization.json into a bundle that says this, with the right size and hashes."""
+    put_file(open_bundle(folder), names.QUANTIZATION_FILE, content.encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("errors", 6, ("field errors", "found 6", "expected an object of numbers")),
+        ("errors", None, ("field errors", "found None")),
+        ("errors", {"a.weight": "much"}, ("field errors['a.weight']", "found 'much'", "finite number")),
+        ("errors", {"a.weight": True}, ("field errors['a.weight']", "found True")),
+        ("errors", {"a.weight": float("nan")}, ("field errors['a.weight']", "found nan")),
+        ("errors", {"a.weight": 10**400}, ("field errors['a.weight']", "found 1000", "...")),
+        ("errors", {"\ud800": 0.5}, (r"field errors['\ud800']", "the name of a matrix")),
+        ("preset", ["int4"], ("field preset", "found ['int4']", "expected a text")),
+        ("preset", "\ud800", ("field preset", r"found '\ud800'", "expected a text")),
+        ("method", None, ("field method", "found None", "expected a text")),
+        ("source_weights_sha256", 1, ("field source_weights_sha256", "found 1", "expected a text")),
+        ("calibration", 0, ("field calibration", "found 0", "expected a text or null")),
+        ("max_kl", "low", ("field max_kl", "found 'low'", "expected a finite number >= 0 or null")),
+        ("max_kl", float("inf"), ("field max_kl", "found inf")),
+        ("another", 1, ("an unknown field 'another'", "expected the fields preset, ")),
+    ],
+    ids=lambda value: ascii(value)[:24] if not isinstance(value, tuple) else "",
+)
+def test_a_field_of_a_record_that_is_not_valid_is_named_before_anything_is_measured(
+    sound: Path,
+    finished: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    value: object,
+    says: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(quality_report, "judge", never)
+    path = finished / names.QUANTIZATION_FILE
+    give_record(finished, json.dumps(json.loads(path.read_text(encoding="utf-8")) | {field: value}))
+    refused(["quantize", sound, finished, "--report-only"], str(path), *says, "Quantize the bundle again")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[]", ("found []", "expected an object")),
+        ("{}", ("found no field preset, no field method", "expected the fields")),
+        ("{", ("cannot be read",)),
+        ("[" * 100_000, ("cannot be read",)),
+    ],
+    ids=["list", "empty", "half", "deep"],
+)
+def test_a_record_that_is_no_object_of_its_fields_is_named(
+    sound: Path, finished: Path, refused: Refused, content: str, says: tuple[str, ...]
+) -> None:
+    give_record(finished, content)
+    path = finished / names.QUANTIZATION_FILE
+    refused(["quantize", sound, finished, "--report-only"], str(path), *says, "Quantize the bundle again")
+
+
+def test_words_in_square_brackets_are_printed_as_they_are(
+    sound: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished / names.QUANTIZATION_FILE
+    record = json.loads(path.read_text(encoding="utf-8")) | {"preset": "[/mine]", "errors": {"[/a].weight": 0.5}}
+    give_record(finished, json.dumps(record | {"calibration": "[/text]"}))
+    capsys.readouterr()
+    assert run(["quantize", str(sound), str(finished), "--report-only", "--heldout-tokens", "64"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("preset [/mine]", "calibrated on [/text]", "[/a] 50.00%"):
+        assert words in printed
