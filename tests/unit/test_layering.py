@@ -145,9 +145,7 @@ def test_no_module_at_the_root_is_a_way_into_samples(package_folders: dict[str, 
         source = path.read_text("utf-8")
         imported = [module for module in imports_of(source) if module.startswith("shortstack.samples")]
         # missing.py says which commands a wheel lacks.
-        names_it = path.stem != "missing" and "samples" in names_in(
-            source
-        )
+        names_it = path.stem != "missing" and "samples" in names_in(source)
         if imported or names_it:
             wrong.append(str(path))
     assert not wrong
