@@ -33,7 +33,7 @@ check: $(INSTALLED) .typing/shortstack  ## lint, format, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: model  ## the numbers in the README
+bench: model  ## the numbers in docs/benchmarks.md
 	$(PY) -m shortstack.samples.bench $(BENCH_ARGS)
 
 # setuptools leaves build/lib behind and packs what it finds there, deleted modules included.
