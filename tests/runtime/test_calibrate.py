@@ -177,7 +177,7 @@ def test_too_few_prompts_are_refused_before_any_work_unless_it_is_a_sweep(
 
 BAD_OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "delta": (["--delta", "0"], ("delta", "between 0 and 1")),
-    "criterion": (["--criterion", "top_prob >= 0.9"], ("{} where the threshold goes",)),
+    "criterion": (["--criterion", "top_prob >= 0.9"], ("{} in place of the threshold",)),
     "grid": (["--grid", "high low"], ("--grid", "Such as --grid '0.99")),
     "grid of infinities": (["--grid", "inf"], ("--grid",)),
     "grid out of range": (["--grid", "-1"], ("threshold of top_prob",)),

@@ -195,6 +195,6 @@ def test_generate_accepts_prefill_passes_only_for_models_that_iterate(
         assert run(["generate", str(top), "the red stone", "-n", "4", "--prefill-passes", passes]) == 0
     capsys.readouterr()
     assert run(["generate", str(top), "the red stone", "--prefill-passes", "often"]) == 2
-    assert "'converged', or 'sequential'" in capsys.readouterr().err
+    assert "'converged' or 'sequential'" in capsys.readouterr().err
     assert run(["generate", str(bottom), "the red stone", "--prefill-passes", "9"]) == 2
     assert "would have no effect" in capsys.readouterr().err
