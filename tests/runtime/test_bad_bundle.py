@@ -262,12 +262,16 @@ def test_a_missing_field_of_bundle_json_is_named(bundle: Path, refused: Refused,
     refused(["inspect", bundle], "bundle.json", field, "e-export")
 
 
-@pytest.mark.parametrize("where", ["nowhere", "file", "folder", ""])
+@pytest.mark.parametrize("where", ["nowhere", "file", "folder"])
 def test_a_bundle_that_does_not_exist_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, where: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder").mkdir()
-    for command in commands(Path(where)) if where else [["generate", "", "Hello"], ["inspect", ""]]:
+    for command in commands(Path(where)):
         refused(command, where, "shortstack export")
+
+
+def test_an_empty_name_of_a_bundle_is_called_empty(refused: Refused) -> None:
+    refused(["generate", "", "Hello"], "BUNDLE is empty", "shortstack generate BUNDLE Hello")
