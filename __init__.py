@@ -59,7 +59,15 @@ __all__ = [*_HOMES]
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"shortstack.{_HOMES[name]}"), name)
+        try:
+            return getattr(import_module(f"shortstack.{_HOMES[name]}"), name)
+        except ModuleNotFoundError as error:
+            from shortstack.missing import missing_dependency
+
+            explained = missing_dependency(f"shortstack.{name}", error)
+            if explained is None:
+                raise
+            raise explained from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -33,3 +33,18 @@ def test_importing_shortstack_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_public_name_whose_package_is_not_installed_says_how_to_install_it() -> None:
+    script = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "import shortstack\n"
+        "try:\n"
+        "    shortstack.load\n"
+        "except shortstack.ShortstackError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "needs 'onnxruntime', which is not installed" in done.stdout
+    assert "pip install" in done.stdout
