@@ -129,10 +129,12 @@ class Model:
     def __repr__(self) -> str:
         manifest = self.bundle.manifest
         exits = f"exits after {', '.join(map(str, self.exit_layers))}" if self.exit_layers else "no exit"
+        bits = sorted({block_format.bits for block_format in manifest.precision.weights.values()})
+        stored = f"{' and '.join(f'int{each}' for each in bits)} weights" if bits else manifest.dtype
         state = "closed" if self._is_closed else f"{manifest.max_length} positions"
         return (
             f"<Model {str(self.bundle.folder)!r}: {manifest.source_name}, {manifest.spec.num_hidden_layers} layers, "
-            f"{exits}, {manifest.dtype}, {state}>"
+            f"{exits}, {stored}, {state}>"
         )
 
     def __enter__(self) -> Model:
@@ -154,8 +156,9 @@ class Model:
         Args:
             prompt: Chat messages (``[{"role": "user", "content": ...}]``) go through the bundle's chat template. A
                 string is encoded as it is, and token ids are used unchanged.
-            options: ``max_new_tokens``, 256 by default; ``strategy``: ``plain`` (the default), ``self-speculative`` or
-                ``early-exit``, or one of the values :class:`~shortstack.runtime.request.Plain`, ``Speculate`` and
+            options: ``max_new_tokens``, 256 by default; ``strategy``: ``plain``, ``self-speculative`` or
+                ``early-exit`` (left out, it follows from ``exits``, or from ``exit_layer`` and ``draft``, and is plain
+                without them), or one of the values :class:`~shortstack.runtime.request.Plain`, ``Speculate`` and
                 ``ExitEarly``; for self-speculation, ``exit_layer`` and ``draft``; for early exit, ``exits``: when
                 tokens leave; ``sampling``, or ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``seed``; ``stop``, ``ignore_eos``, ``reuse_cache``, ``tools``, ``template_variables``.

@@ -100,7 +100,9 @@ class FromExit:
                 "exit_layer is not an exit of this bundle",
                 found=self.exit_layer,
                 expected=f"one of {list(exits)}",
-                remedy=f"re-export with --exit-layer {self.exit_layer}",
+                remedy=f"re-export with --exit-layer {self.exit_layer}"
+                if 0 < self.exit_layer < plan.num_layers
+                else f"choose one of these; the model has {plan.num_layers} layers",
             )
         return (exits[0] if self.exit_layer is None else self.exit_layer,)
 

@@ -18,6 +18,6 @@ with load(sys.argv[1]) as model:
     for row in ROWS:
         prompt, completion = (model.tokenizer.encode(text) for text in (row["utterance"] + "\n", row["parse"]))
         print(f"{len(prompt)} tokens to read, {len(completion)} to learn: {row['utterance']}")
-print(f"wrote {FILE}, which this command reads (it wants some thousands of rows):")
+print(f"wrote {FILE}, which this command reads (it needs a few thousand rows):")
 print("python -m shortstack.samples.recipes.layerskip MODEL run --lora-rank 8 --exit-layer 4 \\")
 print(f"    --data {FILE} --prompt '{{utterance}}\\n' --completion '{{parse}}'")
