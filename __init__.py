@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
             explained = missing_dependency(f"shortstack.{name}", error)
             if explained is None:
                 raise
-            raise explained from None
+            raise explained from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -36,10 +36,9 @@ ENVIRONMENT = {
 class Command(click.Command):
     """A click command with groups of options in its help, and errors that say what to run."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        # As in the group: click keeps a command's --help as it was when it was first asked for.
-        self.context_settings.setdefault("help_option_names", ["-h", "--help"])
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Return what asks for help, as in the group: click keeps a command's --help as it first was, whoever asked."""
+        return ["-h", "--help"]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options by group, in the order in which the groups appear; those without a group come last."""

@@ -86,6 +86,10 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     module = spec.name.removesuffix(".__main__") if spec is not None else "shortstack.samples"
     also = _TRAINING_EXTRAS if module.startswith(_TRAINING) else ()
     explained = None
+    if (
+        isinstance(error, DependencyError) and error.__cause__ is not None
+    ):  # of a public name, see shortstack.__getattr__
+        error = error.__cause__
     if isinstance(error, ModuleNotFoundError):
         explained = missing_dependency(f"python -m {module}", error, also)
     if explained is None:
