@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from shortstack.__main__ import run
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import BundleError
-from shortstack.graphs.path_kind import PathKind, bundle_name, path_kind, shell_line
+from shortstack.graphs.path_kind import PathKind, bundle_name, path_kind
 from shortstack.samples.fetch_model import MEMBER
 
 Says = Callable[..., str]
@@ -90,16 +89,6 @@ def test_a_bundle_is_named_after_its_checkpoint(source: str, name: str) -> None:
 
 def test_the_bundle_of_the_current_folder_has_its_name(tmp_path: Path) -> None:
     assert bundle_name(".") == f"{tmp_path.name}-bundle"
-
-
-@pytest.mark.parametrize("word", ["plain", "two words", "it's", "a\nb\t'c' \\ d", "é$HOME`x`", "\x1b[0m'\\''"])
-def test_a_printed_command_reads_back_as_the_same_words(word: str) -> None:
-    line = shell_line("generate", word)
-    assert "\n" not in line
-    done = subprocess.run(
-        ["bash", "-c", f"shortstack() {{ printf '%s\\0' \"$@\"; }}; {line}"], capture_output=True, check=True
-    )
-    assert done.stdout.decode().split("\0")[:-1] == ["generate", word]
 
 
 # A bundle is wanted
