@@ -12,7 +12,8 @@
     └── ParityError            two implementations of one model disagree (exit code 1: a finding, not a misuse)
 
 A message has up to four parts: what is wrong and where, what was found, what was expected, and what to do next. Build
-it with the keyword arguments, so that no part is forgotten, and collect all differences before raising.
+it with the keyword arguments, so that no part is forgotten, and collect all differences before raising. What was found
+may come from a hostile file: it is cut short, and characters that a terminal would act on are escaped.
 
 Exit codes of every command::
 
@@ -23,6 +24,9 @@ Exit codes of every command::
 """
 
 from __future__ import annotations
+
+MAX_FOUND = 200
+"""Characters of a found value that a message shows."""
 
 INTERRUPTED = 130
 """The exit code of an interrupted command: 128 + SIGINT, what shells report."""
@@ -43,12 +47,12 @@ class ShortstackError(Exception):
     def __init__(self, what: str, *, found: object = None, expected: object = None, remedy: str | None = None) -> None:
         message = what
         if found is not None:
-            message += f": found {found}"
+            message += f": found {shortened(str(found))}"
         if expected is not None:
             message += f", expected {expected}" if found is not None else f": expected {expected}"
         if remedy is not None:
             message += f". {remedy[0].upper()}{remedy[1:]}."
-        super().__init__(message)
+        super().__init__("".join(map(_escaped, message)))
 
 
 class CheckpointError(ShortstackError):
@@ -79,3 +83,16 @@ class ParityError(ShortstackError):
     """Two implementations of one model disagree beyond the tolerance."""
 
     exit_code = 1
+
+
+def shortened(text: str, limit: int = MAX_FOUND) -> str:
+    """Return a found value as messages show it: whole, or its first ``limit`` characters and how many were left out."""
+    left_out = len(text) - limit
+    return text if left_out <= 0 else f"{text[:limit]}... ({left_out} more characters)"
+
+
+def _escaped(character: str) -> str:
+    """Return a character, or its escape if a terminal would act on it or could not encode it; lines stay lines."""
+    if character.isprintable() or character == "\n":
+        return character
+    return character.encode("unicode_escape").decode("ascii")

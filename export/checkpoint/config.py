@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.errors import CheckpointError, UnsupportedError, shortened
 
 T = TypeVar("T", bound=bool | int | float | str)
 D = TypeVar("D", bound=bool | int | float | str | None)
@@ -134,7 +134,7 @@ class Config:
 
     def wrong(self, key: str, expected: str) -> CheckpointError:
         """Return the error that says what ``key`` holds and what it should hold."""
-        return CheckpointError(self.where(key), found=_shorten(repr(self.data.get(key))), expected=expected)
+        return CheckpointError(self.where(key), found=shortened(repr(self.data.get(key)), limit=80), expected=expected)
 
 
 def parse_json_object(text: bytes | str, file: Path | str) -> dict[str, object]:
@@ -171,10 +171,6 @@ def not_one_of(where: str, found: str, supported: Iterable[str], remedy: str | N
     if near and len(names) > 1:
         expected += f" (the nearest is {near[0]})"
     return UnsupportedError(where, found=repr(found), expected=expected, remedy=remedy)
-
-
-def _shorten(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 _KIND_NAMES: Mapping[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
