@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shortstack.export.checkpoint import Config
-from shortstack.export.checkpoint.config import parse_json_object
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.read_file import read_json_object
 
 MERGE_REMEDY = (
     "merge it with peft, `PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)`, "
@@ -91,7 +91,7 @@ def read_settings(file: Path) -> LoraSettings:
         size_bytes = file.stat().st_size
         if size_bytes > _MAX_CONFIG_BYTES:
             raise CheckpointError(f"{file}", found=f"{size_bytes} bytes", expected=f"at most {_MAX_CONFIG_BYTES}")
-        config = Config(parse_json_object(file.read_bytes(), file), str(file))
+        config = Config(read_json_object(file, CheckpointError, "save the adapter again"), str(file))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
     kind = config.read(str, "peft_type")

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.read_file import read_text
 from shortstack.graphs.texts import DRAFT_VOCAB_TEXT
 
 
@@ -45,10 +46,7 @@ def choose_draft_vocab(
             remedy="choose a size in that range; 4096 is a good start",
         )
     path = text_file or DRAFT_VOCAB_TEXT
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--draft-text {path} cannot be read: {error}", remedy="give a UTF-8 text file") from None
+    text = read_text(path, RequestError, "give a UTF-8 text file", called=f"--draft-text {path}")
     if not text.strip():
         raise RequestError(f"--draft-text {path} is empty", remedy="give a text of at least a few thousand words")
     tokenizer = Tokenizer.from_str(files[names.TOKENIZER_FILE].decode())

@@ -30,6 +30,7 @@ from shortstack.graphs.contract import CacheType, GraphContract, Port, cache_typ
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.precision import Precision
+from shortstack.graphs.read_file import read_json_object
 from shortstack.graphs.spec import DType, ModelSpec
 
 FORMAT_VERSION = 3
@@ -154,16 +155,13 @@ def with_files(path: Path, files: Mapping[str, FileEntry]) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object of a bundle.json, and check its version and its digest."""
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise BundleError(
             f"{path.parent} is not a bundle: it has no {names.MANIFEST_FILE}",
             remedy="make one with `shortstack export CHECKPOINT OUT --exit-layer E`",
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", remedy=_REEXPORT) from None
-    if not isinstance(data, dict) or "format_version" not in data:
+        )
+    data = read_json_object(path, BundleError, _REEXPORT)
+    if "format_version" not in data:
         raise BundleError(f"{path} has no field format_version", expected=FORMAT_VERSION, remedy=_REEXPORT)
     if type(data["format_version"]) is not int or data["format_version"] not in _READABLE_VERSIONS:  # True == 1
         raise BundleError(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError
+from shortstack.graphs.read_file import read_json_object
 
 _AGAIN = "quantize the bundle again"
 
@@ -49,12 +50,7 @@ def read_record(bundle: Bundle) -> QuantizationRecord | None:
     if names.QUANTIZATION_FILE not in bundle.manifest.files:
         return None
     path = bundle.folder / names.QUANTIZATION_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", remedy=_AGAIN) from None
-    if not isinstance(data, dict):
-        raise BundleError(str(path), found=_short(data), expected="an object", remedy=_AGAIN)
+    data = read_json_object(path, BundleError, _AGAIN)
     wrong = [f"no field {name}" for name in _FIELDS if name not in data]
     wrong += [f"an unknown field {_short(name)}" for name in data if name not in _FIELDS]
     if wrong:
@@ -70,8 +66,7 @@ def read_record(bundle: Bundle) -> QuantizationRecord | None:
 
 
 def _is_text(value: object) -> bool:
-    """Whether a value is a text that can be written again: JSON can also spell halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str)
 
 
 def _is_number(value: object) -> bool:

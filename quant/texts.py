@@ -6,16 +6,15 @@ the bundle's chat template; without one, the contents are joined). Any other fil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.read_file import parse_json, read_text
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 _ROW_TOKENS = 256
@@ -99,12 +98,7 @@ def read_rows(path: Path, option: str, tokenizer: Tokenizer, tokens: int, row_to
 
 
 def _texts(path: Path, option: str) -> Iterator[str | list[dict[str, str]]]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"{option} {path} cannot be read: {error}", remedy="give a UTF-8 text or jsonl file"
-        ) from None
+    content = read_text(path, RequestError, "give a UTF-8 text or jsonl file", called=f"{option} {path}")
     if not content.strip():
         raise RequestError(
             f"{option} {path} is empty", remedy="give some thousand words of the kind that the model will write"
@@ -119,10 +113,7 @@ def _texts(path: Path, option: str) -> Iterator[str | list[dict[str, str]]]:
 
 def _parse_line(line: str, where: str) -> str | list[dict[str, str]]:
     expected = 'an object with "text" (a string) or "messages" (a list of {"role", "content"})'
-    try:
-        entry: Any = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{where} is not JSON: {error}", expected=expected) from None
+    entry = parse_json(line, where, RequestError, f"write {expected}")
     if isinstance(entry, dict):
         text, messages = entry.get("text"), entry.get("messages")
         if isinstance(text, str):

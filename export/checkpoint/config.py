@@ -8,13 +8,13 @@ cannot tell a missing field from a null one, and names neither the file nor the 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from shortstack.graphs import read_file
 from shortstack.graphs.errors import CheckpointError, UnsupportedError, shortened
 
 T = TypeVar("T", bound=bool | int | float | str)
@@ -88,16 +88,18 @@ class Config:
     def read_token_ids(self, key: str) -> tuple[int, ...]:
         """Read a field that holds one token id or a list of them; an absent field gives an empty tuple.
 
+        A negative id stands for "none" in configs that transformers accepts, and is left out.
+
         Raises:
             CheckpointError: The field holds anything else.
         """
         value = self.data.get(key)
         if value is None:
             return ()
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        ids: list[Any] = value if isinstance(value, list) else [value]
+        if not all(type(token) is int for token in ids):
             raise self.wrong(key, "a token id or a list of token ids")
-        return tuple(ids)
+        return tuple(token for token in ids if token >= 0)
 
     def read_ints(self, key: str) -> tuple[int, ...]:
         """Read a required list of integers.
@@ -145,15 +147,9 @@ def parse_json_object(text: bytes | str, file: Path | str) -> dict[str, object]:
         file: Its name, for messages.
 
     Raises:
-        CheckpointError: The text is not valid JSON, or not an object.
+        CheckpointError: As :func:`shortstack.graphs.read_file.parse_json_object` says.
     """
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error})", remedy="download the file again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}", found=f"a JSON {type(data).__name__}", expected="a JSON object")
-    return data
+    return read_file.parse_json_object(text, file, CheckpointError, "download the file again")
 
 
 def not_one_of(where: str, found: str, supported: Iterable[str], remedy: str | None = None) -> UnsupportedError:

@@ -26,6 +26,7 @@ from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.names import TEXT_FILES
+from shortstack.graphs.read_file import read_file
 from shortstack.graphs.spec import ModelSpec
 
 WEIGHTS_FILE = "model.safetensors"
@@ -222,16 +223,13 @@ def member(folder: Path, name: str) -> Path | None:
 
 
 def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+    return read_file(file, CheckpointError, "download the file again")
 
 
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(
             f"{file} is not a complete safetensors file ({error})",
             remedy="download it again, and compare its size with the one at the source",

@@ -44,6 +44,7 @@ from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.exit_parts import exit_parts
 from shortstack.graphs.names import TEXT_FILES
 from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.read_file import read_file
 from shortstack.graphs.spec import ModelSpec
 
 _EMBEDDING = Piece("word_embeddings.weight", "rows", "vocab")
@@ -212,10 +213,7 @@ class MegatronCheckpoint:
 
     def _read(self, name: str) -> bytes | None:
         path = next((path for home in self._homes if (path := member(home, name)) is not None), None)
-        try:
-            return None if path is None else path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+        return None if path is None else read_file(path, CheckpointError)
 
     def _piece(self, name: str) -> Piece:
         if name not in self._tensors:

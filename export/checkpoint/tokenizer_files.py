@@ -8,6 +8,8 @@ from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def complete_files(found: dict[str, bytes], config: Config, where: str) -> dict[str, bytes]:
     """Return the text files of a bundle, given those of a checkpoint.
@@ -18,12 +20,15 @@ def complete_files(found: dict[str, bytes], config: Config, where: str) -> dict[
         where: The checkpoint's path, for messages.
 
     Raises:
-        CheckpointError: A JSON file among them is damaged, or the chat template has an unknown form.
+        CheckpointError: A JSON file among them is damaged, or a field that the runtime reads has an unknown form.
     """
-    files = dict(found)
+    files = {name: _plain_utf8(content) for name, content in found.items()}
     for name in (names.TOKENIZER_FILE, names.TOKENIZER_CONFIG_FILE, names.GENERATION_CONFIG_FILE):
         if name in files:
-            parse_json_object(files[name], f"{where}/{name}")
+            content = Config(parse_json_object(files[name], f"{where}/{name}"), f"{where}/{name}")
+            if name == names.GENERATION_CONFIG_FILE:
+                for key in _TOKEN_IDS:
+                    content.read_token_ids(key)
     if names.CHAT_TEMPLATE_FILE not in files and names.TOKENIZER_CONFIG_FILE in files:
         name = f"{where}/tokenizer_config.json"
         template = chat_template(Config(parse_json_object(files[names.TOKENIZER_CONFIG_FILE], name), name))
@@ -70,8 +75,19 @@ def generation_config(config: Config) -> bytes:
         CheckpointError: A token id in ``config`` is neither an id nor a list of ids.
     """
     data: dict[str, int | list[int]] = {}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in _TOKEN_IDS:
         ids = config.read_token_ids(key)
         if ids:
             data[key] = ids[0] if len(ids) == 1 else list(ids)
     return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def _plain_utf8(content: bytes) -> bytes:
+    """Return a text file without a byte order mark, and in UTF-8 if it is in another encoding that JSON may have.
+
+    What cannot be read stays as it is, for the reader to name.
+    """
+    try:
+        return content.decode(json.detect_encoding(content)).removeprefix("\ufeff").encode()
+    except UnicodeError:
+        return content

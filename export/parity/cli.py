@@ -11,6 +11,7 @@ import click
 from shortstack.command_options import Command, option_group, threads_option
 from shortstack.command_paths import BundlePath, CheckpointPath
 from shortstack.graphs.errors import ParityError, RequestError
+from shortstack.graphs.read_file import read_text
 
 
 @click.command(cls=Command)
@@ -128,10 +129,8 @@ def _read_prompts(text_file: Path | None, count: int) -> list[str]:
         if not 1 <= count <= len(available):
             raise RequestError("--prompts", found=count, expected=f"1..{len(available)}")
         return available[:count]
-    try:
-        lines = [line for line in text_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--text {text_file} cannot be read: {error}", remedy="give a UTF-8 text file") from None
+    text = read_text(text_file, RequestError, "give a UTF-8 text file", called=f"--text {text_file}")
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise RequestError(f"--text {text_file} holds no prompt", remedy="write one prompt per line")
     return lines

@@ -16,6 +16,7 @@ from typing import Any
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.read_file import parse_json_object, read_file
 from shortstack.runtime.calibration.dissimilarity import Loss
 from shortstack.runtime.calibration.learn_then_test import Test
 from shortstack.runtime.calibration.profile_fields import check_fields
@@ -139,18 +140,8 @@ def read_profile(path: str | Path) -> Profile:
         RequestError: The file cannot be read, or fields are missing, unknown or wrong; the message names all of them.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"it is longer than {_MOST_BYTES} bytes")
-        data: Any = json.loads(content.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"exit profile {path} cannot be read: {error}", remedy=_RECALIBRATE) from None
-    if not isinstance(data, dict):
-        raise RequestError(
-            f"exit profile {path}", found=type(data).__name__, expected="a JSON object", remedy=_RECALIBRATE
-        )
+    content = read_file(path, RequestError, _RECALIBRATE, limit=_MOST_BYTES)
+    data = parse_json_object(content, f"exit profile {path}", RequestError, _RECALIBRATE)
     version = data.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise RequestError(

@@ -13,7 +13,6 @@ Without a chat template a question is used as it is, and the contents of a conve
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.read_file import parse_json, read_text
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 _EXPECTED = '"prompt" or "text" (strings), or "messages" (a list of {"role", "content"}), not all from the assistant'
@@ -52,10 +52,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, max_length: int, limit: int |
     Raises:
         RequestError: The file cannot be read, a line is not a prompt (the message names the line), or no prompt fits.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--data {path} cannot be read: {error}", remedy="give a UTF-8 jsonl file") from None
+    content = read_text(path, RequestError, "give a UTF-8 jsonl file", called=f"--data {path}")
     prompts = [ids for ids in _encoded(content, path, tokenizer) if ids]
     fitting = [ids for ids in prompts if len(ids) < max_length]
     if not fitting:
@@ -84,10 +81,7 @@ def _encoded(content: str, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[i
 
 def _parse_line(line: str, where: str) -> Callable[[Tokenizer], list[int]]:
     """Return a function that encodes the prompt of a line."""
-    try:
-        entry: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where} is not JSON: {error}", expected=f"an object with {_EXPECTED}") from None
+    entry = parse_json(line, where, RequestError, f"write an object with {_EXPECTED}")
     if isinstance(entry, dict):
         if isinstance(text := entry.get("text"), str):
             return lambda tokenizer: tokenizer.encode(text)

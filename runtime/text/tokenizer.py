@@ -39,6 +39,7 @@ from shortstack.graphs.names import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
+from shortstack.graphs.read_file import read_file, read_json_object
 
 _REMEDY = "export the checkpoint again, or copy the file from the checkpoint into the bundle"
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -288,21 +289,15 @@ def _plain_container(value: object) -> object:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(path, BundleError, _REMEDY).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise BundleError(f"{path} cannot be read", found=error, remedy=_REMEDY) from error
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(_read_text(path))
-    except ValueError as error:
-        raise BundleError(f"{path} is malformed", found=error, expected="JSON", remedy=_REMEDY) from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{path} is malformed", found=type(value).__name__, expected="a JSON object", remedy=_REMEDY)
-    return value
+    return read_json_object(path, BundleError, _REMEDY)
 
 
 def _template_from_config(config: Mapping[str, Any]) -> str | None:
@@ -332,17 +327,20 @@ def _token_content(config: Mapping[str, Any], name: str) -> str | None:
 
 
 def _token_ids(config: Mapping[str, Any], name: str) -> list[int]:
-    """Read a field of generation_config.json that holds token ids: absent, null, one id or a list of ids."""
+    """Read a field of generation_config.json that holds token ids: absent, null, one id or a list of ids.
+
+    A negative id is none: that is how some configs say so.
+    """
     value = config.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+    if not all(type(token_id) is int for token_id in ids):
         raise BundleError(
             f"{GENERATION_CONFIG_FILE}, field {name}",
             found=repr(value),
             expected="a token id or a list of them",
             remedy=_REMEDY,
         )
-    return ids
+    return [token_id for token_id in ids if token_id >= 0]
 
 
 def _decoder_types(decoder: Mapping[str, Any] | None) -> Iterable[str]:

@@ -198,14 +198,14 @@ def test_options_that_are_not_valid_are_refused(refused: Refused, folder: Path, 
 
 LINES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "has no prompt that fits"),
-    "binary": (b"\xff\xfe\x00", "cannot be read"),
-    "no JSON": (b'{"text": "fine"}\nfine\n', "line 2 is not JSON"),
-    "deep JSON": (b"[" * 100_000, "line 1 is not JSON"),
+    "binary": (b"\xff\xfe\x00", "is not UTF-8 text"),
+    "no JSON": (b'{"text": "fine"}\nfine\n', "line 2 is not valid JSON"),
+    "deep JSON": (b"[" * 100_000, "line 1 is nested too deeply"),
     "a list": (b"[]\n", "line 1: found '[]'"),
     "no field": (b'{"question": "Why?"}', "line 1"),
     "an answer only": (b'{"messages": [{"role": "assistant", "content": "So."}]}', "line 1"),
     "a message without a role": (b'{"messages": [{"content": "Why?"}]}', "line 1"),
-    "half a character": (b'{"text": "\\ud800"}', "line 1: the text is not UTF-8"),
+    "half a character": (b'{"text": "\\ud800"}', "line 1 holds half of a character"),
 }
 
 

@@ -87,9 +87,10 @@ def test_a_file_that_is_not_a_profile_is_refused(file: Path, content: bytes) -> 
 
 
 def test_a_missing_profile_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "exit-profile.json", tmp_path):
-        with pytest.raises(RequestError, match="cannot be read"):
-            read_profile(path)
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_profile(tmp_path / "exit-profile.json")
+    with pytest.raises(RequestError, match="found a folder, expected a regular file"):
+        read_profile(tmp_path)
 
 
 @pytest.mark.parametrize("version", [0, 2, True, "1", None, "absent"])

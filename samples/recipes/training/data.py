@@ -10,7 +10,6 @@ Only the completion's tokens are learnt; the prompt is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.read_file import parse_json_object, read_text
 
 _WINDOW_BATCHES = 16  # examples of as many batches are sorted by length together, so that little is padding
 
@@ -104,21 +104,12 @@ def read_texts(file: Path, prompt: str, completion: str) -> list[str]:
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row, and where it stands."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read ({error})", remedy="name a file of JSON lines") from None
+    lines = read_text(file, RequestError, "name a file of JSON lines").splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
-        try:
-            row: Any = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{where} is not JSON ({error})", remedy="write one JSON object per line") from None
-        if not isinstance(row, dict):
-            raise RequestError(where, found=type(row).__name__, expected="one JSON object per line")
-        yield where, row
+        yield where, parse_json_object(line, where, RequestError, "write one JSON object per line")
 
 
 def _texts(row: dict[str, Any], where: str, prompt: str, completion: str) -> tuple[str, str]:

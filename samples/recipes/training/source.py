@@ -20,6 +20,7 @@ from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError
 from shortstack.graphs.names import TEXT_FILES
+from shortstack.graphs.read_file import read_file, read_json_object
 
 _INITIAL_STD = 0.02  # of normal weights, transformers' default for initializer_range
 
@@ -90,7 +91,7 @@ def _fresh(folder: Path) -> tuple[Twin, dict[str, bytes]]:
         raise CheckpointError(
             f"{folder} has no config.json", remedy="name a folder with config.json and tokenizer.json"
         )
-    config = Config(parse_json_object(config_file.read_bytes(), config_file), str(config_file))
+    config = Config(read_json_object(config_file, CheckpointError), str(config_file))
     model_type = config.read(str, "model_type")
     if model_type not in ARCHITECTURES:
         raise not_one_of(config.where("model_type"), model_type, ARCHITECTURES)
@@ -111,5 +112,7 @@ def _fresh(folder: Path) -> tuple[Twin, dict[str, bytes]]:
                 parameter.normal_(0.0, std * deep)
             elif name.endswith("bias"):
                 parameter.zero_()
-    found = {name: path.read_bytes() for name in TEXT_FILES if (path := member(folder, name)) is not None}
+    found = {
+        name: read_file(path, CheckpointError) for name in TEXT_FILES if (path := member(folder, name)) is not None
+    }
     return twin, complete_files(found, config, str(folder))
