@@ -27,6 +27,15 @@ class _StderrHandler(logging.Handler):
             self.handleError(record)
 
 
+class _Lines(logging.Formatter):
+    """Writes a warning as a sentence for the user, and what was asked for with the time and the module."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.levelno == logging.WARNING and record.exc_info is None:
+            return f"warning: {record.getMessage()}"
+        return super().format(record)
+
+
 def show_log(level: str) -> None:
     """Show the library's log from this level on; called again, it changes the level."""
     logger = logging.getLogger("shortstack")
@@ -34,6 +43,6 @@ def show_log(level: str) -> None:
         if isinstance(handler, _StderrHandler):
             logger.removeHandler(handler)
     handler = _StderrHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(level.upper())

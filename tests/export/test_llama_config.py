@@ -12,6 +12,7 @@ import pytest
 from shortstack.export.arch import ARCHITECTURES, expected_tensors, resolve
 from shortstack.export.arch.llama import ARCH, read_spec
 from shortstack.export.checkpoint.config import Config
+from shortstack.export.rope import inverse_frequencies
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.spec import RopeScaling
 
@@ -86,13 +87,69 @@ def test_scaling_is_read_under_both_names(key: str) -> None:
     assert scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 
 
-def test_rope_parameters_take_precedence_over_the_old_fields() -> None:
-    spec = read_spec(
-        config(
-            rope_theta=1.0, rope_parameters={"rope_theta": 7e4, "rope_type": "default"}, rope_scaling={"type": "yarn"}
-        )
-    )
-    assert (spec.rope_theta, spec.rope_scaling) == (7e4, RopeScaling())
+STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "parameters win over the top": {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}},
+    "theta in the scaling": {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
+    "theta in the scaling and at the top": {"rope_theta": 2e4, "rope_scaling": {"rope_theta": 5e5}},
+    "theta alone in the scaling": {"rope_scaling": {"rope_theta": 5e5}},
+    "theta at the top, kind in the parameters": {"rope_theta": 7e4, "rope_parameters": {"type": "linear", "factor": 3}},
+    "scaling beside default parameters": {
+        "rope_theta": 5e5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "scaling beside default parameters, theta in both": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
+    },
+    "an empty scaling beside parameters": {
+        "rope_scaling": {},
+        "rope_parameters": {"rope_theta": 7e4, "type": "default"},
+    },
+    "two kinds in one object": {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 3.0}},
+    "original length in the scaling": {"rope_scaling": {**STRETCHED, "original_max_position_embeddings": 32}},
+    "original length at the top": {"rope_scaling": STRETCHED, "original_max_position_embeddings": 32},
+    "no original length": {"rope_theta": 5e5, "rope_parameters": STRETCHED},
+    "original length in both": {
+        "rope_scaling": {**STRETCHED, "original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_rotary_embedding_is_read_as_transformers_reads_it(spelling: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    fields = {**BASE, **SPELLINGS[spelling]}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    ours = inverse_frequencies(read_spec(Config(fields, "config.json")))
+    assert torch.equal(torch.from_numpy(ours), theirs.inv_freq)
+
+
+def test_a_missing_original_length_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert read_spec(config(rope_scaling=STRETCHED)).rope_scaling.original_max_position_embeddings == 128
+    (message,) = caplog.messages
+    assert message.startswith("config.json: rope_scaling.original_max_position_embeddings is missing")
+    assert "max_position_embeddings, 128, takes its place" in message
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e5}, "rope_theta 500000.0 where the other counts as 10000.0"),
+        ({"rope_type": "linear", "factor": 2.0}, "rope_type 'linear' where the other counts as 'llama3', factor 2.0"),
+        ({**STRETCHED, "factor": 16.0}, "factor 16.0 where the other counts as 8.0"),
+    ],
+)
+def test_two_objects_that_contradict_each_other_are_refused(parameters: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckpointError, match=r"rope_parameters and rope_scaling contradict") as caught:
+        read_spec(config(rope_parameters=parameters, rope_scaling=STRETCHED))
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
@@ -137,7 +194,7 @@ def test_another_activation_is_refused() -> None:
         ({"head_dim": 15}, "head_dim: found 15, expected an even number"),
         ({"rms_norm_eps": 0}, "rms_norm_eps: found 0, expected a positive number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: found nan, expected a finite number"),
-        ({"rope_theta": 10**400}, r"rope_theta: found 1000.*\.\.\., expected a finite number"),
+        ({"rope_theta": 10**400}, r"rope_theta: found 1000.*\.\.\. .*, expected a finite number"),
         ({"rope_theta": -1.0}, "rope_theta: found -1.0, expected a positive number"),
         ({"attention_bias": 1}, "attention_bias: found 1, expected true or false"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: found 'yes', expected true or false"),
@@ -158,11 +215,11 @@ def test_a_bad_field_is_named_with_its_value_and_what_is_expected(changes: dict[
         read_spec(config(**changes))
 
 
-@pytest.mark.parametrize("value", [True, -1, "1", 1.5, [1, "2"], [True], {}])
+@pytest.mark.parametrize("value", [True, "1", 1.5, [1, "2"], [True], {}])
 def test_token_ids_are_ids_or_lists_of_them(value: object) -> None:
     assert config(eos_token_id=2).read_token_ids("eos_token_id") == (2,)
     assert config(eos_token_id=[2, 3]).read_token_ids("eos_token_id") == (2, 3)
-    assert config().read_token_ids("eos_token_id") == ()
+    assert config().read_token_ids("eos_token_id") == config(eos_token_id=-1).read_token_ids("eos_token_id") == ()
     with pytest.raises(CheckpointError, match="eos_token_id"):
         config(eos_token_id=value).read_token_ids("eos_token_id")
 
