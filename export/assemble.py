@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from shortstack.export.draft_vocab import choose_draft_vocab
 from shortstack.export.exit_plan import plan_exits
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks, choose_blocks
 from shortstack.export.sources import matrix_sources
-from shortstack.export.spec import ExportSpec
+from shortstack.export.spec import DEFAULT_LONGEST, ExportSpec
 from shortstack.export.tensors import ModelTensors
 from shortstack.export.weights import store_exits, store_weights
 from shortstack.graphs import names
@@ -31,6 +32,8 @@ from shortstack.graphs.plan import SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import ModelSpec
 from shortstack.progress import progress_stages
+
+log = logging.getLogger(__name__)
 
 
 def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lambda blocks: None) -> Bundle:
@@ -144,7 +147,13 @@ def _check_tokenizer(source: str, content: bytes | None) -> None:
 
 def _max_length(request: ExportSpec, spec: ModelSpec) -> int:
     if request.max_length is None:
-        return spec.max_position_embeddings
+        if spec.max_position_embeddings > DEFAULT_LONGEST:
+            log.warning(
+                "the model's context is %d tokens, the bundle's %d; --max-length asks for more",
+                spec.max_position_embeddings,
+                DEFAULT_LONGEST,
+            )
+        return min(spec.max_position_embeddings, DEFAULT_LONGEST)
     if request.max_length > spec.max_position_embeddings:
         raise RequestError(
             "--max-length is beyond what the model was made for",

@@ -11,6 +11,13 @@ from shortstack.graphs.spec import DType
 DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
 
 
+DEFAULT_LONGEST = 131_072
+"""The longest context of a bundle unless ``max_length`` asks for more: its rotary tables take memory and disk."""
+
+LONGEST = 1 << 24
+"""The longest context of any bundle: with it the rotary tables take 16 GB."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExportSpec:
     """The options of one export.
@@ -30,7 +37,7 @@ class ExportSpec:
         keep_blocks: Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit. Its other quantized matrices, including
             those that the adapter changes, are stored in int8, and so are the exits' own matrices. By default all
             matrices become ``dtype``.
-        max_length: Longest context in tokens; None takes the model's limit.
+        max_length: Longest context in tokens; None takes the model's limit, or :data:`DEFAULT_LONGEST` if that is less.
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.
         adapter: The folder of a LoRA adapter to merge, as peft saves it.
@@ -52,3 +59,5 @@ class ExportSpec:
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise RequestError("--max-length", found=self.max_length, expected="2 or more tokens")
+        if self.max_length is not None and self.max_length > LONGEST:
+            raise RequestError("--max-length", found=self.max_length, expected=f"at most {LONGEST} tokens")

@@ -16,12 +16,17 @@ from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture
 from shortstack.export.checkpoint import Checkpoint
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, matrix_sources, qkv_heads
+from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
+from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
 QKV_BIAS = "attn.qkv_proj.bias"
 Number = TypeVar("Number", bound=np.generic)
+
+
+_NOT_FINITE = "take the checkpoint from before its training diverged, or download it again"
 
 
 class ModelTensors:
@@ -46,7 +51,7 @@ class ModelTensors:
 
     def vector(self, role: str, layer: int | None = None) -> Floats:
         """Return the norm's weight or projection's bias that plays a role."""
-        return self._checkpoint.tensor(self._arch.tensor_name(role, layer))
+        return self._read(self._arch.tensor_name(role, layer))
 
     def layer_vector(self, part: str, layer: int) -> Floats:
         """Return a norm's weight or a projection's bias of one layer, by part; see :func:`packed_vector`."""
@@ -55,7 +60,7 @@ class ModelTensors:
 
     def rope_factors(self) -> Floats | None:
         """Return the divisors of the rotary frequencies, [head_dim / 2]; None if the model has none."""
-        return self._checkpoint.tensor(ROPE_FACTORS) if self.spec.rope_scaling.kind == "factors" else None
+        return self._read(ROPE_FACTORS) if self.spec.rope_scaling.kind == "factors" else None
 
     def matrix(self, name: str) -> Floats | BlockTensor:
         """Return a matrix [out, in] as it is to be stored.
@@ -69,13 +74,23 @@ class ModelTensors:
         floats = self._floats(source)
         return nearest(floats, REQUANTIZED_FORMAT) if name in self._blocks.requantized else floats
 
+    def _read(self, tensor: str) -> Floats:
+        value = self._checkpoint.tensor(tensor)
+        self._check(f"tensor {tensor}", value)
+        return value
+
+    def _check(self, what: str, value: npt.NDArray[np.generic]) -> None:
+        check_finite(f"{self._checkpoint.source}: {what}", value, CheckpointError, _NOT_FINITE)
+
     def _floats(self, source: MatrixSource) -> Floats:
-        return packed_matrix([self._checkpoint.tensor(tensor) for tensor in source.tensors], source, self.spec)
+        return packed_matrix([self._read(tensor) for tensor in source.tensors], source, self.spec)
 
     def _kept(self, source: MatrixSource) -> BlockTensor:
         stored = [self._checkpoint.blocks(tensor) for tensor in source.tensors]
         parts = [blocks.read() for blocks in stored if blocks is not None]
         assert len(parts) == len(stored), f"{source.tensors} should be kept in blocks, but are stored as floats"
+        for tensor, part in zip(source.tensors, parts, strict=True):
+            self._check(f"the scales of tensor {tensor}", part.scales)
         block_format = parts[0].format
         codes, scales = [part.codes for part in parts], [part.scales for part in parts]
         if source.row_heads:

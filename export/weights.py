@@ -17,10 +17,12 @@ from shortstack.export.exit_layer_weights import pack_block
 from shortstack.export.rope import rope_tables
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.graphs import names
+from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, ROWS, exit_matrices, stored_parts
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.exit import full_head, uses_unit_norm
+from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.layer_parts import layer_parts
 from shortstack.graphs.plan import ExitSpec, SplitPlan
@@ -117,6 +119,7 @@ def store_exits(
         for part in stored_parts(tensors.spec, exit_spec):
             name = names.exit_weight(depth, part)
             array = own[name]
+            check_finite(f"the exit after {depth} layers: {part}", array, CheckpointError, "train the exit again")
             if part == HEAD_IDS:
                 _store_ids(tensors, exit_spec, np.asarray(array, np.int64), dtype, store, trimmed)
             elif part in matrices and block_format is not None:

@@ -11,6 +11,7 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.exit_parts import ROWS
+from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.ir.read import read_tensors
 from shortstack.graphs.spec import ModelSpec
 
@@ -64,7 +65,9 @@ class Source:
 
     def floats(self, name: str) -> Floats:
         """Return a tensor as it is stored, in float32."""
-        return np.asarray(self.array(name), np.float32)
+        value = np.asarray(self.array(name), np.float32)
+        check_finite(f"{self.bundle.folder}: tensor {name}", value, BundleError, "export a sound checkpoint again")
+        return value
 
     def matrix(self, name: str) -> Floats:
         """Return a matrix as [out, in], in float32."""

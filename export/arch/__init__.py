@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from shortstack.export.arch import lckv, llama
-from shortstack.export.arch.architecture import Architecture, expected_tensors, layer_shapes
+from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, expected_tensors, layer_shapes
 from shortstack.export.arch.check import check_tensors
+from shortstack.export.arch.quantized import check_not_quantized
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.export.checkpoint.config import not_one_of
 from shortstack.graphs.spec import ModelSpec
@@ -30,6 +32,17 @@ def resolve(checkpoint: Checkpoint) -> tuple[Architecture, ModelSpec]:
     if model_type not in ARCHITECTURES:
         raise not_one_of(checkpoint.config.where("model_type"), model_type, ARCHITECTURES)
     arch = ARCHITECTURES[model_type]
+    check_not_quantized(checkpoint)
     spec = arch.read_spec(checkpoint.config)
+    arch = _with_stored_embedding(checkpoint, arch, spec)
     check_tensors(checkpoint, arch, spec)
     return arch, spec
+
+
+def _with_stored_embedding(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> Architecture:
+    """Return the family; where a tied model stores its one matrix as the LM head, that is the embedding's name, too."""
+    embedding, head = arch.tensor_name(EMBEDDING), arch.tensor_name(LM_HEAD)
+    names = checkpoint.names()
+    if not spec.tie_word_embeddings or embedding in names or head not in names:
+        return arch
+    return replace(arch, tensor_names=MappingProxyType({**arch.tensor_names, EMBEDDING: head}))

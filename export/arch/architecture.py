@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.spec import ModelSpec
 
+EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
+"""Roles of the two matrices that a tied model has as one."""
+
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor that holds the divisors of the rotary frequencies when ``rope_scaling.kind`` is ``factors``; a GGUF
 name."""
@@ -81,11 +84,11 @@ def layer_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
 def expected_tensors(arch: Architecture, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that a checkpoint of this family and spec must hold, by tensor name."""
     expected = {
-        arch.tensor_name("embed_tokens.weight"): (spec.vocab_size, spec.hidden_size),
+        arch.tensor_name(EMBEDDING): (spec.vocab_size, spec.hidden_size),
         arch.tensor_name("final_norm.weight"): (spec.hidden_size,),
     }
     if not spec.tie_word_embeddings:
-        expected[arch.tensor_name("lm_head.weight")] = (spec.vocab_size, spec.hidden_size)
+        expected[arch.tensor_name(LM_HEAD)] = (spec.vocab_size, spec.hidden_size)
     if spec.rope_scaling.kind == "factors":
         expected[ROPE_FACTORS] = (spec.head_dim // 2,)
     for layer in range(spec.num_hidden_layers):

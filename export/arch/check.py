@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture, expected_tensors
+from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, ROPE_FACTORS, Architecture, expected_tensors
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.spec import ModelSpec
@@ -29,7 +29,7 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
     """
     expected = expected_tensors(arch, spec)
     names = checkpoint.names()
-    head = arch.tensor_name("lm_head.weight")
+    head = arch.tensor_name(LM_HEAD)
     missing = [name for name in expected if name not in names]
     unread = _unread(arch, spec)
     extra = sorted(name for name in names - expected.keys() - unread if not _HARMLESS.fullmatch(name))
@@ -57,7 +57,7 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
             remedy="check that weights and config belong to the same model",
         )
     if stored_head_of_tied:
-        _check_same(checkpoint, arch.tensor_name("embed_tokens.weight"), head)
+        _check_same(checkpoint, arch.tensor_name(EMBEDDING), head)
 
 
 def _unread(arch: Architecture, spec: ModelSpec) -> set[str]:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from shortstack.export.arch import ARCHITECTURES, expected_tensors, resolve
-from shortstack.export.arch.architecture import ROPE_FACTORS
+from shortstack.export.arch.architecture import EMBEDDING, ROPE_FACTORS
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.twin.model import Passes, Twin
@@ -43,14 +43,16 @@ def load_twin(source: str) -> Twin:
 
 def twin_of(checkpoint: Checkpoint) -> Twin:
     """Build the twin of an open checkpoint, in float32; errors as in :func:`load_twin`."""
-    _, spec = resolve(checkpoint)
+    arch, spec = resolve(checkpoint)
     factors = checkpoint.tensor(ROPE_FACTORS) if spec.rope_scaling.kind == "factors" else None
     with torch.device("meta"):  # no time spent on random weights
         twin = Twin(spec)
     twin = twin.to_empty(device="cpu")
     twin.rope_factors = factors
     twin.passes = read_passes(checkpoint.config)
-    twin.load_state_dict({name: torch.tensor(checkpoint.tensor(name)) for name in twin.state_dict()})
+    usual = ARCHITECTURES[arch.model_type]
+    stored = {usual.tensor_name(EMBEDDING): arch.tensor_name(EMBEDDING)}
+    twin.load_state_dict({name: torch.tensor(checkpoint.tensor(stored.get(name, name))) for name in twin.state_dict()})
     return twin
 
 

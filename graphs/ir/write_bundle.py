@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from shortstack import __version__
 from shortstack.graphs import names
-from shortstack.graphs.bundle import describe_files, write_manifest
+from shortstack.graphs.bundle import describe_files, open_bundle, write_manifest
+from shortstack.graphs.errors import ContractError
 from shortstack.graphs.ir.lint import lint
 from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
@@ -59,4 +60,22 @@ def write_bundle(
     written = replace(manifest, files=describe_files(folder))
     write_manifest(folder, written)
     advance(1)
+    _check_written(folder)
     return written
+
+
+def _check_written(folder: Path) -> None:
+    """Check that a bundle opens, and each of its graphs, before it gets its name.
+
+    Raises:
+        BundleError: bundle.json does not say what is there, or is not valid.
+        ContractError: A graph does not have the inputs and outputs that bundle.json says.
+    """
+    bundle = open_bundle(folder)
+    for segment in bundle.manifest.plan.segments:
+        graph = ir.load(bundle.graph_path(segment)).graph
+        contract = bundle.manifest.contract(segment)
+        for found, wanted in ((graph.inputs, contract.inputs), (graph.outputs, contract.outputs)):
+            names_found, names_wanted = [value.name for value in found], [port.name for port in wanted]
+            if names_found != names_wanted:
+                raise ContractError(bundle.graph_path(segment).name, found=names_found, expected=names_wanted)

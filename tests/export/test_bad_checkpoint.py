@@ -14,8 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from helpers.bad_input import Refused, edit_json, left_behind
 from helpers.tiny_models import BASE, TinyBundles
+from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
-from shortstack.export.spec import ExportSpec
+from shortstack.export.spec import DEFAULT_LONGEST, LONGEST, ExportSpec
+from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import (
     CheckpointError,
     UnsupportedError,
@@ -217,3 +219,72 @@ def test_weights_too_large_for_float16_are_named_and_nothing_is_written(
     edit_tensors(checkpoint, lambda tensors: tensors[DOWN].__setitem__((0, 0), 1e6))
     refused(["export", checkpoint, tmp_path / "out", "--dtype", "fp16"], "down_proj", "1e+06", "--dtype fp32")
     assert left_behind(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [DOWN, "model.norm.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_counted_and_named(
+    checkpoint: Path, tmp_path: Path, refused: Refused, name: str, value: float
+) -> None:
+    def damage(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = tensors[name].copy()
+        tensors[name].reshape(-1)[[7, 11]] = value
+
+    edit_tensors(checkpoint, damage)
+    size = int(np.prod(load_file(checkpoint / "model.safetensors")[name].shape))
+    refused(["export", checkpoint, tmp_path / "out", "-e", 1], f"tensor {name}", f"in 2 of {size} values")
+    assert left_behind(tmp_path) == ["checkpoint"]
+
+
+QUANTIZED: dict[str, tuple[dict[str, Any], str]] = {
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes to 4 bit"),
+    "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes to 8 bit"),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq to 4 bit"),
+    "awq": ({"quant_method": "awq", "w_bit": 4}, "awq to 4 bit"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    "modelopt": ({"quant_algo": "NVFP4"}, "NVFP4"),
+    "no name": ({"bits": 3}, "what quantization_config describes to 3 bit"),
+}
+
+
+@pytest.mark.parametrize("tool", QUANTIZED)
+def test_a_quantized_checkpoint_is_refused_by_the_name_of_its_tool(
+    checkpoint: Path, tmp_path: Path, refused: Refused, tool: str
+) -> None:
+    section, says = QUANTIZED[tool]
+    edit_json(checkpoint / "config.json", quantization_config=section)
+    error = refused(["export", checkpoint, tmp_path / "out", "-e", 1], f"is quantized by {says}", "shortstack quantize")
+    assert "model.layers" not in error
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tool"),
+    [
+        ("weight.absmax", "bitsandbytes"),
+        ("qweight", "GPTQ or AWQ"),
+        ("weight_packed", "compressed-tensors"),
+        ("weight_scale_inv", "fp8"),
+    ],
+)
+def test_a_quantized_checkpoint_whose_config_does_not_say_so_is_known_by_its_tensors(
+    checkpoint: Path, tmp_path: Path, refused: Refused, suffix: str, tool: str
+) -> None:
+    stem = DOWN.removesuffix("weight")
+    edit_tensors(checkpoint, lambda tensors: tensors.update({f"{stem}{suffix}": np.zeros(4, np.float32)}))
+    refused(["export", checkpoint, tmp_path / "out", "-e", 1], f"is quantized by {tool}")
+
+
+def test_the_default_context_of_a_bundle_is_bounded_and_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_json(checkpoint / "config.json", max_position_embeddings=10**9)
+    assert run(["export", str(checkpoint), str(tmp_path / "out"), "-e", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: the model's context is 1000000000 tokens, the bundle's 131072; --max-length asks for more" in said
+    assert open_bundle(tmp_path / "out").manifest.max_length == DEFAULT_LONGEST
+
+
+def test_a_context_that_no_memory_holds_is_refused(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
+    edit_json(checkpoint / "config.json", max_position_embeddings=10**9)
+    refused(["export", checkpoint, tmp_path / "out", "--max-length", 10**9], "--max-length", f"at most {LONGEST}")
