@@ -196,7 +196,7 @@ class AdaptedCheckpoint:
         try:
             with np.errstate(over="ignore"):
                 return np.asarray(self._tensors.get_tensor(name), dtype=np.float32)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise CheckpointError(f"{self._weights_file}: tensor {name} cannot be read ({error})") from None
 
 
@@ -230,7 +230,7 @@ def _files(folder: Path) -> tuple[Path, Path]:
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(
             f"{file} is not a complete safetensors file ({error})", remedy="download it again, or save it again"
         ) from None

@@ -118,7 +118,7 @@ def _id_maps(plan: SplitPlan, exit_weights: Mapping[str, npt.NDArray[np.generic]
 
 
 def _open(request: ExportSpec) -> Checkpoint:
-    checkpoint = open_checkpoint(request.checkpoint, revision=request.revision)
+    checkpoint = open_checkpoint(request.checkpoint, revision=request.revision, follow_links=request.follow_links)
     return checkpoint if request.adapter is None else AdaptedCheckpoint(checkpoint, request.adapter)
 
 

@@ -52,6 +52,11 @@ from shortstack.graphs.errors import RequestError
     "Model",
     click.option("--revision", help="Branch, tag or commit of a hub id."),
     click.option(
+        "--follow-links",
+        is_flag=True,
+        help="Read files of CHECKPOINT that are links out of its folder. Those of the hub's cache always are read.",
+    ),
+    click.option(
         "--adapter",
         type=click.Path(path_type=Path),
         metavar="FOLDER",
@@ -89,6 +94,7 @@ def export(
     adapter: Path | None,
     max_length: int | None,
     revision: str | None,
+    follow_links: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -114,6 +120,7 @@ def export(
             keep_blocks=keep_blocks,
             max_length=max_length,
             revision=revision,
+            follow_links=follow_links,
             overwrite=overwrite,
             adapter=adapter,
             exits=exits,

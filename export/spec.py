@@ -41,6 +41,7 @@ class ExportSpec:
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.
         adapter: The folder of a LoRA adapter to merge, as peft saves it.
+        follow_links: Follow links that lead out of the checkpoint's folder. Those of the hub's cache always are.
     """
 
     checkpoint: str
@@ -55,6 +56,7 @@ class ExportSpec:
     overwrite: bool = False
     adapter: Path | None = None
     exits: Path | None = None
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:

@@ -24,13 +24,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from shortstack.export.checkpoint.config import parse_json_object
 from shortstack.export.checkpoint.hf import member
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError
 from shortstack.graphs.exit_parts import HEAD_IDS, exit_parts
 from shortstack.graphs.layer_parts import Shape
 from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.read_file import parse_json_object, read_file
 from shortstack.graphs.spec import ModelSpec
 
 EXITS_FILE = "exits.json"
@@ -84,6 +84,8 @@ def write_exits(
 ) -> None:
     """Write a folder of exits; other files in it stay.
 
+    Whenever this stops, ``exits.json`` describes the weights beside it, or is not there.
+
     Args:
         folder: The folder to write; created if it does not exist.
         spec: The model that the exits are for.
@@ -111,6 +113,7 @@ def write_exits(
         partial[EXITS_FILE].write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         _read_specs(partial[EXITS_FILE], spec)
         _read_tensors(partial[EXIT_WEIGHTS_FILE], shapes, spec)
+        (folder / EXITS_FILE).unlink(missing_ok=True)  # so that it never describes the weights of other exits
         for name, path in partial.items():
             os.replace(path, folder / name)
     except OSError as error:
@@ -136,14 +139,8 @@ def _required(folder: Path, name: str) -> Path:
 
 
 def _read_specs(path: Path, spec: ModelSpec) -> tuple[ExitSpec, ...]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
-    if len(content) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is too long", expected=f"at most {_MAX_JSON_BYTES:,} bytes", remedy=_RETRAIN)
-    data = parse_json_object(content, path)
+    content = read_file(path, CheckpointError, _RETRAIN, limit=_MAX_JSON_BYTES)
+    data = parse_json_object(content, path, CheckpointError, _RETRAIN)
     version = data.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
@@ -211,7 +208,7 @@ def _read_tensors(path: Path, shapes: Mapping[str, Shape], spec: ModelSpec) -> d
                         problems.append(f"{name} is not ascending token ids below {spec.vocab_size}")
                     elif not is_ids and not np.isfinite(found[name]).all():
                         problems.append(f"{name} has values that are not finite")
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file ({error})", remedy=_RETRAIN) from None
     if problems:
         shown = "; ".join(problems[:10]) + (f"; {len(problems) - 10} more" if len(problems) > 10 else "")

@@ -6,6 +6,7 @@ Knows nothing about ONNX or tensors; sizes, hashes and names only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -19,9 +20,11 @@ from typing import Any
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import BundleError
+from shortstack.graphs.exchange import exchange
 from shortstack.graphs.manifest import FileEntry, Manifest, read_manifest, with_files
 from shortstack.graphs.path_kind import PathKind, bundle_name, export_command, not_a_bundle, path_kind
 from shortstack.graphs.plan import Segment
+from shortstack.graphs.write_file import replace_file
 
 _CHUNK_BYTES = 1 << 22
 
@@ -39,14 +42,14 @@ class Bundle:
 
 
 def open_bundle(folder: str | Path, *, verify_hashes: bool = False) -> Bundle:
-    """Open a bundle and check its files against bundle.json.
+    """Open a bundle and check its files against bundle.json, which may all be links, as in the hub's cache.
 
     Args:
         folder: The bundle.
         verify_hashes: Also hash every file; takes about a second per gigabyte.
 
     Raises:
-        BundleError: Naming every file that is missing, of another size, a link, or (on request) of another hash.
+        BundleError: Naming every file that is missing, of another size, or (on request) of another hash.
     """
     folder = Path(folder)
     if (kind := path_kind(folder)) is not PathKind.BUNDLE:
@@ -57,9 +60,7 @@ def open_bundle(folder: str | Path, *, verify_hashes: bool = False) -> Bundle:
     problems: list[str] = []
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.is_symlink():
-            problems.append(f"{name} is a symbolic link")
-        elif not path.is_file():
+        if not path.is_file():
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes, bundle.json says {entry.bytes}")
@@ -130,38 +131,20 @@ def put_file(bundle: Bundle, name: str, content: bytes) -> Bundle:
     after = with_files(path, written)
     if name in files:
         _write_json(path, with_files(path, others))
-    _write_beside(bundle.folder / name, content)
+    replace_file(bundle.folder / name, content)
     _write_json(path, after)
     return Bundle(bundle.folder, replace(bundle.manifest, files=written))
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    _write_beside(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _write_beside(path: Path, content: bytes) -> None:
-    """Write a file under another name first, so that its own name never stands for half of it.
-
-    The other name can be guessed, so what has it already is removed and never written through.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.unlink(missing_ok=True)  # of a killed process, or a planted link: a link is removed, not its target
-    try:
-        with open(partial, "xb", opener=_open_new) as file:
-            file.write(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _open_new(path: str, flags: int) -> int:
-    """Open a file as the mode x does (O_CREAT | O_EXCL), and refuse links where a file system forgets to."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    replace_file(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 @contextlib.contextmanager
 def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty sibling of ``out``; rename it to ``out`` when the block ends, remove it when it raises.
+    """Yield an empty sibling of ``out``; give it the name ``out`` when the block ends, remove it when it raises.
+
+    Whenever this stops, the name stands for the whole bundle before or for the whole one after.
 
     Args:
         out: Where the bundle will be. May exist as an empty folder.
@@ -171,49 +154,73 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         BundleError: ``out`` is in the way, or its folder cannot be written.
     """
     out = Path(os.path.abspath(out))
+    _clear_up(out)
     check_free(out, overwrite)
     staging = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
         staging.mkdir()
     except OSError as error:
         raise BundleError(f"{out.parent} cannot be written: {error}", remedy="choose another folder") from None
     try:
         yield staging
-        _put_in_place(staging, out)
+        _put_in_place(staging, out, overwrite)
     except OSError as error:  # a full disk names no file
         raise BundleError(f"{out} cannot be written: {error}", remedy="make room, or choose another folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _put_in_place(staging: Path, out: Path) -> None:
-    """Rename a finished folder to its name, setting aside what has that name until it is done."""
-    old = out.parent / f".{out.name}.old-{os.getpid()}"
+def _put_in_place(staging: Path, out: Path, overwrite: bool) -> None:
+    """Give a finished folder its name; what had it is removed afterwards, and is whole until then.
+
+    Without ``overwrite`` a bundle that came there meanwhile stays: a folder can be renamed onto an empty one only.
+    """
     try:
-        if out.exists():
-            out.rename(old)
-        try:
+        check_free(out, overwrite)  # once more: the export took its time
+        if not overwrite or not out.exists():
             staging.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
+        elif not exchange(staging, out):
+            _set_aside(staging, out)
     except OSError as error:
-        raise BundleError(
-            f"{out} cannot be put in place: {error}",
-            remedy=f"look for the bundle before in {old}" if old.exists() else "choose another folder",
-        ) from None
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise BundleError(
+                f"{out} was written by another process meanwhile", remedy="choose another name, or pass --overwrite"
+            ) from None
+        raise BundleError(f"{out} cannot be put in place: {error}", remedy="choose another folder") from None
+
+
+def _set_aside(staging: Path, out: Path) -> None:
+    """Replace a bundle by two renames; between them only ``.OUT.old-PROCESS`` is there: see :func:`_clear_up`."""
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    if out.exists():
+        out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Remove what an export to the same place left behind when it was killed."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        process = path.name.rpartition("-")[2]
-        if not process.isdecimal() or not _is_running(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
+def _clear_up(out: Path) -> None:
+    """Restore the bundle that a killed process had set aside, and remove what it had not finished."""
+    name = glob.escape(out.name)
+    for old in sorted(out.parent.glob(f".{name}.old-*")):
+        if _is_abandoned(old):
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(out)
+    for partial in out.parent.glob(f".{name}.partial-*"):
+        if _is_abandoned(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    process = path.name.rpartition("-")[2]
+    return not process.isdecimal() or not _is_running(int(process))
 
 
 def _is_running(process: int) -> bool:

@@ -87,7 +87,7 @@ def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
 def _read_calibration(bundle: Bundle, request: QuantizeSpec) -> Rows:
     """Read the calibration text in rows that fit the bundle's context."""
     length, tokens = row_length(bundle.manifest.max_length), request.calibration_tokens
-    return read_rows(request.calibration, "--calibration", open_tokenizer(bundle.folder), tokens, length)
+    return read_rows(request.calibration, "--calibration", open_tokenizer(bundle), tokens, length)
 
 
 def _write(

@@ -26,7 +26,7 @@ def read_report_texts(request: ReportSpec) -> ReportTexts:
         RequestError: The text cannot be read, or holds too little.
     """
     source = open_bundle(request.source)
-    tokenizer, longest = open_tokenizer(source.folder), source.manifest.max_length
+    tokenizer, longest = open_tokenizer(source), source.manifest.max_length
     heldout = read_rows(request.heldout, "--heldout", tokenizer, request.heldout_tokens, row_length(longest))
     found = read_prompts(request.heldout, "--heldout", tokenizer, request.prompts)
     return ReportTexts(heldout, tuple(prompt[: max(1, longest // 2)] for prompt in found))  # room to continue

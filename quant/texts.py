@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.read_file import parse_json, read_text
 from shortstack.runtime.text.tokenizer import Tokenizer
@@ -43,9 +44,9 @@ def row_length(max_length: int) -> int:
     return min(_ROW_TOKENS, max_length)
 
 
-def open_tokenizer(folder: Path) -> Tokenizer:
+def open_tokenizer(bundle: Bundle) -> Tokenizer:
     """Return the tokenizer of a bundle."""
-    return Tokenizer.load(folder)
+    return Tokenizer.load(bundle.folder, bundle.manifest.files)
 
 
 def read_prompts(path: Path, option: str, tokenizer: Tokenizer, count: int) -> tuple[tuple[int, ...], ...]:

@@ -115,7 +115,7 @@ class Model:
         self.bundle = bundle
         self._prefill_passes = check_passes(prefill_passes)
         with ThreadPoolExecutor(1) as pool:  # onnxruntime packs weights meanwhile
-            tokenizer = pool.submit(Tokenizer.load, bundle.folder)
+            tokenizer = pool.submit(Tokenizer.load, bundle.folder, bundle.manifest.files)
             self.graphs = open_graphs(bundle, providers, threads, upper)
             self.tokenizer = tokenizer.result()
         self.cache = self.graphs.new_cache(bundle.manifest.max_length)

@@ -7,6 +7,9 @@ never opened.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from shortstack.export.checkpoint.checkpoint import (
 from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.links import stays_inside
 from shortstack.graphs.names import TEXT_FILES
 from shortstack.graphs.read_file import read_file
 from shortstack.graphs.spec import ModelSpec
@@ -47,23 +51,25 @@ class HuggingFaceCheckpoint:
     Args:
         folder: The folder.
         source: The name that the user gave, if it is not the folder itself, such as a hub id.
+        follow_links: Follow links that lead out of the folder.
 
     Raises:
         CheckpointError: A file is missing, damaged or outside the folder.
         UnsupportedError: The weights are there only as pickles.
     """
 
-    def __init__(self, folder: Path, source: str | None = None) -> None:
+    def __init__(self, folder: Path, source: str | None = None, *, follow_links: bool = False) -> None:
         self.source = str(folder) if source is None else source
         self.folder_or_file = folder
-        config_file = member(folder, "config.json")
+        self._follow_links = follow_links
+        config_file = member(folder, "config.json", follow_links=follow_links)
         if config_file is None:
             raise CheckpointError(
                 f"{folder} has no config.json",
                 remedy="name a folder that transformers' save_pretrained wrote, or a .gguf",
             )
         self.config = Config(parse_json_object(_read(config_file), config_file), str(config_file))
-        promised = find_weight_files(folder)
+        promised = find_weight_files(folder, follow_links=follow_links)
         self._shards = {file: _open(file) for file in promised}
         self._file_of: dict[str, Path] = {}
         for file, shard in self._shards.items():
@@ -103,7 +109,7 @@ class HuggingFaceCheckpoint:
             )
         try:
             value: npt.NDArray[Any] = shard.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise CheckpointError(f"{file}: tensor {name} cannot be read ({error})") from None
         return np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
 
@@ -118,7 +124,8 @@ class HuggingFaceCheckpoint:
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that exist, and always a generation config."""
-        paths = {name: member(self.folder_or_file, name) for name in TEXT_FILES}
+        folder, follow = self.folder_or_file, self._follow_links
+        paths = {name: member(folder, name, follow_links=follow) for name in TEXT_FILES}
         found = {name: _read(path) for name, path in paths.items() if path is not None}
         return complete_files(found, self.config, str(self.folder_or_file))
 
@@ -132,7 +139,7 @@ class HuggingFaceCheckpoint:
         return self._shards[self._file_of[name]]
 
 
-def find_weight_files(folder: Path) -> dict[Path, frozenset[str]]:
+def find_weight_files(folder: Path, *, follow_links: bool = False) -> dict[Path, frozenset[str]]:
     """Return the safetensors files of a folder, sorted by name, each with the names of the tensors that an index lists.
 
     ``model.safetensors`` takes precedence over an index, as in transformers. A single ``*.safetensors`` of another name
@@ -143,12 +150,13 @@ def find_weight_files(folder: Path) -> dict[Path, frozenset[str]]:
             weights.
         UnsupportedError: There are only pickles.
     """
-    if (weights_file := member(folder, WEIGHTS_FILE)) is not None:
+    find = partial(member, folder, follow_links=follow_links)
+    if (weights_file := find(WEIGHTS_FILE)) is not None:
         return {weights_file: frozenset()}
-    if (index_file := member(folder, INDEX_FILE)) is not None:
-        return _files_of_index(folder, index_file)
+    if (index_file := find(INDEX_FILE)) is not None:
+        return _files_of_index(folder, index_file, find)
     candidates = sorted(file.name for file in folder.glob("*.safetensors"))
-    if len(candidates) == 1 and (weights_file := member(folder, candidates[0])) is not None:
+    if len(candidates) == 1 and (weights_file := find(candidates[0])) is not None:
         return {weights_file: frozenset()}
     if candidates:
         raise CheckpointError(
@@ -170,7 +178,7 @@ def find_weight_files(folder: Path) -> dict[Path, frozenset[str]]:
     )
 
 
-def _files_of_index(folder: Path, index_file: Path) -> dict[Path, frozenset[str]]:
+def _files_of_index(folder: Path, index_file: Path, find: Callable[[str], Path | None]) -> dict[Path, frozenset[str]]:
     index = Config(parse_json_object(_read(index_file), index_file), str(index_file))
     weight_map = index.section("weight_map")
     if weight_map is None or not weight_map.data:
@@ -183,7 +191,7 @@ def _files_of_index(folder: Path, index_file: Path) -> dict[Path, frozenset[str]
                 found=f"the shard name {shard!r}",
                 expected="a plain file name in the same folder",
             )
-    files = {shard: member(folder, shard) for shard in shards}
+    files = {shard: find(shard) for shard in shards}
     missing = [shard for shard, file in files.items() if file is None]
     if missing:
         raise CheckpointError(
@@ -197,27 +205,30 @@ def _files_of_index(folder: Path, index_file: Path) -> dict[Path, frozenset[str]
     }
 
 
-def member(folder: Path, name: str) -> Path | None:
+def member(folder: Path, name: str, *, follow_links: bool = False) -> Path | None:
     """Return the path of a file in a checkpoint folder, or None; the file must not be a link that leads out of it.
 
     A snapshot in the hub's cache, ``models--org--name/snapshots/<commit>/``, consists of links into
-    ``models--org--name/blobs/``; those are allowed.
+    ``models--org--name/blobs/``; those are allowed, wherever the cache itself lies.
+
+    Args:
+        folder: The folder.
+        name: The file's name in it.
+        follow_links: Follow links that lead out of it, too.
 
     Raises:
         CheckpointError: The file is a link that leads out of the folder, or cannot be accessed.
     """
     path = folder / name
     try:
-        home, target = folder.resolve(), path.resolve()
+        is_inside = follow_links or stays_inside(path, folder)
         is_file = path.is_file()
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle, before Python 3.13
         raise CheckpointError(f"{path} cannot be read ({error})") from None
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not is_inside:
         raise CheckpointError(
-            f"{path} is a link that leads out of the folder, to {target}", remedy="copy the file into the folder"
+            f"{path} is a link that leads out of the folder, to {os.path.realpath(path)}",
+            remedy="copy the file into the folder; where the folder is your own, --follow-links reads it as it is",
         )
     return path if is_file else None
 

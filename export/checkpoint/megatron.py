@@ -36,7 +36,7 @@ from shortstack.export.checkpoint.megatron_config import (
     read_exits,
     vocabulary_rows,
 )
-from shortstack.export.checkpoint.megatron_files import TRACKER_FILE, iteration_folder, open_all, open_first
+from shortstack.export.checkpoint.megatron_files import TRACKER_FILE, Find, iteration_folder, open_all, open_first
 from shortstack.export.checkpoint.megatron_merge import Merger, Piece, collect_shards, layer_pieces, mlp_pieces
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs import names
@@ -59,19 +59,22 @@ class MegatronCheckpoint:
     Args:
         folder: The folder.
         source: The name that the user gave, if it is not the folder itself.
+        follow_links: Follow links that lead out of the folder.
 
     Raises:
         CheckpointError: A file is missing, damaged or outside the folder, or the files do not fit together.
         UnsupportedError: The model cannot be exported, or a file holds objects that may run code.
     """
 
-    def __init__(self, folder: Path, source: str | None = None) -> None:
+    def __init__(self, folder: Path, source: str | None = None, *, follow_links: bool = False) -> None:
         self.source = str(folder) if source is None else source
-        self.folder_or_file = iteration_folder(folder)
+        find = partial(member, follow_links=follow_links)
+        self._find: Find = find
+        self.folder_or_file = iteration_folder(folder, find)
         above = folder.resolve().parent
         is_iteration = self.folder_or_file == folder and (above / TRACKER_FILE).is_file()
         self._homes = [folder, above] if is_iteration else [folder]  # folders that may hold the tokenizer
-        first = open_first(folder, self.folder_or_file)
+        first = open_first(folder, self.folder_or_file, find)
         self._args = read_args(first.args, str(first.path))
         config = hugging_face_config(self._args, first.version)
         self._exits = read_exits(self._args)
@@ -79,6 +82,7 @@ class MegatronCheckpoint:
             folder,
             self.folder_or_file,
             first,
+            find,
             ranks=self._args.read(int, "tensor_model_parallel_size"),
             stages=self._args.read(int, "pipeline_model_parallel_size"),
         )
@@ -212,7 +216,7 @@ class MegatronCheckpoint:
         return vocabulary_rows(self._args, padded, 1 + max(tokenizer.get_vocab().values(), default=-1))
 
     def _read(self, name: str) -> bytes | None:
-        path = next((path for home in self._homes if (path := member(home, name)) is not None), None)
+        path = next((path for home in self._homes if (path := self._find(home, name)) is not None), None)
         return None if path is None else read_file(path, CheckpointError)
 
     def _piece(self, name: str) -> Piece:

@@ -19,14 +19,13 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shortstack.export.checkpoint.hf import member
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -63,6 +62,9 @@ _IGNORED = (
 )
 _ALLOWED: list[Any] = [argparse.Namespace, *((Ignored, name) for name in _IGNORED)]
 
+Find = Callable[[Path, str], Path | None]
+"""Returns the path of a file in a folder, or None; refuses links that lead out of the folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
@@ -81,7 +83,7 @@ class RankFile:
     version: object
 
 
-def iteration_folder(folder: Path) -> Path:
+def iteration_folder(folder: Path, find: Find) -> Path:
     """Return the folder that holds the ranks: the one that the tracker file names, or the folder itself.
 
     Raises:
@@ -89,7 +91,7 @@ def iteration_folder(folder: Path) -> Path:
     """
     if any(folder.glob("mp_rank_*")):
         return folder
-    tracker = member(folder, TRACKER_FILE)
+    tracker = find(folder, TRACKER_FILE)
     if tracker is None:
         raise CheckpointError(
             f"{folder} has no {TRACKER_FILE} to say which of {', '.join(_iterations(folder)[:_MAX_LISTED])} to read",
@@ -113,19 +115,20 @@ def iteration_folder(folder: Path) -> Path:
     return found
 
 
-def open_first(home: Path, folder: Path) -> RankFile:
+def open_first(home: Path, folder: Path, find: Find) -> RankFile:
     """Open the file of the first rank.
 
     Args:
         home: The folder that no link may lead out of.
         folder: The folder of the ranks.
+        find: Returns the path of a file in a folder.
 
     Raises:
         CheckpointError: The file is missing or damaged.
         UnsupportedError: It holds objects that are not unpickled.
     """
     for name in ("mp_rank_00", "mp_rank_00_000"):
-        if (path := member(home, str((folder / name / RANK_FILE).relative_to(home)))) is not None:
+        if (path := find(home, str((folder / name / RANK_FILE).relative_to(home)))) is not None:
             return _open(path)
     raise CheckpointError(
         f"{folder} has no mp_rank_00/{RANK_FILE} and no mp_rank_00_000/{RANK_FILE}",
@@ -133,13 +136,16 @@ def open_first(home: Path, folder: Path) -> RankFile:
     )
 
 
-def open_all(home: Path, folder: Path, first: RankFile, ranks: int, stages: int) -> tuple[tuple[RankFile, ...], ...]:
+def open_all(
+    home: Path, folder: Path, first: RankFile, find: Find, ranks: int, stages: int
+) -> tuple[tuple[RankFile, ...], ...]:
     """Open the files of all ranks.
 
     Args:
         home: The folder that no link may lead out of.
         folder: The folder of the ranks.
         first: The file of the first rank.
+        find: Returns the path of a file in a folder.
         ranks: Number of tensor-parallel ranks.
         stages: Number of pipeline stages.
 
@@ -162,7 +168,7 @@ def open_all(home: Path, folder: Path, first: RankFile, ranks: int, stages: int)
         for stage in range(stages if has_stages else 1)
     ]
     paths = [
-        [member(home, str((folder / name / RANK_FILE).relative_to(home))) for name in names_of_stage]
+        [find(home, str((folder / name / RANK_FILE).relative_to(home))) for name in names_of_stage]
         for names_of_stage in wanted
     ]
     flat = [name for names_of_stage in wanted for name in names_of_stage]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from shortstack.graphs import names
@@ -11,13 +16,41 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError
 
 
-def read_tensors(bundle: Bundle) -> Mapping[str, ir.TensorProtocol]:
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in weights.data.
+
+    onnx-ir's own external tensors refuse a file with several hard links, which is what backups make of a bundle, or one
+    that is a link, as in the hub's cache. Here the file is the one that bundle.json lists, with its size and hash.
+
+    Attributes:
+        path: The bundle's weights.data.
+        offset: Its first byte there.
+        dtype: Its type.
+        shape: Its shape.
+    """
+
+    path: Path
+    offset: int
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+
+    def numpy(self) -> npt.NDArray[np.generic]:
+        """Return the values, mapped from the file."""
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+
+def read_tensors(bundle: Bundle) -> Mapping[str, StoredTensor]:
     """Return every external tensor of a bundle; values are mapped from the file when they are asked for.
 
     Raises:
-        BundleError: A graph cannot be read, or refers to another file than the bundle's own weights.data.
+        BundleError: A graph cannot be read, or refers to another file than the bundle's own weights.data, or to bytes
+            that are not in it.
     """
-    found: dict[str, ir.TensorProtocol] = {}
+    found: dict[str, StoredTensor] = {}
+    size = bundle.manifest.files[names.WEIGHTS_FILE].bytes
     for segment in bundle.manifest.plan.segments:
         path = bundle.graph_path(segment)
         try:
@@ -35,5 +68,18 @@ def read_tensors(bundle: Bundle) -> Mapping[str, ir.TensorProtocol]:
                     expected=names.WEIGHTS_FILE,
                     remedy="re-export the bundle",
                 )
-            found.setdefault(name, tensor)
+            found.setdefault(name, _stored(bundle, path, name, tensor, size))
     return found
+
+
+def _stored(bundle: Bundle, graph: Path, name: str, tensor: ir.ExternalTensor, size: int) -> StoredTensor:
+    dtype, shape = np.dtype(tensor.dtype.numpy()), tuple(int(dim) for dim in tensor.shape.numpy())
+    offset, length = tensor.offset or 0, prod(shape) * dtype.itemsize
+    if min(offset, length) < 0 or offset + length > size or tensor.length not in (None, length):
+        raise BundleError(
+            f"{graph}: tensor {name}",
+            found=f"bytes {offset} to {offset + (tensor.length or length)} for {dtype} {list(shape)}",
+            expected=f"{length} bytes within the {size} of {names.WEIGHTS_FILE}",
+            remedy="re-export the bundle",
+        )
+    return StoredTensor(bundle.folder / names.WEIGHTS_FILE, offset, dtype, shape)

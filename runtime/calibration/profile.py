@@ -8,7 +8,6 @@ weights changes the confidences, so the thresholds of a float model are not vali
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.read_file import parse_json_object, read_file
+from shortstack.graphs.write_file import write_whole
 from shortstack.runtime.calibration.dissimilarity import Loss
 from shortstack.runtime.calibration.learn_then_test import Test
 from shortstack.runtime.calibration.profile_fields import check_fields
@@ -123,14 +123,21 @@ def precision_words(manifest: Manifest) -> str:
     return "; ".join([manifest.dtype, *formats, *cache])
 
 
-def write_profile(profile: Profile, path: Path) -> None:
-    """Write a profile as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(profile.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def write_profile(profile: Profile, path: Path, *, follow_links: bool = True) -> None:
+    """Write a profile as a whole or not at all.
+
+    Args:
+        profile: The profile.
+        path: The file.
+        follow_links: Write through a link. Otherwise it is replaced: in a bundle it leads to the hub's cache, or out.
+
+    Raises:
+        RequestError: The file cannot be written.
+    """
+    content = (json.dumps(profile.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
+    if path.is_symlink() and not follow_links:
+        path.unlink()
+    write_whole(path, content, RequestError, f"--out {path}")
 
 
 def read_profile(path: str | Path) -> Profile:

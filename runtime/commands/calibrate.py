@@ -137,7 +137,7 @@ def calibrate(
     with progress_stages() as stage:
         found = run_calibration(model, prompts.ids, spec, stage)
     profile = found.profile(data.stem if name is None else name, model)
-    write_profile(profile, target)
+    write_profile(profile, target, follow_links=out is not None)
     if as_json:
         click.echo(json.dumps(profile.to_json()))
     else:
@@ -159,7 +159,7 @@ def _check_target(target: Path) -> None:
     """Refuse a place where the profile cannot be written, before hours of work, or must not."""
     if not target.parent.is_dir():
         raise RequestError(f"--out {target}: {target.parent} is not a folder", remedy="make it first")
-    if target.exists() or target.is_symlink():
+    if target.is_file() or target.is_dir():  # what else there may be is written to, such as /dev/stdout
         try:
             read_profile(target)
         except RequestError:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import jinja2
 
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.write_file import write_whole
 from shortstack.runtime.inspection import words as words
 from shortstack.runtime.inspection.picture import SEGMENT_COLOURS, draw_stack, segment_css
 from shortstack.runtime.inspection.report import Report
-from shortstack.runtime.inspection.whole_file import write_whole
 
 _TEMPLATE = "page.html.jinja"
 
@@ -66,7 +67,7 @@ def write_html(report: Report, path: Path) -> None:
     Raises:
         RequestError: The file cannot be written.
     """
-    write_whole(render_html(report), path, "--html")
+    write_whole(path, render_html(report).encode(), RequestError, f"--html {path}")
 
 
 def _shares(report: Report) -> list[Share]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.names import (
     CHAT_TEMPLATE_FILE,
     GENERATION_CONFIG_FILE,
+    TEXT_FILES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
@@ -87,8 +88,12 @@ class Tokenizer:
         self.bos_token_id: int | None = bos[0] if bos else None
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, listed: Container[str] | None = None) -> Tokenizer:
         """Read the tokenizer files of a bundle (or of a Hugging Face checkpoint folder).
+
+        Args:
+            folder: The folder.
+            listed: The files that bundle.json lists; others count as absent. None: every file there is read.
 
         Raises:
             BundleError: tokenizer.json is missing, or one of the files is malformed.
@@ -107,13 +112,16 @@ class Tokenizer:
         # Both are left over from a training run; a prompt must be encoded whole and without padding.
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json_object(folder / TOKENIZER_CONFIG_FILE)
-        template_path = folder / CHAT_TEMPLATE_FILE
+        present = {name for name in TEXT_FILES if (folder / name).is_file() and (listed is None or name in listed)}
+        config = _read_json_object(folder / TOKENIZER_CONFIG_FILE) if TOKENIZER_CONFIG_FILE in present else {}
+        generation = _read_json_object(folder / GENERATION_CONFIG_FILE) if GENERATION_CONFIG_FILE in present else {}
         return cls(
             backend,
             config=config,
-            generation_config=_read_json_object(folder / GENERATION_CONFIG_FILE),
-            chat_template=_read_text(template_path) if template_path.is_file() else _template_from_config(config),
+            generation_config=generation,
+            chat_template=_read_text(folder / CHAT_TEMPLATE_FILE)
+            if CHAT_TEMPLATE_FILE in present
+            else _template_from_config(config),
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -295,8 +303,6 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     return read_json_object(path, BundleError, _REMEDY)
 
 

@@ -172,6 +172,30 @@ def test_a_link_out_of_the_folder_is_refused(sharded: Path, tmp_path: Path) -> N
         open_checkpoint(str(sharded))
 
 
+def test_a_link_out_of_the_folder_is_followed_if_asked_for(sharded: Path, tmp_path: Path) -> None:
+    (sharded / "a.safetensors").rename(tmp_path / "elsewhere")
+    (sharded / "a.safetensors").symlink_to(tmp_path / "elsewhere")
+    opened = open_checkpoint(str(sharded), follow_links=True)
+    assert opened.names() == frozenset(SHAPES)
+    for name in opened.names():
+        assert opened.tensor(name).shape == SHAPES[name]
+
+
+@pytest.mark.parametrize("linked", ["blobs", "the cache"])
+def test_the_cache_of_the_hub_may_lie_on_another_disk(tmp_path: Path, linked: str) -> None:
+    home, disk = tmp_path / "cache" / "models--o--n", tmp_path / "disk"
+    for folder in ("snapshots", "blobs"):
+        (home / folder).mkdir(parents=True)
+    target = write(home / "snapshots" / "abc", tensors())
+    for number, file in enumerate(sorted(target.iterdir())):
+        file.rename(home / "blobs" / f"{number:040x}")
+        file.symlink_to(f"../../blobs/{number:040x}")
+    moved = home.parent if linked == "the cache" else home / linked
+    moved.rename(disk)
+    moved.symlink_to(disk)
+    assert open_checkpoint(str(target)).names() == frozenset(SHAPES)
+
+
 def test_a_tokenizer_that_links_to_a_secret_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", tensors())
     (tmp_path / "secret").write_text("{}")

@@ -21,6 +21,7 @@ from helpers.kv_bundles import KVBundles
 from helpers.kv_cases import early, exits_of
 from helpers.quantized import INT4, INT8, QuantizedBundles, open_session, preset, stored_tensors
 from shortstack.graphs import names
+from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.kv_map import placement, producers
 from shortstack.graphs.precision import BlockFormat
@@ -55,7 +56,7 @@ def source_of(kv_bundles: KVBundles, case: str) -> Path:
 
 
 def text_of(bundle: Path, count: int) -> list[int]:
-    rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(bundle), 1024)
+    rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(open_bundle(bundle)), 1024)
     ids: list[int] = rows[-1, :count].tolist()
     return ids
 

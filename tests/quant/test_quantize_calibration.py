@@ -33,7 +33,7 @@ _WATCHED = "watched."
 
 
 def rows_of(bundle: Path, tokens: int = 512) -> npt.NDArray[np.int64]:
-    return read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(bundle), tokens, 64)
+    return read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(open_bundle(bundle)), tokens, 64)
 
 
 @MODEL
@@ -145,7 +145,7 @@ def test_a_searched_mix_stays_under_its_limit_and_a_larger_limit_is_cheaper(
     tiny_bundles: TinyBundles, tmp_path: Path, tiny: TinyModel
 ) -> None:
     source = tiny_bundles.bundle(tiny, 1)
-    rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(source), TOKENS)
+    rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(open_bundle(source)), TOKENS)
     measured = rows[-(len(rows) // 4) :]  # what the search does not round for
     activations = [load(source).activations(row.tolist()).heads[tiny.layers] for row in measured]
     sizes, everything = [], units(Source(open_bundle(source)))

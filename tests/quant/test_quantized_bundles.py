@@ -42,7 +42,7 @@ EXITS = (1, 3, 4)
 
 
 def text_of(bundle: Path) -> list[int]:
-    rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(bundle), 512)
+    rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(open_bundle(bundle)), 512)
     ids: list[int] = rows[1, :100].tolist()
     return ids
 

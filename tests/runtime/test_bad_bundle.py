@@ -42,10 +42,14 @@ def flip(path: Path) -> None:
         file.write(bytes([byte ^ 255]))
 
 
-def link(path: Path) -> None:
-    moved = path.with_name("elsewhere")
-    path.rename(moved)
-    path.symlink_to(moved)
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("elsewhere")
+
+
+def link_to_a_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
 
 
 FILES = ("weights.data", "layers-01-03.onnx", "tokenizer.json", "draft-vocab-01.npy")
@@ -54,8 +58,13 @@ FILES = ("weights.data", "layers-01-03.onnx", "tokenizer.json", "draft-vocab-01.
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     ("damage", "says"),
-    [(cut, "bytes, bundle.json says"), (Path.unlink, "is missing"), (link, "is a symbolic link")],
-    ids=["cut", "missing", "link"],
+    [
+        (cut, "bytes, bundle.json says"),
+        (Path.unlink, "is missing"),
+        (link_to_nothing, "is missing"),
+        (link_to_a_device, "is missing"),
+    ],
+    ids=["cut", "missing", "dangling link", "endless"],
 )
 def test_a_damaged_file_of_a_bundle_is_named(
     bundle: Path, refused: Refused, file: str, damage: Callable[[Path], object], says: str

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import jinja2
 
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.write_file import write_whole
 from shortstack.runtime.commands.exit_report import drawing
 from shortstack.runtime.commands.exit_report.report import BUCKETS, ExitReport, ReportToken, spread_of
 from shortstack.runtime.commands.exit_report.spread import Spread, speed_words
 from shortstack.runtime.commands.show import FinishedRun
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.policy import KVPolicy, Verify
-from shortstack.runtime.inspection.whole_file import write_whole
 from shortstack.runtime.inspection.words import layers as range_words
 from shortstack.runtime.inspection.words import printable, short_hash
 
@@ -75,7 +76,7 @@ def write_page(report: ExitReport, path: Path) -> None:
     Raises:
         RequestError: The file cannot be written.
     """
-    write_whole(render_page(report), path, "--report")
+    write_whole(path, render_page(report).encode(), RequestError, f"--report {path}")
 
 
 def visible(text: str) -> str:
