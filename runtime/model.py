@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
@@ -21,8 +23,9 @@ from typing import Any, Unpack
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.sequence import TokenSequence
-from shortstack.runtime.decode.step import Stats
-from shortstack.runtime.decode.stream import FinishReason, Stream
+from shortstack.runtime.decode.step import Stats, Step
+from shortstack.runtime.decode.stream import FinishReason, Stream, close_steps
+from shortstack.runtime.decode.turns import Turns
 from shortstack.runtime.engine.open_graphs import open_graphs
 from shortstack.runtime.engine.passes import PrefillPasses, check_passes
 from shortstack.runtime.engine.row_classes import fewest_rows
@@ -89,6 +92,11 @@ class Model:
 
     As a context manager, it is closed at the end, which frees its memory.
 
+    Threads may share a model. While one thread is in :meth:`generate`, calls of others that start a generation wait, in
+    their order. While one thread has a stream that has not ended, they are refused, since nobody knows when it will
+    end. A generation that was started first is never disturbed. :meth:`close`, and the stream's own ``cancel`` and
+    ``close``, may be called by any thread at any time: the generation then ends after the step that is running.
+
     Args:
         bundle: The bundle.
         providers: See :func:`load`.
@@ -123,7 +131,12 @@ class Model:
         self._stacks: dict[tuple[int, ...], Stack] = {}
         self._sequence = TokenSequence()
         self._loops = Loops(self._sequence)
-        self._stream: Stream | None = None
+        self._turns = Turns()  # held by generate, and by whatever starts a generation
+        self._lock = threading.RLock()  # held while the loop runs a step
+        # The loop is kept apart from its stream: where a caller drops an unfinished stream, the loop must not end there
+        # and then, on a thread that does not hold the lock.
+        self._steps: Iterator[Step] | None = None
+        self._stream: weakref.ref[Stream] | None = None
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -138,6 +151,7 @@ class Model:
         )
 
     def __enter__(self) -> Model:
+        self._check_open()
         return self
 
     def __exit__(
@@ -175,34 +189,47 @@ class Model:
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Result:
         """Generate to the end; see :meth:`stream` for the arguments and errors."""
-        stream = self.stream(prompt, **options)
-        for _ in stream:
-            pass
+        request = make_request(prompt, **options)
+        self._check_not_stepping()
+        with self._turns:
+            stream = self.start(request)
+            for _ in stream:
+                pass
         assert stream.finish_reason is not None
         return Result(stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats)
 
     def start(self, request: Request) -> Stream:
         """Start the generation that a request describes; :meth:`stream` makes the request and calls this."""
         ids = self.encode(request.prompt, tools=request.tools, template_variables=request.template_variables)
-        stack = self._stack(request.strategy.exits_in(self.bundle.manifest.plan))
         stop_strings = StopStrings(request.stop)
-        # All checks have passed; from here on the previous generation is over.
-        if self._stream is not None:
-            self._stream.supersede()
+        self._check_not_stepping()
+        with self._turns:
+            self._check_not_in_use()
+            with self._lock:
+                self._check_open()
+                stack = self._stack(request.strategy.exits_in(self.bundle.manifest.plan))
+                # All checks have passed; from here on the previous generation is over.
+                self._end_previous()
+                return self._begin(request, ids, stack, stop_strings)
+
+    def _begin(self, request: Request, ids: Sequence[int], stack: Stack, stop_strings: StopStrings) -> Stream:
         if not request.reuse_cache:
             self._sequence.rewind(0)
         stats = Stats(prompt=len(ids), reused=self._sequence.restart(ids))
         limit = min(request.max_new_tokens, self.cache.max_length - len(ids))
-        self._stream = Stream(
-            self._loops.steps(request, stack, stats, limit),
+        self._steps = self._loops.steps(request, stack, stats, limit)
+        stream = Stream(
+            self._steps,
             stats,
             self.tokenizer,
             eos_ids=() if request.ignore_eos else self.tokenizer.eos_token_ids,
             stop=stop_strings,
             limit=limit,
             limit_reason="length" if limit == request.max_new_tokens else "context",
+            lock=self._lock,
         )
-        return self._stream
+        self._stream = weakref.ref(stream)
+        return stream
 
     def encode(
         self,
@@ -245,11 +272,12 @@ class Model:
                 found=max(ids) if max(ids) >= vocab_size else min(ids),
                 expected=f"0..{vocab_size - 1}",
             )
-        if len(ids) >= self.cache.max_length:
+        max_length = self.bundle.manifest.max_length
+        if len(ids) >= max_length:
             raise RequestError(
                 "the prompt is too long for this bundle",
                 found=f"{len(ids)} tokens",
-                expected=f"fewer than {self.cache.max_length}, to leave room for at least one new token",
+                expected=f"fewer than {max_length}, to leave room for at least one new token",
                 remedy="shorten the prompt, or export with a larger --max-length",
             )
         return ids
@@ -263,8 +291,10 @@ class Model:
             tokens: The text.
             states: See :func:`~shortstack.runtime.engine.whole_text.run_text`.
         """
-        self._check_open()
-        return run_text(self.graphs, tokens, states)
+        with self._lock:
+            self._check_open()
+            graphs = self.graphs
+        return run_text(graphs, tokens, states)
 
     def exclusive_stack(self, exit_layers: int | Sequence[int] | None = None) -> Stack:
         """Return a stack for direct use. This ends the previous generation and forgets its cache.
@@ -272,23 +302,55 @@ class Model:
         Args:
             exit_layers: The exits that it uses; None gives the uncut stack.
         """
-        self._check_open()
-        if self._stream is not None:
-            self._stream.supersede()
-        self._sequence.rewind(0)
         wanted = () if exit_layers is None else (exit_layers,) if isinstance(exit_layers, int) else exit_layers
-        return self._stack(tuple(wanted))
+        self._check_not_stepping()
+        with self._turns:
+            self._check_not_in_use()
+            with self._lock:
+                self._check_open()
+                self._end_previous()
+                self._sequence.rewind(0)
+                return self._stack(tuple(wanted))
 
     def close(self) -> None:
-        """End a generation that is still running, and release sessions and buffers."""
-        if self._is_closed:
-            return
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        self._is_closed = True
-        self._stacks.clear()
-        del self.graphs, self.cache  # bindings, sessions and buffers go with them
+        """End a generation that is still running, and release sessions and buffers. Any thread may call it."""
+        stream = self._current()
+        if stream is not None:
+            stream.cancel()  # first: the thread that takes its tokens may not let go of the lock for long
+        with self._lock:
+            if self._is_closed:
+                return
+            if stream is not None:
+                stream.close()
+            self._is_closed = True
+            self._steps = None
+            self._stacks.clear()
+            del self.graphs, self.cache  # bindings, sessions and buffers go with them
+
+    def _current(self) -> Stream | None:
+        """Return the newest generation, unless its caller has dropped it."""
+        return None if self._stream is None else self._stream()
+
+    def _check_not_stepping(self) -> None:
+        """Refuse a new generation in the middle of a step of this thread, which would wait for itself."""
+        stream = self._current()
+        if stream is not None:
+            stream.check_not_stepping()
+
+    def _check_not_in_use(self) -> None:
+        """Refuse a new generation while another thread has a stream; without the lock, so as not to wait for it."""
+        stream = self._current()
+        if stream is not None:
+            stream.check_may_be_superseded()
+
+    def _end_previous(self) -> None:
+        """End the generation before, if it is still running; the caller holds the lock."""
+        stream = self._current()
+        if stream is not None:
+            stream.supersede()
+        elif self._steps is not None:
+            close_steps(self._steps)
+        self._steps = None
 
     def _check_open(self) -> None:
         if self._is_closed:

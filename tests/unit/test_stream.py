@@ -268,7 +268,7 @@ def test_a_failing_run_reaches_the_caller_and_the_model_stays_usable(tokenizer: 
         tokens.extend(stream)
     talk.assert_consistent(stream)
     stream.close()
-    assert stream.finish_reason == "cancelled"
+    assert stream.finish_reason == "error"
     assert len(list(talk.start(DraftPolicy(3), count=20))) == 20
 
 
