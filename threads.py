@@ -14,6 +14,7 @@ import os
 
 import onnxruntime as ort
 
+from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.errors import RequestError
 
 _MOST_THREADS = 1024
@@ -100,5 +101,5 @@ def describe_threads(lower: int | None, upper: int | None) -> str:
 
 
 def _check_count(threads: int | None) -> None:
-    if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        raise RequestError("threads", found=threads, expected=f"1..{_MOST_THREADS}", remedy="give the cores to use")
+    is_right = threads is None or is_whole(threads, 1, _MOST_THREADS)
+    expect(is_right, "threads", threads, f"1..{_MOST_THREADS}", "give the cores to use")

@@ -15,11 +15,13 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
+import numpy as np
+
+from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.sequence import TokenSequence
@@ -33,7 +35,7 @@ from shortstack.runtime.engine.session import Placement
 from shortstack.runtime.engine.stack import Stack
 from shortstack.runtime.engine.whole_text import Activations, Array, run_text
 from shortstack.runtime.loops import Loops
-from shortstack.runtime.request import Prompt, Request, RequestOptions, make_request
+from shortstack.runtime.request import Prompt, Request, RequestOptions, make_request, prompt_items
 from shortstack.runtime.text.stop import StopStrings
 from shortstack.runtime.text.tokenizer import Tokenizer
 
@@ -83,6 +85,8 @@ def load(
         RequestError: A provider is unknown, ``threads`` differs from the process's pool, or ``prefill_passes`` is not
             valid.
     """
+    expect(isinstance(path, str | Path), "path of a bundle", path, "text or a pathlib.Path")
+    expect(isinstance(verify_hashes, bool), "verify_hashes", verify_hashes, "True or False")
     bundle = open_bundle(path, verify_hashes=verify_hashes)
     return Model(bundle, providers=providers, threads=threads, upper=upper, prefill_passes=prefill_passes)
 
@@ -120,6 +124,7 @@ class Model:
         upper: Placement | None = None,
         prefill_passes: PrefillPasses = "converged",
     ) -> None:
+        expect(isinstance(bundle, Bundle), "bundle", bundle, "what open_bundle returns; load() takes a path")
         self.bundle = bundle
         self._prefill_passes = check_passes(prefill_passes)
         with ThreadPoolExecutor(1) as pool:  # onnxruntime packs weights meanwhile
@@ -200,6 +205,7 @@ class Model:
 
     def start(self, request: Request) -> Stream:
         """Start the generation that a request describes; :meth:`stream` makes the request and calls this."""
+        expect(isinstance(request, Request), "request", request, "a Request(...); stream() and generate() make one")
         ids = self.encode(request.prompt, tools=request.tools, template_variables=request.template_variables)
         stop_strings = StopStrings(request.stop)
         self._check_not_stepping()
@@ -246,32 +252,18 @@ class Model:
             template_variables: Likewise.
 
         Raises:
-            RequestError: The prompt is empty or too long, mixes messages and ids, holds an id outside the vocabulary,
-                or the chat template refuses it.
+            RequestError: The prompt is of another type, is empty or too long, holds an id outside the vocabulary, or
+                the chat template refuses it.
         """
         self._check_open()
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
+        items = prompt_items(prompt)
+        if items is None:
+            ids = self.tokenizer.encode(str(prompt))
+        elif items and isinstance(items[0], Mapping):
+            ids = self.tokenizer.encode_chat(items, tools=tools, variables=template_variables)
         else:
-            messages = [item for item in prompt if isinstance(item, Mapping)]
-            others = [item for item in prompt if not isinstance(item, Mapping)]
-            if messages and others:
-                raise RequestError("the prompt mixes chat messages and token ids", remedy="give only one of the two")
-            for item in others:
-                if not isinstance(item, Integral) or isinstance(item, bool):
-                    raise RequestError("the prompt holds something other than token ids", found=repr(item))
-            ids = [int(item) for item in others]
-            if messages:
-                ids = self.tokenizer.encode_chat(messages, tools=tools, variables=template_variables)
-        if not ids:
-            raise RequestError("the prompt is empty", remedy="give at least one token")
-        vocab_size = self.bundle.manifest.spec.vocab_size
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise RequestError(
-                "the prompt holds a token id outside the vocabulary",
-                found=max(ids) if max(ids) >= vocab_size else min(ids),
-                expected=f"0..{vocab_size - 1}",
-            )
+            ids = [int(item) for item in items]
+        self._check_ids(ids)
         max_length = self.bundle.manifest.max_length
         if len(ids) >= max_length:
             raise RequestError(
@@ -282,27 +274,53 @@ class Model:
             )
         return ids
 
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise RequestError("the prompt is empty", remedy="give at least one token")
+        vocab_size = self.bundle.manifest.spec.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise RequestError(
+                "the prompt holds a token id outside the vocabulary",
+                found=max(ids) if max(ids) >= vocab_size else min(ids),
+                expected=f"0..{vocab_size - 1}",
+            )
+
     def activations(self, tokens: Sequence[int], states: Array | None = None) -> Activations:
         """Run one text and return the logits of every head, the hidden states, the keys and the values.
 
         The text runs through separate buffers, so a generation in progress is not disturbed.
 
         Args:
-            tokens: The text.
+            tokens: The text, as token ids.
             states: See :func:`~shortstack.runtime.engine.whole_text.run_text`.
         """
+        given = prompt_items(tokens)
+        is_right = given is not None and not any(isinstance(item, Mapping) for item in given)
+        expect(is_right, "tokens of a text", tokens, "token ids", "call encode(...) first")
+        items = [int(item) for item in given or ()]
         with self._lock:
             self._check_open()
             graphs = self.graphs
-        return run_text(graphs, tokens, states)
+        manifest = self.bundle.manifest
+        self._check_ids(items)
+        expect(len(items) <= manifest.max_length, "tokens of a text", len(items), f"at most {manifest.max_length}")
+        if states is not None:
+            found, wanted = np.shape(states), (len(items), manifest.spec.hidden_size)
+            expect(found == wanted, "states", found, f"None or an array {list(wanted)}")
+        return run_text(graphs, items, states)
 
     def exclusive_stack(self, exit_layers: int | Sequence[int] | None = None) -> Stack:
         """Return a stack for direct use. This ends the previous generation and forgets its cache.
 
         Args:
             exit_layers: The exits that it uses; None gives the uncut stack.
+
+        Raises:
+            RequestError: The bundle lacks one of them, or another thread has a stream that has not ended.
         """
-        wanted = () if exit_layers is None else (exit_layers,) if isinstance(exit_layers, int) else exit_layers
+        wanted = () if exit_layers is None else exit_layers if isinstance(exit_layers, Sequence) else (exit_layers,)
+        is_right = all(is_whole(layer) and layer in self.exit_layers for layer in wanted)
+        expect(is_right, "exit_layers", exit_layers, f"some of {list(self.exit_layers)}, or None")
         self._check_not_stepping()
         with self._turns:
             self._check_not_in_use()
@@ -310,7 +328,7 @@ class Model:
                 self._check_open()
                 self._end_previous()
                 self._sequence.rewind(0)
-                return self._stack(tuple(wanted))
+                return self._stack(tuple(sorted(set(wanted))))
 
     def close(self) -> None:
         """End a generation that is still running, and release sessions and buffers. Any thread may call it."""

@@ -13,22 +13,24 @@ to decode is one of three values, so a request cannot ask for two ways at once::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Integral
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack, get_args
 
+from shortstack.graphs.arguments import expect, expect_flags, is_whole, shown
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.drafters import DraftSource, FromExit
-from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or chat messages such as ``{"role": "user", "content": "Hi"}``."""
+"""Text, token ids (a list, or an array of numpy's), or chat messages such as ``{"role": "user", "content": "Hi"}``."""
+
+_PROMPTS = "text, a list of token ids, or a list of chat messages"
 
 StrategyName = Literal["plain", "self-speculative", "early-exit"]
 
@@ -66,6 +68,10 @@ class Speculate:
 
     def __post_init__(self) -> None:
         _expect("draft", self.draft, DraftPolicy, optional=True)
+        layer, source = self.exit_layer, self.source
+        expect(layer is None or is_whole(layer), "exit_layer", layer, "a number of layers such as 8, or None")
+        is_source = source is None or all(callable(getattr(source, name, None)) for name in ("exits_in", "drafter"))
+        expect(is_source, "source", source, "a DraftSource, with exits_in() and drafter(), or None")
         if self.source is not None and self.exit_layer is not None:
             raise RequestError(
                 "exit_layer would have no effect: a source says where drafts come from", remedy="drop one of the two"
@@ -138,13 +144,22 @@ class Request:
         _expect("strategy", self.strategy, Strategy)
         _expect("sampling", self.sampling, SamplingParams)
         _expect("template_variables", self.template_variables, Mapping, optional=True)
-        if not hasattr(self.prompt, "__len__"):
+        prompt_items(self.prompt)
+        expect(is_whole(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "a whole number, 1 or more")
+        expect_flags(self, "ignore_eos", "reuse_cache")
+        expect(_is_list_of(self.stop, str), "stop strings", self.stop, 'a list of strings such as ["User:"]')
+        expect(
+            self.tools is None or _is_list_of(self.tools, Mapping),
+            "tools",
+            self.tools,
+            "a list of JSON schemas, or None",
+        )
+        idle = [each.name for each in fields(SamplingParams) if self._is_idle(each)]
+        if idle:
             raise RequestError(
-                "the prompt", found=type(self.prompt).__name__, expected="text, a list of token ids, or chat messages"
+                f"{', '.join(idle)} would have no effect: a temperature of 0 is greedy",
+                remedy="give a temperature above 0, or leave out what does nothing",
             )
-        is_count = isinstance(self.max_new_tokens, Integral) and not isinstance(self.max_new_tokens, bool)
-        if not is_count or self.max_new_tokens < 1:
-            raise RequestError("max_new_tokens", found=repr(self.max_new_tokens), expected="a whole number, 1 or more")
         if (
             isinstance(self.strategy, ExitEarly)
             and self.strategy.policy.verify == "rollback"
@@ -162,6 +177,11 @@ class Request:
                 expected="chat messages",
                 remedy='give [{"role": "user", "content": ...}] as the prompt',
             )
+
+    def _is_idle(self, option: Field[Any]) -> bool:
+        """Return whether a sampling option is set and does nothing, since decoding is greedy."""
+        is_set = getattr(self.sampling, option.name) != option.default
+        return self.sampling.is_greedy and option.name in IDLE_WHEN_GREEDY and is_set
 
 
 class RequestOptions(TypedDict, total=False):
@@ -224,14 +244,52 @@ def make_request(prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
 
 def _expect(name: str, value: object, kind: Any, *, optional: bool = False) -> None:
     """Refuse a value of another type than ``kind``, a class or a union of classes."""
-    if not isinstance(value, kind) and not (optional and value is None):
-        names = " or ".join(each.__name__ for each in (get_args(kind) or (kind,)))
-        raise RequestError(name, found=repr(value), expected=f"{names}{' or None' if optional else ''}")
+    names = " or ".join(each.__name__ for each in (get_args(kind) or (kind,)))
+    is_right = isinstance(value, kind) or (optional and value is None)
+    expect(is_right, name, value, f"{names}{' or None' if optional else ''}")
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    """Return whether a value holds only items of one type, and is neither text nor a mapping itself."""
+    is_list = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+    return is_list and all(isinstance(item, kind) for item in value)  # type: ignore[attr-defined]
+
+
+def prompt_items(prompt: Prompt) -> list[Any] | None:
+    """Return the token ids or chat messages of a prompt; None if it is text.
+
+    Raises:
+        RequestError: It is none of these: bytes, one message, an array of another shape or type, and so on.
+    """
+    given: Any = prompt
+    if isinstance(given, str):
+        return None
+    if isinstance(given, bytes | bytearray | memoryview):
+        raise RequestError("the prompt is bytes", expected=_PROMPTS, remedy='decode it: prompt.decode("utf-8")')
+    if isinstance(given, Mapping):
+        raise RequestError(
+            "the prompt is one mapping", found=shown(given), expected=_PROMPTS, remedy="put the message in a list"
+        )
+    items = given.tolist() if hasattr(given, "tolist") else given  # arrays and tensors
+    is_list = isinstance(items, Sequence) and not isinstance(items, str | bytes)
+    expect(is_list, "the prompt", given, _PROMPTS, f"a {type(given).__name__} is none of these")
+    for index, item in enumerate(items):
+        if not isinstance(item, Mapping) and not is_whole(item):
+            raise RequestError(
+                f"the prompt holds something other than token ids, at index {index}",
+                found=shown(item),
+                expected="whole numbers in one dimension, or chat messages",
+                remedy="give text as one string, and ids as one list",
+            )
+    if len({isinstance(item, Mapping) for item in items}) > 1:
+        raise RequestError("the prompt mixes chat messages and token ids", remedy="give only one of the two")
+    return list(items)
 
 
 def is_chat(prompt: Prompt) -> bool:
     """Return whether a prompt consists of chat messages."""
-    return not isinstance(prompt, str) and any(isinstance(item, Mapping) for item in prompt)
+    items = prompt_items(prompt)
+    return bool(items) and isinstance(items[0], Mapping)  # type: ignore[index]
 
 
 def _sampling(params: SamplingParams | None, single: Mapping[str, Any]) -> SamplingParams:
@@ -254,9 +312,9 @@ def _strategy(wanted: Strategy | StrategyName | None, options: Mapping[str, Any]
         return wanted
     if wanted is None:
         wanted = "early-exit" if "exits" in given else "self-speculative" if given else "plain"
-    if wanted not in get_args(StrategyName):
-        names = " or ".join(repr(name) for name in get_args(StrategyName))
-        raise RequestError("strategy", found=repr(wanted), expected=f"{names}, or Plain(), Speculate(), ExitEarly()")
+    names = " or ".join(repr(name) for name in get_args(StrategyName))
+    is_name = isinstance(wanted, str) and wanted in get_args(StrategyName)
+    expect(is_name, "strategy", wanted, f"{names}, or Plain(), Speculate(), ExitEarly()")
     exits = given.pop("exits", None)
     if (exits is not None) != (wanted == "early-exit"):
         raise RequestError(

@@ -14,18 +14,15 @@ import click
 from shortstack.command_options import gather, refuse_given
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.draft_length import DraftPolicy
-from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
-from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy, Verify
+from shortstack.runtime.early_exit.policy import ROLLBACK_BELOW, ExitPolicy, KVPolicy, Verify
 from shortstack.runtime.engine.session import Placement
 from shortstack.runtime.model import Model
 from shortstack.runtime.request import StrategyName
 
 if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile
-
-_ROLLBACK_BELOW = 0.05
-_IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +109,10 @@ class Exiting:
         return policy
 
     def _completed(self, policy: ExitPolicy) -> ExitPolicy:
-        below = self.rollback_below
-        if below is None:
-            below = _ROLLBACK_BELOW if self.verify_exits == "rollback" else 0.0
         return replace(
             policy,
             verify=self.verify_exits,
-            rollback_below=below,
+            rollback_below=self.rollback_below,
             kv_policy=self.kv_policy,
             max_pending=self.max_pending,
             prefill_exit=self.prefill_exit,
@@ -176,7 +170,7 @@ exiting_options = gather(
         type=float,
         metavar="P",
         help="With --verify-exits rollback: take back tokens that the whole model finds less likely than P.  "
-        f"[default: {_ROLLBACK_BELOW}]",
+        f"[default: {ROLLBACK_BELOW}]",
     ),
     click.option(
         "--kv-policy",
@@ -279,4 +273,4 @@ def refuse_options_without_effect(
             "--report compares greedy decoding", found=f"temperature {sampling_temperature}", remedy="drop one of them"
         )
     if sampling_temperature == 0:
-        refuse_given(_IDLE_WHEN_GREEDY, "a temperature of 0 is greedy", "add --temperature T with T above 0")
+        refuse_given(IDLE_WHEN_GREEDY, "a temperature of 0 is greedy", "add --temperature T with T above 0")

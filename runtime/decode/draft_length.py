@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from shortstack.graphs.errors import RequestError
+from shortstack.graphs.arguments import expect, expect_flags, is_between, is_whole
 from shortstack.runtime.decode.remeasure import Remeasure
 from shortstack.runtime.decode.speed_up import predicted_speed_up
 
@@ -47,10 +47,10 @@ class DraftPolicy:
     has_bonus: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_draft_tokens <= 15:
-            raise RequestError("max_draft_tokens", found=self.max_draft_tokens, expected="1..15")
-        if not 0.0 <= self.confidence <= 1.0:
-            raise RequestError("confidence", found=self.confidence, expected="0..1")
+        most = self.max_draft_tokens
+        expect(is_whole(most, 1, 15), "max_draft_tokens", most, "1..15")
+        expect(is_between(self.confidence, 0, 1), "confidence", self.confidence, "0..1")
+        expect_flags(self, "is_adaptive", "has_bonus")
 
 
 class DraftLength:

@@ -25,12 +25,12 @@ import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shortstack.graphs.arguments import is_between, is_whole
 from shortstack.graphs.errors import ContractError, RequestError
 
 Context: TypeAlias = Sequence[int] | AbstractSet[int] | NDArray[np.int64]
@@ -41,6 +41,8 @@ _POSITIVE = f"a number from {_SMALLEST:g} to {_LARGEST:g}"
 _FRACTION = "a number from 0 to 1"
 # Below this, accept() rejects too rarely for any experiment to see, and the residual is rounding noise.
 _NO_MASS = 1e-12
+IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p", "seed")
+"""Options that do nothing where the temperature is 0."""
 _TOP_K_GROUP = 64
 _NUCLEUS_STEP = 1 / 64
 
@@ -69,17 +71,17 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        temperature_ok = _is_between(self.temperature, _SMALLEST, _LARGEST) or _is_between(self.temperature, 0, 0)
+        temperature_ok = is_between(self.temperature, _SMALLEST, _LARGEST) or is_between(self.temperature, 0, 0)
         checks = {
             "temperature": (temperature_ok, f"0 (greedy) or {_POSITIVE}"),
-            "top_k": (_is_natural(self.top_k), "a whole number, 0 (off) or more"),
-            "top_p": (_is_between(self.top_p, 0, 1), f"{_FRACTION} (1 is off)"),
-            "min_p": (_is_between(self.min_p, 0, 1), f"{_FRACTION} (0 is off)"),
+            "top_k": (is_whole(self.top_k, 0), "a whole number, 0 (off) or more"),
+            "top_p": (is_between(self.top_p, 0, 1), f"{_FRACTION} (1 is off)"),
+            "min_p": (is_between(self.min_p, 0, 1), f"{_FRACTION} (0 is off)"),
             "repetition_penalty": (
-                _is_between(self.repetition_penalty, _SMALLEST, _LARGEST),
+                is_between(self.repetition_penalty, _SMALLEST, _LARGEST),
                 f"{_POSITIVE} (1 is off)",
             ),
-            "seed": (self.seed is None or _is_natural(self.seed), "a whole number, 0 or more, or no seed"),
+            "seed": (self.seed is None or is_whole(self.seed, 0), "a whole number, 0 or more, or no seed"),
         }
         problems = [
             f"sampling option {name}: found {getattr(self, name)!r}, expected {expected}"
@@ -328,11 +330,3 @@ def _nucleus_rows(weights: NDArray[Any], top_p: float) -> NDArray[np.int64]:
     order = np.argsort(-candidates, kind="stable")  # among equals, the lowest row first
     count = 1 + int(candidates[order].cumsum().searchsorted(needed, side="left"))
     return np.sort(rows[order[:count]])
-
-
-def _is_between(value: object, low: float, high: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
-
-
-def _is_natural(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 
+from shortstack.graphs.arguments import expect
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.early_exit.adaptive import AUTO, Adaptive
 from shortstack.runtime.early_exit.criteria import (
@@ -47,6 +48,7 @@ def parse_criterion(text: str) -> Criterion:
     Raises:
         RequestError: The text is not a valid expression, or a value in it is out of range.
     """
+    expect(isinstance(text, str), "exit criterion", text, f"text such as {EXAMPLE!r}")
     parser = _Parser(text)
     criterion = parser.either()
     parser.expect_end()

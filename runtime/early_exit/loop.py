@@ -245,7 +245,7 @@ class EarlyExit:
     def _judge(self, rows: int, drafts: Sequence[Proposal]) -> Verdict:
         if self._policy.verify == "exact":
             return self._choice.judge(self._stack.final, rows, drafts, self._sequence.tokens)
-        return judge_likely(self._stack.final, rows, drafts, self._policy.rollback_below)
+        return judge_likely(self._stack.final, rows, drafts, self._policy.takes_back_below)
 
     def _label(self) -> None:
         """Report to the observer on which pending rows the whole model agrees with the exit."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from shortstack.graphs.arguments import expect, expect_flags, is_between, is_whole, shown
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.early_exit.adaptive import Adaptive
@@ -13,6 +14,8 @@ from shortstack.runtime.early_exit.criteria import Criterion
 
 Verify = Literal["none", "rollback", "exact"]
 KVPolicy = Literal["flush", "pipeline", "auto", "recompute"]
+ROLLBACK_BELOW = 0.05
+"""Below this probability ``rollback`` discards a token, unless the caller says another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class ExitPolicy:
             to which it gives less than ``rollback_below``, and all after it (FREE, https://arxiv.org/abs/2310.05424).
             ``exact``: the whole model discards the first one that it would not have chosen, and all after it. The
             output is then that of plain decoding.
-        rollback_below: The probability below which ``rollback`` discards a token, 0..1.
+        rollback_below: The probability below which ``rollback`` discards a token, 0..1. None: 0.05.
         kv_policy: How the layers above catch up. ``flush``: in one run over all pending positions, when a token does
             not leave. ``pipeline``: on separate threads, while the layers below start the next token. ``auto``:
             whichever of the two is measured to be faster. ``recompute``: as in EE-LLM, pending tokens run through the
@@ -44,24 +47,29 @@ class ExitPolicy:
     criterion: Criterion
     exit_layers: tuple[int, ...] | None = None
     verify: Verify = "none"
-    rollback_below: float = 0.0
+    rollback_below: float | None = None
     kv_policy: KVPolicy = "flush"
     max_pending: int | None = None
     prefill_exit: bool = False
 
     def __post_init__(self) -> None:
-        if self.verify not in get_args(Verify):
-            raise RequestError("verify", found=repr(self.verify), expected=" or ".join(get_args(Verify)))
-        if self.kv_policy not in get_args(KVPolicy):
-            raise RequestError("kv_policy", found=repr(self.kv_policy), expected=" or ".join(get_args(KVPolicy)))
-        if not 0.0 <= self.rollback_below <= 1.0:
-            raise RequestError("rollback_below", found=self.rollback_below, expected="a probability, 0..1")
-        if self.rollback_below and self.verify != "rollback":
+        expect(
+            callable(getattr(self.criterion, "leaves", None)),
+            "exit criterion",
+            self.criterion,
+            "a criterion such as parse_criterion('top_prob >= 0.9')",
+        )
+        for name, kind in (("verify", Verify), ("kv_policy", KVPolicy)):
+            value, names = getattr(self, name), get_args(kind)
+            expect(isinstance(value, str) and value in names, name, value, " or ".join(names))
+        below, pending = self.rollback_below, self.max_pending
+        expect(below is None or is_between(below, 0, 1), "rollback_below", below, "a probability, 0..1")
+        if below is not None and self.verify != "rollback":
             raise RequestError(f"rollback_below does nothing with verify {self.verify}", remedy="verify by rollback")
-        if self.max_pending is not None and self.max_pending < 1:
-            raise RequestError("max_pending", found=self.max_pending, expected="1 or more")
-        if self.exit_layers is not None and not self.exit_layers:
-            raise RequestError("exit_layers is empty", remedy="name an exit, or leave it out to use all")
+        expect(pending is None or is_whole(pending, 1), "max_pending", pending, "1 or more")
+        expect_flags(self, "prefill_exit")
+        if self.exit_layers is not None:
+            self._check_exit_layers()
         if self.verify != "none" and self.kv_policy in ("pipeline", "auto"):
             raise RequestError(
                 f"kv_policy {self.kv_policy} does not go with verify {self.verify}",
@@ -79,6 +87,25 @@ class ExitPolicy:
                 "prefill_exit goes with verify none and kv_policy flush only",
                 found=f"verify {self.verify}, kv_policy {self.kv_policy}",
             )
+
+    def _check_exit_layers(self) -> None:
+        layers: object = self.exit_layers
+        is_right = isinstance(layers, Sequence) and not isinstance(layers, str | bytes)
+        if not is_right or not all(is_whole(layer) for layer in self.exit_layers or ()):
+            raise RequestError(
+                "exit_layers",
+                found=shown(layers),
+                expected="exits such as (4, 8), each by the number of layers run before it",
+            )
+        if not layers:
+            raise RequestError("exit_layers is empty", remedy="name an exit, or leave it out to use all")
+
+    @property
+    def takes_back_below(self) -> float:
+        """The probability below which ``rollback`` discards a token; 0 with any other way to verify."""
+        if self.verify != "rollback":
+            return 0.0
+        return ROLLBACK_BELOW if self.rollback_below is None else self.rollback_below
 
     def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
         """Return the exits in use in a bundle of this plan.

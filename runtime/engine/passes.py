@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from shortstack.graphs.errors import RequestError
+from shortstack.graphs.arguments import expect, is_whole
 from shortstack.runtime.engine.cache import KVCache
 
 PrefillPasses = int | Literal["converged", "sequential"]
@@ -36,11 +36,10 @@ def check_passes(passes: PrefillPasses) -> PrefillPasses:
     Raises:
         RequestError: It is neither a number of passes nor the name of a way to choose one.
     """
-    if passes in ("converged", "sequential") or (type(passes) is int and passes >= 1):
-        return passes
-    raise RequestError(
-        "passes over a prompt", found=repr(passes), expected="a number, 1 or more, or 'converged' or 'sequential'"
-    )
+    is_name = isinstance(passes, str) and passes in ("converged", "sequential")
+    expected = "a number, 1 or more, or 'converged' or 'sequential'"
+    expect(is_name or is_whole(passes, 1), "passes over a prompt", passes, expected)
+    return passes
 
 
 def run_passes(

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.graphs.errors import BundleError, RequestError
@@ -61,6 +62,10 @@ class Placement:
     providers: tuple[str, ...] = ("cpu",)
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_providers(self.providers)
+        expect(self.threads is None or is_whole(self.threads, 1), "threads", self.threads, "a whole number, 1 or more")
+
 
 def resolve_providers(providers: Sequence[str] | None) -> list[str]:
     """Return onnxruntime's names for the wanted providers, in order, with the CPU as the last resort.
@@ -68,6 +73,7 @@ def resolve_providers(providers: Sequence[str] | None) -> list[str]:
     Raises:
         RequestError: A provider is unknown, or the installed onnxruntime does not have it.
     """
+    _check_providers(providers)
     if isinstance(providers, str):
         providers = [providers]
     available: list[str] = ort.get_available_providers()
@@ -101,11 +107,13 @@ def open_sessions(
         The sessions, bottom to top, and the device of each one's cache.
 
     Raises:
-        RequestError: A provider is unknown, or the process already has a pool with another number of threads.
+        RequestError: A provider is unknown, an argument is of another type, or the process already has a pool with
+            another number of threads.
         BundleError: onnxruntime cannot load a graph.
         ContractError: A graph does not match the contract.
     """
     started_s = time.monotonic()
+    expect(upper is None or isinstance(upper, Placement), "upper", upper, "a Placement(...) or None")
     lower_names = resolve_providers(providers)
     upper_names = resolve_providers(upper.providers) if upper is not None else lower_names
     lower_threads, upper_threads = threads, None
@@ -157,6 +165,12 @@ def open_sessions(
 def one_line(error: Exception) -> str:
     """Return the beginning of what onnxruntime says of an error, on one line."""
     return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__
+
+
+def _check_providers(providers: object) -> None:
+    names = (providers,) if isinstance(providers, str) else providers
+    is_right = names is None or (isinstance(names, Sequence) and all(isinstance(name, str) for name in names))
+    expect(is_right, "providers", providers, 'a list of names such as ["cuda", "cpu"]')
 
 
 def _ports(arguments: Sequence[Any]) -> tuple[Port, ...]:

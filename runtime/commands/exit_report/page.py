@@ -160,7 +160,7 @@ def settings(report: ExitReport) -> list[tuple[str, str]]:
     """Return how tokens left, in words."""
     policy, profile = report.policy, report.profile
     below = (
-        f"; what it gives a probability below {policy.rollback_below:g} is taken back"
+        f"; what it gives a probability below {policy.takes_back_below:g} is taken back"
         if policy.verify == "rollback"
         else ""
     )
