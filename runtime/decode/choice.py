@@ -8,11 +8,19 @@ are then distributed exactly as p (Leviathan et al., arXiv 2211.17192, theorem 1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shortstack.runtime.decode.sampling import Distribution, SamplingParams, accept, distribution, residual
+from shortstack.runtime.decode.sampling import (
+    Distribution,
+    SamplingParams,
+    accept,
+    distribution,
+    not_finite,
+    residual,
+)
 from shortstack.runtime.engine.decoder import Head
 
 
@@ -75,18 +83,31 @@ class Choice(Protocol):
         ...
 
 
+def confidence_of(head: Head, row: int) -> float:
+    """Return the probability that a head gives to its most likely token in a row.
+
+    Raises:
+        ContractError: It is no number: weights or activations hold NaN or infinity, and the token means nothing.
+    """
+    confidence = float(head.top_prob[row])
+    if not math.isfinite(confidence):
+        raise not_finite("the probability of the most likely token", confidence)
+    return confidence
+
+
 class GreedyChoice:
-    """Takes the most likely token, which the graph has already chosen."""
+    """Takes the most likely token, which the graph has already chosen. Its probability must be a number."""
 
     needs_logits = False
 
     def pick(self, head: Head, row: int, context: Sequence[int]) -> int:
         """See :class:`Choice`."""
+        confidence_of(head, row)
         return int(head.token[row])
 
     def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
         """See :class:`Choice`."""
-        return Proposal(int(head.token[row]), float(head.top_prob[row]), depth)
+        return Proposal(int(head.token[row]), confidence_of(head, row), depth)
 
     def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
         """See :class:`Choice`."""
@@ -94,6 +115,8 @@ class GreedyChoice:
         accepted = 0
         while accepted < len(drafts) and drafts[accepted].token == wanted[accepted]:
             accepted += 1
+        for row in range(min(accepted + 1, rows)):  # the rows that decided
+            confidence_of(head, row)
         return Verdict(tuple(wanted[: accepted + 1]), accepted)
 
 
@@ -117,7 +140,7 @@ class SampledChoice:
     def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
         """See :class:`Choice`."""
         offered = self._distribution(head, row, context)
-        return Proposal(offered.sample(self._rng), float(head.top_prob[row]), depth, offered)
+        return Proposal(offered.sample(self._rng), confidence_of(head, row), depth, offered)
 
     def judge(self, head: Head, rows: int, drafts: Sequence[Proposal], context: Sequence[int]) -> Verdict:
         """See :class:`Choice`."""

@@ -183,18 +183,23 @@ def distribution(
     top_row = int(scores.argmax())  # the first of equals, or of NaNs
     peak = scores[top_row]
     if not math.isfinite(peak):
-        raise ContractError(
-            "the largest logit",
-            found=peak,
-            expected="a finite number",
-            remedy="check the bundle with `shortstack parity`",
-        )
+        raise not_finite("the largest logit", float(peak))
     if params.is_greedy:
         return Distribution.point(top_row if ids is None else int(ids[top_row]))
 
     rows, weights = _kept(scores, float(peak), params)
     weights /= weights.sum()
     return Distribution(rows if ids is None else ids[rows], weights)
+
+
+def not_finite(what: str, found: float) -> ContractError:
+    """Return the error of a head whose outputs are no numbers."""
+    return ContractError(
+        f"the model's output is not valid: {what}",
+        found=found,
+        expected="a finite number",
+        remedy="check the bundle's files with --verify and its weights with `shortstack parity`, or export it again",
+    )
 
 
 def accept(p: Distribution, q: Distribution, token: int, rng: np.random.Generator) -> bool:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortstack.runtime.decode.choice import Choice, Proposal, Verdict
+from shortstack.runtime.decode.choice import Choice, Proposal, Verdict, confidence_of
 from shortstack.runtime.decode.emission import emit
 from shortstack.runtime.decode.plain import prefill
 from shortstack.runtime.decode.sequence import TokenSequence
@@ -311,10 +311,13 @@ def judge_likely(head: Head, rows: int, drafts: Sequence[Proposal], least: float
     """
     accepted = 0
     for row, draft in enumerate(drafts):
+        confidence_of(head, row)
         if int(head.token[row]) != draft.token and _probability(head.logits[row], draft.token) < least:
             break
         accepted += 1
     own = head.token[accepted : min(accepted + 1, rows)].tolist()
+    if own:
+        confidence_of(head, accepted)
     return Verdict((*(draft.token for draft in drafts[:accepted]), *own), accepted)
 
 
