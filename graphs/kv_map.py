@@ -202,10 +202,14 @@ def iterated_groups(kv_map: tuple[int, ...]) -> tuple[IteratedGroup, ...]:
     return tuple(groups)
 
 
-def iterated_producers(kv_map: tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
-    """Return the producers in the iterated groups within ``[start, end)``, ascending."""
-    groups = [group for group in iterated_groups(kv_map) if start <= group.start and group.end <= end]
-    return tuple(layer for group in groups for layer in producers(kv_map, group.start, group.end))
+def groups_within(kv_map: tuple[int, ...], start: int, end: int) -> tuple[IteratedGroup, ...]:
+    """Return the iterated groups that lie in ``[start, end)``, bottom to top."""
+    return tuple(group for group in iterated_groups(kv_map) if start <= group.start and group.end <= end)
+
+
+def targets(kv_map: tuple[int, ...], group: IteratedGroup) -> tuple[int, ...]:
+    """Return the producers of an iterated group whose K,V a layer below uses, ascending."""
+    return tuple(sorted({kv_map[layer] for layer in range(group.start, group.end) if looks_up(kv_map, layer)}))
 
 
 def complete_from(kv_map: tuple[int, ...]) -> int:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shortstack.graphs import names
-from shortstack.graphs.kv_map import borrowed, iterated_producers
+from shortstack.graphs.kv_map import borrowed, groups_within, producers, targets
 from shortstack.runtime.engine.binding import Binding, Tensor
 from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.open_graphs import OpenGraphs
+from shortstack.runtime.engine.passes import GroupOwners
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,7 @@ class SegmentBinder:
     Attributes:
         index: Which segment, counted from the bottom.
         owners: The cache owners in the segment.
-        iterated: The producers whose keys and values a lower layer of the segment uses. If there are any, the segment
-            runs in passes.
+        groups: The segment's iterated groups, bottom to top. If there are any, the segment runs in passes.
     """
 
     def __init__(self, graphs: OpenGraphs, index: int, cache: KVCache) -> None:
@@ -71,7 +71,10 @@ class SegmentBinder:
         self._inputs = {port.name for port in manifest.contract(segment).inputs}
         self._borrowed = borrowed(kv_map, segment.start, segment.end)
         self.owners = tuple(manifest.cache_types(segment))
-        self.iterated = iterated_producers(kv_map, segment.start, segment.end)
+        self.groups = tuple(
+            GroupOwners(producers(kv_map, group.start, group.end), targets(kv_map, group))
+            for group in groups_within(kv_map, segment.start, segment.end)
+        )
         # All bindings of the segment read these two.
         self._seqlens_k = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)

@@ -9,7 +9,7 @@ them. The capacity grows in chunks, so memory follows the length of the text and
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -65,13 +65,17 @@ class KVCache:
         """Return copies of an owner's keys and values at positions ``[start, end)``, [1, kv_heads, rows, head_dim]."""
         return [self._host(owner, part)[:, :, start:end].copy() for part in names.KV_PARTS]
 
-    def clear(self, owner: CacheOwner, start: int, end: int) -> None:
-        """Set an owner's keys and values at positions ``[start, end)`` to zero."""
-        for part in names.KV_PARTS:
+    def write(self, owner: CacheOwner, start: int, parts: Sequence[np.ndarray]) -> None:
+        """Put back keys and values as :meth:`read` returned them, the first at position ``start``."""
+        for part, rows in zip(names.KV_PARTS, parts, strict=True):
             array = self._host(owner, part)
-            array[:, :, start:end] = 0
+            array[:, :, start : start + rows.shape[2]] = rows
             if (owner, part) not in self._arrays:
                 self._buffers[owner, part].update_inplace(array)
+
+    def clear(self, owner: CacheOwner, start: int, end: int) -> None:
+        """Set an owner's keys and values at positions ``[start, end)`` to zero."""
+        self.write(owner, start, [np.zeros_like(part) for part in self.read(owner, start, end)])
 
     def _host(self, owner: CacheOwner, part: str) -> np.ndarray:
         """Return a buffer's own array, or a copy if the buffer is on another device."""

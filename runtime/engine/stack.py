@@ -8,7 +8,7 @@ one writes where the next one reads. A stack knows nothing about acceptance, sam
 
 Some models have layers that use keys and values of layers above them (:mod:`shortstack.graphs.kv_map`). A segment with
 such a group runs over its rows in several passes. In a round there are as many passes as rows, which is exact. Over a
-prompt, :mod:`shortstack.runtime.engine.passes` sets their number. The first token of a text then runs alone.
+prompt, :mod:`shortstack.runtime.engine.passes` runs them. The first token of a text then runs alone.
 
 If the upper segments own no cache, they run on the last position of a prompt only.
 
@@ -29,7 +29,7 @@ from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.decoder import Head
 from shortstack.runtime.engine.levels import levels_of
 from shortstack.runtime.engine.open_graphs import OpenGraphs
-from shortstack.runtime.engine.passes import PrefillPasses, run_passes
+from shortstack.runtime.engine.passes import PrefillPasses, run_as_trained, run_passes
 from shortstack.runtime.engine.round_buffers import RoundBuffers
 
 WINDOW_ROWS = 16
@@ -129,7 +129,7 @@ class Stack:
                 rows = self._buffers.round_rows(*key[:4], self.heads[level], key[4])
                 binding = self._bindings[key] = binder.bind(rows)
             binder.set_lengths(past + start, end - start)
-            for _ in range(end - spare - start if binder.iterated else 1):
+            for _ in range(end - spare - start if binder.groups else 1):
                 binding.run()
 
     def reserve(self, positions: int, keep: int) -> None:
@@ -160,8 +160,11 @@ class Stack:
 
     def _chunks(self, tokens: Sequence[int], past: int) -> Iterator[tuple[np.ndarray, int]]:
         """Yield the token ids [1, rows] of each chunk of a prompt, and the position of its first token."""
-        is_sequential = self._prefill_passes == "sequential" and any(binder.iterated for binder in self._binders)
-        most = 1 if is_sequential else PREFILL_ROWS
+        most = PREFILL_ROWS
+        if any(binder.groups for binder in self._binders):
+            is_sequential = self._prefill_passes == "sequential"
+            # A number of passes means what it meant in training, where a text ran as a whole.
+            most = 1 if is_sequential else len(tokens) if isinstance(self._prefill_passes, int) else most
         start = 0
         while start < len(tokens):
             rows = 1 if self._first_alone and past + start == 0 else most
@@ -188,9 +191,15 @@ class Stack:
             binder.set_lengths(past, count + spare)
             rows, above = self._buffers.prompt_rows(index, ids, below, head, with_logits, spare)
             binding = binder.bind(rows)
-            if count > 1 and binder.iterated:
-                run_passes(binding.run, self._cache, binder.iterated, (past, past + count), self._prefill_passes)
-            else:
+            positions = past, past + count
+            if count == 1 or not binder.groups:
                 binding.run()
+            elif isinstance(self._prefill_passes, int):
+                hides_first = self._first_alone and past == 1
+                run_as_trained(
+                    binding.run, self._cache, binder.groups, positions, self._prefill_passes, hides_first=hides_first
+                )
+            else:
+                run_passes(binding.run, self._cache, binder.groups, positions)
             below = above[:, :count]
         return below

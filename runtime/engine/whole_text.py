@@ -83,8 +83,8 @@ def _run(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None, final_
                     final_state=None if final_state is None else final_state[:, start:end],
                 )
             )
-            if binder.iterated and end - start > 1:
-                run_passes(binding.run, cache, binder.iterated, (start, end), "converged")
+            if binder.groups and end - start > 1:
+                run_passes(binding.run, cache, binder.groups, (start, end))
             else:
                 binding.run()
     kv = {part: _kv(cache, part, manifest, rows) for part in names.KV_PARTS}

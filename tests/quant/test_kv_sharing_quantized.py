@@ -263,8 +263,9 @@ def test_passes_over_a_prompt_end_where_no_code_changes(
     text = text_of(folder, 64)
     passes: list[int] = []
 
-    def watch(one_pass: Any, cache: Any, owners: Any, positions: Any, wanted: Any) -> int:
-        passes.append(run_passes(one_pass, cache, owners, positions, wanted))
+    def watch(one_pass: Any, cache: Any, groups: Any, positions: Any) -> int:
+        passes.append(run_passes(one_pass, cache, groups, positions))
+        owners = [owner for group in groups for owner in group.all]
         before = [part for owner in owners for part in cache.read(owner, 0, len(text))]
         one_pass()
         after = [part for owner in owners for part in cache.read(owner, 0, len(text))]
