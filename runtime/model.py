@@ -76,7 +76,8 @@ def load(
         upper: Where all segments but the lowest compute, for early exit as a pipeline. None: where the lowest segment
             computes.
         prefill_passes: How often a prompt runs through layers that use keys and values of layers above them: a number
-            of times, as in training with that number, or until the layers have ``converged``, or ``sequential``: position by position.
+            of times, as in training with that number, or until the layers have ``converged``, or ``sequential``:
+            position by position.
         verify_hashes: Whether to check every file's sha256 first.
 
     Raises:

@@ -96,6 +96,7 @@ class EarlyExit:
         self._observe = observe
         self._last = len(stack.heads) - 1
         self._leaves_holes = stack.filling_levels > 1  # otherwise no row is ever pending
+        self._recomputes = policy.kv_policy == "recompute" and self._leaves_holes
         self._left: list[Reading] = []  # the exits' readings for the round's pending rows
         self._prompt: _PendingPrompt | None = None
 
@@ -125,7 +126,7 @@ class EarlyExit:
         prompt = _PendingPrompt(self._stack, self._sequence.tokens[self._sequence.cached :], self._sequence.cached)
         below: list[Reading] = []
         for level in range(self._last):
-            prompt.raise_to(level, self._choice.needs_logits)
+            prompt.raise_to(level, with_head=True, with_logits=self._choice.needs_logits)
             reading = self._read(level, 0, below)
             if self._criterion.leaves(reading):
                 self._prompt = prompt
@@ -134,7 +135,7 @@ class EarlyExit:
                 token = self._choice.pick(self._stack.heads[level], 0, self._sequence.tokens)
                 return self._emit(token, level, 0, len(prompt.tokens) if self._leaves_holes else 0)
             below.append(reading)
-        prompt.raise_to(self._last, self._choice.needs_logits)
+        prompt.raise_to(self._last, with_head=True, with_logits=self._choice.needs_logits)
         token = self._choice.pick(self._stack.final, 0, self._sequence.tokens)
         self._sequence.commit(len(prompt.tokens))
         self._stats.prefill_s += time.perf_counter() - started
@@ -197,6 +198,8 @@ class EarlyExit:
     def _decide(self, row: int) -> Decision:
         """Run a row up to the first exit that is sure of it. If no exit is, the last level has yet to run on it."""
         with_logits = self._choice.needs_logits
+        if self._prompt is not None and self._recomputes:
+            self._prompt.restart()
         self._raise_prompt(0)
         self._catch_up.run_lowest(row, with_logits)
         below: list[Reading] = []
@@ -267,7 +270,7 @@ class EarlyExit:
         """Run a prompt that left early through a level, before the rows after it run there."""
         if self._prompt is not None:
             top = self._stack.filling_levels - 1
-            self._prompt.raise_to(min(level, top), False)
+            self._prompt.raise_to(min(level, top))
             if level >= top:
                 self._sequence.commit(len(self._prompt.tokens))
                 self._prompt = None
@@ -290,10 +293,14 @@ class _PendingPrompt:
         self._levels = 0
         self.tokens = tokens
 
-    def raise_to(self, level: int, with_logits: bool) -> None:
+    def restart(self) -> None:
+        """Let the prompt run through all levels again, as EE-LLM does for every token until one does not leave."""
+        self._levels = 0
+
+    def raise_to(self, level: int, *, with_head: bool = False, with_logits: bool = False) -> None:
         """Run all levels up to this one that the prompt has not been through."""
         while self._levels <= level:
-            self._stack.prefill_level(self._levels, self.tokens, self._past, with_logits)
+            self._stack.prefill_level(self._levels, self.tokens, self._past, with_head, with_logits)
             self._levels += 1
 
 

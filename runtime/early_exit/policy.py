@@ -33,8 +33,8 @@ class ExitPolicy:
         rollback_below: The probability below which ``rollback`` discards a token, 0..1. None: 0.05.
         kv_policy: How the layers above catch up. ``flush``: in one run over all pending positions, when a token does
             not leave. ``pipeline``: on separate threads, while the layers below start the next token. ``auto``:
-            whichever of the two is measured to be faster. ``recompute``: as in EE-LLM, pending tokens run through the
-            lower layers again; for comparison.
+            whichever of the two is measured to be faster. ``recompute``: pending tokens run through the lower layers
+            again; with ``prefill_exit`` this is EE-LLM's method with one stage, for comparison.
         max_pending: How many positions may wait for the layers above; more than 16 counts as 16. Without verification
             it changes no token. None: chosen from the measured costs of runs over several rows.
         prefill_exit: Whether the prompt may leave early, too. The first token then comes sooner. The prompt runs
@@ -82,9 +82,9 @@ class ExitPolicy:
                 expected="flush, since the threshold is learned from the final head over all pending positions",
                 remedy="use flush, or give a number as the threshold",
             )
-        if self.prefill_exit and (self.verify != "none" or self.kv_policy != "flush"):
+        if self.prefill_exit and (self.verify != "none" or self.kv_policy not in ("flush", "recompute")):
             raise RequestError(
-                "prefill_exit goes with verify none and kv_policy flush only",
+                "prefill_exit goes with verify none and with kv_policy flush or recompute only",
                 found=f"verify {self.verify}, kv_policy {self.kv_policy}",
             )
 

@@ -149,10 +149,11 @@ class LeveledDecoder(Decoder, Protocol):
         """Return the residual stream [hidden] that a level, any but the last, left in a row."""
         ...
 
-    def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_logits: bool) -> None:
-        """Run one level over a prompt that may leave early; its head sees the last position and writes to row 0.
+    def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_head: bool, with_logits: bool) -> None:
+        """Run one level over a prompt that may leave early; its head, if it runs, sees the last position.
 
-        The residual stream of the prompt is kept for the next level, and dropped after the last one. Levels must be run
-        in order.
+        The head writes to row 0, and that of the lowest level also puts its token into row 1, as in drafting. The
+        residual stream of the prompt is kept for the next level, and dropped after the last one. Levels must be run in
+        order. The lowest one may be run again, and then the others are, too.
         """
         ...

@@ -87,7 +87,7 @@ class Stack:
             is_end = start + chunk.shape[1] == past + len(tokens)
             self._prefill_chunk(range(len(self._binders)), chunk, chunk, start, is_end, with_logits)
 
-    def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_logits: bool) -> None:
+    def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_head: bool, with_logits: bool) -> None:
         """See :meth:`~LeveledDecoder.prefill_level`."""
         self.reserve(past + len(tokens), past + (len(tokens) if level else 0))
         kept = self._prompt if level else []
@@ -95,7 +95,9 @@ class Stack:
         for index, (chunk, start) in enumerate(self._chunks(tokens, past)):
             below = kept[index] if level else chunk
             is_end = start + chunk.shape[1] == past + len(tokens)
-            above = self._prefill_chunk(self._levels.segments[level], chunk, below, start, is_end, with_logits)
+            above = self._prefill_chunk(
+                self._levels.segments[level], chunk, below, start, is_end, with_logits, with_head=with_head
+            )
             if level < len(self._levels) - 1:
                 self._prompt.append(above)
 
@@ -172,12 +174,20 @@ class Stack:
             start += rows
 
     def _prefill_chunk(
-        self, segments: range, ids: np.ndarray, below: np.ndarray, past: int, is_end: bool, with_logits: bool
+        self,
+        segments: range,
+        ids: np.ndarray,
+        below: np.ndarray,
+        past: int,
+        is_end: bool,
+        with_logits: bool,
+        *,
+        with_head: bool = True,
     ) -> np.ndarray:
         """Run segments over a chunk of a prompt and return the residual stream that the last segment leaves.
 
-        At the end of the prompt the last segment's head runs too. Segments above the last one that owns a cache run on
-        the prompt's last position only.
+        At the end of the prompt the last segment's head runs too, if it is wanted. Segments above the last one that owns
+        a cache run on the prompt's last position only.
         """
         for index in segments:
             if index >= self._levels.first_without_cache:
@@ -185,7 +195,8 @@ class Stack:
                     return below
                 past, ids, below = past + ids.shape[1] - 1, ids[:, -1:], below[:, -1:]
             count = ids.shape[1]
-            head = self.heads[self._levels.level_of(index)] if is_end and index == segments[-1] else None
+            has_head = with_head and is_end and index == segments[-1]
+            head = self.heads[self._levels.level_of(index)] if has_head else None
             spare = self._spare_rows(past, past + count, 1 if head is not None else 0)
             binder = self._binders[index]
             binder.set_lengths(past, count + spare)

@@ -73,9 +73,9 @@ class ScriptedLevels:
 
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
         for level in range(len(self.heads)):
-            self.prefill_level(level, tokens, past, with_logits)
+            self.prefill_level(level, tokens, past, True, with_logits)
 
-    def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_logits: bool) -> None:
+    def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_head: bool, with_logits: bool) -> None:
         text = self._read(level, past)
         below = self._prompt if level else None
         self._prompt = []
@@ -85,7 +85,10 @@ class ScriptedLevels:
             self.caches[level][past + index] = text
             self._prompt.append(text)
         self._forget(self.heads[level])
-        self._say(level, 0, text, with_logits)
+        if with_head:
+            self._say(level, 0, text, with_logits)
+            if level == 0:  # as in a stack, the lowest head writes where the next row's token is read
+                self._ids[1] = self.heads[0].token[0]
 
     def put(self, row: int, token: int) -> None:
         self._ids[row] = token

@@ -159,11 +159,17 @@ def test_the_prompt_runs_through_all_layers_unless_it_may_leave() -> None:
 
 
 @examples(100)
-@given(models, exits, prompts, criteria, caps, st.integers(1, 20))
+@given(models, exits, prompts, criteria, caps, st.sampled_from(["flush", "recompute"]), st.integers(1, 20))
 def test_a_prompt_that_leaves_early_catches_up(
-    model: ScriptedModel, exits: int, prompt: list[int], criterion: Pattern, cap: int | None, stop_after: int
+    model: ScriptedModel,
+    exits: int,
+    prompt: list[int],
+    criterion: Pattern,
+    cap: int | None,
+    kv_policy: KVPolicy,
+    stop_after: int,
 ) -> None:
-    policy = ExitPolicy(criterion, max_pending=cap, prefill_exit=True)
+    policy = ExitPolicy(criterion, max_pending=cap, kv_policy=kv_policy, prefill_exit=True)
     levels = ScriptedLevels(model, exits, has_gate=True)
     found = run(levels, prompt, policy, stop_after=stop_after)
     first = found.steps[0]
