@@ -36,13 +36,13 @@ from shortstack.runtime.early_exit.reading import Reading
 
 Need = Literal["gate", "similarity"]
 Measure = Literal["top_prob", "margin", "entropy", "similarity", "gate", "mean_prob"]
-MEASURES: dict[Measure, tuple[str, float]] = {  # the comparison, and the lowest threshold that makes sense
-    "top_prob": (">=", 0.0),
-    "margin": (">=", 0.0),
-    "entropy": ("<=", 0.0),
-    "similarity": (">=", -1.0),
-    "gate": (">=", 0.0),
-    "mean_prob": (">=", 0.0),
+MEASURES: dict[Measure, tuple[str, float, float]] = {  # the comparison, and the range of the measure
+    "top_prob": (">=", 0.0, 1.0),
+    "margin": (">=", 0.0, 1.0),
+    "entropy": ("<=", 0.0, 14.0),  # at most the logarithm of the vocabulary's size: 14 is that of a million
+    "similarity": (">=", -1.0, 1.0),
+    "gate": (">=", 0.0, 1.0),
+    "mean_prob": (">=", 0.0, 1.0),
 }
 _DECAYED_SHARE = 0.1  # the share of a threshold that its decay removes in the limit
 
@@ -108,8 +108,8 @@ class Bound:
         threshold: The threshold.
 
     Raises:
-        RequestError: The measure is unknown, the threshold is not a number or below its range, or the decay is not
-            positive or not defined for this measure.
+        RequestError: The measure is unknown, the threshold is not a number or outside the measure's range, so that
+            every token or none would leave, or the decay is not positive or not defined for this measure.
     """
 
     measure: Measure
@@ -118,12 +118,14 @@ class Bound:
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise RequestError("exit criterion", found=repr(self.measure), expected=", ".join(MEASURES))
-        comparison, least = MEASURES[self.measure]
-        never = "" if comparison == "<=" else "; above 1 no token leaves"
+        comparison, least, most = MEASURES[self.measure]
         for value in (self.threshold.value, *(value for _, value in self.threshold.by_exit)):
-            if not (math.isfinite(value) and value >= least):
+            if not least <= value <= most:
                 raise RequestError(
-                    f"threshold of {self.measure} is out of range", found=value, expected=f"{least:g} or more{never}"
+                    f"threshold of {self.measure} is out of range",
+                    found=f"{value:g}",
+                    expected=f"{least:g}..{most:g}{' nats' if self.measure == 'entropy' else ''}",
+                    remedy=_instead_of(value, comparison, most),
                 )
         decay = self.threshold.decay
         if decay is not None and not (math.isfinite(decay) and decay > 0):
@@ -156,6 +158,16 @@ class Bound:
 
     def __str__(self) -> str:
         return f"{self.measure} {MEASURES[self.measure][0]} {self.threshold}"
+
+
+def _instead_of(value: float, comparison: str, most: float) -> str:
+    """Return what a caller may have meant by a threshold outside the range of its measure."""
+    if comparison == "<=":
+        return "give a number of this range; `always` lets every token leave"
+    percent = (
+        f"write {value / 100:g} for {value:g} percent; " if most < value <= 100 else "give a number of this range; "
+    )
+    return f"{percent}`never` lets no token leave"
 
 
 def measured(reading: Reading, measure: Measure) -> float | None:

@@ -34,11 +34,12 @@ from shortstack.runtime.early_exit.criteria import (
 )
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<word>[a-z_]+)|(?P<number>-?(?:\d+\.(?!\.)\d*|\.\d+|\d+)(?:e[+-]?\d+)?)|(?P<sign>>=|<=|\.\.|[()\[\],:~=]))"
+    r"\s*(?:(?P<word>[a-z_]+)|(?P<number>-?(?:\d+\.(?!\.)\d*|\.\d+|\d+)(?:e[+-]?\d+)?)|(?P<sign>>=|<=|==|=>|=<|\.\.|[()\[\],:~=<>]))"
 )
 _COUNTS: dict[str, type[Patience] | type[Votes]] = {"patience": Patience, "votes": Votes}
 _NAMES = (*MEASURES, *_COUNTS, "max_depth", "never", "always")
 EXAMPLE = "top_prob >= 0.9"
+_COMPARISONS = frozenset({">=", "<=", ">", "<", "==", "=>", "=<", "="})
 _DEEPEST = 32  # nested parentheses
 
 
@@ -107,7 +108,7 @@ class _Parser:
             first = self._integer()
             self._need("..")
             return MaxDepth(first, self._integer())
-        for measure, (comparison, _) in MEASURES.items():
+        for measure, (comparison, *_) in MEASURES.items():
             if name == measure:
                 self._need(comparison)
                 if self._take(AUTO):
@@ -158,7 +159,8 @@ class _Parser:
     def _need(self, token: str) -> None:
         found = self._next(token)
         if found != token:
-            raise self._error(found, token)
+            is_comparison = found in _COMPARISONS and token in _COMPARISONS
+            raise self._error(found, token, f"write {token} in place of {found}" if is_comparison else None)
 
     def _next(self, expected: str) -> str:
         if self._at == len(self._tokens):
@@ -166,7 +168,10 @@ class _Parser:
         self._at += 1
         return self._tokens[self._at - 1][0]
 
-    def _error(self, found: str, expected: str) -> RequestError:
+    def _error(self, found: str, expected: str, remedy: str | None = None) -> RequestError:
         return RequestError(
-            f"exit criterion {self._text!r} cannot be read", found=found, expected=expected, remedy=f"such as {EXAMPLE}"
+            f"exit criterion {self._text!r} cannot be read",
+            found=found,
+            expected=expected,
+            remedy=remedy or f"write a rule such as {EXAMPLE!r}",
         )

@@ -10,7 +10,7 @@ from shortstack.graphs.arguments import expect, expect_flags, is_between, is_who
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.early_exit.adaptive import Adaptive
-from shortstack.runtime.early_exit.criteria import Criterion
+from shortstack.runtime.early_exit.criteria import Criterion, MaxDepth
 
 Verify = Literal["none", "rollback", "exact"]
 KVPolicy = Literal["flush", "pipeline", "auto", "recompute"]
@@ -128,6 +128,13 @@ class ExitPolicy:
                 remedy=f"use those, or re-export with {' '.join(f'--exit-layer {layer}' for layer in unknown)}",
             )
         used = tuple(sorted(set(wanted)))
+        if isinstance(self.criterion, MaxDepth) and self.criterion.last > used[-1]:
+            raise RequestError(
+                f"exit criterion {self.criterion} lets no token leave: the bound stays above every exit in use",
+                found=list(used),
+                expected=f"a last bound of {used[-1]} or less",
+                remedy=f"such as max_depth = {max(self.criterion.first, used[-1])}..{used[0]}",
+            )
         if self.criterion.least_exits > len(used):
             raise RequestError(
                 f"exit criterion {self.criterion} needs at least {self.criterion.least_exits} exits in use",

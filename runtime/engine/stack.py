@@ -186,8 +186,8 @@ class Stack:
     ) -> np.ndarray:
         """Run segments over a chunk of a prompt and return the residual stream that the last segment leaves.
 
-        At the end of the prompt the last segment's head runs too, if it is wanted. Segments above the last one that owns
-        a cache run on the prompt's last position only.
+        At the end of the prompt the last segment's head may run too. Segments above the last one that owns a cache run
+        on the prompt's last position only.
         """
         for index in segments:
             if index >= self._levels.first_without_cache:

@@ -43,7 +43,7 @@ CRITERIA = (
     "gate >= 0.9 or (entropy <= 1.2 and votes >= 1)",
     "always",
 )
-NEVER = ("top_prob >= 1.01", "never", "margin >= 2", "votes >= 9", "entropy <= 0")
+NEVER = ("never", "margin >= 0.1 and never", "votes >= 9", "entropy <= 0")
 
 
 def plain_tokens(model: ScriptedModel, prompt: Sequence[int], count: int = 20, max_length: int = 64) -> list[int]:

@@ -115,7 +115,7 @@ def test_the_cosine_is_computed_in_float32() -> None:
     assert cosine(np.zeros(4, np.float32), np.ones(4, np.float32)) == 0
 
 
-numbers = st.floats(0, 2, allow_nan=False)
+numbers = st.floats(0, 1, allow_nan=False)
 thresholds = st.builds(
     Threshold,
     numbers,
@@ -163,6 +163,21 @@ def test_a_criterion_written_as_text_is_read_back_the_same(
         ("top_prob >= 1e999", "threshold of top_prob is out of range"),
         ("entropy <= -1", "threshold of entropy is out of range"),
         ("similarity >= -2", "threshold of similarity is out of range"),
+        ("top_prob >= 90", "found: 90, expected: 0..1. Write 0.9 for 90 percent; `never` lets no token leave"),
+        ("top_prob >= 1.01", "found: 1.01, expected: 0..1. Write 0.0101 for 1.01 percent"),
+        ("margin >= 50 or always", "Write 0.5 for 50 percent"),
+        ("mean_prob >= 120", "expected: 0..1. Give a number of this range"),
+        ("gate >= 0.5 [4: 80]", "Write 0.8 for 80 percent"),
+        ("similarity >= 99", "expected: -1..1. Write 0.99 for 99 percent"),
+        ("entropy <= 50", "expected: 0..14 nats. Give a number of this range; `always` lets every token leave"),
+        ("top_prob > 0.5", "found: >, expected: >=. Write >= in place of >"),
+        ("entropy < 0.5", "found: <, expected: <=. Write <= in place of <"),
+        ("top_prob = 0.5", "found: =, expected: >=. Write >= in place of ="),
+        ("top_prob == 0.5", "Write >= in place of =="),
+        ("margin => 0.5", "Write >= in place of =>"),
+        ("patience > 2", "Write >= in place of >"),
+        ("max_depth >= 8..4", "Write = in place of >="),
+        ("top_prob 0.5", "found: 0.5, expected: >=. Write a rule such as 'top_prob >= 0.9'"),
         ("top_prob >= 0.5 [4: 0.9, 4: 0.5]", "found: 4, expected: an exit that has no threshold yet"),
         ("top_prob >= 0.5 [4: -1]", "threshold of top_prob is out of range"),
         ("top_prob >= 0.5 ~ 0", "decay of top_prob"),
@@ -194,6 +209,7 @@ def test_an_expression_that_cannot_be_read_is_refused_with_the_part_at_fault(exp
         ("gate >= 0.9", {"exit_layers": (4, 12)}, "needs a gate"),
         ("similarity >= 0.9", {"exit_layers": (4,)}, "needs at least 2 exits"),
         ("patience >= 4", {}, "needs at least 4 exits"),
+        ("max_depth = 40..30", {}, "lets no token leave"),
         ("votes >= 9 and always", {}, "needs at least 9 exits"),
     ],
 )
