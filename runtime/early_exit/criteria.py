@@ -164,10 +164,9 @@ def _instead_of(value: float, comparison: str, most: float) -> str:
     """Return what a caller may have meant by a threshold outside the range of its measure."""
     if comparison == "<=":
         return "give a number of this range; `always` lets every token leave"
-    percent = (
-        f"write {value / 100:g} for {value:g} percent; " if most < value <= 100 else "give a number of this range; "
-    )
-    return f"{percent}`never` lets no token leave"
+    is_percent = most < value <= 100
+    instead = f"write {value / 100:g} for {value:g} percent" if is_percent else "give a number of this range"
+    return f"{instead}; `never` lets no token leave"
 
 
 def measured(reading: Reading, measure: Measure) -> float | None:

@@ -133,7 +133,7 @@ class ExitPolicy:
                 f"exit criterion {self.criterion} lets no token leave: the bound stays above every exit in use",
                 found=list(used),
                 expected=f"a last bound of {used[-1]} or less",
-                remedy=f"such as max_depth = {max(self.criterion.first, used[-1])}..{used[0]}",
+                remedy=f"write max_depth = {max(self.criterion.first, used[-1])}..{used[0]}",
             )
         if self.criterion.least_exits > len(used):
             raise RequestError(

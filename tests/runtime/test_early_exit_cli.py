@@ -217,7 +217,7 @@ def test_a_report_for_a_profile_shows_the_calibration(tiny: Path, tmp_path: Path
         ((*EARLY, "--exit-when", "top_prob >= -1"), ("threshold of top_prob is out of range", "-1", "0..1")),
         ((*EARLY, "--exit-when", "top_prob > 0.9"), ("cannot be read", "rite >= in place of >")),
         ((*EARLY, "--exit-when", "top_prob >= 90"), ("out of range", "found 90", "0..1", "rite 0.9 for 90 percent")),
-        ((*EARLY, "--exit-when", "max_depth = 9..7"), ("lets no token leave", "such as max_depth = 9..1")),
+        ((*EARLY, "--exit-when", "max_depth = 9..7"), ("lets no token leave", "rite max_depth = 9..1")),
         ((*EARLY, "--exit-when", ""), ("cannot be read", "the end")),
         ((*EARLY, "--exit-when", "gate >= 0.5"), ("needs a gate", "top_prob or margin")),
         ((*EARLY, "--exit-when", "patience >= 3"), ("at least 3 exits",)),
