@@ -6,7 +6,8 @@ r rows, and t the seconds of a plain step. On average a round of k drafts ::
     without bonus   emits (1 - alpha^k) / (1 - alpha) tokens        in k d + v(k) seconds
     with bonus      emits (1 - alpha^(k+1)) / (1 - alpha) tokens    in (k + 1) d + v(k + 1) seconds
 
-The adaptive rule takes the k with the most tokens per second. If no k beats a plain step, it takes k = 0, a plain step.
+The adaptive rule takes the k with the most tokens per second. If no k beats a plain step, it takes k = 0, a plain step:
+drafting begins at a predicted gain of 2% and goes on until it would lose 1%.
 (The formula is that of Leviathan et al., arXiv 2211.17192, section 3.3, with measured instead of assumed costs.) Rounds
 of one row are not considered, since they emit one token, as a plain step does. Whichever of drafting and plain steps
 loses is measured again after 8, 16, 32, ... choices (:mod:`.remeasure`), so that neither one slow run nor one hard
@@ -26,7 +27,9 @@ log = logging.getLogger(__name__)
 
 _ALPHA_WEIGHT = 0.1  # of one judged token in the running mean: a memory of about ten tokens
 _COST_WEIGHT = 0.2  # of one measurement in a running cost, if it is higher
-_MUST_WIN_BY = 1.02  # below this gain, drafting is not worth its variance
+# Predictions vary from round to round. With one bound for both, drafting would go on and off around it.
+_STARTS_AT = 1.02  # below this gain, drafting that is off is not worth its variance
+_STAYS_AT = 0.99  # below this gain, drafting that is on loses
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class DraftLength:
             return lengths[0]
         best = max(lengths, key=self.predicted_gain)
         self.best_gain = self.predicted_gain(best)
-        is_winning = self.best_gain >= _MUST_WIN_BY
+        is_winning = self.best_gain >= (_STAYS_AT if self._is_winning else _STARTS_AT)
         if is_winning != self._is_winning:
             self._is_winning = is_winning
             self._remeasure.restart()

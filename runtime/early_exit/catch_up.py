@@ -13,7 +13,7 @@ auto              flush or pipeline for each round, whichever is measured to be 
 ================  =====================================================================================================
 
 In every way a level writes the same keys and values. Levels above the last one that owns a cache have nothing to catch
-up with. Flush runs them on the newest row alone, unless the outputs of their heads are needed for all rows.
+up with. They run on the newest row alone, unless the outputs of their heads are needed for all rows.
 """
 
 from __future__ import annotations
@@ -117,8 +117,7 @@ class FlushCatchUp:
         self._stats.verify_s += elapsed_s
         if level == self._last:
             self._stats.verify_runs += 1
-            if num_rows:  # a run without its head is cheaper
-                self._cap.observe(row + 1 - start, elapsed_s)
+            self._cap.observe(row + 1 - start, elapsed_s, has_head=num_rows > 0)
 
     def mark_pending(self, level: int, row: int) -> None:
         """See :meth:`CatchUp.mark_pending`."""

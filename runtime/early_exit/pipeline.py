@@ -10,7 +10,8 @@ several rows in one run. Here the tokens of rows 0 and 1 leave at the lowest exi
 
 A level's thread may run on a row as soon as the row is released: by :meth:`mark_pending`, by :meth:`run_level`, or, if
 the row's token has left already, by the thread of the level below. An exception in a thread is raised in the caller, at
-its next step. The levels' sessions should have separate thread pools
+its next step. Levels above the last one that owns a cache run only on rows that the caller asks for. The levels'
+sessions should have separate thread pools
 (:class:`shortstack.runtime.engine.session.Placement`). On one shared pool the levels only take turns.
 """
 
@@ -37,6 +38,7 @@ class PipelineCatchUp:
         self._stats = stats
         levels = len(stack.heads)
         self._last = levels - 1
+        self._filling = stack.filling_levels
         self._past = 0
         # The condition guards all that follows. A level's thread may run on the rows [done, ready) of its level.
         self._changed = threading.Condition()
@@ -74,6 +76,10 @@ class PipelineCatchUp:
     def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
         """See :meth:`CatchUp.run_level`; returns when the level's thread has done it."""
         with self._changed:
+            if level >= self._filling:  # pending rows below this one leave no hole here
+                if not num_rows:
+                    return
+                self._done[level] = row + 1 - num_rows
             if num_rows:
                 self._wanted[level] = (row, num_rows, with_logits)
             self._ready[level] = row + 1
@@ -85,12 +91,13 @@ class PipelineCatchUp:
         """See :meth:`CatchUp.mark_pending`."""
         with self._changed:
             self._raise_error()
-            self._ready[level + 1] = max(self._ready[level + 1], row + 1)
-            self._changed.notify_all()
+            if level + 1 < self._filling:
+                self._ready[level + 1] = max(self._ready[level + 1], row + 1)
+                self._changed.notify_all()
 
     def fill_pending(self, rows: int) -> None:
         """See :meth:`CatchUp.fill_pending`."""
-        for level in range(1, self._last + 1):
+        for level in range(1, self._filling):
             self.run_level(level, rows - 1, 0, False)
 
     def close(self) -> None:
@@ -121,7 +128,7 @@ class PipelineCatchUp:
                 elapsed_s = time.perf_counter() - started
                 with self._changed:
                     self._done[level] = end
-                    if level < self._last:
+                    if level + 1 < self._filling:
                         # The caller reads the head's row and decides whether the next level runs on it.
                         passed = end - 1 if num_rows else end
                         self._ready[level + 1] = max(self._ready[level + 1], passed)

@@ -16,6 +16,7 @@ from helpers.kv_cases import PIZZA, early, ids
 from shortstack.graphs import names
 from shortstack.graphs.kv_map import complete_from, placement, producers
 from shortstack.runtime import ExitPolicy, Model, load, parse_criterion
+from shortstack.runtime.early_exit.policy import KVPolicy
 from shortstack.runtime.engine.binder import SegmentBinder
 from shortstack.runtime.engine.stack import PREFILL_ROWS
 
@@ -119,7 +120,36 @@ def test_only_the_last_position_of_a_prompt_runs_above_a_complete_exit(
     assert rows == [*((0, count) for count in chunks), *above]
 
 
-def test_only_missing_producers_are_filled_in_later(kv_bundles: KVBundles) -> None:
+def test_a_level_without_a_cache_runs_only_on_rows_that_need_its_head(
+    kv_bundles: KVBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv_map = placement("lasagna", "bottom", 6, 3)
+    model = load(kv_bundles.bundle(kv_map, 2, 5))
+    expression = criterion(model, "top_prob", (2, 5))
+    stack = model._stack((2, 5))
+    rows: list[int] = []
+    run = stack.run
+
+    def watch(level: int, start: int, end: int, *rest: Any) -> None:
+        if level == 2:
+            rows.append(end - start)
+        run(level, start, end, *rest)
+
+    monkeypatch.setattr(stack, "run", watch)
+    texts = set()
+    for kv_policy in ("flush", "pipeline", "auto"):
+        rows.clear()
+        policy = ExitPolicy(parse_criterion(expression), kv_policy=kv_policy)  # type: ignore[arg-type]
+        tokens = list(model.stream(ids(7), exits=policy, max_new_tokens=TOKENS, ignore_eos=True))
+        whole = sum(token.exit_layer == len(kv_map) for token in tokens[1:])
+        assert 0 < whole < len(tokens) - 1, "some tokens leave and some do not"
+        assert rows == [1] * whole
+        texts.add(tuple(token.id for token in tokens))
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("kv_policy", ["flush", "pipeline"])
+def test_only_missing_producers_are_filled_in_later(kv_bundles: KVBundles, kv_policy: KVPolicy) -> None:
     kv_map = placement("lasagna", "bottom", 6, 3)  # 0 0 2 2 4 4: complete from 5 on
     model = load(kv_bundles.bundle(kv_map, 2, 5))
     runs: list[tuple[int, int]] = []
@@ -131,7 +161,7 @@ def test_only_missing_producers_are_filled_in_later(kv_bundles: KVBundles) -> No
         run(level, start, end, *rest)
 
     stack.run = watch  # type: ignore[method-assign]
-    policy = ExitPolicy(parse_criterion("always"), max_pending=4)
+    policy = ExitPolicy(parse_criterion("always"), kv_policy=kv_policy, max_pending=4)
     tokens = early(model, ids(7), policy, 25)
     assert [count for level, count in runs if level == 2] == []
     assert sum(count for level, count in runs if level == 1) == 24

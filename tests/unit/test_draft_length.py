@@ -127,6 +127,22 @@ def test_an_adaptive_length_measures_a_plain_step_then_the_shortest_round() -> N
         assert length.choose(MANY_ROWS) == shortest
 
 
+def test_drafting_begins_at_a_clear_gain_and_goes_on_until_it_would_lose() -> None:
+    def at(gain: float) -> bool:
+        """Choose where the best round is predicted at this speed; return whether it drafts."""
+        length.alpha, low, high = 0.5, 0.0, 1.0
+        for _ in range(50):  # the gain rises with alpha
+            length.alpha = (low + high) / 2
+            best = max(length.predicted_gain(drafts) for drafts in (2, 3, 4))
+            low, high = (length.alpha, high) if best < gain else (low, length.alpha)
+        return length.choose(MANY_ROWS) > 0
+
+    length = measured()
+    assert [at(gain) for gain in (1.01, 1.0, 1.015, 1.01)] == [False] * 4
+    assert [at(gain) for gain in (1.03, 1.01, 1.015, 0.995)] == [True] * 4
+    assert [at(gain) for gain in (0.98, 1.01, 1.015)] == [False] * 3
+
+
 def test_a_losing_draft_is_tried_again_after_8_16_32_steps_and_so_on_up_to_256() -> None:
     length = measured(alpha=0.0)
     waits, wait = [], 0

@@ -170,6 +170,41 @@ def test_the_whole_window_is_measured_again_now_and_then() -> None:
     assert fixed.rows == 3
 
 
+def test_runs_without_a_head_end_the_measuring_of_the_whole_window() -> None:
+    """As in decoding: a run at the cap has no head, and one with a head is shorter."""
+    cap = PendingCap(16)
+    for rows in (1, 2, 3, 16):
+        cap.observe(rows, float(rows) + 0.3)
+    seen = []
+    for _ in range(300):
+        seen.append(cap.rows)
+        cap.observe(cap.rows, float(cap.rows), has_head=False)
+    assert seen.count(16) < 10
+    assert set(seen[-50:]) == {2}, "what the head costs is known by now, and no reason to wait"
+
+
+def test_measuring_the_whole_window_ends_even_if_no_run_fills_it() -> None:
+    cap = PendingCap(16)
+    for rows in (1, 2, 16):
+        cap.observe(rows, float(rows))
+    seen = []
+    for _ in range(400):
+        seen.append(cap.rows)
+        cap.observe(2, 2.0)  # a token that does not leave comes early, every time
+    assert 8 <= seen.count(16) <= 50
+
+
+def test_what_a_head_costs_is_no_reason_to_wait() -> None:
+    """The upper layers cost one second a row, so waiting gains nothing; the head costs two more."""
+    cap = PendingCap(16)
+    for rows in range(1, 17):
+        cap.observe(rows, rows + 2.0)
+        cap.observe(rows, float(rows), has_head=False)
+    assert cap.rows == 2
+    assert cap.relative_costs() == pytest.approx({rows: float(rows) for rows in range(1, 17)})
+    assert PendingCap(16).relative_costs() == {}
+
+
 def test_the_faster_way_is_taken_and_the_other_tried_now_and_then() -> None:
     for faster in ("flush", "pipeline"):
         costs, taken = WayCosts(), []
