@@ -181,7 +181,8 @@ class Model:
                 without them), or one of the values :class:`~shortstack.runtime.request.Plain`, ``Speculate`` and
                 ``ExitEarly``; for self-speculation, ``exit_layer`` and ``draft``; for early exit, ``exits``: when
                 tokens leave; ``sampling``, or ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
-                ``seed``; ``stop``, ``ignore_eos``, ``reuse_cache``, ``tools``, ``template_variables``.
+                ``seed``; ``stop``, ``stop_token_ids``, ``ignore_eos``, ``reuse_cache``, ``tools``,
+                ``template_variables``.
                 :mod:`shortstack.runtime.request` explains them all.
 
         Returns:
@@ -209,6 +210,7 @@ class Model:
         expect(isinstance(request, Request), "request", request, "a Request(...); stream() and generate() make one")
         ids = self.encode(request.prompt, tools=request.tools, template_variables=request.template_variables)
         stop_strings = StopStrings(request.stop)
+        self._check_vocabulary("stop_token_ids", request.stop_token_ids)
         self._check_not_stepping()
         with self._turns:
             self._check_not_in_use()
@@ -231,6 +233,7 @@ class Model:
             self.tokenizer,
             eos_ids=() if request.ignore_eos else self.tokenizer.eos_token_ids,
             stop=stop_strings,
+            stop_ids=[int(token) for token in request.stop_token_ids],
             limit=limit,
             limit_reason="length" if limit == request.max_new_tokens else "context",
             lock=self._lock,
@@ -278,13 +281,7 @@ class Model:
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:
             raise RequestError("the prompt is empty", remedy="give at least one token")
-        vocab_size = self.bundle.manifest.spec.vocab_size
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise RequestError(
-                "the prompt holds a token id outside the vocabulary",
-                found=max(ids) if max(ids) >= vocab_size else min(ids),
-                expected=f"0..{vocab_size - 1}",
-            )
+        self._check_vocabulary("the prompt", ids)
 
     def activations(self, tokens: Sequence[int], states: Array | None = None) -> Activations:
         """Run one text and return the logits of every head, the hidden states, the keys and the values.
@@ -370,6 +367,13 @@ class Model:
         elif self._steps is not None:
             close_steps(self._steps)
         self._steps = None
+
+    def _check_vocabulary(self, what: str, ids: Sequence[int]) -> None:
+        vocab_size = self.bundle.manifest.spec.vocab_size
+        if outside := [token for token in ids if not 0 <= token < vocab_size]:
+            raise RequestError(
+                f"{what}: a token id outside the vocabulary", found=outside[0], expected=f"0..{vocab_size - 1}"
+            )
 
     def _check_open(self) -> None:
         if self._is_closed:

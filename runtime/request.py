@@ -119,7 +119,8 @@ class Request:
         strategy: How to decode.
         sampling: How to choose tokens; the default is greedy.
         max_new_tokens: The most tokens to generate.
-        stop: Strings that end the text; they are not part of it.
+        stop: Strings that end the text; they are not part of it. A special token's text may be one, or part of one.
+        stop_token_ids: Ids that end the text as an end-of-sequence token does, and also where ``ignore_eos`` is set.
         ignore_eos: Whether to go on after an end-of-sequence token.
         reuse_cache: Whether to keep the cache of the longest prefix that this text shares with the one before, as in
             multi-turn chat.
@@ -135,6 +136,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 256
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     reuse_cache: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -160,6 +162,13 @@ class Request:
                 f"{', '.join(idle)} would have no effect: a temperature of 0 is greedy",
                 remedy="give a temperature above 0, or leave out what does nothing",
             )
+        expect(
+            _is_list_of(self.stop_token_ids, object) and all(is_whole(token, 0) for token in self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "a sequence of token ids, such as [2]",
+            "give texts as `stop`",
+        )
         if (
             isinstance(self.strategy, ExitEarly)
             and self.strategy.policy.verify == "rollback"
@@ -211,6 +220,7 @@ class RequestOptions(TypedDict, total=False):
     seed: int | None
     max_new_tokens: int
     stop: Sequence[str]
+    stop_token_ids: Sequence[int]
     ignore_eos: bool
     reuse_cache: bool
     tools: Sequence[Mapping[str, Any]] | None
@@ -218,7 +228,15 @@ class RequestOptions(TypedDict, total=False):
 
 
 _SAMPLING = tuple(each.name for each in fields(SamplingParams))
-_OF_REQUEST = ("max_new_tokens", "stop", "ignore_eos", "reuse_cache", "tools", "template_variables")
+_OF_REQUEST = (
+    "max_new_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "reuse_cache",
+    "tools",
+    "template_variables",
+)
 _OF_STRATEGY = ("exit_layer", "draft", "exits")
 
 

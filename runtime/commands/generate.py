@@ -64,7 +64,20 @@ _TURNS = 3  # of early exit and plain decoding for a report, since times vary
         "than once [default: all].",
     ),
     click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Most tokens to generate."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be given more than once."),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End before TEXT, which may be a special token's; may be given more than once.",
+    ),
+    click.option(
+        "--stop-id",
+        "stop_ids",
+        type=int,
+        multiple=True,
+        metavar="ID",
+        help="End at this token id; may be given more than once.",
+    ),
     click.option(
         "--prefill-passes",
         metavar="N|converged|sequential",
@@ -91,6 +104,7 @@ def generate(
     raw: bool,
     system: str | None,
     stop: tuple[str, ...],
+    stop_ids: tuple[int, ...],
     exit_layers: tuple[int, ...],
     drafting: Drafting,
     exiting: Exiting,
@@ -125,7 +139,13 @@ def generate(
     if profile is not None and profile.threshold is None:
         click.echo(f"note: {exiting.profile} found no safe threshold, so no token leaves early", err=True)
     text = sys.stdin.read() if prompt == "-" else prompt
-    asked = Request(_as_prompt(model, text, raw, system), sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+    asked = Request(
+        _as_prompt(model, text, raw, system),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        stop_token_ids=stop_ids,
+    )
     requests = {name: replace(asked, strategy=_strategy(name, exit_layers, draft, policy)) for name in names}
     for request in requests.values():  # all are checked before the first one runs
         request.strategy.exits_in(model.bundle.manifest.plan)

@@ -51,6 +51,7 @@ class Stream(Iterator[Token]):
         stats: The loop's counts.
         tokenizer: Turns ids into text.
         eos_ids: Token ids that end the text.
+        stop_ids: Further ids that do so because the caller said so.
         stop: Strings that end the text.
         limit: The number of tokens after which the loop ends by itself.
         limit_reason: What set that limit: the request ("length") or the context ("context").
@@ -60,8 +61,8 @@ class Stream(Iterator[Token]):
         stats: Counts and times.
         token_ids: The ids so far.
         text: The texts of the tokens so far, joined. When a generation is cancelled, the text held back is added.
-        finish_reason: Why it ended: an end-of-sequence token, a stop string, ``max_new_tokens``, the context's end,
-            :meth:`cancel` or :meth:`close`, or an error; None while it runs.
+        finish_reason: Why it ended: an end-of-sequence token, a stop string or stop id, ``max_new_tokens``, the
+            context's end, :meth:`cancel` or :meth:`close`, or an error; None while it runs.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class Stream(Iterator[Token]):
         *,
         eos_ids: Sequence[int],
         stop: StopStrings,
+        stop_ids: Sequence[int] = (),
         limit: int,
         limit_reason: FinishReason,
         lock: AbstractContextManager[object] | None = None,
     ) -> None:
         self._steps = steps
         self._eos_ids = frozenset(eos_ids)
+        self._stop_ids = frozenset(stop_ids)
         self._decoder = StreamDecoder(tokenizer)
         self._stop = stop
         self._limit = limit
@@ -140,8 +143,11 @@ class Stream(Iterator[Token]):
         self.stats.elapsed_s = now
         if step.token in self._eos_ids:
             text = self._end("eos")
+        elif step.token in self._stop_ids:
+            text = self._end("stop")
         else:
-            text, is_stopped = self._stop.push(self._decoder.push(step.token))
+            hidden = self._decoder.hidden_text(step.token)
+            text, is_stopped = self._stop.push(self._decoder.push(step.token), hidden)
             if is_stopped:
                 text += self._end("stop")
             elif len(self.token_ids) == self._limit:

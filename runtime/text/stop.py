@@ -6,11 +6,14 @@ part that can be shown comes out. The part that might still become a stop string
     stops = ["</s>"]     push("Hi <")    -> ("Hi ", False)     "<" may be the beginning of "</s>"
                          push("b>")      -> ("<b>", False)     it was not
                          push("!</s>x")  -> ("!", True)        the stop string and the text after it are dropped
+
+Special tokens are part of the text that is searched, but not of the text that is shown: they are *hidden*. A stop
+string matches with the hidden text (``<|im_end|>``, as in transformers) and also without it, as the reader sees it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from shortstack.graphs.errors import RequestError
 
@@ -40,7 +43,8 @@ class StopStrings:
                     remedy="leave it out to generate without it",
                 )
         self._strings = tuple(dict.fromkeys(strings))
-        self._held = ""
+        self._held = ""  # text that might still become a stop string, hidden text included
+        self._is_shown: list[bool] = []  # for each of its characters
         self._matched: str | None = None
 
     @property
@@ -48,8 +52,12 @@ class StopStrings:
         """The stop string that ended the text; None as long as the text goes on."""
         return self._matched
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, hidden: str = "") -> tuple[str, bool]:
         """Add a piece of text.
+
+        Args:
+            text: Text to show.
+            hidden: Text after it that is never shown: that of a special token.
 
         Returns:
             The text that is now safe to show, and whether a stop string is complete. From then on every call returns
@@ -57,31 +65,48 @@ class StopStrings:
         """
         if self._matched is not None:
             return "", True
-        text = self._held + text
-        # (end, -length, string): the smallest entry completes first, and is the longest of those that end there. It is
-        # enough to look at the first occurrence of each string, since it ends before all others.
-        matches = [
-            (start + len(string), -len(string), string) for string in self._strings if (start := text.find(string)) >= 0
-        ]
-        if matches:
-            end, negative_length, self._matched = min(matches)
-            self._held = ""
-            return text[: end + negative_length], True
-        safe = len(text) - self._held_chars(text)
-        self._held = text[safe:]
-        return text[:safe], False
+        self._held += text + hidden
+        self._is_shown += [True] * len(text) + [False] * len(hidden)
+        whole = range(len(self._held))
+        shown = whole if all(self._is_shown) else [place for place in whole if self._is_shown[place]]
+        found = [match for places in (whole, shown) for match in self._matches(places)]
+        if found:
+            _, _, start, self._matched = min(found)
+            before = self._take(start)
+            self._held, self._is_shown = "", []
+            return before, True
+        return self._take(min(self._first_undecided(places) for places in (whole, shown))), False
 
     def flush(self) -> str:
         """Return the text held back, when a generation ends without a stop string."""
-        held, self._held = self._held, ""
-        return held
+        return self._take(len(self._held))
 
-    def _held_chars(self, text: str) -> int:
-        """Return the length of the longest suffix of ``text`` that is a proper prefix of a stop string."""
-        longest = 0
+    def _take(self, end: int) -> str:
+        """Return what is shown of the first ``end`` characters, and drop these."""
+        text = "".join(char for char, shown in zip(self._held[:end], self._is_shown, strict=False) if shown)
+        self._held, self._is_shown = self._held[end:], self._is_shown[end:]
+        return text
+
+    def _matches(self, places: Sequence[int]) -> Iterator[tuple[int, int, int, str]]:
+        """Yield the first match of each string in the characters at ``places``, as (end, -length, start, string).
+
+        The smallest entry completes first, and is the longest of those that end there. It is enough to look at the
+        first occurrence of each string, since it ends before all others.
+        """
+        text = self._text(places)
+        for string in self._strings:
+            if (start := text.find(string)) >= 0:
+                yield places[start + len(string) - 1], -len(string), places[start], string
+
+    def _first_undecided(self, places: Sequence[int]) -> int:
+        """Return where the longest ending of the characters at ``places`` begins that may become a stop string."""
+        text, longest = self._text(places), 0
         for string in self._strings:
             for length in range(min(len(string) - 1, len(text)), longest, -1):
                 if text.endswith(string[:length]):
                     longest = length
                     break
-        return longest
+        return places[-longest] if longest else len(self._held)
+
+    def _text(self, places: Sequence[int]) -> str:
+        return self._held if len(places) == len(self._held) else "".join(self._held[place] for place in places)

@@ -65,6 +65,10 @@ class StreamDecoder:
         self._context = [token_id]
         return text
 
+    def hidden_text(self, token_id: int) -> str:
+        """Return the text of a token that :meth:`push` leaves out because it is special; empty for all others."""
+        return self._tokenizer.special_text(token_id) if token_id in self._skipped else ""
+
     def flush(self) -> str:
         """End the text and return the part held back; an incomplete character becomes U+FFFD."""
         return self._release() + self._utf8.decode(b"", True)

@@ -79,9 +79,10 @@ class Tokenizer:
         }
         self.has_text_tokens = not self._byte_level
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.special_ids: frozenset[int] = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        self._special_texts: dict[int, str] = {
+            token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        }
+        self.special_ids: frozenset[int] = frozenset(self._special_texts)
         eos = [*_token_ids(generation_config, "eos_token_id"), *self._special_token_id("eos_token")]
         bos = [*self._special_token_id("bos_token"), *_token_ids(generation_config, "bos_token_id")]
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(eos))
@@ -155,6 +156,10 @@ class Tokenizer:
         if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
         return None
+
+    def special_text(self, token_id: int) -> str:
+        """Return the text of a special token, which :meth:`decode` leaves out; empty if it is not special."""
+        return self._special_texts.get(token_id, "")
 
     @property
     def has_chat_template(self) -> bool:

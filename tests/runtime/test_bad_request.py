@@ -45,6 +45,8 @@ SAMPLING = ("--temperature", 1)
         (("Hello", *SAMPLING, "--top-p", 2, "--min-p", 2), ("top_p", "min_p")),
         (("Hello", "--threads", 0), ("threads", "found 0", "expected 1")),
         (("Hello", "--stop", ""), ("stop string", "at least one character")),
+        (("Hello", "--stop-id", -1), ("stop_token_ids", "-1", "a sequence of token ids")),
+        (("Hello", "--stop-id", 300), ("stop_token_ids", "found 300", "0..299")),
         (("Hello", "--raw", "--system", "x"), ("--system", "--raw")),
         (("Hello", "-e", 1), ("--exit-layer would have no effect", "--strategy self-speculative")),
         (("Hello", "--top-p", 0.9), ("--top-p would have no effect", "--temperature")),
@@ -79,6 +81,10 @@ def test_an_uncut_bundle_cannot_draft(tiny_bundles: TinyBundles, refused: Refuse
         ("Hello", {"max_new_tokens": -1}, "max_new_tokens"),
         ("Hello", {"stop": ["", "x"]}, "stop"),
         ("Hello", {"stop": "x"}, "stop"),
+        ("Hello", {"stop_token_ids": [300]}, r"stop_token_ids: .* found 300, expected 0\.\.299"),
+        ("Hello", {"stop_token_ids": 5}, "stop_token_ids: found 5, expected a sequence of token ids"),
+        ("Hello", {"stop_token_ids": "</s>"}, "stop_token_ids: found '</s>', .* Give texts as `stop`"),
+        ("Hello", {"stop_token_ids": [True]}, "stop_token_ids"),
     ],
 )
 def test_the_python_api_refuses_the_same_and_stays_usable(

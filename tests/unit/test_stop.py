@@ -116,3 +116,46 @@ def test_an_empty_stop_string_is_refused_with_its_place() -> None:
 def test_a_bare_string_is_refused_since_it_would_stop_at_each_of_its_letters() -> None:
     with pytest.raises(RequestError, match="a sequence of strings"):
         StopStrings("stop")
+
+
+hidden_pieces = st.lists(st.tuples(st.text("abc", max_size=3), st.text("abc", max_size=3)), max_size=8)
+
+
+@given(hidden_pieces, stop_strings)
+def test_hidden_text_is_searched_but_never_shown(parts: list[tuple[str, str]], strings: list[str]) -> None:
+    stop = StopStrings(strings)
+    shown, stopped = "", False
+    for text, hidden in parts:
+        piece, stopped = stop.push(text, hidden)
+        shown += piece
+        if stopped:
+            break
+    else:
+        shown += stop.flush()
+
+    marked = [(char, not is_hidden) for pair in parts for is_hidden, text in enumerate(pair) for char in text]
+    expected, is_expected = "".join(char for char, is_shown in marked if is_shown), False
+    for end in range(1, len(marked) + 1):
+        whole = list(range(end))
+        found = [
+            (-len(string), places[len(places) - len(string)])
+            for places in (whole, [place for place in whole if marked[place][1]])
+            for string in strings
+            if places and places[-1] == end - 1 and "".join(marked[place][0] for place in places).endswith(string)
+        ]
+        if found:
+            expected, is_expected = "".join(char for char, is_shown in marked[: min(found)[1]] if is_shown), True
+            break
+    assert (shown, stopped) == (expected, is_expected)
+
+
+def test_a_stop_string_of_hidden_and_shown_text_is_found() -> None:
+    stop = StopStrings(["<|im_end|>\n"])
+    assert stop.push("Hi", "<|im_end|>") == ("Hi", False)
+    assert stop.push("\n") == ("", True)
+
+
+def test_a_stop_string_whose_parts_a_hidden_token_separates_is_found_as_the_reader_sees_it() -> None:
+    stop = StopStrings(["the end"])
+    assert stop.push("at the ", "<|pause|>") == ("at ", False)
+    assert stop.push("end.") == ("", True)

@@ -24,8 +24,8 @@ from shortstack.runtime.text.stop import StopStrings
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 # "Ã" and "©" stand for the two bytes of "é", so that random tokens hold half characters.
-TOKENS = ["a", "b", "ab", "Ġ", "Ã", "©", "c", "</s>"]
-EOS = TOKENS.index("</s>")
+TOKENS = ["a", "b", "ab", "Ġ", "Ã", "©", "c", "<|turn|>", "</s>"]
+TURN, EOS = TOKENS.index("<|turn|>"), TOKENS.index("</s>")
 TEXT_IDS = st.lists(st.integers(0, EOS - 1), min_size=1, max_size=5)
 PROMPT = [0, 1]
 
@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
+    backend.add_special_tokens(["<|turn|>", "</s>"])
     folder = tmp_path_factory.mktemp("tokenizer")
     backend.save(str(folder / "tokenizer.json"))
     return Tokenizer.load(folder)
@@ -51,7 +51,12 @@ class Talk:
         self.tokenizer = tokenizer
 
     def start(
-        self, policy: DraftPolicy | None, prompt: Sequence[int] = PROMPT, count: int = 30, stop: Sequence[str] = ()
+        self,
+        policy: DraftPolicy | None,
+        prompt: Sequence[int] = PROMPT,
+        count: int = 30,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
     ) -> Stream:
         self.sequence.restart(prompt)
         stats = Stats(prompt=len(prompt))
@@ -66,6 +71,7 @@ class Talk:
             self.tokenizer,
             eos_ids=[EOS],
             stop=StopStrings(stop),
+            stop_ids=stop_ids,
             limit=limit,
             limit_reason="length" if limit == count else "context",
         )
@@ -204,6 +210,47 @@ def test_a_stop_string_across_two_rounds_is_never_shown(tokenizer: Tokenizer) ->
     assert stream.stats.discarded == 0
     stream = talk.start(DraftPolicy(3), stop=["ab"])  # c | c a b | ...
     assert [token.text for token in stream] == ["c", "c", "", ""]
+    talk.assert_consistent(stream)
+
+
+@pytest.mark.parametrize("policy", [None, DraftPolicy(2), DraftPolicy(5)])
+@pytest.mark.parametrize(
+    ("stop", "tokens", "text"),
+    [
+        (["<|turn|>"], [6, 0, TURN], "ca"),  # a special token
+        (["a<|turn|>b"], [6, 0, TURN, 1], "c"),  # across text, a special token and text
+        (["turn|>b"], [6, 0, TURN, 1], "ca"),  # across a part of a special token
+        (["ab"], [6, 0, TURN, 1], "c"),  # as the reader sees it
+        (["<|turn|>x", "|>bc"], [6, 0, TURN, 1, 6], "ca"),  # what only looked like one does not hide another
+    ],
+)
+def test_a_stop_string_may_be_or_contain_a_special_token_with_every_strategy(
+    tokenizer: Tokenizer, policy: DraftPolicy | None, stop: list[str], tokens: list[int], text: str
+) -> None:
+    talk = Talk(saying([6, 0, TURN, 1, 6, 0, 0, 0, 0, 0, 0]), tokenizer)
+    stream = talk.start(policy, stop=stop)
+    pieces = [token.text for token in stream]
+    assert stream.token_ids == tokens
+    assert (stream.finish_reason, stream.text, "".join(pieces)) == ("stop", text, text)
+    talk.assert_consistent(stream)
+
+
+def test_a_special_token_that_only_begins_like_a_stop_string_is_not_shown_at_the_end(tokenizer: Tokenizer) -> None:
+    stream = Talk(saying([6, TURN, 0]), tokenizer).start(None, count=3, stop=["<|turn|>ab"])
+    assert [token.text for token in stream] == ["c", "", "a"]
+    assert stream.finish_reason == "length"
+
+
+@pytest.mark.parametrize("policy", [None, DraftPolicy(2), DraftPolicy(5)])
+@pytest.mark.parametrize(("stop_id", "text"), [(6, "ab"), (TURN, "abc"), (1, "a")])
+def test_a_stop_id_ends_the_text_and_is_not_part_of_it(
+    tokenizer: Tokenizer, policy: DraftPolicy | None, stop_id: int, text: str
+) -> None:
+    said = [0, 1, 6, TURN, 0, 0, 0, 0, 0]
+    talk = Talk(saying(said), tokenizer)
+    stream = talk.start(policy, stop_ids=[stop_id])
+    assert [token.id for token in stream] == said[: said.index(stop_id) + 1]
+    assert (stream.finish_reason, stream.text) == ("stop", text)
     talk.assert_consistent(stream)
 
 
