@@ -18,9 +18,10 @@ import numpy.typing as npt
 from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, StoredExit, hash_files, unknown_tensor
 from shortstack.export.checkpoint.config import Config, not_one_of
 from shortstack.export.checkpoint.gguf_blocks import unpack_blocks
+from shortstack.export.checkpoint.gguf_end_tokens import end_token_ids
 from shortstack.export.checkpoint.gguf_header import Header, TensorInfo, read_header
 from shortstack.export.checkpoint.gguf_names import to_hugging_face
-from shortstack.export.checkpoint.gguf_tokenizer import tokenizer_files
+from shortstack.export.checkpoint.gguf_tokenizer import token_texts, tokenizer_files
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.ir.block_tensor import BlockTensor
@@ -211,10 +212,13 @@ def hugging_face_config(metadata: Config, header: Header) -> dict[str, object]:
         "attention_out_bias": "blk.0.attn_output.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in header.tensors,
     }
-    for key, fields in _TOKEN_ID_FIELDS.items():
-        ids = dict.fromkeys(metadata.read(int, field) for field in fields if field in metadata)
-        if ids:
-            config[key] = next(iter(ids)) if len(ids) == 1 else list(ids)
+    for key, field in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
+        index = metadata.read(int, f"tokenizer.ggml.{field}_token_id", None)
+        if index is not None:
+            config[key] = index
+    ends = end_token_ids(metadata, token_texts(metadata))
+    if ends:
+        config["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
     return config
 
 
@@ -235,14 +239,3 @@ def _rope_scaling(metadata: Config, header: Header) -> dict[str, object] | None:
     if unscaled:
         return None
     return {"rope_type": kind, "factor": 1.0 if factor is None else factor}
-
-
-_TOKEN_ID_FIELDS = {
-    "bos_token_id": ("tokenizer.ggml.bos_token_id",),
-    "eos_token_id": (
-        "tokenizer.ggml.eos_token_id",
-        "tokenizer.ggml.eot_token_id",  # end of turn and end of message also stop generation in llama.cpp
-        "tokenizer.ggml.eom_token_id",
-    ),
-    "pad_token_id": ("tokenizer.ggml.padding_token_id",),
-}

@@ -9,13 +9,14 @@ with byte fallback).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from shortstack.export.checkpoint.config import Config, not_one_of
+from shortstack.export.checkpoint.gguf_end_tokens import end_token_ids
 from shortstack.export.checkpoint.gguf_pretokenizers import SPLITS, Split
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
@@ -24,6 +25,7 @@ T = TypeVar("T", str, int, float)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
 _SPACE = "\u2581"  # how SentencePiece spells a space
+_KIND_NAMES: Mapping[type, str] = {str: "texts", int: "integers", float: "numbers"}
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -71,7 +73,12 @@ def tokenizer_files(metadata: Config) -> dict[str, bytes]:
     else:
         raise not_one_of(metadata.where("tokenizer.ggml.model"), str(kind), ("gpt2", "llama"))
 
-    typed = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    ends = {vocabulary.tokens[index] for index in end_token_ids(metadata, vocabulary.tokens)}
+    # llama.cpp takes what ends a generation for a control token, whatever its type says.
+    typed = [
+        (token, _CONTROL if token in ends else kind)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+    ]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in typed if k in special])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _USER_DEFINED])
 
@@ -96,13 +103,18 @@ def read_vocabulary(metadata: Config) -> Vocabulary:
     Raises:
         CheckpointError: A list is missing, has the wrong length or type, repeats a token, or merges into no token.
     """
-    tokens = _read_list(metadata, "tokenizer.ggml.tokens", str)
+    tokens = token_texts(metadata)
     if not tokens:
         raise CheckpointError(f"{metadata.where('tokenizer.ggml.tokens')} is missing or empty")
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) != len(tokens):
-        twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
-        raise CheckpointError(f"{metadata.where('tokenizer.ggml.tokens')} lists {twice!r} twice")
+        first, twice = next((index, token) for index, token in enumerate(tokens) if ids[token] != index)
+        raise CheckpointError(
+            metadata.where("tokenizer.ggml.tokens"),
+            found=f"{twice!r} as token {first} and as token {ids[twice]} ({len(tokens) - len(ids)} repeats in all)",
+            expected="each text once, since ids are looked up by text (llama.cpp refuses such a file too)",
+            remedy="export from the model's safetensors, or convert them again with a current llama.cpp",
+        )
     types = _read_list(metadata, "tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens)
     scores = _read_list(metadata, "tokenizer.ggml.scores", float)
     for key, length in (("token_type", len(types)), ("scores", len(scores) or len(tokens))):
@@ -123,6 +135,18 @@ def read_vocabulary(metadata: Config) -> Vocabulary:
             )
         merges.append((left, right))
     return Vocabulary(tokens, types, scores, merges)
+
+
+def token_texts(metadata: Config) -> list[str]:
+    """Return the text of each token id; an empty list if the file holds no tokenizer.
+
+    A token without a text gets the one that llama.cpp gives it.
+
+    Raises:
+        CheckpointError: The list holds something other than texts.
+    """
+    tokens = _read_list(metadata, "tokenizer.ggml.tokens", str)
+    return [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
 
 
 def byte_level_tokenizer(vocabulary: Vocabulary, split: Split) -> Tokenizer:
@@ -185,7 +209,11 @@ def _read_list(metadata: Config, key: str, kind: type[T]) -> list[T]:
     """Read a list of ``kind``; an absent field gives an empty list."""
     value = metadata.data.get(key, [])
     if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise CheckpointError(metadata.where(key), found="other values", expected=f"a list of {kind.__name__} values")
+        expected = f"a list of {_KIND_NAMES[kind]}"
+        if isinstance(value, list):
+            index = next(index for index, item in enumerate(value) if type(item) is not kind)
+            raise CheckpointError(f"{metadata.where(key)}, entry {index}", found=repr(value[index]), expected=expected)
+        raise metadata.wrong(key, expected)
     return value
 
 
