@@ -8,6 +8,7 @@ The exit codes stand in :mod:`shortstack.graphs.errors`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -24,6 +25,7 @@ from shortstack.command_options import ENVIRONMENT
 from shortstack.graphs.errors import INTERRUPTED, ShortstackError
 from shortstack.log_level import LEVELS, show_log
 from shortstack.missing import missing_dependency
+from shortstack.usage_errors import usage_line
 
 # command -> (module:attribute, summary). The attribute is a click.Command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -154,15 +156,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(COMPLETION_VARIABLE):
             return error.exit_code  # whoever presses Tab has asked for no message
         message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        # click drops the colour unless stderr is a terminal; NO_COLOR (no-color.org) drops it there too.
-        colour = False if os.environ.get("NO_COLOR") else None
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=colour)
+        _say_error(message)
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # the help, to whoever typed the bare name
         return error.exit_code
     except click.ClickException as error:
-        _with_place(error).show()
+        _say_error(usage_line(_with_place(error)))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
         return INTERRUPTED
+    except MemoryError:
+        if flags["debug"]:
+            raise
+        _say_error("there is not enough memory for this; close other programs, or take a smaller model")
+        return ShortstackError.exit_code
     except BrokenPipeError:
         # Python flushes stdout once more at exit, into a pipe that nobody reads: send that nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -170,9 +179,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if flags["debug"]:
             raise
-        click.echo(f"error: {error}", err=True)
+        _say_error(" ".join(str(error).split()))
         return ShortstackError.exit_code
     return result if isinstance(result, int) else 0
+
+
+def _say_error(message: str) -> None:
+    """Writes an error to stderr, in colour where that is a terminal and NO_COLOR (no-color.org) does not forbid it."""
+    colour = False if os.environ.get("NO_COLOR") else None
+    _say(f"{click.style('error:', fg='red', bold=True)} {message}", colour)
+
+
+def _say(message: str, colour: bool | None = None) -> None:
+    """Writes a line to stderr; where that is closed, nobody is to be told."""
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(message, err=True, color=colour)
 
 
 def _with_place(error: click.ClickException) -> click.ClickException:
@@ -185,8 +206,20 @@ def _with_place(error: click.ClickException) -> click.ClickException:
     return error
 
 
+def _open_closed_streams() -> None:
+    """Gives the standard streams that the caller closed to nobody; else the next file that is opened would be one."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def main() -> None:
     """Runs the console script ``shortstack``, and ``python -m shortstack``."""
+    _open_closed_streams()
     # A polite kill unwinds like an exit, so that a half-written bundle is removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(run())

@@ -102,4 +102,4 @@ def describe_threads(lower: int | None, upper: int | None) -> str:
 
 def _check_count(threads: int | None) -> None:
     is_right = threads is None or is_whole(threads, 1, _MOST_THREADS)
-    expect(is_right, "threads", threads, f"1..{_MOST_THREADS}", "give the cores to use")
+    expect(is_right, "threads", threads, f"1..{_MOST_THREADS}", "give --threads (threads=) the number of cores to use")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import click
 
 from shortstack.graphs.errors import INTERRUPTED, ShortstackError
+from shortstack.usage_errors import usage_line
 
 
 @contextlib.contextmanager
@@ -24,11 +25,10 @@ def command_errors(when_interrupted: str = "") -> Iterator[None]:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"error: {usage_line(error)}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        if when_interrupted:
-            click.echo(when_interrupted, err=True)
+        click.echo(when_interrupted or "interrupted", err=True)
         sys.exit(INTERRUPTED)
 
 

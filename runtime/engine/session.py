@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
 _SHORT_NAMES = {"cpu": CPU, "cuda": "CUDAExecutionProvider", "tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
+_NOT_USABLE = {
+    "TensorrtExecutionProvider": "TensorRT does not have its attention operator",
+    "AzureExecutionProvider": "it sends models elsewhere",
+}
 _PORT_TYPES: dict[str, PortType] = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -79,13 +83,29 @@ def resolve_providers(providers: Sequence[str] | None) -> list[str]:
     available: list[str] = ort.get_available_providers()
     resolved = [_SHORT_NAMES.get(name.lower(), name) for name in providers or [CPU]]
     for asked, name in zip(providers or [CPU], resolved, strict=True):
+        if name in _NOT_USABLE:
+            why = _NOT_USABLE[name]
+            raise RequestError(f"provider {asked!r} cannot run a bundle: {why}", remedy="choose cpu or cuda")
         if name not in available:
+            usable = [provider for provider in available if provider not in _NOT_USABLE]
             raise RequestError(
                 f"provider {asked!r} is not in the installed onnxruntime {ort.__version__}",
-                expected=f"one of {', '.join(available)}",
+                expected=f"one of {', '.join(usable)}",
                 remedy="choose one of these, or install the onnxruntime package that has it",
             )
     return resolved if CPU in resolved else [*resolved, CPU]
+
+
+def _check_dtype(bundle: Bundle, provider: str) -> None:
+    """Refuse float32 where the attention kernel knows 16-bit floats only; a copy between devices would be as slow."""
+    if bundle.manifest.dtype == "float32" and provider.startswith("CUDA"):
+        source = bundle.manifest.source_name
+        raise RequestError(
+            f"{bundle.folder} computes in float32, for which {provider} has no attention kernel",
+            expected="a bundle of float16",
+            remedy=f"make one with `shortstack export {source} OUT --dtype fp16`, or from a float bundle with "
+            "`shortstack quantize BUNDLE OUT --dtype fp16`",
+        )
 
 
 def open_sessions(
@@ -116,6 +136,8 @@ def open_sessions(
     expect(upper is None or isinstance(upper, Placement), "upper", upper, "a Placement(...) or None")
     lower_names = resolve_providers(providers)
     upper_names = resolve_providers(upper.providers) if upper is not None else lower_names
+    for names in (lower_names, upper_names):
+        _check_dtype(bundle, names[0])
     lower_threads, upper_threads = threads, None
     if upper is not None and upper.threads is not None:
         use_own_pools()

@@ -34,7 +34,18 @@ def ends_of(tmp_path: Path, tokens: Sequence[str], **ids: int) -> Any:
 
 @pytest.mark.parametrize(
     "text",
-    "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|eom_id|> <|endoftext|> <EOT> <eos> <|fim_pad|> <|file_sep|>".split(),
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|eom_id|>",
+        "<|endoftext|>",
+        "<EOT>",
+        "<eos>",
+        "<|fim_pad|>",
+        "<|file_sep|>",
+    ],
 )
 def test_a_chat_turn_ends_at_a_token_that_no_field_names(tmp_path: Path, text: str) -> None:
     assert ends_of(tmp_path, ["a", "<end>", text], eos=1) == [1, 2]
