@@ -19,6 +19,7 @@ from shortstack.runtime.calibration.dissimilarity import LOSSES, Answer, Loss, d
 from shortstack.runtime.calibration.learn_then_test import TESTS, Test, fewest_prompts, fixed_sequence, p_value
 from shortstack.runtime.calibration.profile import Point, Profile, precision_words
 from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
+from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.criteria import Fixed
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.model import Model, Result
@@ -92,6 +93,7 @@ class Calibration:
         accepted: How many of them passed.
         points: The measurements, in the grid's order.
         losses: For each point, the losses by prompt.
+        plain_tokens_per_s: Decoding speed of the whole model's answers; None if they were too short.
     """
 
     spec: CalibrationSpec
@@ -102,6 +104,7 @@ class Calibration:
     accepted: int
     points: tuple[Point, ...]
     losses: tuple[tuple[float, ...], ...]
+    plain_tokens_per_s: float | None = None
 
     @property
     def chosen(self) -> Point | None:
@@ -182,6 +185,7 @@ def calibrate(
         accepted=accepted,
         points=tuple(replace(point, is_accepted=index < accepted) for index, point in enumerate(points)),
         losses=tuple(losses),
+        plain_tokens_per_s=experiment.plain_tokens_per_s,
     )
 
 
@@ -205,7 +209,9 @@ class _Experiment:
         self._prompts = prompts
         self._spec = spec
         self._stage = stage
-        self._full = [_answer(result) for result in self._generate(None, "full answers")]
+        full = list(self._generate(None, "full answers"))
+        self._full = [_answer(result) for result in full]
+        self.plain_tokens_per_s = _tokens_per_s([result.stats for result in full])
 
     def measure(self, policy: ExitPolicy, threshold: float, title: str) -> tuple[Point, tuple[float, ...]]:
         """Answer all prompts with early exit; return the measured point and the loss of each answer."""
@@ -214,7 +220,6 @@ class _Experiment:
         losses = tuple(dissimilarity(self._spec.loss, _answer(early), full) for early, full in pairs)
         stats = [result.stats for result in results]
         tokens = sum(s.emitted for s in stats)
-        decode_s = sum(s.elapsed_s - s.first_token_s for s in stats)
         point = Point(
             threshold=threshold,
             mean_loss=sum(losses) / len(losses),
@@ -223,7 +228,7 @@ class _Experiment:
             mean_exit_layer=sum(depth * count for s in stats for depth, count in s.exits.items()) / tokens,
             exited_share=sum(s.exited for s in stats) / tokens,
             tokens=tokens,
-            tokens_per_s=(tokens - len(stats)) / decode_s if decode_s > 0 else None,
+            tokens_per_s=_tokens_per_s(stats),
         )
         return point, losses
 
@@ -236,6 +241,12 @@ class _Experiment:
                 strategy=Plain() if policy is None else ExitEarly(policy),
             )
             advance(1)
+
+
+def _tokens_per_s(stats: Sequence[Stats]) -> float | None:
+    """Return the decoding speed over several answers, after their first tokens; None if nothing was measured."""
+    decode_s = sum(s.elapsed_s - s.first_token_s for s in stats)
+    return sum(s.emitted - 1 for s in stats) / decode_s if decode_s > 0 else None
 
 
 def _answer(result: Result) -> Answer:

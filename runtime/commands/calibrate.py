@@ -172,6 +172,8 @@ def _print(found: Calibration, profile: Profile, target: Path) -> None:
     spec = found.spec
     click.echo(f"{profile.prompts} prompts, loss {spec.loss}, test {spec.test}: mean loss <= {spec.delta:g} wanted")
     click.echo("threshold  mean loss    p-value  mean exit  left early  tokens/s")
+    plain = "-" if found.plain_tokens_per_s is None else f"{found.plain_tokens_per_s:.1f}"
+    click.echo(f"{'plain':>9}  {0:9.4f}  {'-':>9}  {found.num_layers:9.2f}  {0:10.1%}  {plain:>8}")
     for point in profile.curve:
         speed = "-" if point.tokens_per_s is None else f"{point.tokens_per_s:.1f}"
         verdict = "" if point.is_accepted else "  not accepted"

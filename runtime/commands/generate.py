@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from shortstack.command_options import Command, option_group, provider_option, threads_option
+from shortstack.command_options import option_group, provider_option, threads_option
 from shortstack.command_paths import BundlePath
 from shortstack.graphs.errors import INTERRUPTED, RequestError
 from shortstack.graphs.kv_map import iterated_groups
@@ -23,7 +23,9 @@ from shortstack.runtime.commands.options import (
     refuse_options_without_effect,
     sampling_options,
     showing_options,
+    unchecked_exits,
 )
+from shortstack.runtime.commands.prompt_argument import PromptCommand, read_prompt
 from shortstack.runtime.commands.show import FinishedRun, print_comparison, print_summary, show_stream
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.sampling import SamplingParams
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 _TURNS = 3  # of early exit and plain decoding for a report, since times vary
 
 
-@click.command(cls=Command)
+@click.command(cls=PromptCommand)
 @click.argument("bundle", type=BundlePath())
 @click.argument("prompt")
 @option_group(
@@ -138,7 +140,9 @@ def generate(
     policy = exiting.policy(model, exit_layers, profile) if "early-exit" in names else None
     if profile is not None and profile.threshold is None:
         click.echo(f"note: {exiting.profile} found no safe threshold, so no token leaves early", err=True)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if policy is not None and profile is None and not compare and (found := unchecked_exits(model.bundle, policy)):
+        click.echo(f"warning: {found}", err=True)
+    text = read_prompt(prompt)
     asked = Request(
         _as_prompt(model, text, raw, system),
         sampling=sampling,

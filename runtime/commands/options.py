@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from shortstack.command_options import gather, refuse_given
+from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
@@ -117,6 +118,23 @@ class Exiting:
             max_pending=self.max_pending,
             prefill_exit=self.prefill_exit,
         )
+
+
+def unchecked_exits(bundle: Bundle, policy: ExitPolicy) -> str | None:
+    """Return a warning if tokens may leave unchecked at exits that nothing shows to be trained; None if there is none.
+
+    An exit without weights of its own predicts well only in a model that was trained for it, as by LayerSkip.
+    """
+    plan = bundle.manifest.plan
+    used = policy.exits_in(plan)
+    plain = [str(each.exit_layer) for each in plan.exits if each.exit_layer in used and each.is_plain]
+    if policy.verify != "none" or str(policy.criterion) == "never" or not plain:
+        return None
+    return (
+        f"nothing checks the tokens that leave after {', '.join(plain)} layers, where the exit has no weights of its "
+        "own. Unless this model was trained to exit there, the text will be poor: look with --compare, add "
+        "--verify-exits exact, find a safe threshold with `shortstack calibrate`, or train an exit (docs/training.md)"
+    )
 
 
 @dataclass(frozen=True, slots=True)

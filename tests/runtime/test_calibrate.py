@@ -139,7 +139,14 @@ def test_the_table_shows_the_result(folder: Path, data: Path, capsys: pytest.Cap
     assert "top_prob >= 0.9: with probability 0.95 the mean loss is at most 0.1" in out
     assert out.count("not accepted") == 1
     assert run([*arguments, "--grid", "0"]) == 1
-    assert "no threshold passes: full model" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "no threshold passes: full model" in table
+    head, plain, *_ = [line.split() for line in table.splitlines()[1:]]
+    assert head[0] == "threshold"
+    assert plain[:3] == ["plain", "0.0000", "-"], "what thresholds are compared with"
+    assert float(plain[3]) == SPECULATOR.layers
+    assert plain[4] == "0.0%"
+    assert float(plain[5]) > 0
 
 
 def test_prompts_are_read_as_generate_reads_them(speculator: Model, tmp_path: Path) -> None:

@@ -58,6 +58,21 @@ def run(bundle: Path, *options: object, code: int = 0) -> Result:
     return done
 
 
+def test_tokens_that_leave_unchecked_at_an_exit_without_weights_of_its_own_are_warned_of(
+    tiny: Path, profile: Path
+) -> None:
+    warning = "warning: nothing checks the tokens that leave after 1, 3 layers"
+    assert warning in run(tiny, *EARLY, *RULE, "-e", 1, "-e", 3).stderr
+    for options in (
+        (*EARLY, *RULE, "--verify-exits", "exact"),
+        (*EARLY, *RULE, "--compare")[2:],
+        (*EARLY, "--profile", profile),
+        (*EARLY, "--exit-when", "never"),
+        (),
+    ):
+        assert "warning" not in run(tiny, *options).stderr, options
+
+
 def run_json(bundle: Path, *options: object, code: int = 0) -> Any:
     return json.loads(run(bundle, *options, "--json", code=code).stdout)
 
