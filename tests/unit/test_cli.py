@@ -53,7 +53,7 @@ def test_help_shows_the_summary_of_every_command(capsys: pytest.CaptureFixture[s
 
 def test_an_unknown_command_is_a_misuse(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.run(["exprot"]) == 2
-    assert "No such command 'exprot'" in capsys.readouterr().err
+    assert "no such command 'exprot'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "code"), [(BundleError("no bundle"), 2), (ParityError("they disagree"), 1)])

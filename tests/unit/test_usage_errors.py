@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 
 from helpers.bad_input import Refused
 from shortstack.__main__ import run
-from shortstack.samples.command import run_command
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_an_interrupted_command_says_so(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shortstack.runtime.commands.inspect_bundle.open_bundle", interrupt)
+    monkeypatch.setattr("shortstack.graphs.bundle.open_bundle", interrupt)
     assert run(["inspect", str(sound)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -52,18 +52,27 @@ def test_too_little_memory_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, 
     def allocate(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("shortstack.runtime.commands.inspect_bundle.open_bundle", allocate)
+    monkeypatch.setattr("shortstack.graphs.bundle.open_bundle", allocate)
     refused(["inspect", sound], "there is not enough memory")
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_closed_streams_harm_nothing(closed: tuple[int, ...], sound: Path, tmp_path: Path) -> None:
     """The next file that is opened would take the number of a closed stream, and get what is printed."""
-    shell = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
-    command = (
-        f'"{sys.executable}" -m shortstack quantize "{sound}" "{tmp_path / "out"}" --method rtn --no-report {shell}'
-    )
-    assert subprocess.run(command, shell=True, check=False).returncode == 0
+    closing = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
+    command = [
+        sys.executable,
+        "-m",
+        "shortstack",
+        "quantize",
+        sound,
+        tmp_path / "out",
+        "--method",
+        "rtn",
+        "--no-report",
+    ]
+    shell = f"{shlex.join(map(str, command))} {closing}"
+    assert subprocess.run(shell, shell=True, check=False).returncode == 0
     assert run(["inspect", str(tmp_path / "out"), "--verify"]) == 0
 
 
@@ -72,7 +81,7 @@ def test_a_sample_refuses_in_the_same_form(capsys: pytest.CaptureFixture[str], m
 
     monkeypatch.setattr(sys, "argv", ["bench", "--no-such-option"])
     with pytest.raises(SystemExit) as caught:
-        run_command(main)
+        main()
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: no such option '--no-such-option'")
