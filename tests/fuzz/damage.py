@@ -180,17 +180,17 @@ def damage_json(rng: random.Random, path: Path) -> None:
         path.write_bytes(damage_bytes(rng, text.encode()))
 
 
-def damage_file(rng: random.Random, path: Path, outside: Path) -> str:
+def damage_file(rng: random.Random, path: Path, outside: Path, *, is_text: bool = False) -> str:
     """Replace a file by something that is not one, or take it away; return what it is now.
 
     Args:
         rng: Draws what it becomes.
         path: The file.
         outside: A folder that no command may follow a link to.
+        is_text: People may give it as a pipe, for which a command then waits; so it does not become one.
     """
-    kind = rng.choice(
-        ("gone", "empty", "a folder", "a pipe", "a link out", "a dangling link", "a link to itself", "endless", "huge")
-    )
+    kinds = ("gone", "empty", "a folder", "a link out", "a dangling link", "a link to itself", "endless", "huge")
+    kind = rng.choice(kinds if is_text else ("a pipe", *kinds))
     moved = outside / f"outside-{path.name}"
     if kind == "a link out":
         shutil.copy(path, moved)

@@ -47,16 +47,16 @@ def decodes_alike(folder: Path) -> Iterator[str]:
 
 
 def still_exact(folder: Path) -> Iterator[str]:
-    """A bundle that a command accepted may be refused by another one; if it loads, it decodes alike in every way."""
+    """A bundle that a command accepted may be refused by another one; if it loads, it decodes alike in every way.
+
+    What a command wrote must load. Weights that overflow are named in decoding.
+    """
+    if (folder / "out").exists():
+        _load(folder / "out")
     for bundle in (folder / "in", folder / "out"):
-        if not bundle.exists():
-            continue
-        try:
-            model = shortstack.load(bundle, threads=1)
-            _check_exact(model)
-        except ShortstackError:
-            if bundle.name == "out":
-                raise
+        if bundle.exists():
+            with suppress(ShortstackError):
+                _check_exact(shortstack.load(bundle, threads=1))
     yield RIGHT
 
 

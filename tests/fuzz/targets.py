@@ -105,7 +105,7 @@ def _can_be_read(path: Path) -> bool:
 def _one_file(rng: random.Random, copy: Path) -> str:
     """Damage an input that is one file, near its start as often as anywhere."""
     if rng.randrange(12) == 0:
-        return damage_file(rng, copy, copy.parent)
+        return damage_file(rng, copy, copy.parent, is_text=copy.suffix == ".jsonl")
     data = copy.read_bytes()
     start = min(len(data), rng.choice((4096, len(data))))
     copy.write_bytes(damage_bytes(rng, data[:start]) + data[start:])

@@ -44,6 +44,7 @@ def test_an_interrupted_command_says_so(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("shortstack.graphs.bundle.open_bundle", interrupt)
+    capsys.readouterr()
     assert run(["inspect", str(sound)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
