@@ -170,7 +170,7 @@ def print_summary(shown: FinishedRun, *, shows_exits: bool = False) -> None:
         f"first token {stats.first_token_s * 1e3:.0f} ms",
     ]
     if stats.drafted:
-        parts.append(f"acceptance {stats.acceptance:.0%} of {stats.drafted} drafted")
+        parts.append(f"accepted {stats.acceptance:.0%} of {stats.drafted} drafted")
         parts.append(f"{stats.tokens_per_round:.2f} tokens/round")
     if shows_exits or shown.strategy == "early-exit":
         parts.append(f"mean exit depth {stats.mean_exit_layer:.1f} of {shown.layers} layers")
@@ -206,8 +206,8 @@ def print_comparison(
         stats = one.stats
         if 0 < stats.predicted_gain < 1 and stats.plain > stats.rounds:
             console.print(
-                f"drafting was mostly off: at an alpha of {stats.alpha:.2f} and the measured costs it is predicted "
-                f"to run at {stats.predicted_gain:.2f}x the speed of plain decoding",
+                f"drafting was mostly off: at an alpha (accepted / judged) of {stats.alpha:.2f} and the measured costs "
+                f"it is predicted to run at {stats.predicted_gain:.2f}x the speed of plain decoding",
                 style="dim",
                 soft_wrap=True,
             )

@@ -95,7 +95,8 @@ def bench(
     facts = {**machine(), "bundle": bundle.name, "exits": list(used), "layers": manifest.plan.num_layers}
     if as_json:
         rows_of_json = [
-            asdict(o) | {"alpha": o.alpha, "terms": asdict(parts[o.way.name]) if o.way.name in parts else None}
+            asdict(o)
+            | {"exited_share": o.exited_share, "terms": asdict(parts[o.way.name]) if o.way.name in parts else None}
             for o in outcomes
         ]
         click.echo(json.dumps({**facts, "c": costs.curve, "ways": rows_of_json}, indent=2))
@@ -114,7 +115,7 @@ def print_tables(
         table.add_column(name, justify="left" if not name else "right")
     for o in outcomes:
         table.add_row(
-            o.way.name, o.speed.show(), f"{o.depth:.1f}", f"{o.alpha:.0%}", f"{o.text_loss:.3f}", f"{o.same:.0%}"
+            o.way.name, o.speed.show(), f"{o.depth:.1f}", f"{o.exited_share:.0%}", f"{o.text_loss:.3f}", f"{o.same:.0%}"
         )
     console.print(table)
     if parts:

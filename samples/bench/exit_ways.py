@@ -54,7 +54,7 @@ class Outcome:
     same: float
 
     @property
-    def alpha(self) -> float:
+    def exited_share(self) -> float:
         """Share of tokens that left at an exit."""
         return self.exited / self.tokens if self.tokens else 0.0
 

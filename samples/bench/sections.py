@@ -81,7 +81,8 @@ def drafting_section(
     ]
     for s in strategies:
         predicted = "" if s.predicted is None else f", predicted {s.predicted:.2f}"
-        shown = f"{s.speed.show()}{predicted}; alpha {s.alpha:.2f}, {s.tokens_per_round:.2f} tokens/round"
+        alpha = f"alpha (accepted / judged) {s.alpha:.2f}"
+        shown = f"{s.speed.show()}{predicted}; {alpha}, {s.tokens_per_round:.2f} tokens/round"
         rows.append(Row(f"speed over plain, {s.name}", shown, s.speed.median))
     is_same = all(s.is_same for s in strategies)
     rows.append(Row("output equal to plain", "", goal="always", is_met=is_same))

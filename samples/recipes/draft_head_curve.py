@@ -1,4 +1,4 @@
-r"""What exits of a frozen model are worth as draft sources: acceptance against cost, over depth, kind and vocabulary.
+r"""What exits of a frozen model are worth as draft sources: alpha against cost, over depth, kind and vocabulary.
 
 ::
 
@@ -11,8 +11,8 @@ form that read the hidden state, the token too, and the whole model's last state
 
 OUT afterwards::
 
-    curve.json    one entry an exit: spec, cost, acceptance draft by draft, best predicted speed-up
-    curve.png     acceptance of the first draft against cost, over lines of equal speed-up
+    curve.json    one entry an exit: spec, cost, alpha (accepted / judged) draft by draft, best predicted speed-up
+    curve.png     alpha of the first draft against cost, over lines of equal speed-up
     features/     what the model computed, for the next call
 """
 
@@ -133,7 +133,7 @@ def _name(spec: Mapping[str, Any]) -> str:
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print the fastest exit of each kind and depth."""
     table = Table(title="draft sources, fastest draft vocabulary of each; speed-ups predicted")
-    for name in ("kind", "layers", "vocabulary", "cost", "acceptance of draft 1, 2, ...", "speed-up", "drafts"):
+    for name in ("kind", "layers", "vocabulary", "cost", "alpha of draft 1, 2, ...", "speed-up", "drafts"):
         table.add_column(name, justify="left" if name == "kind" else "right")
     best: dict[tuple[str, int], Mapping[str, Any]] = {}
     for entry in entries:

@@ -14,7 +14,7 @@ computed.
 OUT afterwards::
 
     exits.json, exits.safetensors    for ``shortstack export --exits OUT``
-    report.json                      tokens, time, settings; acceptance draft by draft, cost, predicted speed-up
+    report.json                      tokens, time, settings; alpha draft by draft, cost, predicted speed-up
     training.png
     state.pt, features/              the run itself; the same command continues where it stopped
 """
@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[Branch, Norm]] = {**EE_LLM_KINDS, "linear": ("linear", "f
 def show(found: Sequence[Mapping[str, Any]]) -> None:
     """Print what the exits are worth as draft sources."""
     table = Table(title="drafting on held-out answers, speed-ups predicted")
-    for name in ("after layer", "cost of a draft", "acceptance of draft 1, 2, ...", "fixed length", "with threshold"):
+    for name in ("after layer", "cost of a draft", "alpha of draft 1, 2, ...", "fixed length", "with threshold"):
         table.add_column(name, justify="right")
     for one in found:
         cells = []

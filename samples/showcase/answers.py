@@ -209,7 +209,7 @@ def answers(
         click.echo(json.dumps(found, indent=2))
         return
     table = Table(title=f"{bundle.name}, {found['prompts']} prompts")
-    for name in ("decoding", "exact answers", "same as plain", "acceptance", "from the exit", "speed"):
+    for name in ("decoding", "exact answers", "same as plain", "accepted / drafted", "alpha", "from the exit", "speed"):
         table.add_column(name, justify="right")
     for way in found["ways"]:
         count = found["prompts"]
@@ -217,11 +217,13 @@ def answers(
             way["name"],
             f"{way['right'] / count:.3f}" if answer else "",
             f"{way['same'] / count:.3f}",
+            f"{way['accepted'] / way['drafted']:.3f}" if way["judged"] else "",
             f"{way['alpha']:.3f}" if way["judged"] else "",
             f"{way['drafted'] / way['tokens']:.2f}" if way["drafted"] and not way["judged"] else "",
             f"{way['speed_up']:.2f}x",
         )
     Console().print(table)
+    click.echo("alpha: accepted / judged; drafts behind the first rejected one of a round are not judged")
 
 
 def main() -> None:

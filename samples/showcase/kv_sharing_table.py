@@ -106,7 +106,9 @@ def _costs(measured: Mapping[str, Mapping[str, Any]]) -> str:
             name, f"{speed['kv_bytes_per_token']:.0f}", *times, f"{100 * drafts['alpha']:.0f}%",
             f"{drafts['speed_up']:.2f}x", f"{drafts['same_output']} of {drafts['questions']}",
         ])  # fmt: skip
-    return _markdown(["map", "K,V bytes per token", *columns, "drafts accepted", "speed-up", "same output"], rows)
+    return _markdown(
+        ["map", "K,V bytes per token", *columns, "alpha (accepted / judged)", "speed-up", "same output"], rows
+    )
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

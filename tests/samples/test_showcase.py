@@ -38,16 +38,16 @@ def data(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_answers_are_counted(bundle: Path, data: Path) -> None:
     line = [str(bundle), "--data", str(data), "--prompt", "{say}\\n", "--answer", "{said}", "--draft", "2"]
-    line += ["--threshold", "1.5", "--max-new-tokens", "8", "--json"]
+    line += ["--threshold", "1.0", "--max-new-tokens", "8", "--json"]
     result = CliRunner().invoke(answers.answers, line, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     ways = {way["name"]: way for way in json.loads(result.stdout)["ways"]}
-    assert list(ways) == ["plain", "draft 2", "adaptive, at most 2", "exit at p >= 1.5"]
+    assert list(ways) == ["plain", "draft 2", "adaptive, at most 2", "exit at p >= 1.0"]
     for way in ways.values():
         assert (way["right"], way["same"]) == (2, 3)
         assert way["tokens"] == ways["plain"]["tokens"]
     assert ways["draft 2"]["drafted"] > 0
-    assert ways["exit at p >= 1.5"]["drafted"] == 0
+    assert ways["exit at p >= 1.0"]["drafted"] == 0
     assert ways["plain"]["speed_up"] == 1.0
 
 

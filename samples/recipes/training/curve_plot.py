@@ -1,4 +1,4 @@
-"""``curve.png``: acceptance of the first draft against the cost of a draft, over lines of equal predicted speed-up."""
+"""``curve.png``: alpha of the first draft against the cost of a draft, over lines of equal predicted speed-up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shortstack.samples.recipes.training.draft_cost import Costs
 
 _LEVELS = (1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
 _MOST_DRAFTS = 6
-_TOP = 0.95  # of the acceptance axis, unless an entry lies above it
+_TOP = 0.95  # of the alpha axis, unless an entry lies above it
 
 
 def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -> None:
@@ -56,7 +56,7 @@ def draw_curve(entries: Sequence[Mapping[str, Any]], costs: Costs, file: Path) -
             place = (entry["draft_cost"], entry["alphas"][0])
             axes.annotate(str(entry["spec"]["exit_layer"]), place, (6, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("cost of a draft, in plain steps (number at a point: layers before the exit)")
-    axes.set_ylabel("acceptance of the first draft, 0 to 1")
+    axes.set_ylabel("alpha of the first draft (accepted / judged), 0 to 1")
     axes.set_title(
         "Draft sources. Grey: equal speed-up, predicted as if every draft were accepted like the first", fontsize=11
     )

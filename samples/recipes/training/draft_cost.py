@@ -1,4 +1,4 @@
-"""What a draft costs and what acceptance is worth: the arithmetic behind every predicted speed-up of an exit.
+"""What a draft costs and what alpha is worth: the arithmetic behind every predicted speed-up of an exit.
 
 A small model on a CPU waits for memory, so the cost of a run is the weights it reads. In units of a plain step::
 
@@ -127,7 +127,7 @@ class Drafts:
 
     @property
     def alphas(self) -> list[float]:
-        """Acceptance of draft 1, 2, ..., each given that those before were accepted, over all positions."""
+        """Alpha of draft 1, 2, ...: accepted given that those before were, over all positions."""
         found: list[float] = []
         alive = np.ones(len(self.is_right), dtype=bool)
         for right, usable in zip(self.is_right.T, self.is_usable.T, strict=True):
@@ -157,7 +157,7 @@ class Outcome:
     Attributes:
         policy: The policy.
         tokens_per_round: Emitted tokens.
-        acceptance: Accepted part of the drafts that were judged, up to the first rejected one of each round.
+        acceptance: Alpha, accepted / judged; the name stands in reports.
         speed_up: Over plain decoding, predicted from the costs.
     """
 
