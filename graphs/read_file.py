@@ -17,6 +17,9 @@ from shortstack.graphs.errors import ShortstackError
 MAX_TEXT_BYTES = 256 << 20
 """The largest text file that is read. Tokenizers of 260,000 tokens take 35 MB."""
 
+MAX_DEPTH = 64
+"""The deepest JSON that is read. What Python's reader just survives, its writer and ``repr`` may not."""
+
 
 def read_file(
     path: Path | str, error: type[ShortstackError], remedy: str | None = None, *, limit: int = MAX_TEXT_BYTES
@@ -98,6 +101,8 @@ def parse_json(content: bytes | str, where: Path | str, error: type[ShortstackEr
         if isinstance(content, bytes):
             content = content.decode(json.detect_encoding(content))
         value = json.loads(content.removeprefix("\ufeff"))
+        if _is_deeper(value, MAX_DEPTH):
+            raise RecursionError
         if "\\ud" in content or "\\uD" in content:  # may spell half of a character, which nothing could write again
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -122,6 +127,18 @@ def parse_json_object(
 def read_json_object(path: Path | str, error: type[ShortstackError], remedy: str | None = None) -> dict[str, Any]:
     """Return the object of a JSON file; errors as in :func:`read_file` and :func:`parse_json_object`."""
     return parse_json_object(read_file(path, error, remedy), path, error, remedy)
+
+
+def _is_deeper(value: object, limit: int) -> bool:
+    """Return whether lists and objects are nested more deeply than a limit; without recursion."""
+    level: list[object] = [value]
+    for _ in range(limit):
+        inner: list[object] = []
+        for each in level:
+            entries = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+            inner.extend(entry for entry in entries if isinstance(entry, dict | list))
+        level = inner
+    return bool(level)
 
 
 def _open_regular(path: Path | str, error: type[ShortstackError], remedy: str | None) -> tuple[int, int]:

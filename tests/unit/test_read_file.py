@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shortstack.graphs.errors import BundleError, CheckpointError, RequestError
-from shortstack.graphs.read_file import MAX_TEXT_BYTES, check_regular, parse_json_object, read_file, read_text
+from shortstack.graphs.read_file import MAX_DEPTH, MAX_TEXT_BYTES, check_regular, parse_json_object, read_file, read_text
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
@@ -77,3 +77,14 @@ def test_a_pipe_may_give_a_text(tmp_path: Path) -> None:
     os.close(write_end)
     assert read_text(f"/dev/fd/{read_end}", RequestError) == "some text"
     os.close(read_end)
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a": ', "}")])
+def test_json_is_read_down_to_a_bound_that_its_writer_survives_too(opening: str, closing: str) -> None:
+    def nested(levels: int) -> str:
+        return '{"a": ' + opening * (levels - 1) + "1" + closing * (levels - 1) + "}"
+
+    assert "a" in parse_json_object(nested(MAX_DEPTH), "a.json", CheckpointError)
+    for levels in (MAX_DEPTH + 1, 900):
+        with pytest.raises(CheckpointError, match=r"a\.json is nested too deeply"):
+            parse_json_object(nested(levels), "a.json", CheckpointError)
