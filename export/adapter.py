@@ -29,6 +29,7 @@ from shortstack.export.adapter_config import MERGE_REMEDY, LoraSettings, read_se
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import Checkpoint, Config, Progress
 from shortstack.export.checkpoint.checkpoint import StoredBlocks, StoredExit, hash_files
+from shortstack.export.checkpoint.float_types import FLOAT_TYPES
 from shortstack.export.checkpoint.hf import member  # its import of ml_dtypes lets safetensors return bfloat16
 from shortstack.export.sources import matrix_sources
 from shortstack.graphs import names
@@ -38,7 +39,6 @@ from shortstack.graphs.spec import ModelSpec
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_DTYPES = ("F64", "F32", "F16", "BF16")
 _MAX_LISTED = 8
 _KINDS: tuple[tuple[str, str], ...] = (
     ("lora_magnitude_vector", MERGE_REMEDY),  # DoRA
@@ -189,9 +189,11 @@ class AdaptedCheckpoint:
 
     def _read(self, name: str) -> Floats:
         stored = str(self._tensors.get_slice(name).get_dtype())
-        if stored not in _DTYPES:
+        if stored not in FLOAT_TYPES:
             raise UnsupportedError(
-                f"{self._weights_file}: tensor {name}", found=f"type {stored}", expected=f"one of {', '.join(_DTYPES)}"
+                f"{self._weights_file}: tensor {name}",
+                found=f"type {stored}",
+                expected=f"one of {', '.join(FLOAT_TYPES)}",
             )
         try:
             with np.errstate(over="ignore"):

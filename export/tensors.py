@@ -12,8 +12,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.export.arch.architecture import ROPE_FACTORS, Architecture
+from shortstack.export.arch.architecture import Architecture
 from shortstack.export.checkpoint import Checkpoint
+from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, matrix_sources, qkv_heads
 from shortstack.graphs.errors import CheckpointError

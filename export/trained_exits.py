@@ -18,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from shortstack.export.checkpoint.float_types import FLOAT_TYPES
 from shortstack.export.checkpoint.hf import member
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError
@@ -38,12 +38,6 @@ EXIT_WEIGHTS_FILE = "exits.safetensors"
 FORMAT_VERSION = 1
 _FITS = ("hidden_size", "vocab_size", "num_hidden_layers")  # fields that must equal those of the model
 _MAX_JSON_BYTES = 1 << 20
-_FLOATS: dict[str, npt.DTypeLike] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,  # importing ml_dtypes is also what lets safetensors' numpy API return bfloat16
-}
 _RETRAIN = "write the folder again with the recipe that created it"
 
 Array = npt.NDArray[Any]
@@ -199,7 +193,7 @@ def _read_tensors(path: Path, shapes: Mapping[str, Shape], spec: ModelSpec) -> d
                 is_ids = name.endswith(f".{HEAD_IDS}")
                 if shape != shapes[name]:
                     problems.append(f"{name} is {list(shape)}, not {list(shapes[name])}")
-                elif kind not in (("I64",) if is_ids else _FLOATS):
+                elif kind not in (("I64",) if is_ids else FLOAT_TYPES):
                     problems.append(f"{name} has the type {kind}")
                 else:
                     array = file.get_tensor(name)

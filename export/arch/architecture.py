@@ -20,15 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.spec import ModelSpec
 
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 """Roles of the two matrices that a tied model has as one."""
-
-ROPE_FACTORS = "rope_freqs.weight"
-"""The tensor that holds the divisors of the rotary frequencies when ``rope_scaling.kind`` is ``factors``; a GGUF
-name."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from shortstack.export.arch.architecture import Architecture
 from shortstack.export.arch.kv_sharing import read_sharing
 from shortstack.export.arch.rope_config import positive, read_rope
+from shortstack.export.checkpoint.checkpoint import MAX_LAYERS
 from shortstack.export.checkpoint.config import Config, not_one_of
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.spec import ModelSpec
@@ -38,8 +39,6 @@ _TENSOR_NAMES = {
         for part in ("weight", "bias")
     },
 }
-
-_MAX_LAYERS = 4096  # a damaged file must not make us list billions of tensors
 
 
 def read_spec(config: Config) -> ModelSpec:
@@ -77,8 +76,8 @@ def read_stack(config: Config) -> ModelSpec:
     if eps <= 0:
         raise config.wrong("rms_norm_eps", "a positive number")
     layers = positive(config, "num_hidden_layers")
-    if layers > _MAX_LAYERS:
-        raise config.wrong("num_hidden_layers", f"at most {_MAX_LAYERS}")
+    if layers > MAX_LAYERS:
+        raise config.wrong("num_hidden_layers", f"at most {MAX_LAYERS}")
     attention_bias = config.read(bool, "attention_bias", False)
     context = positive(config, "max_position_embeddings", 2048)
     rope_theta, rope_scaling = read_rope(config, context)

@@ -17,6 +17,13 @@ from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 
+MAX_LAYERS = 4096
+"""The most layers that a checkpoint may say it has: a damaged file must not make us list billions of tensors."""
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""The tensor that holds the divisors of the rotary frequencies, float32 [head_dim / 2], when ``rope_scaling.kind`` is
+``factors``. The name is GGUF's; llama.cpp's converter writes it for Llama 3.1 and later."""
+
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and the bytes in total."""
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,7 @@ from shortstack.export.checkpoint.checkpoint import (
     unknown_tensor,
 )
 from shortstack.export.checkpoint.config import Config, parse_json_object
+from shortstack.export.checkpoint.float_types import FLOAT_TYPES
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.links import stays_inside
@@ -36,13 +36,6 @@ from shortstack.graphs.spec import ModelSpec
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-_DTYPES: dict[str, npt.DTypeLike] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,  # importing ml_dtypes is also what lets safetensors' numpy API return bfloat16
-}
 
 
 class HuggingFaceCheckpoint:
@@ -100,11 +93,11 @@ class HuggingFaceCheckpoint:
         shard = self._shard(name)
         file = self._file_of[name]
         stored = str(shard.get_slice(name).get_dtype())
-        if stored not in _DTYPES:
+        if stored not in FLOAT_TYPES:
             raise UnsupportedError(
                 f"{file}: tensor {name}",
                 found=f"type {stored}",
-                expected=f"one of {', '.join(_DTYPES)}",
+                expected=f"one of {', '.join(FLOAT_TYPES)}",
                 remedy="name the checkpoint before it was quantized",
             )
         try:

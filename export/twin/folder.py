@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from shortstack.export.arch import ARCHITECTURES, expected_tensors, resolve
-from shortstack.export.arch.architecture import EMBEDDING, ROPE_FACTORS
+from shortstack.export.arch.architecture import EMBEDDING
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
+from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.twin.model import Passes, Twin
 from shortstack.graphs.bundle import staged_folder
