@@ -134,7 +134,8 @@ def export(
     segments = [[s.start, s.end] for s in manifest.plan.segments]
     if as_json:
         blocks = {key: value for kept in chosen for key, value in kept.to_json().items()}
-        click.echo(json.dumps({"bundle": str(out), "segments": segments, "bytes": total_bytes, **blocks}))
+        found = {"bundle": str(out), "segments": segments, "bytes": total_bytes, "max_length": manifest.max_length}
+        click.echo(json.dumps({**found, **blocks}))
     else:
         cuts = " | ".join(f"layers {start}-{end - 1}" for start, end in segments)
         click.echo(f"{out}: {cuts}; {total_bytes / 1e6:.1f} MB")

@@ -30,13 +30,20 @@ def rope_tables(spec: ModelSpec, length: int, factors: FloatArray | None = None)
         cos and sin, each float32 [length, head_dim / 2].
 
     Raises:
-        CheckpointError: ``factors`` is missing, of another shape, or not positive.
+        CheckpointError: ``factors`` is missing, of another shape, or not positive, or an angle is infinite.
         ValueError: ``factors`` is given to a model that does not use it.
     """
     import torch  # imported here because it takes seconds, and only the tables need it
 
+    frequencies = _inverse_frequencies(spec, factors)
+    if not float(frequencies.max()) * length <= torch.finfo(torch.float32).max:  # NaN is not, either
+        raise CheckpointError(
+            "the model's rotary frequencies are too large for float32",
+            found=f"rope_theta {spec.rope_theta:g} and factor {spec.rope_scaling.factor:g}",
+            expected="a base and a factor near those of other models, such as 10000 and 8",
+        )
     # [length, 1] * [head_dim / 2] -> [length, head_dim / 2]
-    angles = torch.arange(length, dtype=torch.int64)[:, None].float() * _inverse_frequencies(spec, factors)
+    angles = torch.arange(length, dtype=torch.int64)[:, None].float() * frequencies
     return angles.cos().numpy(), angles.sin().numpy()
 
 

@@ -14,7 +14,7 @@ that says something else, one of the two is a mistake, and the config is refused
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from shortstack.export.checkpoint.config import Config, not_one_of
@@ -25,6 +25,7 @@ DEFAULT_THETA = 10000.0
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 _KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "factors")
 _TYPE_KEYS = ("rope_type", "type")
+_LARGEST = 2**31 - 1  # of a size: no model comes near, and numbers that overflow stay out
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def read_rope(config: Config, context: int) -> tuple[float, RopeScaling]:
     """
     fields = _chosen(config)
     _refuse_partial([place for place in (config, fields) if place is not None])
+    _refuse_nested(config)
     if fields is None:
         return positive_float(config, "rope_theta", DEFAULT_THETA), RopeScaling()
     theta = positive_float(fields if "rope_theta" in fields else config, "rope_theta", DEFAULT_THETA)
@@ -107,6 +109,19 @@ def _refuse_partial(places: Sequence[Config]) -> None:
             raise UnsupportedError(f"{where}: partial rotary embedding", found=share, expected="1.0")
 
 
+def _refuse_nested(config: Config) -> None:
+    """Refuse one rotary embedding per type of layer, as Gemma 3 has it: an object in the object."""
+    places = [config.section("rope_parameters"), config.section("rope_scaling")]
+    for place in [place for place in places if place is not None]:
+        for key, value in place.data.items():
+            if isinstance(value, Mapping):
+                raise UnsupportedError(
+                    f"{place.where(key)}: a rotary embedding for some layers",
+                    found="an object",
+                    expected="one rotary embedding for all layers",
+                )
+
+
 def _original_length(config: Config, fields: Config, context: int) -> int:
     """Return the length that the model was first trained on: at the top, else in the object, else the whole context.
 
@@ -128,4 +143,6 @@ def positive(config: Config, key: str, default: int | None = None) -> int:
     value = config.read(int, key) if default is None else config.read(int, key, default)
     if value <= 0:
         raise config.wrong(key, "a positive integer")
+    if value > _LARGEST:
+        raise config.wrong(key, f"at most {_LARGEST}")
     return value

@@ -15,7 +15,14 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, StoredExit, hash_files, unknown_tensor
+from shortstack.export.checkpoint.checkpoint import (
+    ROPE_FACTORS,
+    Progress,
+    StoredBlocks,
+    StoredExit,
+    hash_files,
+    unknown_tensor,
+)
 from shortstack.export.checkpoint.config import Config, not_one_of
 from shortstack.export.checkpoint.gguf_blocks import unpack_blocks
 from shortstack.export.checkpoint.gguf_end_tokens import end_token_ids
@@ -30,9 +37,6 @@ from shortstack.graphs.spec import ModelSpec
 Number = TypeVar("Number", bound=np.generic)
 
 ARCHITECTURES = ("llama",)
-ROPE_FACTORS = "rope_freqs.weight"
-"""Divisors of the rotary frequencies, float32 [head_dim / 2]; llama.cpp's converter writes them for Llama 3.1 and
-later."""
 
 
 class GgufCheckpoint:
@@ -223,6 +227,9 @@ def hugging_face_config(metadata: Config, header: Header) -> dict[str, object]:
 
 
 def _rope_scaling(metadata: Config, header: Header) -> dict[str, object] | None:
+    attention_factor = metadata.read(float, "llama.rope.scaling.attn_factor", 1.0)
+    if attention_factor != 1.0:  # llama.cpp multiplies cos and sin by it, whatever the kind of scaling
+        raise UnsupportedError(metadata.where("llama.rope.scaling.attn_factor"), found=attention_factor, expected="1.0")
     kind = metadata.read(str, "llama.rope.scaling.type", None)
     factor = metadata.read(float, "llama.rope.scaling.factor", None)
     if factor is None:

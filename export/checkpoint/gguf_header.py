@@ -25,6 +25,7 @@ _SCALARS: Mapping[int, str] = {
 }  # fmt: skip
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
+_MAX_NESTING = 8
 _DEFAULT_ALIGNMENT = 32
 
 
@@ -101,7 +102,7 @@ class _Parser:
         self, entries: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], metadata: dict[str, object]
     ) -> dict[str, TensorInfo]:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise self.damaged(f"general.alignment is {alignment!r}, not a power of two")
         start = -(-self.offset // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
@@ -138,7 +139,7 @@ class _Parser:
                 remedy="update the gguf package, or name a file of a common type (Q4_K_M, Q8_0, F16)",
             ) from None
 
-    def value(self, kind: int) -> object:
+    def value(self, kind: int, nesting: int = 0) -> object:
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
@@ -151,9 +152,13 @@ class _Parser:
             if count > len(self.data):
                 raise self.damaged("a metadata array is longer than the file")
             return list(struct.unpack(code, self.take(struct.calcsize(code))))
-        if item_kind != _STRING:
+        if item_kind == _STRING:
+            return [self.string() for _ in range(count)]
+        if item_kind != _ARRAY:
             raise self.damaged(f"a metadata array holds values of the unknown type {item_kind}")
-        return [self.string() for _ in range(count)]
+        if nesting == _MAX_NESTING:
+            raise self.damaged(f"metadata arrays are nested more than {_MAX_NESTING} deep")
+        return [self.value(_ARRAY, nesting + 1) for _ in range(count)]
 
     def scalar(self, code: str) -> int:
         """Read one little-endian number; typed int, although metadata values may be floats and bools."""

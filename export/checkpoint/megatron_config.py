@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from shortstack.export.checkpoint.checkpoint import MAX_LAYERS
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.plan import Branch, Norm
 
 _CHECKPOINT_VERSION = 3.0
-_MAX_LAYERS = 4096  # a damaged file must not make us list billions of tensors
 _REQUIRED: tuple[tuple[str, object, object], ...] = (
     ("normalization", "LayerNorm", "RMSNorm"),
     ("swiglu", False, True),
     ("position_embedding_type", "learned_absolute", "rope"),
     ("rotary_percent", 1.0, 1.0),
+    ("rotary_interleaved", False, False),
+    ("use_rope_scaling", False, False),
     ("apply_layernorm_1p", False, False),
     ("apply_residual_connection_post_layernorm", False, False),
     ("transformer_impl", "local", "local"),
@@ -69,7 +71,8 @@ def hugging_face_config(args: Config, version: object) -> dict[str, object]:
         CheckpointError: A field is missing or has the wrong type.
         UnsupportedError: The model cannot be exported; the message lists all differences.
     """
-    found = {name: args.data.get(name, default) for name, default, _ in _REQUIRED} | {"checkpoint_version": version}
+    found = {name: args.data.get(name, default) for name, default, _ in _REQUIRED}
+    found |= {"checkpoint_version": _plain(version)}
     wanted = {name: value for name, _, value in _REQUIRED} | {"checkpoint_version": _CHECKPOINT_VERSION}
     if wrong := [name for name, value in wanted.items() if found[name] != value]:
         raise UnsupportedError(
@@ -113,8 +116,8 @@ def read_exits(args: Config) -> tuple[MegatronExit, ...]:
         UnsupportedError: EE-LLM has no exits of this kind.
     """
     layers = args.read(int, "num_layers")
-    if not 1 <= layers <= _MAX_LAYERS:
-        raise args.wrong("num_layers", f"1..{_MAX_LAYERS}")
+    if not 1 <= layers <= MAX_LAYERS:
+        raise args.wrong("num_layers", f"1..{MAX_LAYERS}")
     numbers = args.data.get("exit_layer_nums") or []
     if (
         not isinstance(numbers, list)

@@ -231,6 +231,8 @@ def test_all_differences_from_llama_are_listed_at_once(write: Callable[..., Path
     ("field", "value"),
     [
         ("position_embedding_type", "learned_absolute"),
+        ("rotary_interleaved", True),
+        ("use_rope_scaling", True),
         ("apply_layernorm_1p", True),
         ("apply_residual_connection_post_layernorm", True),
         ("transformer_impl", "transformer_engine"),
@@ -256,6 +258,10 @@ def test_a_model_that_is_not_a_llama_is_refused(
             for value in (0, -1, "4", 1.5)
         ),
         ("num_layers", 10**12),
+        ("max_position_embeddings", 10**30),
+        ("hidden_size", 10**30),
+        ("rotary_base", 10**400),
+        ("rotary_seq_len_interpolation_factor", float("nan")),
         ("num_layers", None),
         ("kv_channels", 0),
         ("kv_channels", 15),

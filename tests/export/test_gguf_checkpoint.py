@@ -124,6 +124,7 @@ def test_linear_scaling_and_the_rotary_base_are_read(tmp_path: Path) -> None:
         (lambda w: w.add_key_length(16), "partial rotary embedding"),
         (lambda w: w.add_value_length(4), "value_length: found 4, expected the width of the keys, 8"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope_type: found 'yarn'"),
+        (lambda w: w.add_rope_scaling_attn_factors(1.5), r"rope\.scaling\.attn_factor: found 1\.5, expected 1\.0"),
         (lambda w: w.add_uint16("split.count", 2), "one part of a split model"),
     ],
 )

@@ -188,6 +188,21 @@ def test_another_activation_is_refused() -> None:
         ({"hidden_size": True}, "hidden_size: found True, expected an integer"),
         ({"hidden_size": 0}, "hidden_size: found 0, expected a positive integer"),
         ({"hidden_size": 65}, "hidden_size does not divide into 4 heads, and head_dim is not given"),
+        ({"intermediate_size": 10**30}, r"intermediate_size: found 1000.*, expected at most 2147483647"),
+        ({"max_position_embeddings": 10**30}, r"max_position_embeddings: found 1000.*, expected at most 2147483647"),
+        (
+            {"rope_scaling": {"type": "llama3", **LLAMA3, "original_max_position_embeddings": 10**30}},
+            r"rope_scaling\.original_max_position_embeddings: found 1000.*, expected at most 2147483647",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, r"rope_scaling\.factor: found True, expected a number"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            r"rope_parameters\.full_attention: a rotary embedding for some layers: found an object",
+        ),
+        (
+            {"rope_scaling": {"type": "default", "sliding_attention": {"rope_theta": 1e6}}},
+            r"rope_scaling\.sliding_attention: a rotary embedding for some layers: found an object",
+        ),
         ({"vocab_size": -1}, "vocab_size: found -1, expected a positive integer"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000, expected at most 4096"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor of num_attention_heads, 4"),

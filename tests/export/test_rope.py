@@ -91,3 +91,28 @@ def test_bad_factors_are_refused(factors: Any) -> None:
 def test_factors_are_refused_by_a_model_that_does_not_use_them() -> None:
     with pytest.raises(ValueError, match="takes no factors"):
         rope_tables(read_spec(Config(BASE, "config.json")), 4, np.ones(32, np.float32))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 1e-300},
+        {"rope_theta": 1e-40},
+        {"rope_scaling": {"rope_type": "linear", "factor": 1e-300}},
+        {"rope_scaling": {**LLAMA3, "factor": 1e-42}},
+    ],
+)
+def test_angles_that_no_float_can_hold_are_refused(fields: dict[str, Any]) -> None:
+    spec = read_spec(Config({**BASE, **fields}, "config.json"))
+    with pytest.raises(CheckpointError, match="rotary frequencies are too large for float32: found rope_theta"):
+        rope_tables(spec, LENGTH)
+
+
+def test_a_base_that_no_float32_can_hold_gives_the_tables_of_transformers() -> None:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    fields = {**BASE, "rope_theta": 1e300}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**fields)).inv_freq
+    assert torch.equal(torch.from_numpy(rope_tables(read_spec(Config(fields, "f")), 2)[0][1]), theirs.cos())
