@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shortstack.export.rope import rope_tables
 from shortstack.export.trained_exits import read_exits, write_exits
 from shortstack.export.twin.layer import MLP, Layer, RMSNorm, unit_rms
 from shortstack.export.twin.model import Boundary, Twin
@@ -147,8 +146,7 @@ class ExitNode(nn.Module):
             out: Tensor = boundary.middle + self.mlp(below.post_attention_layernorm(boundary.middle))
             return out
         if self.exit_spec.branch == "block":
-            cos, sin = (torch.from_numpy(table).to(boundary.hidden.device) for table in self._rotary(boundary, twin))
-            return self.block(boundary.hidden, (cos, sin))[0]  # type: ignore[no-any-return]
+            return self.block(boundary.hidden, twin.rotary(boundary.hidden))[0]  # type: ignore[no-any-return]
         return boundary.hidden
 
     def linear_input(self, hidden: Tensor, embeddings: Tensor | None, state: Tensor | None) -> Tensor:
@@ -175,10 +173,6 @@ class ExitNode(nn.Module):
     def confidence(self, hidden: Tensor) -> Tensor:
         """Return the gate's confidence in 0..1, [..., hidden] -> [...]."""
         return torch.sigmoid(self.gate(unit_rms(hidden, self.eps)).squeeze(-1))
-
-    def _rotary(self, boundary: Boundary, twin: Twin) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        cos, sin = rope_tables(self.spec, boundary.hidden.shape[1], twin.rope_factors)
-        return cos, sin
 
 
 def states_before(states: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Twin(nn.Module):
         if not all(1 <= depth <= self.spec.num_hidden_layers for depth in depths):
             raise ValueError(f"depths {sorted(depths)} of a model with {self.spec.num_hidden_layers} layers")
         check_boundaries(self.spec.kv_map, sorted(depths))
-        rotary = self._rotary_of(input_ids)
+        rotary = self.rotary(input_ids)
         x: Tensor = self.model.embed_tokens(input_ids).float()  # the stream stays in float32 under autocast
         found: dict[int, Boundary] = {}
         lent: dict[int, KeyValue] = {}
@@ -207,11 +207,12 @@ class Twin(nn.Module):
         depth = self.spec.num_hidden_layers
         return self.logits(self.boundaries(input_ids, (depth,))[depth].hidden)
 
-    def _rotary_of(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        length = input_ids.shape[1]
-        if self._rotary is None or length > len(self._rotary[0]) or self._rotary[0].device != input_ids.device:
+    def rotary(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotary tables for ``rows`` [batch, seq, ...], on its device; they are kept from call to call."""
+        length = rows.shape[1]
+        if self._rotary is None or length > len(self._rotary[0]) or self._rotary[0].device != rows.device:
             cos, sin = rope_tables(self.spec, max(length, 512), self.rope_factors)
-            self._rotary = torch.from_numpy(cos).to(input_ids.device), torch.from_numpy(sin).to(input_ids.device)
+            self._rotary = torch.from_numpy(cos).to(rows.device), torch.from_numpy(sin).to(rows.device)
         cos_table, sin_table = self._rotary
         return cos_table[:length], sin_table[:length]  # [seq, head_dim / 2]
 

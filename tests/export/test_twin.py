@@ -15,10 +15,14 @@ from helpers import tolerances
 from helpers.tiny_models import BASE, SWITCHES, TinyBundles, TinyModel
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.parity.reference import Reference
+from shortstack.export.rope import FloatArray, rope_tables
+from shortstack.export.twin.exits import ExitNode
 from shortstack.export.twin.folder import load_twin, save_twin
 from shortstack.export.twin.layer import Layer
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import BundleError
+from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.spec import ModelSpec
 
 TWIN = 1e-4
 """Twin against transformers, float32 logits with a standard deviation of 2 to 3. Measured: mostly 0, at most 3e-6."""
@@ -113,7 +117,7 @@ def test_consumers_attend_to_their_producer(tiny_bundles: TinyBundles) -> None:
     assert not lacking.missing_keys
     assert {key.split(".")[2] for key in lacking.unexpected_keys} == {"2", "3"}
     ids = ids_of(BASE.vocab, length=11)
-    rotary = shared._rotary_of(ids)
+    rotary = shared.rotary(ids)
     x, lent = shared.model.embed_tokens(ids), None
     for index, layer in enumerate(shared.model.layers):
         assert isinstance(layer, Layer)
@@ -137,3 +141,22 @@ def test_smollm2_computes_what_transformers_computes(smollm2_gguf: Path, smollm2
     found = twin.boundaries(ids, (8, 30))
     for depth, logits in expected.items():
         assert np.abs(twin.logits(found[depth].hidden)[0].numpy() - logits).max() <= tolerances.SMOLLM2.max_abs
+
+
+def test_rotary_tables_are_made_once_and_grow_with_the_text(
+    tiny_bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = load_twin(str(tiny_bundles.checkpoint(BASE))).eval()
+    node = ExitNode(twin.spec, ExitSpec(2, branch="block"))
+    made: list[int] = []
+
+    def counted(spec: ModelSpec, length: int, factors: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+        made.append(length)
+        return rope_tables(spec, length, factors)
+
+    monkeypatch.setattr("shortstack.export.twin.model.rope_tables", counted)
+    monkeypatch.setattr("shortstack.export.twin.exits.rope_tables", counted, raising=False)
+    for length in (7, 20, 512, 600, 9):
+        ids = ids_of(BASE.vocab, length=length)
+        node(twin.boundaries(ids, (2,))[2], None, None, twin)
+    assert made == [512, 600]

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from shortstack.graphs.errors import BundleError, CheckpointError, RequestError
-from shortstack.graphs.read_file import MAX_DEPTH, MAX_TEXT_BYTES, check_regular, parse_json_object, read_file, read_text
+from shortstack.graphs.read_file import (
+    MAX_DEPTH,
+    MAX_TEXT_BYTES,
+    check_regular,
+    parse_json_object,
+    read_file,
+    read_text,
+)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
