@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,6 +11,9 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.read_file import read_file
+
+_MAX_HEADER_BYTES = 16_384  # numpy itself reads no more than 10,000
 
 
 def read_draft_vocab(bundle: Bundle, exit_spec: ExitSpec) -> npt.NDArray[np.int64] | None:
@@ -21,12 +26,15 @@ def read_draft_vocab(bundle: Bundle, exit_spec: ExitSpec) -> npt.NDArray[np.int6
         return None
     path = bundle.folder / names.draft_vocab_file(exit_spec.exit_layer)
     remedy = "copy the bundle again as a whole, or re-export it"
+    size = exit_spec.draft_vocab
+    content = read_file(path, BundleError, remedy, limit=size * np.dtype(np.int64).itemsize + _MAX_HEADER_BYTES)
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BundleError(f"{path} is not a numpy array: {error}", remedy=remedy) from None
-    if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.shape != (exit_spec.draft_vocab,):
-        raise BundleError(f"{path}", found="another array", expected=f"int64 [{exit_spec.draft_vocab}]", remedy=remedy)
+        ids = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # a damaged header makes numpy raise errors of several modules
+        reason = " ".join(str(error).split())
+        raise BundleError(f"{path} is not a numpy array: {reason or type(error).__name__}", remedy=remedy) from None
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.shape != (size,):
+        raise BundleError(f"{path}", found="another array", expected=f"int64 [{size}]", remedy=remedy)
     vocab_size = bundle.manifest.spec.vocab_size
     if not (ids[0] >= 0 and ids[-1] < vocab_size and (np.diff(ids) > 0).all()):
         raise BundleError(
