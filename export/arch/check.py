@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, ROPE_FACTORS, Architecture, expected_tensors
+from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, expected_tensors
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.spec import ModelSpec
 
 _MAX_LISTED = 10
-_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|weight)|" + re.escape(ROPE_FACTORS))
-"""Rotary frequencies. Old checkpoints store them, although they follow from the config."""
+_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|weight)")
+"""Rotary frequencies. Old checkpoints store them, although they follow from the config. GGUF's divisors do not."""
 
 
 def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> None:

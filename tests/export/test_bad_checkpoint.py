@@ -38,6 +38,10 @@ TENSOR_EDITS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], tuple[s
         lambda t: t.update({"model.layers.2.router.weight": np.zeros((2, 2), np.float32)}),
         ("1 extra", "model.layers.2.router.weight", "Check that weights and config belong"),
     ),
+    "rotary divisors that the config does not know": (
+        lambda t: t.update({"rope_freqs.weight": np.full(8, 2, np.float32)}),
+        ("1 extra", "rope_freqs.weight"),
+    ),
     "misshapen": (
         lambda t: t.update({DOWN: np.zeros((64, 95), np.float32)}),
         ("1 misshapen", f"{DOWN} is [64, 95], not [64, 96]"),
