@@ -20,6 +20,7 @@ from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks, choose
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import DEFAULT_LONGEST, ExportSpec
 from shortstack.export.tensors import ModelTensors
+from shortstack.export.text_files import check_text_files
 from shortstack.export.weights import store_exits, store_weights
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
@@ -64,6 +65,7 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
             tell(blocks)
         files = checkpoint.files()
         _check_tokenizer(checkpoint.source, files.get(names.TOKENIZER_FILE))
+        check_text_files(checkpoint.source, files)
         exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)
         tensors = ModelTensors(checkpoint, arch, spec, blocks)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:

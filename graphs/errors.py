@@ -40,6 +40,9 @@ class ShortstackError(Exception):
         found: What is there, if that helps.
         expected: What should be there.
         remedy: What the user can do next, as an imperative sentence without a full stop.
+
+    Attributes:
+        problem: The message without the remedy, for who knows a better one.
     """
 
     exit_code = 2
@@ -50,6 +53,7 @@ class ShortstackError(Exception):
             message += f": found {shortened(str(found))}"
         if expected is not None:
             message += f", expected {expected}" if found is not None else f": expected {expected}"
+        self.problem = message
         if remedy is not None:
             message += f". {remedy[0].upper()}{remedy[1:]}."
         super().__init__("".join(map(_escaped, message)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,3 +96,25 @@ def test_a_text_file_may_begin_with_a_byte_order_mark(
     assert exported(checkpoint, tmp_path / "out") == wanted
     for file in (tmp_path / "out").glob("*.j*"):
         assert not file.read_bytes().startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE)), file
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"eos_token": 1e-300}, {"bos_token": []}, {"pad_token": {"content": 3}}, {"unk_token": [{"a": {"b": [1]}}]}],
+    ids=str,
+)
+def test_a_tokenizer_config_that_the_runtime_would_refuse_is_refused_at_export(
+    tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, object]
+) -> None:
+    checkpoint = copy_of(tiny_bundles, BASE, tmp_path)
+    edit_json(checkpoint / "tokenizer_config.json", **fields)
+    assert run(["export", str(checkpoint), str(tmp_path / "out"), "-e", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"would become a bundle that does not load: tokenizer_config.json, field {next(iter(fields))}" in error
+    assert error.endswith("Mend the file in the checkpoint.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_checking_the_tokenizer_needs_no_onnxruntime() -> None:
+    code = "import sys; import shortstack.export.text_files; sys.exit('onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

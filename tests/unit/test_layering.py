@@ -35,7 +35,7 @@ HEAVY = ("numpy", "onnxruntime", "tokenizers", "jinja2", *FOREIGN[:8])
 # threads) may be imported by all.
 ROOMS = {
     "graphs": set(),
-    "export": {"graphs", "runtime"},  # runtime in export/parity alone, as export/ruff.toml says
+    "export": {"graphs", "runtime"},  # runtime in export/parity and text_files.py alone, as export/ruff.toml says
     "quant": {"graphs", "runtime"},  # runtime in few files alone, as quant/ruff.toml says
     "runtime": {"graphs"},
     "samples": {"graphs", "export", "quant", "runtime"},
