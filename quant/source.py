@@ -15,6 +15,7 @@ from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.ir.read import read_tensors
 from shortstack.graphs.spec import ModelSpec
 
+_NOT_FINITE = "export the checkpoint again; if that is refused too, its weights are damaged"
 Floats = npt.NDArray[np.float32]
 _ROTARY = (names.ROPE_COS, names.ROPE_SIN)
 _STORED_AS_ROWS = (names.EMBED_TOKENS, names.LM_HEAD)  # [vocab, hidden]; projections are stored [in, out]
@@ -47,6 +48,7 @@ class Source:
         self.bundle = bundle
         self.spec: ModelSpec = bundle.manifest.spec
         self._tensors = read_tensors(bundle)
+        self._checked: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -64,10 +66,16 @@ class Source:
         return self._tensors[name].numpy()
 
     def floats(self, name: str) -> Floats:
-        """Return a tensor as it is stored, in float32."""
-        value = np.asarray(self.array(name), np.float32)
-        check_finite(f"{self.bundle.folder}: tensor {name}", value, BundleError, "export a sound checkpoint again")
-        return value
+        """Return a tensor as it is stored, in float32.
+
+        Raises:
+            BundleError: A value of it is not a finite number.
+        """
+        found = np.asarray(self.array(name), np.float32)
+        if name not in self._checked:
+            check_finite(f"{self.bundle.folder}: tensor {name}", found, BundleError, _NOT_FINITE)
+            self._checked.add(name)
+        return found
 
     def matrix(self, name: str) -> Floats:
         """Return a matrix as [out, in], in float32."""

@@ -221,3 +221,26 @@ def test_a_value_that_float16_does_not_hold_is_named(
     refuses(["-r", "float", "--dtype", "fp16", "--no-report"], names.FINAL_NORM, "1e+06", "float16", bundle=bundle)
     with pytest.raises(BundleError):
         open_bundle(tmp_path / "out")
+
+
+@pytest.mark.parametrize("preset_name", ["int4", "int8", "float"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (names.layer_weight(1, "mlp.down_proj.weight"), float("nan")),
+        (names.layer_weight(0, "attn.qkv_proj.weight"), float("inf")),
+        (names.layer_weight(2, "input_norm.weight"), float("-inf")),
+        (names.FINAL_NORM, float("nan")),
+        (names.EMBED_TOKENS, float("nan")),
+        (names.LM_HEAD, float("inf")),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named_and_counted(
+    bundle: Path, refuses: RefusedQuantize, name: str, value: float, preset_name: str
+) -> None:
+    tensor = stored_tensors(bundle)[name]
+    values = tensor.read(bundle)
+    values.reshape(-1)[[0, 3]] = value
+    tensor.write(bundle, values)
+    options: list[str | Path] = ["-r", preset_name, "--no-report", "--kv-cache", "float"]
+    refuses(options, f"tensor {name}", f"found 2 of {values.size} values NaN or infinite", bundle=bundle)
