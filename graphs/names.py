@@ -129,6 +129,21 @@ LAYER_MATRICES = (
 )
 
 
+_SIDE_FACTORS = {
+    QKV_PROJ: "attn.qkv_proj.side.weight",
+    "attn.o_proj.weight": "attn.o_proj.side.weight",
+    "mlp.gate_proj.weight": "mlp.gate_up_proj.side.weight",
+    "mlp.up_proj.weight": "mlp.gate_up_proj.side.weight",
+    "mlp.down_proj.weight": "mlp.down_proj.side.weight",
+}
+
+
+def side_factor(weight: str) -> str:
+    """Return the right factor of the side product of a layer's matrix: one for all matrices with the same input."""
+    prefix, part = next((weight[: -len(part)], part) for part in LAYER_MATRICES if weight.endswith(f".{part}"))
+    return f"{prefix}{_SIDE_FACTORS[part]}"
+
+
 def layer_weights(layer: int) -> str:
     """Return what the names of one layer's weights begin with."""
     return f"model.layers.{layer}"

@@ -13,6 +13,13 @@ of the same matrix, after the weights, and multiplied with the sum of the block'
 
     y = sum_k w_k x_k + sum_b offset_b (sum of x over block b)
 
+A *side product* is a part of low rank that is stored beside the blocks, because rounding would lose it: what an adapter
+added to weights that lie on the grid of a quantized file. Its right factor A [columns, width] is a matrix of its own
+(:func:`names.side_factor`), one for all matrices of one input. Its left factor B [rows, columns] is stored as further
+columns of the same matrix, between the weights and the offsets::
+
+    y = W x + B (A x) + offsets
+
 What differs between widths of codes stands in one table, :data:`CODE_TYPES`; rounding, packing, the search for a mix
 and the command line read it. Standard library only.
 """
@@ -30,6 +37,7 @@ from shortstack.graphs.spec import DType
 KVType = Literal["float", "int8"]
 KV_TYPES: tuple[KVType, ...] = ("float", "int8")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+MOST_SIDE_COLUMNS = 256
 EXACT_BLOCK_SIZE = 32  # rows of one run equal rows run one by one, bit for bit (onnxruntime 1.31 and 1.32, x86)
 SPARE_ROWS = 1  # positions beyond the context that graphs may write, see Precision.has_spare_row
 ACCURACY_LEVEL = 4  # the only level with integer kernels: 8 bits are 60-130 times slower at any other
@@ -85,6 +93,7 @@ class BlockFormat:
         block_size: Weights that share a scale, a power of two from 16 on.
         is_symmetric: Without stored zero points.
         has_offsets: With an offset column per block.
+        side_columns: Columns of the side product, whole blocks; 0 where there is none.
 
     Raises:
         RequestError: A value that the kernels do not have.
@@ -94,6 +103,7 @@ class BlockFormat:
     block_size: int = EXACT_BLOCK_SIZE
     is_symmetric: bool = False
     has_offsets: bool = False
+    side_columns: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in CODE_TYPES:
@@ -104,9 +114,17 @@ class BlockFormat:
             raise RequestError(
                 "block size", found=self.block_size, expected=f"one of {', '.join(map(str, BLOCK_SIZES))}"
             )
+        if not 0 <= self.side_columns <= MOST_SIDE_COLUMNS or self.side_columns % self.block_size:
+            raise RequestError(
+                "side columns",
+                found=self.side_columns,
+                expected=f"a multiple of the block size {self.block_size}, at most {MOST_SIDE_COLUMNS}",
+            )
 
     def __str__(self) -> str:
         kind = (" symmetric" if self.is_symmetric else "") + (" with offsets" if self.has_offsets else "")
+        if self.side_columns:
+            kind += f"{' and' if self.has_offsets else ' with'} a side product of rank {self.side_columns}"
         return f"{self.code_type.name}{kind}, blocks of {self.block_size}"
 
     @property
@@ -134,12 +152,12 @@ class BlockFormat:
         return -(-width // self.block_size)
 
     def stored_width(self, width: int) -> int:
-        """Return how many columns a matrix of ``width`` columns is stored with: those of its offsets included."""
-        return width + self.blocks(width) if self.has_offsets else width
+        """Return how many columns a matrix of ``width`` columns is stored with: side product and offsets included."""
+        return width + self.side_columns + (self.blocks(width) if self.has_offsets else 0)
 
     def fitted(self, width: int) -> BlockFormat:
-        """Return the format for a matrix of this width: offsets stand behind whole blocks only."""
-        return replace(self, has_offsets=False) if self.has_offsets and width % self.block_size else self
+        """Return the format for a matrix of this width: further columns stand behind whole blocks only."""
+        return replace(self, has_offsets=False, side_columns=0) if width % self.block_size else self
 
     def stored_bytes(self, rows: int, width: int, scale_bytes: int = 4) -> int:
         """Return the bytes of codes, scales and zero points of a matrix [rows, width]."""
@@ -184,7 +202,7 @@ class Precision:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-ready data."""
         return {
-            "weights": {name: asdict(block_format) for name, block_format in sorted(self.weights.items())},
+            "weights": {name: _to_json(block_format) for name, block_format in sorted(self.weights.items())},
             "kv_cache": self.kv_cache,
         }
 
@@ -202,7 +220,14 @@ class Precision:
         weights = {}
         for name, entry in data["weights"].items():
             numbers, flags = (entry["bits"], entry["block_size"]), (entry["is_symmetric"], entry["has_offsets"])
-            if any(type(n) is not int for n in numbers) or any(type(flag) is not bool for flag in flags):
+            side_columns = entry.get("side_columns", 0)
+            if any(type(n) is not int for n in (*numbers, side_columns)) or any(type(f) is not bool for f in flags):
                 raise ValueError(f"precision.weights.{name} is {entry!r}")
-            weights[name] = BlockFormat(*numbers, *flags)
+            weights[name] = BlockFormat(*numbers, *flags, side_columns)
         return cls(weights, data["kv_cache"])
+
+
+def _to_json(block_format: BlockFormat) -> dict[str, Any]:
+    """Return a format as JSON-ready data; without the side product where there is none, as older versions wrote it."""
+    data = asdict(block_format)
+    return data if block_format.side_columns else {name: data[name] for name in data if name != "side_columns"}

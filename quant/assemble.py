@@ -26,6 +26,7 @@ from shortstack.quant.preset import assign
 from shortstack.quant.record import QuantizationRecord
 from shortstack.quant.rounding import LayerwiseRounding, Rounded
 from shortstack.quant.search import search
+from shortstack.quant.side_product import Fate
 from shortstack.quant.source import Source
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.quant.texts import Rows, open_tokenizer, read_rows, row_length
@@ -60,13 +61,14 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
     assignment = assign(request.preset, source.spec, source.bundle.manifest.plan)
     if request.max_kl is not None:
         assert rows is not None
-        assignment = search(source, method, assignment, rows, request.max_kl, stage)
+        assignment = search(source, method, assignment, rows, request.max_kl, stage, request.tuning)
     with staged_folder(request.out, overwrite=request.overwrite) as folder:
         scales: Mapping[str, np.ndarray] = {}
         if is_int8_cache and not is_layerwise:
             assert rows is not None
             scales = measure_kv_scales(source.bundle, rows, stage("Running the float model", len(rows)))
-        rounding = LayerwiseRounding(source, assignment, method, rows if is_layerwise else None, is_int8_cache)
+        seen = rows if is_layerwise else None
+        rounding = LayerwiseRounding(source, assignment, method, seen, is_int8_cache, request.tuning)
         _write(rounding, scales, folder, request, rows, stage)
     return open_bundle(request.out)
 
@@ -103,7 +105,7 @@ def _write(
     dtype = request.dtype or manifest.dtype
     with WeightStore(folder) as store:
         advance = stage(f"Rounding ({request.preset.method})", source.spec.num_hidden_layers + 3)
-        errors = _store_weights(rounding, kv_scales, dtype, store, advance)
+        errors, fates = _store_weights(rounding, kv_scales, dtype, store, advance)
     record = QuantizationRecord(
         preset=request.preset.name,
         method=request.preset.method,
@@ -111,6 +113,7 @@ def _write(
         calibration=None if rows is None else f"{request.calibration.name}: {rows.size} tokens",
         max_kl=request.max_kl,
         errors=errors,
+        tuning=fates,
     )
     result = dataclasses.replace(
         manifest,
@@ -132,7 +135,7 @@ def _store_weights(
     dtype: DType,
     store: WeightStore,
     advance: Callable[[float], None],
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, Fate]]:
     """Write every tensor of the bundle to the store.
 
     Args:
@@ -143,12 +146,14 @@ def _store_weights(
         advance: Called with 1 after each layer, and with 3 at the end.
 
     Returns:
-        The relative error of each rounded matrix, by name.
+        The relative error of each rounded matrix, and what became of fine-tunings; both by name.
     """
     source = rounding.source
     errors: dict[str, float] = {}
+    fates: dict[str, Fate] = {}
     for rounded in rounding.layers():
         _store(rounded, dtype, store, errors)
+        fates |= rounded.fates
         advance(1)
     for name, scale in kv_scales.items():
         store.add(name, scale)
@@ -166,7 +171,7 @@ def _store_weights(
         store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
     _store_id_maps(source, store)
     advance(3)
-    return errors
+    return errors, fates
 
 
 def _store(

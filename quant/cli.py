@@ -64,6 +64,8 @@ def quantize(
     from shortstack.progress import progress_stages
     from shortstack.quant.assemble import quantize_bundle
     from shortstack.quant.quality_report import measure_report, read_report_texts, store_report
+    from shortstack.quant.quality_table import tuning_lines
+    from shortstack.quant.record import read_record
     from shortstack.quant.spec import QuantizeSpec
 
     report = reporting.spec(bundle, out)
@@ -83,14 +85,17 @@ def quantize(
             calibration=calibrating.calibration,
             calibration_tokens=calibrating.calibration_tokens,
             max_kl=calibrating.max_kl,
+            tuning=mixing.tuning,
             overwrite=overwrite,
         )
         texts = None if report is None else read_report_texts(report)  # a bad file is refused before long work
         with progress_stages() as stage:
-            quantize_bundle(request, stage)
+            record = read_record(quantize_bundle(request, stage))
             if report is not None:
                 with keeping():
                     quality = measure_report(report, texts, stage)
+        for line in () if record is None else tuning_lines(record.fates()):
+            click.echo(line, err=True)
     if quality is None:
         _print(out, None, _total_bytes(open_bundle(out)), as_json)
         return
@@ -108,10 +113,14 @@ def _total_bytes(bundle: Bundle) -> int:
 
 def _print(out: Path, quality: Quality | None, total_bytes: int, as_json: bool) -> None:
     from shortstack.quant.quality_table import print_quality
+    from shortstack.quant.record import read_record
 
     if as_json:
         found = None if quality is None else quality.to_json()
-        click.echo(json.dumps({"bundle": str(out), "bytes": total_bytes, "quality": found}, ensure_ascii=False))
+        record = read_record(open_bundle(out))
+        tuning = {} if record is None else record.fates()
+        data = {"bundle": str(out), "bytes": total_bytes, "tuning": tuning, "quality": found}
+        click.echo(json.dumps(data, ensure_ascii=False))
         return
     if quality is not None:
         print_quality(quality)

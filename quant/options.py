@@ -16,6 +16,7 @@ from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
 from shortstack.quant.method import METHODS
 from shortstack.quant.preset import FORMAT_NAMES, Format, Preset, parse_format
 from shortstack.quant.presets import PRESETS, find_preset
+from shortstack.quant.side_product import TUNINGS, Tuning
 from shortstack.quant.spec import CALIBRATION_TOKENS, HELDOUT_TOKENS, ReportSpec
 
 _FORMAT = click.Choice(FORMAT_NAMES)
@@ -36,6 +37,7 @@ class Mixing:
     kv_cache: KVType | None
     block_size: str | None
     is_symmetric: bool | None
+    tuning: Tuning
 
     def preset(self) -> Preset:
         """Return the preset as it was changed.
@@ -133,6 +135,15 @@ mixing_options = gather(
         "is_symmetric",
         default=None,
         help="Blocks without or with a zero point.  [default: the preset's]",
+    ),
+    click.option(
+        "--tuning",
+        type=click.Choice(TUNINGS),
+        default="keep",
+        show_default=True,
+        help="What to do about a fine-tuning that rounding would erase, because the weights before it came from a "
+        "quantized file. keep: beside the blocks, as a product of low rank, or off the file's grid where it has none. "
+        "off-grid: off the grid in any case. ignore: nothing.",
     ),
     title="Formats",
 )

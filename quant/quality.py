@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -50,6 +50,8 @@ class Quality:
         is_exact: Whether self-speculation through the result gave the tokens of plain decoding, all prompts and exits.
         worst: The matrices with the largest relative output error, worst first.
         max_kl: What ``--max-kl`` asked for; None without it.
+        tuning: Number of matrices with a fine-tuning that rounding would have erased, by what became of it: ``kept`` in
+            side products, or ``at risk``.
     """
 
     preset: str | None
@@ -67,6 +69,7 @@ class Quality:
     is_exact: bool
     worst: tuple[tuple[str, float], ...]
     max_kl: float | None = None
+    tuning: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-ready data; the preset stands under its older name, ``recipe``."""

@@ -147,6 +147,7 @@ def judge(
         is_exact=continued.is_exact,
         worst=tuple(sorted(errors.items(), key=lambda item: -item[1])[:WORST]),
         max_kl=None if record is None else record.max_kl,
+        tuning={} if record is None else record.fates(),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
@@ -56,9 +58,32 @@ def print_quality(quality: Quality, console: Console | None = None) -> None:
     console.print(f"{preset}: {formats or 'no matrix in blocks'}", highlight=False, markup=False)
     calibrated = quality.calibration or ("nothing" if quality.preset is not None else "an unknown text, if any")
     console.print(f"calibrated on {calibrated}; judged on {quality.heldout}", highlight=False, markup=False)
+    for fate, count in quality.tuning.items():
+        console.print(f"fine-tuning: {fate} in {count} matrices", highlight=False, markup=False)
     if quality.worst:
         worst = ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in quality.worst)
         console.print(f"largest output errors: {worst}", highlight=False, markup=False)
+
+
+def tuning_lines(tuning: Mapping[str, int]) -> list[str]:
+    """Return what became of a fine-tuning that rounding would have erased, a sentence for each fate.
+
+    Args:
+        tuning: Number of matrices by fate.
+    """
+    found = []
+    if kept := tuning.get("kept", 0):
+        found.append(
+            f"note: fine-tuned from a quantized file: side products of {kept} matrices keep what was changed, which "
+            "rounding would have erased"
+        )
+    if risk := tuning.get("at risk", 0):
+        found.append(
+            f"warning: fine-tuned from a quantized file: in {risk} matrices changes smaller than half a step are in no "
+            "side product; off the grid of the file they survive on average only: try the model on its own task, or "
+            "take --preset int8"
+        )
+    return found
 
 
 def _ratio(after: float, before: float) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.read_file import read_json_object
+from shortstack.quant.side_product import FATES, Fate
 
 _AGAIN = "quantize the bundle again"
 
@@ -27,6 +29,8 @@ class QuantizationRecord:
         max_kl: What ``--max-kl`` asked for; None without it.
         errors: Relative error of each rounded matrix, by name: of its outputs on the calibration text, or of its
             weights where there was none.
+        tuning: What became of a fine-tuning that rounding would have erased, by the name of the matrix: ``kept`` in a
+            side product, or ``at risk`` and rounded off the grid. Empty where none was found, and in older bundles.
     """
 
     preset: str
@@ -35,10 +39,18 @@ class QuantizationRecord:
     calibration: str | None
     max_kl: float | None
     errors: Mapping[str, float]
+    tuning: Mapping[str, Fate] = field(default_factory=dict)
+
+    def fates(self) -> dict[str, int]:
+        """Return how many matrices have each fate of a fine-tuning; empty where none was found."""
+        return dict(Counter(self.tuning.values()))
 
     def content(self) -> bytes:
         """Return the content of quantization.json."""
-        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+        data = asdict(self)
+        if not self.tuning:
+            del data["tuning"]
+        return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read_record(bundle: Bundle) -> QuantizationRecord | None:
@@ -51,6 +63,7 @@ def read_record(bundle: Bundle) -> QuantizationRecord | None:
         return None
     path = bundle.folder / names.QUANTIZATION_FILE
     data = read_json_object(path, BundleError, _AGAIN)
+    data.setdefault("tuning", {})
     wrong = [f"no field {name}" for name in _FIELDS if name not in data]
     wrong += [f"an unknown field {_short(name)}" for name in data if name not in _FIELDS]
     if wrong:
@@ -62,6 +75,10 @@ def read_record(bundle: Bundle) -> QuantizationRecord | None:
         if not _is_text(name) or not _is_number(value):
             where, expected = f"{path}: field errors[{_short(name)}]", "the name of a matrix and a finite number >= 0"
             raise BundleError(where, found=_short(value), expected=expected, remedy=_AGAIN)
+    for name, value in data["tuning"].items():
+        if not _is_text(name) or value not in FATES:
+            where = f"{path}: field tuning[{_short(name)}]"
+            raise BundleError(where, found=_short(value), expected=" or ".join(FATES), remedy=_AGAIN)
     return QuantizationRecord(**data)
 
 
@@ -88,4 +105,5 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "calibration": (lambda value: value is None or _is_text(value), "a text or null"),
     "max_kl": (lambda value: value is None or _is_number(value), "a finite number >= 0 or null"),
     "errors": (lambda value: isinstance(value, dict), "an object of numbers"),
+    "tuning": (lambda value: isinstance(value, dict), "an object of texts"),
 }

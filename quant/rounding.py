@@ -8,14 +8,17 @@ calibration text every matrix is rounded by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, stored_parts
+from shortstack.graphs.ir.block_tensor import Side
 from shortstack.graphs.kv_map import producers
+from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.kv_scales import kv_scale
 from shortstack.quant.layers import LayerGraph, Lent, Taps, Weight
@@ -25,6 +28,7 @@ from shortstack.quant.methods.k_quant import k_quant
 from shortstack.quant.methods.offsets import with_offsets
 from shortstack.quant.methods.stats import InputStats, InputStatsBuilder, output_error
 from shortstack.quant.preset import Assignment, Format
+from shortstack.quant.side_product import Fate, Tuning, beside, find_sides
 from shortstack.quant.source import Source
 
 Floats = npt.NDArray[np.float32]
@@ -38,10 +42,13 @@ class Rounded:
         tensors: What is to be stored, by name: blocks, or floats as the bundle stores them.
         errors: Relative error of each rounded matrix, by name: of its output on the calibration text, or of its weights
             where there was none.
+        fates: What became of a fine-tuning that rounding would have erased, by the name of the matrix; only where one
+            was found.
     """
 
     tensors: Mapping[str, Weight]
     errors: Mapping[str, float]
+    fates: Mapping[str, Fate] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -54,6 +61,7 @@ class LayerwiseRounding:
         method: How to round.
         rows: Calibration text, int64 [texts, seq]; None rounds without looking at text.
         kv_scales: Whether to find the scales of an int8 cache too; needs ``rows``.
+        tuning: What to do about a fine-tuning that rounding would erase.
         follows_floats: Round each layer for the inputs that the float layers below give it, not the rounded ones.
         hidden: The residual stream of the calibration text, [texts, seq, hidden], after the layers rounded so far.
     """
@@ -63,6 +71,7 @@ class LayerwiseRounding:
     method: Method
     rows: npt.NDArray[np.int64] | None
     kv_scales: bool = False
+    tuning: Tuning = "keep"
     follows_floats: bool = False
     hidden: Floats | None = field(default=None, init=False)
     _lent: Lent = field(default_factory=dict, init=False)
@@ -130,7 +139,8 @@ class LayerwiseRounding:
         if self.method.scales_layers and stats:
             floats, stats = _scale(floats, stats, self.assignment, spec, layer)
         weights = {name: np.ascontiguousarray(floats[name].T) for name in wanted}
-        rounded = self._matrices(weights, wanted, stats)
+        found = {} if self.tuning == "ignore" else self._find_tuning(weights, wanted)
+        rounded = self._matrices(weights, wanted, stats, found)
         tensors: dict[str, Weight] = {**floats, **rounded.tensors}
         if self.hidden is not None:
             largest: dict[str, Floats] = {}
@@ -147,10 +157,31 @@ class LayerwiseRounding:
                 tensors |= {names.kv_scale(layer, part): kv_scale(peak) for part, peak in largest.items()}
         for name in (names.ROPE_COS, names.ROPE_SIN):
             del tensors[name]
-        return Rounded(tensors, rounded.errors)
+        return Rounded(tensors, rounded.errors, rounded.fates)
+
+    def _find_tuning(
+        self, weights: Mapping[str, Floats], wanted: Mapping[str, BlockFormat]
+    ) -> dict[str, tuple[Fate, Side | None]]:
+        """Look for fine-tunings in matrices [out, in]; returns what was found in those that have one."""
+        by_input: dict[str, list[str]] = {}
+        for name in weights:
+            by_input.setdefault(names.side_factor(name), []).append(name)
+        found: dict[str, tuple[Fate, Side | None]] = {}
+        for group in by_input.values():
+            formats = [wanted[name].fitted(weights[name].shape[1]) for name in group]
+            finding = find_sides([weights[name] for name in group], formats)
+            if finding.fate == "kept" and self.tuning == "keep":
+                found |= {name: ("kept", side) for name, side in zip(group, finding.sides, strict=True)}
+            elif finding.fate != "ordinary":
+                found |= dict.fromkeys(group, ("at risk", None))
+        return found
 
     def _matrices(
-        self, weights: Mapping[str, Floats], wanted: Mapping[str, Format], stats: Mapping[str, InputStats]
+        self,
+        weights: Mapping[str, Floats],
+        wanted: Mapping[str, Format],
+        stats: Mapping[str, InputStats],
+        found: Mapping[str, tuple[Fate, Side | None]] = MappingProxyType({}),
     ) -> Rounded:
         """Round matrices [out, in]."""
         tensors: dict[str, Weight] = {}
@@ -162,15 +193,21 @@ class LayerwiseRounding:
                 continue
             seen = stats.get(name)
             fitted = block_format.fitted(weight.shape[1])
+            fate, side = found.get(name, ("ordinary", None))
+            if fate == "at risk":  # off the grid that it lies near, it survives on average
+                fitted = replace(fitted, has_offsets=False, is_symmetric=False)
+            base = weight if side is None else weight - side.dequantize()
             # An untied embedding multiplies nothing: its rows are looked up, so only their own error counts.
             round_matrix = k_quant if seen is None and self.method.needs_text else self.method.round
             if fitted.has_offsets:
-                blocks = with_offsets(round_matrix, weight, fitted, seen)
+                blocks = with_offsets(round_matrix, base, fitted, seen)
             else:
-                blocks = round_matrix(weight, fitted, seen)
+                blocks = round_matrix(base, fitted, seen)
+            if side is not None:
+                blocks = beside(blocks, side)
             tensors[name] = blocks
             errors[name] = output_error(weight, blocks.dequantize(), seen)
-        return Rounded(tensors, errors)
+        return Rounded(tensors, errors, {name: fate for name, (fate, _) in found.items()})
 
     def _head_stats(self) -> InputStats:
         """Return the inputs of a head that reads the residual stream after the layers rounded so far."""

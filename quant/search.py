@@ -25,6 +25,7 @@ from shortstack.quant.layers import HeadGraph, LayerGraph, Lent, Weight
 from shortstack.quant.method import Method
 from shortstack.quant.preset import Assignment, Format
 from shortstack.quant.rounding import LayerwiseRounding
+from shortstack.quant.side_product import Tuning
 from shortstack.quant.source import Source
 
 Floats = npt.NDArray[np.float32]
@@ -139,7 +140,13 @@ def units(source: Source) -> list[Unit]:
 
 
 def search(
-    source: Source, method: Method, assignment: Assignment, rows: npt.NDArray[np.int64], max_kl: float, stage: Stage
+    source: Source,
+    method: Method,
+    assignment: Assignment,
+    rows: npt.NDArray[np.int64],
+    max_kl: float,
+    stage: Stage,
+    tuning: Tuning = "keep",
 ) -> Assignment:
     """Return the cheapest assignment found that stays under ``max_kl`` nats per token.
 
@@ -150,6 +157,7 @@ def search(
         rows: Calibration text, int64 [texts, seq].
         max_kl: The limit.
         stage: Starts a stage of the progress bar.
+        tuning: What to do about a fine-tuning that rounding would erase.
     """
     depth = source.spec.num_hidden_layers
     measured = max(1, min(len(rows) // 4, _MEASURED_TOKENS // rows.shape[1]))
@@ -161,7 +169,8 @@ def search(
     for bits, wanted in formats.items():
         advance = stage(f"Rounding to {CODE_TYPES[bits].name}", depth)
         flat = Assignment(wanted, {})
-        rounded[bits] = _round_all(LayerwiseRounding(source, flat, method, seen, follows_floats=True), advance)
+        rounding = LayerwiseRounding(source, flat, method, seen, tuning=tuning, follows_floats=True)
+        rounded[bits] = _round_all(rounding, advance)
     candidates = _Candidates(source, rows[-measured:], rounded)
     candidates.prepare(stage("Running the float model", depth))
     advance = stage("Measuring sensitivity", len(everything))

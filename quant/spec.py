@@ -9,6 +9,7 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import DType
 from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
 from shortstack.quant.preset import Preset
+from shortstack.quant.side_product import Tuning
 
 CALIBRATION_TOKENS = 8_192
 HELDOUT_TOKENS = 2_048
@@ -28,6 +29,7 @@ class QuantizeSpec:
         calibration_tokens: How much of it.
         max_kl: Search the cheapest mix whose mean KL divergence from the source stays under this, in nats per token;
             None takes the preset as it is.
+        tuning: What to do about a fine-tuning that rounding would erase.
         overwrite: Replace an existing bundle.
 
     Raises:
@@ -41,6 +43,7 @@ class QuantizeSpec:
     calibration: Path = CALIBRATION_TEXT
     calibration_tokens: int = CALIBRATION_TOKENS
     max_kl: float | None = None
+    tuning: Tuning = "keep"
     overwrite: bool = False
 
     def __post_init__(self) -> None:

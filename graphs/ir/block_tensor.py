@@ -7,8 +7,8 @@
     scales      float [rows, blocks]
     zero points uint8 [rows, blocks]               packed along blocks in the same way; absent when symmetric
 
-Offsets (graphs/precision.py) are a matrix of their own here, [rows, blocks], in blocks of the same kind; packed, its
-blocks stand behind those of the weights.
+The left factor of a side product and offsets (graphs/precision.py) are matrices of their own here, [rows, side columns]
+and [rows, blocks], in blocks of the same kind; packed, their blocks stand behind those of the weights, in this order.
 
 Rows are outputs (N), width is the input dimension (K); a last, shorter block is padded with the code of zero.
 """
@@ -27,6 +27,23 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
+class Side:
+    """A side product, left @ right.
+
+    Attributes:
+        left: [rows, side columns], in blocks of the matrix's own kind.
+        right: [side columns, width], in blocks; shared by all matrices of one input.
+    """
+
+    left: BlockTensor
+    right: BlockTensor
+
+    def dequantize(self) -> Floats:
+        """Return the product, float32 [rows, width]."""
+        return self.left.dequantize() @ self.right.dequantize()
+
+
+@dataclass(frozen=True, slots=True)
 class BlockTensor:
     """One matrix in blocks.
 
@@ -36,6 +53,7 @@ class BlockTensor:
         scales: float32 [rows, blocks]; may be negative.
         zero_points: uint8 [rows, blocks]; None when symmetric.
         offsets: A matrix [rows, blocks]; None where the format has none.
+        side: The side product; None where the format has none.
     """
 
     format: BlockFormat
@@ -43,6 +61,7 @@ class BlockTensor:
     scales: Floats
     zero_points: Codes | None
     offsets: BlockTensor | None = None
+    side: Side | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.codes.shape
@@ -52,6 +71,17 @@ class BlockTensor:
         assert self.zero_points is None or self.zero_points.shape == shape
         assert (self.offsets is not None) == self.format.has_offsets
         assert self.offsets is None or (self.offsets.shape == shape and width % self.format.block_size == 0)
+        assert (self.side is not None) == bool(self.format.side_columns)
+        if self.side is not None:
+            assert self.side.left.shape == (rows, self.format.side_columns)
+            assert width % self.format.block_size == 0
+            assert self.side.right.shape == (self.format.side_columns, width)
+
+    @property
+    def further(self) -> list[BlockTensor]:
+        """What stands behind the weights, in this order."""
+        found = [] if self.side is None else [self.side.left]
+        return found if self.offsets is None else [*found, self.offsets]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,7 +89,7 @@ class BlockTensor:
         return self.codes.shape
 
     def dequantize(self) -> Floats:
-        """Return scale * (code - zero_point) + offset, float32 [rows, width]."""
+        """Return scale * (code - zero_point) + offset, and the side product on top, float32 [rows, width]."""
         width = self.codes.shape[1]
         codes = self.codes.astype(np.float32)
         if self.zero_points is None:
@@ -69,10 +99,12 @@ class BlockTensor:
         codes *= _spread(self.scales, self.format, width)
         if self.offsets is not None:
             codes += _spread(self.offsets.dequantize(), self.format, width)
+        if self.side is not None:
+            codes += self.side.dequantize()
         return codes
 
     def packed_codes(self) -> Codes:
-        """Return the codes as the kernels read them, uint8 [rows, blocks, block_size * bits / 8], offsets last."""
+        """Return the codes as the kernels read them, uint8 [rows, blocks, block_size * bits / 8], all blocks."""
         rows, width = self.codes.shape
         blocks, size = self.format.blocks(width), self.format.block_size
         padded = np.full((rows, blocks * size), self.format.middle_code, np.uint8)
@@ -80,20 +112,18 @@ class BlockTensor:
         if self.zero_points is not None and width < blocks * size:
             padded[:, width:] = self.zero_points[:, -1:]
         packed = pack(padded, self.format.bits).reshape(rows, blocks, -1)
-        return packed if self.offsets is None else np.concatenate([packed, self.offsets.packed_codes()], axis=1)
+        return np.concatenate([packed, *(tensor.packed_codes() for tensor in self.further)], axis=1)
 
     def all_scales(self) -> Floats:
-        """Return the scales as the kernels read them, float32 [rows, blocks], offsets last."""
-        return self.scales if self.offsets is None else np.concatenate([self.scales, self.offsets.scales], axis=1)
+        """Return the scales as the kernels read them, float32 [rows, blocks], those of further columns last."""
+        return np.concatenate([self.scales, *(tensor.scales for tensor in self.further)], axis=1)
 
     def packed_zero_points(self) -> Codes | None:
         """Return the zero points as the kernels read them, uint8 [rows, ceil(blocks * bits / 8)]; None if symmetric."""
         if self.zero_points is None:
             return None
-        zeros = self.zero_points
-        if self.offsets is not None and self.offsets.zero_points is not None:
-            zeros = np.concatenate([zeros, self.offsets.zero_points], axis=1)
-        return pack(zeros, self.format.bits)
+        further = [tensor.zero_points for tensor in self.further if tensor.zero_points is not None]
+        return pack(np.concatenate([self.zero_points, *further], axis=1), self.format.bits)
 
     def packed_parts(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return what is stored of the matrix, by :data:`names.BLOCK_PARTS`; symmetric blocks have no zero points."""
@@ -106,7 +136,8 @@ class BlockTensor:
         """Return some rows of the matrix, in the order asked for."""
         zeros = None if self.zero_points is None else self.zero_points[index]
         offsets = None if self.offsets is None else self.offsets.rows(index)
-        return BlockTensor(self.format, self.codes[index], self.scales[index], zeros, offsets)
+        side = None if self.side is None else Side(self.side.left.rows(index), self.side.right)
+        return BlockTensor(self.format, self.codes[index], self.scales[index], zeros, offsets, side)
 
 
 def encode(weight: Floats, scales: Floats, zero_points: Codes | None, block_format: BlockFormat) -> BlockTensor:

@@ -6,6 +6,7 @@ use                     stored as floats                stored in blocks
 projection              MatMul with [in, out]           MatMulNBits with [out, blocks of in]
 head                    Gemm with [vocab, hidden]       MatMulNBits with [vocab, blocks of hidden]
 embedding               Gather from [vocab, hidden]     GatherBlockQuantized from the same bytes
+side product of those                                   a MatMulNBits whose result is appended to x
 ======================  ==============================  =========================================
 
 A tied embedding and head are the same bytes either way. A vocabulary matrix in blocks may have its first rows in
@@ -85,22 +86,32 @@ def _block_rows(g: GraphBuilder, ids: ir.Value, weight: str, matrix: BlockMatrix
     return g.op("Slice", [out, g.constant([0]), g.constant([matrix.width]), g.constant([-1])], f"{node}/drop_padding")
 
 
-def _with_block_sums(g: GraphBuilder, x: ir.Value, matrix: BlockMatrix) -> ir.Value:
-    """Append the sums of the blocks of ``x`` [batch, seq, width] behind it; made once for all products of one input."""
+def _extended(g: GraphBuilder, x: ir.Value, weight: str, matrix: BlockMatrix) -> ir.Value:
+    """Append what the further columns of a matrix multiply behind ``x`` [batch, seq, width].
+
+    First the side product's A x, then the sums of the blocks of ``x``. Made once for all products of one input.
+    """
     blocks, size = matrix.format.blocks(matrix.width), matrix.format.block_size
+    factor = names.side_factor(weight) if matrix.format.side_columns else None
 
     def extend() -> ir.Value:
-        node = f"{x.name}/block_sums"
-        by_block = g.op("Reshape", [x, g.constant([0, 0, blocks, size])], f"{node}/Reshape", allowzero=0)
-        sums = g.op("ReduceSum", [by_block, g.constant([3])], f"{node}/ReduceSum", keepdims=0)  # [batch, seq, blocks]
-        return g.op("Concat", [x, sums], f"{node}/Concat", axis=-1)
+        parts, last = [x], "block_sums" if factor is None else "side"
+        if factor is not None:
+            right = g.block_matrix(factor)
+            assert right is not None, f"{factor} is not stored"
+            parts.append(_block_product(g, x, factor, right, f"{x.name}/side"))  # [batch, seq, side columns]
+        if matrix.format.has_offsets:
+            node = f"{x.name}/block_sums"
+            by_block = g.op("Reshape", [x, g.constant([0, 0, blocks, size])], f"{node}/Reshape", allowzero=0)
+            parts.append(g.op("ReduceSum", [by_block, g.constant([3])], f"{node}/ReduceSum", keepdims=0))
+        return g.op("Concat", parts, f"{x.name}/{last}/Concat", axis=-1)
 
-    return g.once((x.name, size), extend)
+    return g.once((x.name, size, factor, matrix.format.has_offsets), extend)
 
 
 def _block_product(g: GraphBuilder, x: ir.Value, weight: str, matrix: BlockMatrix, node: str) -> ir.Value:
-    if matrix.format.has_offsets:
-        x = _with_block_sums(g, x, matrix)
+    if matrix.format.has_offsets or matrix.format.side_columns:
+        x = _extended(g, x, weight, matrix)
     inputs = [x, g.weight(names.block_codes(weight)), g.weight(names.block_scales(weight))]
     if not matrix.format.is_symmetric:
         inputs.append(g.weight(names.block_zero_points(weight)))

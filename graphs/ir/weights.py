@@ -46,6 +46,7 @@ class WeightStore:
         self._file = (folder / names.WEIGHTS_FILE).open("wb")
         self._tensors: dict[str, ir.ExternalTensor] = {}
         self._blocks: dict[str, BlockMatrix] = {}
+        self._sides: dict[str, BlockTensor] = {}
 
     def __enter__(self) -> WeightStore:
         return self
@@ -96,13 +97,23 @@ class WeightStore:
 
         Args:
             name: Its name in every graph.
-            tensor: Its codes, scales and zero points.
+            tensor: Its codes, scales and zero points. The right factor of a side product is stored with the first
+                matrix that has it.
             dtype: Float type of the scales: that of the activations.
+
+        Raises:
+            ValueError: A tensor of that name, or another right factor, is already stored.
         """
         for part, array in tensor.packed_parts().items():
             is_packed = array.dtype == np.uint8
             self.add(names.block_part(name, part), array if is_packed else array.astype(dtype))
         self._blocks[name] = BlockMatrix(tensor.format, *tensor.shape)
+        if tensor.side is not None:
+            factor = names.side_factor(name)
+            if self._sides.setdefault(factor, tensor.side.right) is not tensor.side.right:
+                raise ValueError(f"{factor} is stored already, and another one")
+            if factor not in self:
+                self.add_blocks(factor, tensor.side.right, dtype)
 
     def blocks(self, name: str) -> BlockMatrix | None:
         """Return the layout of a matrix stored in blocks; None if it is stored as floats."""

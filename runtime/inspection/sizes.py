@@ -62,16 +62,29 @@ def layer_bytes(manifest: Manifest, layer: int) -> LayerBytes:
     """Return what the parts of one layer take."""
     spec, owns_kv = manifest.spec, manifest.spec.kv_map[layer] == layer
     taken = dict.fromkeys(("attn.qkv_proj", "attn.o_proj", "mlp", "norm"), 0)
+    factors: dict[str, tuple[str, int]] = {}
     for part, shape in layer_parts(spec, owns_kv=owns_kv).items():
         kind = next((kind for kind in taken if part.startswith(kind)), "norm")
         if part in names.LAYER_MATRICES:
             taken[kind] += matrix_bytes(manifest, names.layer_weight(layer, part), *shape)
+            factors |= _side_factor(manifest, names.layer_weight(layer, part), shape[1], kind)
         else:
             taken[kind] += math.prod(shape) * BYTES_PER_VALUE[manifest.dtype]
+    for kind, size in factors.values():
+        taken[kind] += size
     if manifest.precision.kv_cache == "int8" and owns_kv:
         # An int8 cache has a scale for each number of a position's key and value.
         taken["attn.qkv_proj"] += kv_bytes_per_token(spec, _KV_SCALE_BYTES, owners=1)
     return LayerBytes(*taken.values())
+
+
+def _side_factor(manifest: Manifest, name: str, width: int, kind: str) -> dict[str, tuple[str, int]]:
+    """Return the right factor of a matrix's side product, by name, with its part of the layer and its bytes."""
+    stored = manifest.precision.weights.get(name)
+    if stored is None or not stored.side_columns:
+        return {}
+    factor = names.side_factor(name)
+    return {factor: (kind, matrix_bytes(manifest, factor, stored.side_columns, width))}
 
 
 def layers_bytes(manifest: Manifest) -> int:

@@ -112,7 +112,9 @@ def read_matrix(folder: Path, name: str, width: int) -> npt.NDArray[np.float64]:
     if f"{name}.zero_points" in tensors:
         zeros = unpacked(tensors[f"{name}.zero_points"].read(folder), bits, blocks)
     whole = np.repeat(scales, size, axis=1) * (codes - np.repeat(zeros, size, axis=1))
-    if block_format.has_offsets:  # a further column per block, behind the weights
-        offsets = whole[:, width : width + width // size]
-        return np.asarray(whole[:, :width] + np.repeat(offsets, size, axis=1))
-    return whole[:, :width]
+    found, behind = whole[:, :width], width + block_format.side_columns
+    if block_format.has_offsets:  # a further column per block, the last ones
+        found = found + np.repeat(whole[:, behind : behind + width // size], size, axis=1)
+    if block_format.side_columns:  # the left factor of a side product, right behind the weights
+        found = found + whole[:, width:behind] @ read_matrix(folder, names.side_factor(name), width)
+    return np.asarray(found)

@@ -99,6 +99,7 @@ def test_the_report_is_stored_and_printed_and_hashed(
     assert printed == {
         "bundle": str(out),
         "bytes": sum(entry.bytes for entry in bundle.manifest.files.values()),
+        "tuning": {},
         "quality": quality,
     }
     assert quality["recipe"] == "int8"
