@@ -20,16 +20,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
 from shortstack.graphs.errors import BundleError, RequestError
@@ -41,6 +36,7 @@ from shortstack.graphs.names import (
     TOKENIZER_FILE,
 )
 from shortstack.graphs.read_file import read_file, read_json_object
+from shortstack.runtime.text.template_sandbox import Sandbox, TemplateLimitError, render
 
 _REMEDY = "export the checkpoint again, or copy the file from the checkpoint into the bundle"
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -193,17 +189,25 @@ class Tokenizer:
                 "chat template variables", found=", ".join(reserved), expected="names that are not in use already"
             )
         try:
-            return template.render(
-                **data["variables"],
-                **self._special_tokens,
-                messages=data["messages"],
-                tools=data["tools"],
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+            return render(
+                template,
+                {
+                    **data["variables"],
+                    **self._special_tokens,
+                    "messages": data["messages"],
+                    "tools": data["tools"],
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                },
             )
+        except (TemplateLimitError, MemoryError) as error:
+            raise RequestError(
+                f"the chat template was stopped: {error or 'it takes too much memory'}",
+                remedy=f"give shorter messages; if it happens to short ones, too, mend {CHAT_TEMPLATE_FILE}",
+            ) from error
         except Exception as error:  # foreign code: jinja2's errors, and whatever its expressions raise
             raise RequestError(
-                f"the chat template refused the messages: {error}",
+                f"the chat template refused the messages: {str(error) or type(error).__name__}",
                 remedy="check roles, their order and that every `content` is a string",
             ) from error
 
@@ -227,53 +231,16 @@ class Tokenizer:
                 remedy=f"give a plain prompt, or put a {CHAT_TEMPLATE_FILE} into the bundle",
             )
         try:
-            return _template_environment().from_string(self._chat_template)
-        except jinja2.TemplateError as error:
+            return Sandbox().from_string(self._chat_template)
+        except Exception as error:  # jinja2's own, and those of Python's compiler, which reads what jinja2 writes
             raise RequestError(
-                f"{CHAT_TEMPLATE_FILE} is not a valid jinja2 template: {error}", remedy=_REMEDY
+                f"{CHAT_TEMPLATE_FILE} is not a valid jinja2 template: {str(error) or type(error).__name__}",
+                remedy=_REMEDY,
             ) from error
 
     def _special_token_id(self, name: str) -> list[int]:
         token_id = self._backend.token_to_id(self._special_tokens[name]) if name in self._special_tokens else None
         return [] if token_id is None else [token_id]
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """Renders the body of ``{% generation %}...{% endgeneration %}``, which only marks targets for training."""
-
-    tags = {"generation"}  # noqa: RUF012 - overrides jinja2's own declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-
-def _template_environment() -> jinja2.Environment:
-    """Return the environment that chat templates are written for (transformers.utils.chat_template_utils)."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.now().strftime(pattern)
-
-    def tojson(
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # unlike jinja2's own filter, this one does not escape HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
 
 
 def _plain_data(data: dict[str, Any]) -> dict[str, Any]:

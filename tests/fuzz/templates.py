@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-_SOUND = (
+SOUND = (
     "{{ message['role'] }}",
     "{{ message.content }}",
     "{{ message['content'] | trim }}",
@@ -22,7 +22,7 @@ _SOUND = (
     "{{ strftime_now('%Y') | length }}",
     "{% generation %}{{ message.content }}{% endgeneration %}",
 )
-_HOSTILE = (
+HOSTILE = (
     "{% for i in range(10**9) %}x{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "{{ 'x' * 10**10 }}",
@@ -68,9 +68,9 @@ _BROKEN = (
 
 def draw(rng: random.Random) -> str:
     """Return a template; a third are sound, a third hostile, a third have a syntax error somewhere."""
-    pieces = rng.choices(_SOUND, k=rng.randint(1, 5))
+    pieces = rng.choices(SOUND, k=rng.randint(1, 5))
     kind = rng.randrange(3)
     if kind:
-        pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(_HOSTILE if kind == 1 else _BROKEN))
+        pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(HOSTILE if kind == 1 else _BROKEN))
     body = "".join(pieces)
     return "{% for message in messages %}" + body + "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
