@@ -140,7 +140,9 @@ def _check_tokenizer(source: str, content: bytes | None) -> None:
         )
     try:
         Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises nothing narrower
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and panics
         raise CheckpointError(
             f"{source}: {names.TOKENIZER_FILE} is not a tokenizer: {error}",
             remedy="save it again with AutoTokenizer.from_pretrained(...).save_pretrained(...)",

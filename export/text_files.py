@@ -6,13 +6,17 @@ Whether a tokenizer loads is for its one reader to say.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from shortstack.export.checkpoint.resolved_tokenizer import CHAT, Reference, reference_of
 from shortstack.graphs import names
-from shortstack.graphs.errors import BundleError, CheckpointError
+from shortstack.graphs.errors import BundleError, CheckpointError, RequestError
 from shortstack.runtime.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def check_text_files(source: str, files: Mapping[str, bytes]) -> None:
@@ -31,9 +35,30 @@ def check_text_files(source: str, files: Mapping[str, bytes]) -> None:
             if file in files:
                 (folder / file).write_bytes(files[file])
         try:
-            Tokenizer.load(folder)
+            tokenizer = Tokenizer.load(folder)
         except BundleError as error:
             raise CheckpointError(
                 f"{source} would become a bundle that does not load: {error.problem.replace(f'{folder}/', '')}",
                 remedy="mend the file in the checkpoint",
             ) from None
+    reference = reference_of(files)
+    if reference is not None and (difference := _first_difference(tokenizer, reference)):
+        log.warning("%s: the bundle's tokenizer differs from transformers': %s", source, difference)
+
+
+def _first_difference(tokenizer: Tokenizer, reference: Reference) -> str | None:
+    for text, wanted in zip(reference.texts, reference.ids, strict=True):
+        found = tokenizer.encode(text)
+        if found != list(wanted):
+            return f"{text!r} becomes {found[:20]} and not {list(wanted[:20])}"
+    if not tokenizer.has_chat_template:
+        return None
+    try:
+        chat = tokenizer.render_chat(CHAT)  # within bounds; only then transformers', which knows none
+    except RequestError as error:
+        return f"a chat of three messages is not rendered: {error.problem}"
+    try:
+        wanted_chat = reference.render_chat()
+    except Exception as error:
+        return f"transformers refuses a chat of three messages ({error}), which becomes {chat!r}"
+    return None if chat == wanted_chat else f"a chat becomes {chat!r} and not {wanted_chat!r}"

@@ -35,6 +35,7 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE)  # of the checkpoint
+SPECIAL_TOKENS_FIELD = "special_tokens_map"  # of tokenizer_config.json: special tokens by name, as templates see them
 QUANTIZATION_FILE = "quantization.json"  # how a quantized bundle was made from its source
 QUALITY_FILE = "quality.json"  # how a quantized bundle compares with its source
 

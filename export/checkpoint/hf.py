@@ -26,6 +26,7 @@ from shortstack.export.checkpoint.checkpoint import (
 )
 from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.float_types import FLOAT_TYPES
+from shortstack.export.checkpoint.resolved_tokenizer import MORE_FILES
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.links import stays_inside
@@ -118,9 +119,9 @@ class HuggingFaceCheckpoint:
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that exist, and always a generation config."""
         folder, follow = self.folder_or_file, self._follow_links
-        paths = {name: member(folder, name, follow_links=follow) for name in TEXT_FILES}
+        paths = {name: member(folder, name, follow_links=follow) for name in (*TEXT_FILES, *MORE_FILES)}
         found = {name: _read(path) for name, path in paths.items() if path is not None}
-        return complete_files(found, self.config, str(self.folder_or_file))
+        return complete_files(found, self.config, str(self.folder_or_file), is_resolved=False)
 
     def digest(self, progress: Progress | None = None) -> str:
         """Return the SHA-256 over ``config.json`` and the weight files, each preceded by its name and size."""

@@ -13,11 +13,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from shortstack.export.checkpoint.resolved_tokenizer import MORE_FILES
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.names import TEXT_FILES
 
 # `*` also matches `/`: the prefix keeps copies in subfolders, such as original/model.safetensors, from being fetched.
-_PATTERNS = ("config.json", *TEXT_FILES, "model*.safetensors", "model.safetensors.index.json")
+_PATTERNS = ("config.json", *TEXT_FILES, *MORE_FILES, "model*.safetensors", "model.safetensors.index.json")
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:

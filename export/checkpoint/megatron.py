@@ -38,6 +38,7 @@ from shortstack.export.checkpoint.megatron_config import (
 )
 from shortstack.export.checkpoint.megatron_files import TRACKER_FILE, Find, iteration_folder, open_all, open_first
 from shortstack.export.checkpoint.megatron_merge import Merger, Piece, collect_shards, layer_pieces, mlp_pieces
+from shortstack.export.checkpoint.resolved_tokenizer import MORE_FILES
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
@@ -120,14 +121,14 @@ class MegatronCheckpoint:
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that the user added to the folder, and a generation config."""
-        found = {name: content for name in TEXT_FILES if (content := self._read(name)) is not None}
+        found = {name: content for name in (*TEXT_FILES, *MORE_FILES) if (content := self._read(name)) is not None}
         if names.TOKENIZER_FILE not in found:
             raise CheckpointError(
                 f"{self._homes[-1]} has no {names.TOKENIZER_FILE}, and Megatron saves no tokenizer",
                 remedy=f"put {names.TOKENIZER_FILE} and {names.TOKENIZER_CONFIG_FILE} of the model's tokenizer there: "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)",
             )
-        return complete_files(found, self.config, str(self._homes[-1]))
+        return complete_files(found, self.config, str(self._homes[-1]), is_resolved=False)
 
     def digest(self, progress: Progress | None = None) -> str:
         """Return the SHA-256 over the files of all ranks, stage by stage, each preceded by its name and size."""

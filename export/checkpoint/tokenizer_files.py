@@ -5,30 +5,36 @@ from __future__ import annotations
 import json
 
 from shortstack.export.checkpoint.config import Config, parse_json_object
+from shortstack.export.checkpoint.resolved_tokenizer import resolve_tokenizer
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def complete_files(found: dict[str, bytes], config: Config, where: str) -> dict[str, bytes]:
+def complete_files(
+    found: dict[str, bytes], config: Config, where: str, *, is_resolved: bool = True
+) -> dict[str, bytes]:
     """Return the text files of a bundle, given those of a checkpoint.
 
     Args:
         found: The checkpoint's files, content by name.
         config: The model's config, for ``bos_token_id`` and ``eos_token_id``.
         where: The checkpoint's path, for messages.
+        is_resolved: The files say all there is of the tokenizer; otherwise transformers is asked.
 
     Raises:
         CheckpointError: A JSON file among them is damaged, or a field that the runtime reads has an unknown form.
     """
     files = {name: _plain_utf8(content) for name, content in found.items()}
-    for name in (names.TOKENIZER_FILE, names.TOKENIZER_CONFIG_FILE, names.GENERATION_CONFIG_FILE):
-        if name in files:
+    for name in files:
+        if name.endswith(".json"):
             content = Config(parse_json_object(files[name], f"{where}/{name}"), f"{where}/{name}")
             if name == names.GENERATION_CONFIG_FILE:
                 for key in _TOKEN_IDS:
                     content.read_token_ids(key)
+    if not is_resolved:
+        files = resolve_tokenizer(files, config.read(str, "model_type", None))
     if names.CHAT_TEMPLATE_FILE not in files and names.TOKENIZER_CONFIG_FILE in files:
         name = f"{where}/tokenizer_config.json"
         template = chat_template(Config(parse_json_object(files[names.TOKENIZER_CONFIG_FILE], name), name))

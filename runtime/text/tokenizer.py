@@ -31,6 +31,7 @@ from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.names import (
     CHAT_TEMPLATE_FILE,
     GENERATION_CONFIG_FILE,
+    SPECIAL_TOKENS_FIELD,
     TEXT_FILES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
@@ -70,9 +71,7 @@ class Tokenizer:
         decoder_types = frozenset(_decoder_types(decoder))
         self._byte_level = "ByteLevel" in decoder_types and decoder_types <= {"ByteLevel", "Fuse", "Sequence"}
         self._byte_fallback = "ByteFallback" in decoder_types
-        self._special_tokens = {
-            name: content for name in _TEMPLATE_TOKENS if (content := _token_content(config, name)) is not None
-        }
+        self._special_tokens = _special_tokens(config)
         self.has_text_tokens = not self._byte_level
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._special_texts: dict[int, str] = {
@@ -100,15 +99,17 @@ class Tokenizer:
             raise BundleError(f"{path} is missing", remedy=_REMEDY)
         try:
             backend = tokenizers.Tokenizer.from_str(_read_text(path))
-        except BundleError:
+        except (BundleError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # the Rust library raises bare Exception
+        except BaseException as error:  # the Rust library raises bare Exception, and panics that are not even that
             raise BundleError(
                 f"{path} is malformed", found=error, expected="the JSON of the `tokenizers` library", remedy=_REMEDY
             ) from error
         # Both are left over from a training run; a prompt must be encoded whole and without padding.
         backend.no_truncation()
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):  # of BPE; it would cut the same text differently each time
+            backend.model.dropout = None
         present = {name for name in TEXT_FILES if (folder / name).is_file() and (listed is None or name in listed)}
         config = _read_json_object(folder / TOKENIZER_CONFIG_FILE) if TOKENIZER_CONFIG_FILE in present else {}
         generation = _read_json_object(folder / GENERATION_CONFIG_FILE) if GENERATION_CONFIG_FILE in present else {}
@@ -292,6 +293,20 @@ def _template_from_config(config: Mapping[str, Any]) -> str | None:
         expected="a string",
         remedy=_REMEDY,
     )
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the special tokens by name, as templates see them: those that export resolved, else the usual ones."""
+    resolved = config.get(SPECIAL_TOKENS_FIELD, {})
+    if not isinstance(resolved, dict):
+        raise BundleError(
+            f"{TOKENIZER_CONFIG_FILE}, field {SPECIAL_TOKENS_FIELD}",
+            found=type(resolved).__name__,
+            expected="an object",
+            remedy=_REMEDY,
+        )
+    usual = {name: content for name in _TEMPLATE_TOKENS if (content := _token_content(config, name)) is not None}
+    return {**{name: token for name, token in resolved.items() if isinstance(token, str | list)}, **usual}
 
 
 def _token_content(config: Mapping[str, Any], name: str) -> str | None:

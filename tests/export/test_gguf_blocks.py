@@ -323,7 +323,7 @@ def test_without_the_option_blocks_are_dequantized_without_a_message(
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0")
     assert run(["export", str(file), str(tmp_path / "out"), "--json"]) == 0
     printed, told = capsys.readouterr()
-    assert json.loads(printed).keys() == {"bundle", "segments", "bytes"}
+    assert json.loads(printed).keys() == {"bundle", "segments", "bytes", "max_length"}
     assert told == ""
     assert load(tmp_path / "out").bundle.manifest.precision.is_float
 

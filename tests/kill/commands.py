@@ -156,6 +156,8 @@ COMMANDS: Mapping[str, Killed] = MappingProxyType(
             (
                 "{inputs}/speculator",
                 "{out}/curve",
+                "--draft-vocab",
+                "64",
                 "--data",
                 "{inputs}/answers.jsonl",
                 "--exit-layer",
