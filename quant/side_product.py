@@ -39,7 +39,7 @@ elsewhere; another grid everywhere; nothing."""
 
 # Root mean square of the errors, in those of weights spread evenly over each step: 1 for weights that know no grid.
 _NEAR = 0.6
-_ON_THE_GRID = 0.05  # bfloat16 copies of a quantized file have about 0.02
+_ON_THE_GRID = 0.03  # bfloat16 copies of a 4-bit file have about 0.02
 _KEPT = 0.5  # what a side product must leave of the errors; of noise in 576 x 576 rank 32 leaves 0.9
 _HOPELESS = 0.75  # the same after the first turn
 _RANK = 32
@@ -79,22 +79,24 @@ def find_sides(weights: Sequence[Floats], formats: Sequence[BlockFormat]) -> Fin
     before = _spread_energy(errors, size)
     expected = sum(size * float(np.square(b.scales, dtype=np.float64).sum()) for b in rounded) / 12
     distance = float(np.sqrt(before / max(expected, 1e-30)))
-    if not 0 < distance < _NEAR:
+    if not _ON_THE_GRID < distance < _NEAR:
         return Finding("ordinary")
-    nothing_kept = Finding("at risk" if distance > _ON_THE_GRID else "ordinary")
+    # Fine steps resolve a fine-tuning; what they lose without a low rank is what storing in bfloat16 lost.
+    is_coarse = any(block_format.code_type.gains_from_offsets for block_format in formats)
+    lost = Finding("at risk" if is_coarse else "ordinary")
     rank, ends = max(_RANK, size), np.cumsum([len(w) for w in weights])[:-1].tolist()
     if rank > _LARGEST_SHARE * min(errors.shape):
-        return nothing_kept
+        return lost
     for turn in range(_TURNS):
         left, right = _strongest(errors, rank)
         product = left @ right
         errors = _errors_beside(weights, np.split(product, ends), formats)
         if turn == 0 and _spread_energy(errors - product, size) > _HOPELESS**2 * before:
-            return nothing_kept
+            return lost
     sides = _stored(errors, ends, rank, formats)
     products = [side.dequantize() for side in sides]
     after = _errors_beside(weights, products, formats) - np.concatenate(products)
-    return Finding("kept", sides) if _spread_energy(after, size) <= _KEPT**2 * before else nothing_kept
+    return Finding("kept", sides) if _spread_energy(after, size) <= _KEPT**2 * before else lost
 
 
 def beside(blocks: BlockTensor, side: Side) -> BlockTensor:
