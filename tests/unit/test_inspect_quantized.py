@@ -60,6 +60,22 @@ def test_symmetric_blocks_store_no_zero_points_and_offsets_are_columns(make_bund
         shutil.rmtree(folder)
 
 
+def test_a_side_product_is_counted_with_the_factor_that_gate_and_up_share(make_bundle: MakeBundle) -> None:
+    wide = replace(tiny_spec(), hidden_size=64)
+    plain = BlockFormat(4, has_offsets=True)
+    gate, up = (names.layer_weight(0, f"mlp.{part}_proj.weight") for part in ("gate", "up"))
+    taken = []
+    for block_format in (plain, replace(plain, side_columns=32)):
+        weights = dict.fromkeys((gate, up), block_format)
+        if block_format.side_columns:
+            weights[names.side_factor(gate)] = BlockFormat(8, is_symmetric=True)
+        folder = make_bundle(wide, precision=Precision(weights))
+        taken.append(report_of(folder).layers[0].weight_bytes)
+        shutil.rmtree(folder)
+    # A block more in each of 10 rows, and 32 rows of two blocks; zero points of 3 and of 4 blocks take two bytes.
+    assert taken[1] - taken[0] == 2 * 10 * (16 + 4) + 32 * 2 * (32 + 4)
+
+
 def test_an_int8_cache_takes_a_byte_a_value_and_has_scales(make_bundle: MakeBundle) -> None:
     spec = tiny_spec(kv_map=(0, 1, 1, 1))
     report = report_of(make_bundle(spec, ExitSpec(1), precision=Precision({}, "int8")))
