@@ -110,7 +110,7 @@ def _write(
         preset=request.preset.name,
         method=request.preset.method,
         source_weights_sha256=manifest.weights_sha256,
-        calibration=None if rows is None else f"{request.calibration.name}: {rows.size} tokens",
+        calibration=None if rows is None else f"{_readable(request.calibration.name)}: {rows.size} tokens",
         max_kl=request.max_kl,
         errors=errors,
         tuning=fates,
@@ -127,6 +127,11 @@ def _write(
     own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE}
     files = {name: (source.bundle.folder / name).read_bytes() for name in manifest.files.keys() - graphs - own}
     write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage)
+
+
+def _readable(name: str) -> str:
+    """Return a file's name as text; bytes of it that are not UTF-8, which JSON cannot hold, become U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _store_weights(
