@@ -167,6 +167,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return INTERRUPTED
+    except ImportError:
+        if not _interrupts:  # a compiled module that is interrupted while it loads says this instead
+            raise
+        _say("interrupted")
+        return INTERRUPTED
     except MemoryError:
         if flags["debug"]:
             raise
@@ -217,10 +222,20 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
+_interrupts: list[int] = []  # the signals of Ctrl-C so far
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Runs the console script ``shortstack``, and ``python -m shortstack``."""
     _open_closed_streams()
     # A polite kill unwinds like an exit, so that a half-written bundle is removed.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it is ignored, and stays so
+        signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(run())
 
