@@ -140,6 +140,12 @@ provider_option = click.option(
     show_default="cpu",
     help="Execution provider: cpu, cuda, or onnxruntime's name; may be given more than once.",
 )
+follow_links_option = click.option(
+    "--follow-links",
+    is_flag=True,
+    help="Read files of CHECKPOINT that are links out of its folder. Those of the hub's cache always are read.",
+)
+
 threads_option = click.option(
     "--threads",
     type=int,

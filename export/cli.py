@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, option_group
+from shortstack.command_options import Command, follow_links_option, option_group
 from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
 
@@ -51,11 +51,7 @@ from shortstack.graphs.errors import RequestError
 @option_group(
     "Model",
     click.option("--revision", help="Branch, tag or commit of a hub id."),
-    click.option(
-        "--follow-links",
-        is_flag=True,
-        help="Read files of CHECKPOINT that are links out of its folder. Those of the hub's cache always are read.",
-    ),
+    follow_links_option,
     click.option(
         "--adapter",
         type=click.Path(path_type=Path),

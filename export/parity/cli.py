@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, option_group, threads_option
+from shortstack.command_options import Command, follow_links_option, option_group, threads_option
 from shortstack.command_paths import BundlePath, CheckpointPath
 from shortstack.graphs.errors import ParityError, RequestError
 from shortstack.graphs.read_file import read_text
@@ -34,6 +34,7 @@ from shortstack.graphs.read_file import read_text
         "CHECKPOINT itself holds (EE-LLM) need not be named.",
     ),
     click.option("--revision", help="Branch, tag or commit of a hub id."),
+    follow_links_option,
 )
 @option_group(
     "Prompts",
@@ -66,11 +67,14 @@ def parity(
     adapter: Path | None,
     exits_folder: Path | None,
     revision: str | None,
+    follow_links: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with transformers' PyTorch model of CHECKPOINT; exits with 1 when they differ."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; read when tqdm is imported
+    import torch
+
     from shortstack.export.parity.compare import compare
     from shortstack.export.parity.exits import check_exits, load_twin_exits
     from shortstack.export.parity.reference import Reference
@@ -91,10 +95,12 @@ def parity(
         is_trained = any(not exit_spec.is_plain for exit_spec in model.bundle.manifest.plan.exits)
         exits = None
         if exits_folder is not None or is_trained:
-            exits = load_twin_exits(checkpoint, exits_folder, revision, adapter)
+            exits = load_twin_exits(checkpoint, exits_folder, revision, adapter, follow_links)
         check_exits(model.bundle.manifest, exits)
         kind = TwinReference if needs_twin(model.bundle.manifest.spec) else Reference
-        reference = kind(checkpoint, revision, adapter)
+        reference = kind(checkpoint, revision, adapter, follow_links)
+        if threads is not None:
+            torch.set_num_threads(threads)
         advance(1)
         advance = stage("Comparing", len(texts))
         report = compare(model, reference, texts, greedy_tokens=greedy_tokens, exits=exits, advance=advance)
@@ -108,8 +114,11 @@ def parity(
                 f"{name:<14} logits: max {head.max_abs:.1e}, mean {head.mean_abs:.1e}, "
                 f"same top token {head.agreement:.2%}"
             )
-        worst = max(report.layers, key=lambda layer: layer.relative)
-        click.echo(f"worst of cache and hidden states: {worst.what}, relative {worst.relative:.1e}")
+        if report.layers:
+            worst = max(report.layers, key=lambda layer: layer.relative)
+            click.echo(f"worst of cache and hidden states: {worst.what}, relative {worst.relative:.1e}")
+        else:
+            click.echo("cache and hidden states: not compared (an int8 cache holds codes, and there is no cut)")
         for fork in report.forks:
             click.echo(
                 f"greedy fork: text {fork.text}, {fork.strategy}, new token {fork.position}: "

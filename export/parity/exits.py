@@ -65,13 +65,17 @@ class TwinExits:
 
 
 def load_twin_exits(
-    source: str, folder: Path | None, revision: str | None = None, adapter: Path | None = None
+    source: str,
+    folder: Path | None,
+    revision: str | None = None,
+    adapter: Path | None = None,
+    follow_links: bool = False,
 ) -> TwinExits | None:
     """Load the twin of a checkpoint and the exits of a folder; errors as in the export.
 
     Without a folder the exits are those in the checkpoint itself. Returns None if it holds none.
     """
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
     stored = checkpoint.exits(resolve(checkpoint)[1]) if folder is None else ()
     if folder is None and not stored:
         return None

@@ -26,6 +26,7 @@ class Reference:
         source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.
         revision: Branch, tag or commit of a hub id.
         adapter: A LoRA adapter to add to its weights, as peft saves it.
+        follow_links: Follow links that lead out of its folder.
 
     Attributes:
         spec: What shortstack reads from the same config.
@@ -34,12 +35,14 @@ class Reference:
         CheckpointError: It is not a checkpoint that shortstack exports, or transformers cannot load it.
     """
 
-    def __init__(self, source: str, revision: str | None = None, adapter: Path | None = None) -> None:
+    def __init__(
+        self, source: str, revision: str | None = None, adapter: Path | None = None, follow_links: bool = False
+    ) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         # Our own reader comes first: it says what is wrong with a folder, refuses pickles, and checks names and shapes.
-        checkpoint = open_checkpoint(source, revision=revision)
+        checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
         _, self.spec = resolve(checkpoint)
         adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()

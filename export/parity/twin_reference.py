@@ -32,6 +32,7 @@ class TwinReference:
         source: What :func:`shortstack.export.checkpoint.open_checkpoint` takes.
         revision: Branch, tag or commit of a hub id.
         adapter: A LoRA adapter to add to its weights, as peft saves it.
+        follow_links: Follow links that lead out of its folder.
 
     Attributes:
         spec: What shortstack reads from its config.
@@ -40,8 +41,10 @@ class TwinReference:
         CheckpointError: It is not a checkpoint that shortstack exports.
     """
 
-    def __init__(self, source: str, revision: str | None = None, adapter: Path | None = None) -> None:
-        checkpoint = open_checkpoint(source, revision=revision)
+    def __init__(
+        self, source: str, revision: str | None = None, adapter: Path | None = None, follow_links: bool = False
+    ) -> None:
+        checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
         self._twin = twin_of(checkpoint if adapter is None else AdaptedCheckpoint(checkpoint, adapter)).eval()
         self.spec = self._twin.spec
 
