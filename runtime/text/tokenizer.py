@@ -37,6 +37,7 @@ from shortstack.graphs.names import (
     TOKENIZER_FILE,
 )
 from shortstack.graphs.read_file import read_file, read_json_object
+from shortstack.runtime.text.content_parts import with_text_contents
 from shortstack.runtime.text.template_sandbox import Sandbox, TemplateLimitError, render
 
 _REMEDY = "export the checkpoint again, or copy the file from the checkpoint into the bundle"
@@ -174,7 +175,8 @@ class Tokenizer:
         """Render a conversation with the model's chat template.
 
         Args:
-            messages: JSON-like messages such as ``{"role": "user", "content": "Hi"}``, oldest first.
+            messages: JSON-like messages such as ``{"role": "user", "content": "Hi"}``, oldest first. A content may be a
+                list of text parts.
             add_generation_prompt: Whether to end with the opening of the assistant's turn.
             tools: JSON schemas of tools, for templates that know them.
             variables: Further template variables, e.g. ``{"enable_thinking": False}``.
@@ -195,12 +197,14 @@ class Tokenizer:
                 {
                     **data["variables"],
                     **self._special_tokens,
-                    "messages": data["messages"],
+                    "messages": with_text_contents(data["messages"], self._chat_template or ""),
                     "tools": data["tools"],
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                 },
             )
+        except RequestError:
+            raise
         except (TemplateLimitError, MemoryError) as error:
             raise RequestError(
                 f"the chat template was stopped: {error or 'it takes too much memory'}",
