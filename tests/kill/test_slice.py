@@ -1,0 +1,16 @@
+"""A fixed slice of ``python -m tests.kill``: commands that are killed leave nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_killed_commands_leave_nothing_half_written_and_run_again_to_the_same_bytes(repository: Path) -> None:
+    chosen = ["--command", "export --overwrite", "--command", "calibrate", "--command", "self_data"]
+    command = [sys.executable, "-m", "tests.kill", "--kills", "3", "--seed", "1", *chosen]
+    finished = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("  3 kills") == 3, finished.stdout
+    assert finished.stdout.endswith("0 faults, seed 1\n")
