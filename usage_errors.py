@@ -12,21 +12,23 @@ import click
 def usage_line(error: click.ClickException) -> str:
     """Return the message of a usage error on one line, with the nearest valid word and the command that lists them."""
     message = " ".join(error.format_message().split())
-    message = re.sub(r"\(Did you mean one of: (.*?)\?\)", r"Did you mean one of \1?", message).rstrip(".")
+    message = re.sub(r"\(Did you mean one of: (.*?)\?\)", r"Did you mean one of \1?", message)
     message = message[:1].lower() + message[1:]
     if "Did you mean" not in message:
-        message += _nearest(error)
-    ctx = getattr(error, "ctx", None)
-    if ctx is None or message.endswith("?"):
-        return message if message.endswith("?") else f"{message}."
+        message = _with_nearest(error, message)
+    if message.endswith(("?", "...")):
+        return message
+    message, ctx = message.removesuffix("."), getattr(error, "ctx", None)
+    if ctx is None:
+        return f"{message}."
     return f"{message}. `{ctx.command_path} --help` shows what is valid."
 
 
-def _nearest(error: click.ClickException) -> str:
-    """Return a question with the valid word nearest to the one that was given, if there is one."""
+def _with_nearest(error: click.ClickException, message: str) -> str:
+    """Return the message with a question for the valid word nearest to the one that was given, if there is one."""
     found = re.search(r"'([^']*)'(?: is not one of|\.?$)", error.format_message())
     near = difflib.get_close_matches(found[1], _valid_words(error), n=1) if found else []
-    return f". Did you mean {near[0]}?" if near else ""
+    return f"{message.removesuffix('.')}. Did you mean {near[0]}?" if near else message
 
 
 def _valid_words(error: click.ClickException) -> Sequence[str]:
