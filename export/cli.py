@@ -71,7 +71,12 @@ from shortstack.graphs.errors import RequestError
         is_flag=True,
         help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
     ),
-    click.option("--max-length", type=int, metavar="C", help="Longest context in tokens.  [default: the model's own]"),
+    click.option(
+        "--max-length",
+        type=int,
+        metavar="C",
+        help="Longest context in tokens.  [default: the model's own, at most 131072]",
+    ),
 )
 @option_group(
     "Output",
