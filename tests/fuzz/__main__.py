@@ -59,7 +59,7 @@ def run_case(name: str, number: int, seed: int, sound: Sound, folder: Path, stre
     damage, command = prepare(target, rng, sound, folder)
     base_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     outcome = run_in_child(lambda: run(command), streams, "command")
-    verdict, says = judge(outcome, folder, base_bytes), outcome.error
+    verdict, says = judge(outcome, folder, base_bytes, streams=command[0] == "generate"), outcome.error
     if verdict == ACCEPTED:
         checked = run_in_child(lambda: _check(target.is_right, folder, streams), streams, "oracle")
         verdict, says = _verdict_of(checked, streams), checked.error or says

@@ -16,13 +16,14 @@ _OUR_LINES = ("warning:", "note:")
 _LEAKS = re.compile(r"Traceback|\[[EW]:onnxruntime|Warning:|thread '.*' panicked|Segmentation|^\S*Error:", re.MULTILINE)
 
 
-def judge(outcome: Outcome, folder: Path, base_bytes: int) -> str:
+def judge(outcome: Outcome, folder: Path, base_bytes: int, *, streams: bool = False) -> str:
     """Return ``refused``, ``accepted``, or what is wrong with how a command ended.
 
     Args:
         outcome: How it ended.
         folder: The folder of the input, with ``in`` and what the command left.
         base_bytes: Resident memory of the process that it was forked from.
+        streams: It prints tokens as they come, so that an error may follow some.
     """
     lines = [line for line in outcome.error.splitlines() if line.strip()]
     errors = [line for line in lines if not line.startswith(_OUR_LINES)]
@@ -43,7 +44,7 @@ def judge(outcome: Outcome, folder: Path, base_bytes: int) -> str:
         return f"exit code {outcome.code}"
     if len(errors) != 1 or not errors[0].startswith("error: "):
         return f"{len(errors)} lines for an error"
-    if outcome.out:
+    if outcome.out and not streams:
         return "refused, and wrote to stdout"
     if (folder / "out").exists():
         return "refused, and left its output"
