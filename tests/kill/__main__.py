@@ -81,6 +81,8 @@ def main(kills: int, seed: int, chosen: tuple[str, ...]) -> None:
                 after_s = rng.uniform(0, took_s)
                 was_killed, wrong = _kill_once(command, wanted, after_s, inputs, folder, log)
                 killed += was_killed
+                if not was_killed:  # the first run was a slow one
+                    took_s = min(took_s, after_s)
                 faults += bool(wrong)
                 for found in wrong:
                     click.echo(f"{name}, killed after {after_s:.3f} s of {took_s:.3f}: {found}", err=True)
