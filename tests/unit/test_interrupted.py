@@ -10,6 +10,7 @@ import pytest
 SCRIPT = """
 import builtins, os, signal, sys
 from shortstack import __main__ as command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background, where it is ignored
 def interrupted(name):
     try:
         os.kill(os.getpid(), signal.SIGINT)
