@@ -11,7 +11,6 @@ What passes may still be damaged: the readers of bundles and checkpoints look cl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,11 @@ from shortstack.graphs.path_kind import (
     shell_line,
     similar_path,
 )
+from shortstack.graphs.read_file import parse_json, read_file
 
 _EXITS_FILE = "exits.json"  # describes trained exits, in a checkpoint's folder or elsewhere
 _DEPTHS = {"SmolLM2-135M-Instruct.Q4_1.gguf": "8"}  # a good depth of an exit, by GGUF file; the default model's
+_MOST_BYTES = 1 << 22  # of a file that is only looked at for advice
 _UNKNOWN_DEPTH = "E"  # where nothing tells how many layers there are
 _BUNDLES = (PathKind.BUNDLE,)
 _MODEL_FILES = (PathKind.CHECKPOINT, PathKind.GGUF)
@@ -247,7 +248,11 @@ def _draft_depth(source: str) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return the value of a JSON file, for advice only; one that cannot be read, or is a pipe, is a ValueError."""
+    try:
+        return parse_json(read_file(path, RequestError, limit=_MOST_BYTES), path, RequestError)
+    except RequestError as error:
+        raise ValueError(str(error)) from None
 
 
 def _bundle_as_checkpoint(context: click.Context, argument: click.Argument, value: str) -> str:

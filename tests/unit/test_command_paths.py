@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -394,3 +397,24 @@ def test_opening_something_else_says_what_it_is(path: str, says: str) -> None:
     with pytest.raises(BundleError) as error:
         open_bundle(path)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("bundle.json", ["export", "{folder}", "{folder}-out"]),
+        ("config.json", ["generate", "{folder}", "Hello", "--strategy", "self-speculative"]),
+    ],
+)
+def test_a_pipe_in_place_of_a_file_is_never_waited_for(tmp_path: Path, name: str, command: list[str]) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    os.mkfifo(folder / name)
+    filled = [part.replace("{folder}", str(folder)) for part in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "shortstack", *filled], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
