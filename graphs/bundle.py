@@ -21,6 +21,7 @@ from typing import Any
 from shortstack.graphs import names
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exchange import exchange
+from shortstack.graphs.links import stays_inside
 from shortstack.graphs.manifest import FileEntry, Manifest, read_manifest, with_files
 from shortstack.graphs.path_kind import PathKind, bundle_name, export_command, not_a_bundle, path_kind
 from shortstack.graphs.plan import Segment
@@ -44,6 +45,9 @@ class Bundle:
 def open_bundle(folder: str | Path, *, verify_hashes: bool = False) -> Bundle:
     """Open a bundle and check its files against bundle.json, which may all be links, as in the hub's cache.
 
+    A link that leads elsewhere than there is followed if what it leads to has the hash that bundle.json says: a bundle
+    of somebody else must not read files whose content he does not know.
+
     Args:
         folder: The bundle.
         verify_hashes: Also hash every file; takes about a second per gigabyte.
@@ -64,13 +68,17 @@ def open_bundle(folder: str | Path, *, verify_hashes: bool = False) -> Bundle:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes, bundle.json says {entry.bytes}")
-        elif verify_hashes and sha256_file(path) != entry.sha256:
+        elif (verify_hashes or _leads_out(path, folder)) and sha256_file(path) != entry.sha256:
             problems.append(f"{name} has another sha256 than bundle.json says")
     if problems:
         raise BundleError(
             f"{folder}: {'; '.join(problems)}", remedy="copy the bundle again as a whole, or re-export it"
         )
     return Bundle(folder, manifest)
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    return path.is_symlink() and not stays_inside(path, folder)
 
 
 def sha256_file(path: Path) -> str:

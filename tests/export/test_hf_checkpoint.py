@@ -13,73 +13,26 @@ import pytest
 from huggingface_hub import errors as hub_errors
 from safetensors.numpy import save_file
 
+from helpers.hf_folders import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    HIDDEN,
+    SHAPES,
+    edit_index,
+    tensors,
+    write,
+    write_sharded,
+    write_shards,
+)
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
-HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 16, 24, 4, 2, 32
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "num_hidden_layers": 1,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": [2, 3],
-}
-SHAPES = {
-    "model.embed_tokens.weight": (VOCAB, HIDDEN),
-    "model.norm.weight": (HIDDEN,),
-    "model.layers.0.input_layernorm.weight": (HIDDEN,),
-    "model.layers.0.post_attention_layernorm.weight": (HIDDEN,),
-    "model.layers.0.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-    "model.layers.0.self_attn.k_proj.weight": (HIDDEN // 2, HIDDEN),
-    "model.layers.0.self_attn.v_proj.weight": (HIDDEN // 2, HIDDEN),
-    "model.layers.0.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-    "model.layers.0.mlp.gate_proj.weight": (INNER, HIDDEN),
-    "model.layers.0.mlp.up_proj.weight": (INNER, HIDDEN),
-    "model.layers.0.mlp.down_proj.weight": (HIDDEN, INNER),
-}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def tensors(dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    return {name: np.random.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
-
-
-def write(folder: Path, weights: dict[str, np.ndarray], **config: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
-    save_file(weights, folder / "model.safetensors")
-    return folder
-
-
-def write_shards(folder: Path, weights: dict[str, np.ndarray], shards: dict[str, list[str]]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    for shard, names in shards.items():
-        save_file({name: weights[name] for name in names}, folder / shard)
-    weight_map = {name: shard for shard, names in shards.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def edit_index(folder: Path, name: str, shard: object) -> None:
-    index = folder / "model.safetensors.index.json"
-    data = json.loads(index.read_text())
-    data["weight_map"][name] = shard
-    index.write_text(json.dumps(data))
-
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    names = list(SHAPES)
-    return write_shards(tmp_path / "m", tensors(), {"a.safetensors": names[:4], "b.safetensors": names[4:]})
+    return write_sharded(tmp_path / "m")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
@@ -156,71 +109,6 @@ def test_the_digest_changes_with_weights_and_config_and_reports_progress(tmp_pat
     assert open_checkpoint(str(write(tmp_path / "m", weights, rms_norm_eps=1e-6))).digest() != first
     weights["model.norm.weight"][0] += 1
     assert open_checkpoint(str(write(tmp_path / "n", weights))).digest() != first
-
-
-@pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "x\\y", "a\0b", 3])
-def test_a_shard_name_that_leaves_the_folder_is_refused(sharded: Path, shard: object) -> None:
-    edit_index(sharded, "model.norm.weight", shard)
-    with pytest.raises(CheckpointError, match="weight_map"):
-        open_checkpoint(str(sharded))
-
-
-def test_a_link_out_of_the_folder_is_refused(sharded: Path, tmp_path: Path) -> None:
-    (sharded / "a.safetensors").rename(tmp_path / "elsewhere")
-    (sharded / "a.safetensors").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="leads out of the folder"):
-        open_checkpoint(str(sharded))
-
-
-def test_a_link_out_of_the_folder_is_followed_if_asked_for(sharded: Path, tmp_path: Path) -> None:
-    (sharded / "a.safetensors").rename(tmp_path / "elsewhere")
-    (sharded / "a.safetensors").symlink_to(tmp_path / "elsewhere")
-    opened = open_checkpoint(str(sharded), follow_links=True)
-    assert opened.names() == frozenset(SHAPES)
-    for name in opened.names():
-        assert opened.tensor(name).shape == SHAPES[name]
-
-
-@pytest.mark.parametrize("linked", ["blobs", "the cache"])
-def test_the_cache_of_the_hub_may_lie_on_another_disk(tmp_path: Path, linked: str) -> None:
-    home, disk = tmp_path / "cache" / "models--o--n", tmp_path / "disk"
-    for folder in ("snapshots", "blobs"):
-        (home / folder).mkdir(parents=True)
-    target = write(home / "snapshots" / "abc", tensors())
-    for number, file in enumerate(sorted(target.iterdir())):
-        file.rename(home / "blobs" / f"{number:040x}")
-        file.symlink_to(f"../../blobs/{number:040x}")
-    moved = home.parent if linked == "the cache" else home / linked
-    moved.rename(disk)
-    moved.symlink_to(disk)
-    assert open_checkpoint(str(target)).names() == frozenset(SHAPES)
-
-
-def test_a_tokenizer_that_links_to_a_secret_is_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", tensors())
-    (tmp_path / "secret").write_text("{}")
-    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link"):
-        open_checkpoint(str(folder)).files()
-
-
-def test_a_circular_link_is_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", tensors())
-    (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to(folder / "config.json")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        open_checkpoint(str(folder))
-
-
-def test_a_snapshot_of_the_hub_may_link_to_its_blobs(tmp_path: Path) -> None:
-    snapshot = write(tmp_path / "snapshot", tensors())
-    target = tmp_path / "models--o--n" / "snapshots" / "abc"
-    target.parent.mkdir(parents=True)
-    snapshot.rename(target)
-    (tmp_path / "models--o--n" / "blobs").mkdir()
-    blob = (target / "model.safetensors").rename(tmp_path / "models--o--n" / "blobs" / "f00")
-    (target / "model.safetensors").symlink_to(blob)
-    assert open_checkpoint(str(target)).names() == frozenset(SHAPES)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 50, -1])

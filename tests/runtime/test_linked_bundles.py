@@ -76,6 +76,22 @@ def test_a_bundle_with_hard_links_elsewhere_can_be_quantized(bundle: Path, tmp_p
             assert file.read_bytes() == (tmp_path / "linked" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "bundle.json"])  # onnxruntime itself refuses weights elsewhere
+def test_a_link_that_leads_elsewhere_is_followed_to_the_right_content_alone(
+    bundle: Path, tmp_path: Path, refused: Refused, name: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (bundle / name).rename(elsewhere)
+    (bundle / name).symlink_to(elsewhere)
+    generate = ["generate", bundle, "Hello", "-n", "2"]
+    assert run([str(word) for word in generate]) == 0
+    if name != "bundle.json":
+        content = bytearray(elsewhere.read_bytes())
+        content[len(content) // 2] ^= 1
+        elsewhere.write_bytes(content)
+        refused(generate, f"{name} has another sha256 than bundle.json says")
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "quantization.json"])
 def test_a_file_that_bundle_json_does_not_list_is_never_read(
     bundle: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
