@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shortstack.export.checkpoint import Config
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
-from shortstack.graphs.read_file import read_json_object
+from shortstack.graphs.read_file import parse_json_object, read_file
 
 MERGE_REMEDY = (
     "merge it with peft, `PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)`, "
@@ -38,6 +38,7 @@ _INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Named initializations that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move
 a part of the weights into the adapter, so that the adapter fits only the changed model."""
 
+_SAVE_AGAIN = "save the adapter again"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_PATTERNS = 4096
 _MAX_PATTERN_CHARS = 256
@@ -87,13 +88,8 @@ def read_settings(file: Path) -> LoraSettings:
         CheckpointError: The file is damaged, or a field is missing or of another type.
         UnsupportedError: It is another kind of adapter, or a LoRA that is not a sum of the model and scaled products.
     """
-    try:
-        size_bytes = file.stat().st_size
-        if size_bytes > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{file}", found=f"{size_bytes} bytes", expected=f"at most {_MAX_CONFIG_BYTES}")
-        config = Config(read_json_object(file, CheckpointError, "save the adapter again"), str(file))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+    content = read_file(file, CheckpointError, _SAVE_AGAIN, limit=_MAX_CONFIG_BYTES)
+    config = Config(parse_json_object(content, file, CheckpointError, _SAVE_AGAIN), str(file))
     kind = config.read(str, "peft_type")
     if kind != "LORA":
         raise UnsupportedError(

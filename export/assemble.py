@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
@@ -24,7 +23,7 @@ from shortstack.export.text_files import check_text_files
 from shortstack.export.weights import store_exits, store_weights
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
-from shortstack.graphs.errors import CheckpointError, RequestError
+from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import HEAD_IDS
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.ir.write_bundle import tool_versions, write_bundle
@@ -64,7 +63,6 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
             blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
             tell(blocks)
         files = checkpoint.files()
-        _check_tokenizer(checkpoint.source, files.get(names.TOKENIZER_FILE))
         check_text_files(checkpoint.source, files)
         exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)
         tensors = ModelTensors(checkpoint, arch, spec, blocks)
@@ -130,23 +128,6 @@ def _source_name(request: ExportSpec) -> str:
     name = path.name if path.exists() else request.checkpoint
     folders = [folder for folder in (request.adapter, request.exits) if folder is not None]
     return " + ".join((name, *(folder.resolve().name for folder in folders)))
-
-
-def _check_tokenizer(source: str, content: bytes | None) -> None:
-    if content is None:
-        raise CheckpointError(
-            f"{source} has no {names.TOKENIZER_FILE}",
-            remedy="save it next to the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-        )
-    try:
-        Tokenizer.from_str(content.decode())
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises nothing narrower, and panics
-        raise CheckpointError(
-            f"{source}: {names.TOKENIZER_FILE} is not a tokenizer: {error}",
-            remedy="save it again with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-        ) from None
 
 
 def _max_length(request: ExportSpec, spec: ModelSpec) -> int:

@@ -27,8 +27,13 @@ def check_text_files(source: str, files: Mapping[str, bytes]) -> None:
         files: The bundle's text files, content by name.
 
     Raises:
-        CheckpointError: The runtime would refuse them.
+        CheckpointError: There is no tokenizer, or the runtime would refuse the files.
     """
+    if names.TOKENIZER_FILE not in files:
+        raise CheckpointError(
+            f"{source} has no {names.TOKENIZER_FILE}",
+            remedy="save it next to the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
     with tempfile.TemporaryDirectory(prefix="shortstack-") as name:
         folder = Path(name)
         for file in names.TEXT_FILES:

@@ -48,13 +48,6 @@ def read_file(
     return content
 
 
-def check_regular(path: Path | str, error: type[ShortstackError], remedy: str | None = None) -> int:
-    """Return the size of a regular file in bytes; errors as in :func:`read_file`, without a limit."""
-    descriptor, size = _open_regular(path, error, remedy)
-    os.close(descriptor)
-    return size
-
-
 def read_text(
     path: Path | str, error: type[ShortstackError], remedy: str | None = None, *, called: str | None = None
 ) -> str:

@@ -36,19 +36,6 @@ def write_whole(path: Path, content: bytes, error: type[ShortstackError], called
         raise error(f"{called} cannot be written ({why})", remedy="choose another file") from None
 
 
-def check_can_write(path: Path, error: type[ShortstackError], called: str) -> None:
-    """Check that a file can be written, cheaply, before long work; errors as in :func:`write_whole`."""
-    try:
-        if not _is_stream(path):
-            folder = Path(os.path.realpath(path)).parent
-            if not os.access(folder, os.W_OK):
-                code = errno.EACCES if folder.is_dir() else errno.ENOENT
-                raise OSError(code, os.strerror(code))
-    except (OSError, ValueError) as reason:
-        why = (reason.strerror if isinstance(reason, OSError) else None) or str(reason)
-        raise error(f"{called} cannot be written ({why})", remedy="choose another file") from None
-
-
 def replace_file(path: Path, content: bytes) -> None:
     """Write a regular file under another name first, so that its own name never stands for half of it.
 

@@ -159,7 +159,9 @@ def _check_target(target: Path) -> None:
     """Refuse a place where the profile cannot be written, before hours of work, or must not."""
     if not target.parent.is_dir():
         raise RequestError(f"--out {target}: {target.parent} is not a folder", remedy="make it first")
-    if target.is_file() or target.is_dir():  # what else there may be is written to, such as /dev/stdout
+    if target.is_dir():
+        raise RequestError(f"--out {target} is a folder", remedy="name a file in it")
+    if target.is_file():  # what else there may be is written to, such as /dev/stdout
         try:
             read_profile(target)
         except RequestError:

@@ -230,6 +230,7 @@ def test_a_file_that_is_not_a_profile_is_not_replaced(
     refused(["calibrate", folder, "--data", data, *QUICK, "-o", data], "exists and is not an exit profile")
     assert data.read_bytes() == before
     refused(["calibrate", folder, "--data", data, *QUICK, "-o", tmp_path / "none" / "p.json"], "is not a folder")
+    refused(["calibrate", folder, "--data", data, *QUICK, "-o", tmp_path], "is a folder. Name a file in it")
     assert left_behind(tmp_path) == ["bundle", data.name]
 
 
