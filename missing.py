@@ -40,7 +40,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 _TRAINING = ("shortstack.samples.recipes.", "shortstack.samples.showcase.")  # these need both of the extras below
 _TRAINING_EXTRAS = ("export", "train")
 
-ONLY_IN_THE_REPOSITORY = ("bench", "recipes", "showcase")
+ONLY_IN_THE_REPOSITORY = ("bench", "recipes", "showcase", "texts")
 """The folders of samples that the wheel leaves out."""
 
 _ROOT = Path(__file__).resolve().parent

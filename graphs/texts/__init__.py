@@ -1,6 +1,6 @@
 """The texts that ship with shortstack, by what they are for. On the ground floor, because several rooms read them.
 
-All were written for shortstack or sampled from its default model by ``samples/make_*_text.py``.
+All were written for shortstack or sampled from its default model by ``samples/texts``.
 
 Attributes:
     DRAFT_VOCAB_TEXT: Plain text whose token frequencies choose the rows of a trimmed draft head.

@@ -16,8 +16,6 @@ COMMANDS = {
     "bench.hf_folder": "safetensors",
     "bench.kv_sharing": "torch",
     "bench.worker": "onnxruntime",
-    "make_draft_vocab_text": "onnxruntime",
-    "make_heldout_text": "onnxruntime",
     "recipes.draft_head_curve": "matplotlib",
     "recipes.ee_llm": "torch",
     "recipes.ee_tuning": "torch",
@@ -27,6 +25,8 @@ COMMANDS = {
     "recipes.self_data": "onnxruntime",
     "showcase.answers": "onnxruntime",
     "showcase.kv_sharing_table": "matplotlib",
+    "texts.make_draft_vocab_text": "onnxruntime",
+    "texts.make_heldout_text": "onnxruntime",
 }
 # These need click alone, or start other commands.
 WITHOUT_EXTRAS = {"demo", "fetch_model"}

@@ -1,6 +1,6 @@
 """Writes draft_vocab.txt: questions that the default model asks itself, and its answers; about 150 kB.
 
-    python -m shortstack.samples.make_draft_vocab_text BUNDLE [TOKENS]
+    python -m shortstack.samples.texts.make_draft_vocab_text BUNDLE [TOKENS]
 
 A trimmed draft head keeps the ids that are frequent in the text its model writes, so the model writes the text: a
 user turn sampled from nothing, then the assistant's greedy answer. Resumable; the output of an Apache-2.0 model.

@@ -1,6 +1,6 @@
 """Writes heldout.jsonl: questions that the default model asks itself, and answers that it samples; about 12k tokens.
 
-    python -m shortstack.samples.make_heldout_text BUNDLE [TOKENS]
+    python -m shortstack.samples.texts.make_heldout_text BUNDLE [TOKENS]
 
 Quantized bundles are judged on it. Sampled at temperature 1 from the whole distribution, so that on this text the mean
 of log p(token) - log q(token) estimates the divergence of another model q from the one that wrote it. No line of
