@@ -1,27 +1,23 @@
-"""Runs something in a forked process, with limits on memory and time, and sees what a user would see.
-
-The parent has imported the heavy packages once, so that an input costs a fork and not an import.
-"""
+"""Runs something in a forked process, with limits on memory and time, and sees what a user would see."""
 
 from __future__ import annotations
 
 import os
 import resource
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from helpers.forked import fork
 
 TIME_LIMIT_S = 30
 """Processor time of one child. A sound input takes about a second."""
 
 MEMORY_LIMIT_BYTES = 4 << 30
 """Address space that a child may add to what it was forked with."""
-
-_UNCAUGHT = 70
 
 
 @dataclass(frozen=True)
@@ -54,20 +50,7 @@ def run_in_child(work: Callable[[], int], folder: Path, name: str, *, time_limit
     """
     out, error = folder / f"{name}.out", folder / f"{name}.err"
     started = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        _become(out, error, time_limit_s)
-        code = _UNCAUGHT
-        try:
-            code = work()
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    pid = fork(work, out, error, partial(_limit, time_limit_s))
     _, status, usage = os.wait4(pid, 0)
     return Outcome(
         code=os.waitstatus_to_exitcode(status),
@@ -78,14 +61,8 @@ def run_in_child(work: Callable[[], int], folder: Path, name: str, *, time_limit
     )
 
 
-def _become(out: Path, error: Path, time_limit_s: int) -> None:
-    """Turns this process into the child: its streams, its limits."""
-    for path, descriptor in ((out, 1), (error, 2)):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(opened, descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+def _limit(time_limit_s: int) -> None:
+    """Bounds the memory and the time of this process."""
     limit = _address_space() + MEMORY_LIMIT_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (time_limit_s, time_limit_s + 5))

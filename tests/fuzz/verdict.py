@@ -12,6 +12,7 @@ MAX_PEAK_BYTES = 1 << 30
 """Resident memory that a tiny model may need beyond that of the imported packages."""
 
 REFUSED, ACCEPTED = "refused", "accepted"
+_AFTER_TOKENS = "error: the model's output is not valid"
 _OUR_LINES = ("warning:", "note:")
 _LEAKS = re.compile(r"Traceback|\[[EW]:onnxruntime|Warning:|thread '.*' panicked|Segmentation|^\S*Error:", re.MULTILINE)
 
@@ -23,7 +24,7 @@ def judge(outcome: Outcome, folder: Path, base_bytes: int, *, streams: bool = Fa
         outcome: How it ended.
         folder: The folder of the input, with ``in`` and what the command left.
         base_bytes: Resident memory of the process that it was forked from.
-        streams: It prints tokens as they come, so that an error may follow some.
+        streams: It prints tokens as they come, so that damaged weights may show after some.
     """
     lines = [line for line in outcome.error.splitlines() if line.strip()]
     errors = [line for line in lines if not line.startswith(_OUR_LINES)]
@@ -44,7 +45,7 @@ def judge(outcome: Outcome, folder: Path, base_bytes: int, *, streams: bool = Fa
         return f"exit code {outcome.code}"
     if len(errors) != 1 or not errors[0].startswith("error: "):
         return f"{len(errors)} lines for an error"
-    if outcome.out and not streams:
+    if outcome.out and not (streams and errors[0].startswith(_AFTER_TOKENS)):
         return "refused, and wrote to stdout"
     if (folder / "out").exists():
         return "refused, and left its output"

@@ -14,6 +14,7 @@ import pytest
 
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime import ExitPolicy, Model, load
+from shortstack.runtime.decode.stream import Stream
 from shortstack.runtime.decode.turns import Turns
 from shortstack.runtime.early_exit.criteria import Need
 from shortstack.runtime.early_exit.reading import Reading
@@ -179,14 +180,21 @@ def test_calls_from_within_a_step_are_refused_and_cancelling_there_is_not(
     assert stream.finish_reason == "cancelled"
 
 
-def test_a_generation_that_ended_with_an_error_stays_an_error(model: Model) -> None:
+def stream_that_raises(model: Model, error: BaseException) -> Stream:
+    """A stream whose second step ends with an error."""
+
     def fail() -> None:
-        raise ArithmeticError("of the criterion")
+        raise error
 
     gate = Gate(then=fail)
     gate.opened.set()
     stream = model.stream([5, 6, 7], exits=ExitPolicy(gate), **LONG)
     next(stream)
+    return stream
+
+
+def test_a_generation_that_ended_with_an_error_stays_an_error(model: Model) -> None:
+    stream = stream_that_raises(model, ArithmeticError("of the criterion"))
     with pytest.raises(ArithmeticError):
         next(stream)
     assert stream.finish_reason == "error"
@@ -199,13 +207,7 @@ def test_a_generation_that_ended_with_an_error_stays_an_error(model: Model) -> N
 
 
 def test_a_step_that_is_interrupted_ends_the_generation(model: Model) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    gate = Gate(then=interrupt)
-    gate.opened.set()
-    stream = model.stream([5, 6, 7], exits=ExitPolicy(gate), **LONG)
-    next(stream)
+    stream = stream_that_raises(model, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     assert next(stream, None) is None

@@ -154,14 +154,21 @@ def test_the_cap_follows_the_measured_costs(costs: dict[int, float], rows: int) 
     assert cap.rows == rows
 
 
+def caps(cap: PendingCap, runs: int, rows: int | None = None, *, has_head: bool = True) -> list[int]:
+    """The cap before each of many runs, of as many rows as it allows or of ``rows``; a row takes a second."""
+    seen = []
+    for _ in range(runs):
+        seen.append(cap.rows)
+        found = cap.rows if rows is None else rows
+        cap.observe(found, float(found), has_head=has_head)
+    return seen
+
+
 def test_the_whole_window_is_measured_again_now_and_then() -> None:
     cap = PendingCap(8)
     for rows in (1, 2, 8):
         cap.observe(rows, float(rows))
-    seen = []
-    for _ in range(200):
-        seen.append(cap.rows)
-        cap.observe(cap.rows, float(cap.rows))
+    seen = caps(cap, 200)
     assert set(seen) == {2, 8}
     assert seen.count(8) < 10
     fixed = PendingCap(8, 3)
@@ -175,10 +182,7 @@ def test_runs_without_a_head_end_the_measuring_of_the_whole_window() -> None:
     cap = PendingCap(16)
     for rows in (1, 2, 3, 16):
         cap.observe(rows, float(rows) + 0.3)
-    seen = []
-    for _ in range(300):
-        seen.append(cap.rows)
-        cap.observe(cap.rows, float(cap.rows), has_head=False)
+    seen = caps(cap, 300, has_head=False)
     assert seen.count(16) < 10
     assert set(seen[-50:]) <= {2, 16}, "what the head costs is known by now, and no reason to wait"
 
@@ -187,10 +191,7 @@ def test_measuring_the_whole_window_ends_even_if_no_run_fills_it() -> None:
     cap = PendingCap(16)
     for rows in (1, 2, 16):
         cap.observe(rows, float(rows))
-    seen = []
-    for _ in range(400):
-        seen.append(cap.rows)
-        cap.observe(2, 2.0)  # a token that does not leave comes early, every time
+    seen = caps(cap, 400, rows=2)  # a token that does not leave comes early, every time
     assert 8 <= seen.count(16) <= 50
 
 
