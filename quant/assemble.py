@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_fol
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.cast import cast
-from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.ir.weights import TOO_LARGE, WeightStore
 from shortstack.graphs.ir.write_bundle import tool_versions, write_bundle
 from shortstack.graphs.precision import SPARE_ROWS, Precision
 from shortstack.graphs.spec import DType, ModelSpec
@@ -59,10 +60,12 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
     is_layerwise = _check_layerwise(source.spec, is_weighed)
     rows = _read_calibration(source.bundle, request) if is_weighed or is_int8_cache else None
     assignment = assign(request.preset, source.spec, source.bundle.manifest.plan)
-    if request.max_kl is not None:
-        assert rows is not None
-        assignment = search(source, method, assignment, rows, request.max_kl, stage, request.tuning)
-    with staged_folder(request.out, overwrite=request.overwrite) as folder:
+    # Weights may be damaged: what overflows is refused by the name of its matrix, and not by numpy's warnings before.
+    quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+    with quiet, staged_folder(request.out, overwrite=request.overwrite) as folder:
+        if request.max_kl is not None:
+            assert rows is not None
+            assignment = search(source, method, assignment, rows, request.max_kl, stage, request.tuning)
         scales: Mapping[str, np.ndarray] = {}
         if is_int8_cache and not is_layerwise:
             assert rows is not None
@@ -185,7 +188,13 @@ def _store(
     """Store what was rounded; with ``known``, the names of stored matrices by their hash, equal ones once.
 
     Exits have equal heads, unless a method rounded each head for its own inputs.
+
+    Raises:
+        UnsupportedError: The weights of a matrix are too large for a grid.
     """
+    for name, error in rounded.errors.items():
+        if not math.isfinite(error):
+            raise UnsupportedError(f"matrix {name} in blocks: its error", found=error, remedy=TOO_LARGE)
     for name, tensor in rounded.tensors.items():
         same = name if known is None else known.setdefault(_digest(tensor), name)
         if same != name:

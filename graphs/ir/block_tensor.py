@@ -143,7 +143,7 @@ class BlockTensor:
 def encode(weight: Floats, scales: Floats, zero_points: Codes | None, block_format: BlockFormat) -> BlockTensor:
     """Round a matrix [rows, width] to the nearest codes of given scales and zero points [rows, blocks]."""
     width = weight.shape[1]
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = inverted(scales)
     codes = weight * _spread(inverse, block_format, width)
     zero = (
         np.float32(block_format.middle_code)
@@ -152,6 +152,11 @@ def encode(weight: Floats, scales: Floats, zero_points: Codes | None, block_form
     )
     codes = np.clip(np.rint(codes + zero), 0, block_format.largest_code).astype(np.uint8)
     return BlockTensor(block_format, codes, scales.astype(np.float32), zero_points)
+
+
+def inverted(scales: Floats) -> Floats:
+    """Return 1 / scales; 0 for scales so small that this is infinite: their blocks hold nothing but zeros."""
+    return np.divide(1.0, scales, out=np.zeros_like(scales), where=np.abs(scales) >= np.finfo(scales.dtype).tiny)
 
 
 def nearest_grid(weight: Floats, block_format: BlockFormat) -> tuple[Floats, Codes | None]:
@@ -169,7 +174,7 @@ def nearest_grid(weight: Floats, block_format: BlockFormat) -> tuple[Floats, Cod
         return (extreme / -np.float32(block_format.middle_code)).astype(np.float32), None
     low, high = np.minimum(x.min(axis=2), 0), np.maximum(x.max(axis=2), 0)
     scales = ((high - low) / np.float32(top)).astype(np.float32)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    inverse = inverted(scales)
     return scales, np.clip(np.rint(-low * inverse), 0, top).astype(np.uint8)
 
 

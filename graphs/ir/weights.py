@@ -12,15 +12,22 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from shortstack.graphs import names
+from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.ir.block_tensor import BlockTensor
+from shortstack.graphs.ir.cast import cast
+from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.precision import BlockFormat
+from shortstack.graphs.spec import DType
 
 # onnxruntime maps external tensors straight from the file; a cache line keeps vector loads aligned.
 _ALIGNMENT_BYTES = 64
+
+
+TOO_LARGE = "its weights are too large for a grid: keep it in floats, or export a sound checkpoint"
+"""What to do about a matrix that rounding makes NaN or infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ class WeightStore:
             base_dir=self._folder,
         )
 
-    def add_blocks(self, name: str, tensor: BlockTensor, dtype: npt.DTypeLike) -> None:
+    def add_blocks(self, name: str, tensor: BlockTensor, dtype: DType) -> None:
         """Append a matrix [rows, width] in blocks, as the tensors of its parts.
 
         Args:
@@ -103,10 +110,14 @@ class WeightStore:
 
         Raises:
             ValueError: A tensor of that name, or another right factor, is already stored.
+            UnsupportedError: Its values are too large for a grid, or its scales for ``dtype``.
         """
         for part, array in tensor.packed_parts().items():
-            is_packed = array.dtype == np.uint8
-            self.add(names.block_part(name, part), array if is_packed else array.astype(dtype))
+            stored = names.block_part(name, part)
+            if array.dtype != np.uint8:
+                check_finite(f"matrix {name} in blocks: its {part}", array, UnsupportedError, TOO_LARGE)
+                array = cast(stored, array.astype(np.float32, copy=False), dtype)
+            self.add(stored, array)
         self._blocks[name] = BlockMatrix(tensor.format, *tensor.shape)
         if tensor.side is not None:
             factor = names.side_factor(name)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.ir.block_tensor import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor, inverted
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods.grid import search_grid
 from shortstack.quant.methods.stats import Floats, InputStats
@@ -73,7 +73,7 @@ def _round_rows(
         if zeros is not None and zero is not None:
             zeros[:, block] = zero
         origin = np.float32(block_format.middle_code) if zero is None else zero.astype(np.float32)
-        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+        inverse = inverted(scale)
         inside = np.ascontiguousarray(left[:, start:end].T)  # [size, rows]: a column is contiguous
         errors = np.empty_like(inside)
         for j in range(end - start):

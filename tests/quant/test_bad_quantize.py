@@ -244,3 +244,22 @@ def test_weights_that_are_no_numbers_are_named_and_counted(
     tensor.write(bundle, values)
     options: list[str | Path] = ["-r", preset_name, "--no-report", "--kv-cache", "float"]
     refuses(options, f"tensor {name}", f"found NaN or infinity in 2 of {values.size} values", bundle=bundle)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "says"),
+    [(3e38, "fp32", "in blocks: its "), (3e6, "fp16", ".scales does not fit float16")],
+)
+@pytest.mark.parametrize("method", ["rtn", "gptq", "hqq"])
+def test_weights_that_no_grid_holds_are_refused_by_the_name_of_their_matrix(
+    bundle: Path, refuses: RefusedQuantize, value: float, dtype: str, says: str, method: str
+) -> None:
+    """A block from -3e38 to 3e38 is wider than a float; one to 3e6 has a scale that float16 does not hold."""
+    name = names.layer_weight(1, "mlp.down_proj.weight")
+    tensor = stored_tensors(bundle)[name]
+    values = tensor.read(bundle)
+    values[0, 0], values[1, 0] = -value, value  # stored [in, out]: two weights of one row
+    tensor.write(bundle, values)
+    quick = ["--calibration-tokens", "64", "--no-report", "--tuning", "ignore", "--kv-cache", "float"]
+    options: list[str | Path] = ["--method", method, "--dtype", dtype, *quick]
+    refuses(options, name, says, bundle=bundle)

@@ -334,3 +334,15 @@ def test_rows_of_a_product_do_not_depend_on_how_many_there_are(
 def test_every_block_size_of_the_kernels_is_known() -> None:
     assert EXACT_BLOCK_SIZE in BLOCK_SIZES
     assert all(size & (size - 1) == 0 for size in BLOCK_SIZES)
+
+
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_a_block_of_the_smallest_numbers_becomes_zeros(is_symmetric: bool) -> None:
+    """One over their scale is infinite, and infinity times zero is no code."""
+    weight = np.zeros((2, 64), np.float32)
+    weight[0, :3] = 1e-40, -2e-40, 0.0
+    weight[1] = np.linspace(-1, 1, 64)
+    stored = nearest(weight, BlockFormat(4, 32, is_symmetric=is_symmetric))
+    found = stored.dequantize()
+    assert np.abs(found[0]).max() <= 2e-40
+    np.testing.assert_allclose(found[1], weight[1], atol=0.08)
