@@ -85,6 +85,8 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
             requantized[name] = "+".join(kinds)
         elif source.pads_columns:
             requantized[name] = f"{kinds[0]} with padded heads"
+        elif not source.keeps_blocks:
+            requantized[name] = f"{kinds[0]}, turned"
         else:
             kept[name] = kinds[0]
     if not kept:

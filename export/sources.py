@@ -1,19 +1,45 @@
-"""Which tensors of a checkpoint make up each matrix of a bundle, and whether their heads are padded.
+"""Which tensors of a checkpoint make up each weight of a bundle, and in what order of rows.
 
 A *role* is shortstack's own name for a tensor of a layer, such as ``q_proj.weight``, whatever the checkpoint calls it.
-q, k and v are stacked along their rows into one matrix. Every other matrix is one tensor. This module holds names and
-numbers only and reads no tensor.
+Roles of one part, such as q, k and v, are stacked along their rows. This module holds names and numbers only and reads
+no tensor.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from shortstack.export.arch.architecture import Architecture
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, RopePairs, Source
 from shortstack.graphs import names
+from shortstack.graphs.layer_spec import Attention, Layer, Rope
+from shortstack.graphs.layer_weights import Weight, matrix_parts
 from shortstack.graphs.spec import ModelSpec
+
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one role of a layer, or one matrix of the model, comes from.
+
+    Attributes:
+        tensor: The tensor of the checkpoint.
+        weight: What it is in the layer, None for a matrix outside the layers.
+        rows: Which rows of the tensor it is, in which order; None for all, as they are.
+        transposed: The tensor is [in, out].
+        plus: What is added to each value.
+    """
+
+    tensor: str
+    weight: Weight | None = None
+    rows: Rows | None = None
+    transposed: bool = False
+    plus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,65 +47,130 @@ class MatrixSource:
     """Where one matrix [out, in] comes from.
 
     Attributes:
-        tensors: Tensors [out, in] of the checkpoint, stacked along rows.
-        row_heads: How many heads the rows of each tensor hold, each of which is padded to cache_head_dim. Empty if no
-            rows are padded.
-        column_heads: The same for the columns, of a matrix that is one tensor. 0 if no columns are padded.
+        pieces: What is stacked along its rows.
+        attention: The attention of its layer, for the widths of heads; None for a matrix outside the layers.
     """
 
-    tensors: tuple[str, ...]
-    row_heads: tuple[int, ...] = ()
-    column_heads: int = 0
+    pieces: tuple[Piece, ...]
+    attention: Attention | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors of the checkpoint that it is made of."""
+        return tuple(dict.fromkeys(piece.tensor for piece in self.pieces))
 
     @property
     def pads_columns(self) -> bool:
-        """Whether padding moves columns, so that blocks along them cannot be kept."""
-        return self.column_heads > 0
+        """Whether heads along its columns are padded, so that blocks along them cannot be kept."""
+        is_padded = self.attention is not None and self.attention.cache_head_dim != self.attention.head_dim
+        return is_padded and any(piece.weight is not None and piece.weight.column_heads for piece in self.pieces)
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether blocks along the columns of its tensors stay blocks of it."""
+        return not self.pads_columns and not any(piece.transposed or piece.plus for piece in self.pieces)
 
 
-def qkv_heads(spec: ModelSpec, *, owns_kv: bool = True) -> dict[str, int]:
-    """Return how many heads the rows of q, k and v hold, in the order in which they are stacked.
-
-    Args:
-        spec: The model.
-        owns_kv: The layer computes its own keys and values. A layer that uses another one's has q only.
-    """
-    heads = {"q_proj": spec.num_attention_heads}
-    return heads | dict.fromkeys(("k_proj", "v_proj"), spec.num_key_value_heads) if owns_kv else heads
-
-
-def layer_sources(
-    spec: ModelSpec, tensor_name: Callable[[str], str], *, owns_kv: bool = True
-) -> dict[str, MatrixSource]:
-    """Return the source of each matrix of one layer, by part.
-
-    Args:
-        spec: The model.
-        tensor_name: Gives the name of the tensor that plays a role.
-        owns_kv: See :func:`qkv_heads`.
-    """
-    is_padded = spec.cache_head_dim != spec.head_dim
-    heads = qkv_heads(spec, owns_kv=owns_kv)
-    found = {
-        names.QKV_PROJ: MatrixSource(
-            tuple(tensor_name(f"{role}.weight") for role in heads), row_heads=tuple(heads.values()) if is_padded else ()
-        ),
-        "attn.o_proj.weight": MatrixSource(
-            (tensor_name("o_proj.weight"),), column_heads=spec.num_attention_heads if is_padded else 0
-        ),
+def layer_pieces(arch: Architecture, spec: ModelSpec, layer: int) -> dict[str, Piece]:
+    """Return where each role of a layer comes from, in the order in which a bundle stores them."""
+    own, table = spec.layers[layer], spec.weights(layer)
+    rope = None if own.attention.rope is None else spec.ropes[own.attention.rope]
+    return {
+        weight.role: Piece(
+            arch.tensor_name(weight.role, layer),
+            weight,
+            _rows(arch.source(weight.role), weight, table, own, rope, arch.rope_pairs),
+            arch.source(weight.role).transposed,
+            arch.source(weight.role).plus,
+        )
+        for weight in table
     }
-    for role in ("gate_proj", "up_proj", "down_proj"):
-        found[f"mlp.{role}.weight"] = MatrixSource((tensor_name(f"{role}.weight"),))
-    return found
 
 
 def matrix_sources(arch: Architecture, spec: ModelSpec) -> Mapping[str, MatrixSource]:
     """Return the source of each matrix of the model, without its exits, by the matrix's name in a bundle."""
-    found = {names.EMBED_TOKENS: MatrixSource((arch.tensor_name("embed_tokens.weight"),))}
+
+    def whole(role: str) -> MatrixSource:
+        return MatrixSource((Piece(arch.tensor_name(role), transposed=arch.source(role).transposed),))
+
+    found = {names.EMBED_TOKENS: whole(EMBEDDING)}
     for layer in range(spec.num_hidden_layers):
-        name_in_layer = functools.partial(arch.tensor_name, layer=layer)
-        sources = layer_sources(spec, name_in_layer, owns_kv=spec.kv_map[layer] == layer)
-        found |= {names.layer_weight(layer, part): source for part, source in sources.items()}
+        pieces = layer_pieces(arch, spec, layer).values()
+        for part in matrix_parts(spec.weights(layer)):
+            own = tuple(piece for piece in pieces if piece.weight is not None and piece.weight.part == part)
+            found[names.layer_weight(layer, part)] = MatrixSource(own, spec.layers[layer].attention)
     if not spec.tie_word_embeddings:
-        found[names.LM_HEAD] = MatrixSource((arch.tensor_name("lm_head.weight"),))
+        found[names.LM_HEAD] = whole(LM_HEAD)
     return found
+
+
+def rotary_order(rope: Rope, pairs: RopePairs) -> Rows:
+    """Return the order that puts the columns of a checkpoint's head as a bundle has them, int64 [head_dim].
+
+    A bundle rotates column i with column i + head_dim / 2, also where a head is rotated in part.
+    """
+    half, rotated = rope.head_dim // 2, rope.dims // 2
+    first, second = (
+        (np.arange(rotated), np.arange(rotated, 2 * rotated))
+        if pairs == "halves"
+        else (np.arange(0, 2 * rotated, 2), np.arange(1, 2 * rotated, 2))
+    )
+    middle = 2 * rotated + half - rotated
+    return np.concatenate((first, np.arange(2 * rotated, middle), second, np.arange(middle, rope.head_dim)))
+
+
+def _rows(
+    source: Source, weight: Weight, table: tuple[Weight, ...], layer: Layer, rope: Rope | None, pairs: RopePairs
+) -> Rows | None:
+    rows, is_whole = np.arange(weight.shape[0]), not source.stacked
+    if source.stacked:
+        role, kind = weight.role.rsplit(".", 1)
+        sizes = {own.role: own.shape[0] for own in table}
+        place = source.stacked.index(role)
+        if source.by_head:
+            heads = layer.attention.heads
+            count = sizes[f"{role}.{kind}"] // heads
+            rows = (
+                rows.reshape(heads, count) + (count * ((len(source.stacked) - 1) * np.arange(heads) + place))[:, None]
+            )
+            rows = rows.reshape(-1)
+        else:
+            rows = rows + sum(sizes[f"{name}.{kind}"] for name in source.stacked[:place])
+    if weight.is_rotated and rope is not None:
+        order = rotary_order(rope, pairs)
+        is_whole = is_whole and bool(np.array_equal(order, np.arange(len(order))))
+        rows = rows.reshape(-1, rope.head_dim)[:, order].reshape(-1)
+    return None if is_whole else rows
+
+
+def checkpoint_tensors(
+    arch: Architecture, spec: ModelSpec, ends: Mapping[str, Floats], layers: Sequence[Mapping[str, Floats]]
+) -> Iterator[tuple[str, Floats]]:
+    """Yield the tensors of a checkpoint of a family, by name: what reading its pieces undoes.
+
+    Args:
+        arch: The family.
+        spec: The model.
+        ends: The weights outside the layers, by role.
+        layers: The weights of each layer, by role, matrices [out, in], heads not padded.
+    """
+    for role, value in ends.items():
+        source = arch.source(role)
+        piece = Piece(arch.tensor_name(role), transposed=source.transposed, plus=source.plus)
+        yield piece.tensor, _joined([piece], [value])
+    for layer, roles in enumerate(layers):
+        by_tensor: dict[str, list[str]] = {}
+        pieces = layer_pieces(arch, spec, layer)
+        for role, piece in pieces.items():
+            by_tensor.setdefault(piece.tensor, []).append(role)
+        for tensor, stacked in by_tensor.items():
+            yield tensor, _joined([pieces[role] for role in stacked], [roles[role] for role in stacked])
+
+
+def _joined(pieces: Sequence[Piece], values: Sequence[Floats]) -> Floats:
+    """Put the rows of a tensor back where they came from."""
+    first = pieces[0]
+    joined = np.empty((sum(map(len, values)), *values[0].shape[1:]), np.float32)
+    for piece, value in zip(pieces, values, strict=True):
+        joined[slice(None) if piece.rows is None else piece.rows] = value - np.float32(piece.plus)
+    return np.ascontiguousarray(joined.T) if first.transposed else joined

@@ -1,12 +1,12 @@
 """Reads a checkpoint's tensors in the form that the graphs need: q, k and v stacked, heads padded, floats or blocks.
 
-Heads are padded with zeros to a width that the attention kernel takes (:attr:`ModelSpec.cache_head_dim`). Rotary
+Heads are padded with zeros to a width that the attention kernel takes (:attr:`Attention.cache_head_dim`). Rotary
 embedding pairs column i with column i + head_dim / 2, so each half of a head is padded separately.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -16,14 +16,16 @@ from shortstack.export.arch.architecture import Architecture
 from shortstack.export.checkpoint import Checkpoint
 from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
-from shortstack.export.sources import MatrixSource, matrix_sources, qkv_heads
+from shortstack.export.sources import MatrixSource, Piece, layer_pieces, matrix_sources
 from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.ir.attention import padded_share
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.ir.finite import check_finite
+from shortstack.graphs.layer_spec import Attention
+from shortstack.graphs.layer_weights import Weight
 from shortstack.graphs.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
-QKV_BIAS = "attn.qkv_proj.bias"
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -50,18 +52,28 @@ class ModelTensors:
         self._blocks = blocks
         self._sources = matrix_sources(arch, spec)
 
-    def vector(self, role: str, layer: int | None = None) -> Floats:
-        """Return the norm's weight or projection's bias that plays a role."""
-        return self._read(self._arch.tensor_name(role, layer))
+    def vector(self, role: str) -> Floats:
+        """Return the weight outside the layers that plays a role."""
+        source = self._arch.source(role)
+        return self.piece(Piece(self._arch.tensor_name(role), transposed=source.transposed, plus=source.plus))
+
+    def layer_roles(self, layer: int) -> dict[str, Floats]:
+        """Return all weights of a layer by role, as its formula has them: heads not padded, matrices [out, in]."""
+        return {role: self.piece(piece) for role, piece in layer_pieces(self._arch, self.spec, layer).items()}
 
     def layer_vector(self, part: str, layer: int) -> Floats:
-        """Return a norm's weight or a projection's bias of one layer, by part; see :func:`packed_vector`."""
-        owns_kv = self.spec.kv_map[layer] == layer
-        return packed_vector(part, lambda role: self.vector(role, layer), self.spec, owns_kv=owns_kv)
+        """Return a norm's weight or a projection's bias of one layer, by part, as a bundle stores it."""
+        pieces = layer_pieces(self._arch, self.spec, layer)
+        roles = {
+            role: piece for role, piece in pieces.items() if piece.weight is not None and piece.weight.part == part
+        }
+        found = {role: self.piece(piece) for role, piece in roles.items()}
+        return packed(part, self.spec.weights(layer), found, self.spec.layers[layer].attention)
 
     def rope_factors(self) -> Floats | None:
         """Return the divisors of the rotary frequencies, [head_dim / 2]; None if the model has none."""
-        return self._read(ROPE_FACTORS) if self.spec.rope_scaling.kind == "factors" else None
+        has_factors = any(rope.scaling.kind == "factors" for rope in self.spec.ropes)
+        return self._read(ROPE_FACTORS) if has_factors else None
 
     def matrix(self, name: str) -> Floats | BlockTensor:
         """Return a matrix [out, in] as it is to be stored.
@@ -72,8 +84,18 @@ class ModelTensors:
         source = self._sources[name]
         if name in self._blocks.kept:
             return self._kept(source)
-        floats = self._floats(source)
+        weights = [piece.weight for piece in source.pieces]
+        floats = _stacked([self.piece(piece) for piece in source.pieces], weights, source.attention)
         return nearest(floats, REQUANTIZED_FORMAT) if name in self._blocks.requantized else floats
+
+    def piece(self, piece: Piece) -> Floats:
+        """Return the floats of one role, heads not padded."""
+        array = self._read(piece.tensor)
+        if piece.transposed:
+            array = array.T
+        if piece.rows is not None:
+            array = array[piece.rows]
+        return array + np.float32(piece.plus) if piece.plus else array
 
     def _read(self, tensor: str) -> Floats:
         value = self._checkpoint.tensor(tensor)
@@ -83,60 +105,72 @@ class ModelTensors:
     def _check(self, what: str, value: npt.NDArray[np.generic]) -> None:
         check_finite(f"{self._checkpoint.source}: {what}", value, CheckpointError, _NOT_FINITE)
 
-    def _floats(self, source: MatrixSource) -> Floats:
-        return packed_matrix([self._read(tensor) for tensor in source.tensors], source, self.spec)
-
     def _kept(self, source: MatrixSource) -> BlockTensor:
-        stored = [self._checkpoint.blocks(tensor) for tensor in source.tensors]
-        parts = [blocks.read() for blocks in stored if blocks is not None]
-        assert len(parts) == len(stored), f"{source.tensors} should be kept in blocks, but are stored as floats"
-        for tensor, part in zip(source.tensors, parts, strict=True):
-            self._check(f"the scales of tensor {tensor}", part.scales)
-        block_format = parts[0].format
-        codes, scales = [part.codes for part in parts], [part.scales for part in parts]
-        if source.row_heads:
-            zero = block_format.middle_code
-            codes = [pad_heads(c, n, self.spec, zero) for c, n in zip(codes, source.row_heads, strict=True)]
-            scales = [pad_heads(s, n, self.spec) for s, n in zip(scales, source.row_heads, strict=True)]
+        codes, scales, block_format = [], [], None
+        for piece in source.pieces:
+            stored = self._checkpoint.blocks(piece.tensor)
+            assert stored is not None, f"{piece.tensor} should be kept in blocks, but is stored as floats"
+            part = stored.read()
+            self._check(f"the scales of tensor {piece.tensor}", part.scales)
+            block_format = part.format
+            rows = slice(None) if piece.rows is None else piece.rows
+            codes.append(_padded(part.codes[rows], piece.weight, source.attention, block_format.middle_code))
+            scales.append(_padded(part.scales[rows], piece.weight, source.attention))
+        assert block_format is not None
         return BlockTensor(block_format, np.concatenate(codes), np.concatenate(scales), None)
 
 
-def packed_matrix(parts: Sequence[Floats], source: MatrixSource, spec: ModelSpec) -> Floats:
-    """Stack the tensors that a source lists, in that order, into one matrix [out, in]."""
-    if source.row_heads:
-        parts = [pad_heads(part, n, spec) for part, n in zip(parts, source.row_heads, strict=True)]
-    if source.pads_columns:
-        parts = [pad_heads(part.T, source.column_heads, spec).T for part in parts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def packed_vector(part: str, vector: Callable[[str], Floats], spec: ModelSpec, *, owns_kv: bool = True) -> Floats:
-    """Return a norm's weight or a projection's bias of a layer; the biases of q, k and v are stacked like their rows.
+def packed(part: str, table: Sequence[Weight], roles: Mapping[str, Floats], attention: Attention) -> Floats:
+    """Return a part of a layer as a bundle stores it, matrices [out, in].
 
     Args:
-        part: Its name in :mod:`shortstack.graphs.layer_parts`.
-        vector: Reads the tensor of the layer that plays a role.
-        spec: The model.
-        owns_kv: See :func:`qkv_heads`.
+        part: Its name in :mod:`shortstack.graphs.layer_weights`.
+        table: The layer's weights.
+        roles: Their values, heads not padded; those of this part are enough.
+        attention: The layer's attention.
     """
-    if part == QKV_BIAS:
-        heads = qkv_heads(spec, owns_kv=owns_kv)
-        return np.concatenate([pad_heads(vector(f"{role}.bias"), n, spec) for role, n in heads.items()])
-    return vector(part.removeprefix("attn.").removeprefix("mlp."))
+    own = [weight for weight in table if weight.part == part]
+    return _stacked([roles[weight.role] for weight in own], own, attention)
 
 
-def pad_heads(array: npt.NDArray[Number], heads: int, spec: ModelSpec, fill: int = 0) -> npt.NDArray[Number]:
+def _stacked(arrays: Sequence[Floats], weights: Sequence[Weight | None], attention: Attention | None) -> Floats:
+    found = [
+        _padded(_padded_columns(array, weight, attention), weight, attention)
+        for array, weight in zip(arrays, weights, strict=True)
+    ]
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _padded_columns(array: Floats, weight: Weight | None, attention: Attention | None) -> Floats:
+    if weight is None or attention is None or not weight.column_heads:
+        return array
+    return pad_heads(array.T, weight.column_heads, attention).T
+
+
+def _padded(
+    array: npt.NDArray[Number], weight: Weight | None, attention: Attention | None, fill: int = 0
+) -> npt.NDArray[Number]:
+    """Pad the heads along the rows of a weight; the weights of a norm over heads make up for the padding."""
+    if weight is None or attention is None or not weight.row_heads:
+        return array
+    if weight.is_norm and attention.cache_head_dim != attention.head_dim:
+        share = np.asarray(padded_share(attention) ** 0.5, array.dtype)
+        array = np.asarray(array * share, array.dtype)
+    return pad_heads(array, weight.row_heads, attention, fill)
+
+
+def pad_heads(array: npt.NDArray[Number], heads: int, attention: Attention, fill: int = 0) -> npt.NDArray[Number]:
     """Pad the leading dimension, heads * head_dim, to heads * cache_head_dim.
 
     Args:
         array: [heads * head_dim, ...].
         heads: How many heads it holds.
-        spec: The model.
+        attention: The widths.
         fill: The value to pad with, the one that stands for zero in ``array``.
     """
-    extra = (spec.cache_head_dim - spec.head_dim) // 2
+    extra = (attention.cache_head_dim - attention.head_dim) // 2
     if extra == 0:
         return array
-    halves = array.reshape(heads, 2, spec.head_dim // 2, *array.shape[1:])
+    halves = array.reshape(heads, 2, attention.head_dim // 2, *array.shape[1:])
     padded = np.pad(halves, [(0, 0), (0, 0), (0, extra), *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
-    return padded.reshape(heads * spec.cache_head_dim, *array.shape[1:])
+    return padded.reshape(heads * attention.cache_head_dim, *array.shape[1:])

@@ -28,7 +28,7 @@ from shortstack.export.checkpoint.hf import member
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, RequestError
 from shortstack.graphs.exit_parts import HEAD_IDS, exit_parts
-from shortstack.graphs.layer_parts import Shape
+from shortstack.graphs.layer_weights import Shape
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.read_file import parse_json_object, read_file
 from shortstack.graphs.spec import ModelSpec

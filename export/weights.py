@@ -24,7 +24,8 @@ from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.exit import full_head, uses_unit_norm
 from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.ir.weights import WeightStore
-from shortstack.graphs.layer_parts import layer_parts
+from shortstack.graphs.layer_spec import cache_head_dim
+from shortstack.graphs.layer_weights import matrix_parts, stored_shapes
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.precision import SPARE_ROWS, BlockFormat
 from shortstack.graphs.spec import DType
@@ -64,22 +65,26 @@ def store_weights(
         _store_layer(tensors, layer, put, put_matrix)
         advance(1)
     put(names.FINAL_NORM, tensors.vector("final_norm.weight"))
+    if spec.ends.final_norm.has_bias:
+        put(names.FINAL_NORM_BIAS, tensors.vector("final_norm.bias"))
     if not spec.tie_word_embeddings:
         put_matrix(names.LM_HEAD)
     positions = max_length + (SPARE_ROWS if store.formats else 0)  # see Precision.has_spare_row
-    for name, table, fill in zip(
-        (names.ROPE_COS, names.ROPE_SIN), rope_tables(spec, positions, tensors.rope_factors()), (1.0, 0.0), strict=True
-    ):
-        extra = (spec.cache_head_dim - spec.head_dim) // 2
-        put(name, np.pad(table, ((0, 0), (0, extra)), constant_values=fill))
+    for number, rope in enumerate(spec.ropes):
+        tables = rope_tables(rope, positions, tensors.rope_factors(), max_length)
+        extra = (cache_head_dim(rope.head_dim) - rope.head_dim) // 2
+        for part, table, fill in zip(names.ROPE_PARTS, tables, (1.0, 0.0), strict=True):
+            put(names.rope_table(number, part), np.pad(table, ((0, 0), (0, extra)), constant_values=fill))
 
 
 def _store_layer(
     tensors: ModelTensors, layer: int, put: Callable[[str, Floats], None], put_matrix: Callable[[str], None]
 ) -> None:
-    for part in layer_parts(tensors.spec, owns_kv=tensors.spec.kv_map[layer] == layer):
+    table, attention = tensors.spec.weights(layer), tensors.spec.layers[layer].attention
+    matrices = matrix_parts(table)
+    for part in stored_shapes(table, attention):
         name = names.layer_weight(layer, part)
-        if part in names.LAYER_MATRICES:
+        if part in matrices:
             put_matrix(name)
         else:
             put(name, tensors.layer_vector(part, layer))

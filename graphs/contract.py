@@ -110,6 +110,18 @@ def cache_types(
     return types
 
 
+def cache_shape(spec: ModelSpec, owner: names.CacheOwner) -> tuple[int | str, ...]:
+    """Return the shape of the keys of an owner, and of its values: heads may differ from layer to layer."""
+    kv_heads, head_dim = cache_heads(spec, owner)
+    return "batch", kv_heads, "capacity", head_dim
+
+
+def cache_heads(spec: ModelSpec, owner: names.CacheOwner) -> tuple[int, int]:
+    """Return how many heads an owner's keys have, and how wide each is in the cache."""
+    attention = spec.cache_attention(owner)
+    return attention.kv_heads, attention.cache_head_dim
+
+
 def segment_contract(
     spec: ModelSpec,
     segment: Segment,
@@ -133,7 +145,6 @@ def segment_contract(
     state = ("batch", "rows", spec.hidden_size)
     sees_token = exit_spec is not None and exit_spec.sees_token
     sees_state = exit_spec is not None and exit_spec.sees_state
-    cache = ("batch", spec.num_key_value_heads, "capacity", spec.cache_head_dim)
     vocab = spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab
     kv = cache_type(dtype, kv_cache)
     owned = cache_types(spec, segment, exit_spec, dtype, kv_cache)
@@ -149,9 +160,9 @@ def segment_contract(
         Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
         Port(names.NUM_ROWS, "int64", ()),
         *([Port(names.EXIT_STATE, dtype, state)] if sees_state else []),
-        *(Port(names.past(j, part), own, cache) for j, own in owned.items() for part in names.KV_PARTS),
+        *(Port(names.past(j, part), own, cache_shape(spec, j)) for j, own in owned.items() for part in names.KV_PARTS),
         *(
-            Port(names.shared(j, part), kv, cache)
+            Port(names.shared(j, part), kv, cache_shape(spec, j))
             for j in borrowed(spec.kv_map, segment.start, segment.end)
             for part in names.KV_PARTS
         ),
@@ -166,7 +177,11 @@ def segment_contract(
         *([Port(names.GATE, dtype, ("batch", "rows"))] if exit_spec is not None and exit_spec.has_gate else []),
         *([Port(names.EXIT_STATE_OUT, dtype, state)] if sees_state else []),
         *([Port(names.FINAL_STATE, dtype, state)] if segment.is_last and has_final_state else []),
-        *(Port(names.present(j, part), own, cache) for j, own in owned.items() for part in names.KV_PARTS),
+        *(
+            Port(names.present(j, part), own, cache_shape(spec, j))
+            for j, own in owned.items()
+            for part in names.KV_PARTS
+        ),
     ]
     return GraphContract(tuple(inputs), tuple(outputs))
 

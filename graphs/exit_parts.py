@@ -25,7 +25,7 @@ layers are (:func:`stored_parts`).
 
 from __future__ import annotations
 
-from shortstack.graphs.layer_parts import Shape, layer_parts
+from shortstack.graphs.layer_weights import Shape, Weight, parameter_name, stored_shapes
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 
@@ -53,6 +53,7 @@ def exit_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
     A shared head that is trimmed has ``head.ids`` only: its rows are the LM head's.
     """
     hidden, rows = spec.hidden_size, head_rows(spec, exit_spec)
+    weights = spec.exit_block_weights(exit_spec.exit_layer)
     parts: dict[str, Shape] = {}
     if exit_spec.branch == "linear":
         inputs = linear_inputs(spec, exit_spec)
@@ -61,13 +62,11 @@ def exit_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
             parts |= {"linear.gate_proj.weight": (inner, inputs), "linear.up_proj.weight": (inner, inputs)}
             parts["linear.down_proj.weight"] = (hidden, inner)
     if exit_spec.branch == "mlp":
-        parts |= _mlp_parts(spec, "mlp")
+        parts |= {parameter_name(weight.role): weight.shape for weight in mlp_weights(weights)}
     if exit_spec.branch == "block":
-        parts |= _attention_parts(spec, f"{BLOCK}.self_attn") | _mlp_parts(spec, f"{BLOCK}.mlp")
-        norms = (f"{BLOCK}.input_layernorm.weight", f"{BLOCK}.post_attention_layernorm.weight")
-        parts |= dict.fromkeys(norms, (hidden,))
+        parts |= {f"{BLOCK}.{parameter_name(weight.role)}": weight.shape for weight in weights}
     if exit_spec.norm == "own":
-        parts["norm.weight"] = (hidden,)
+        parts |= dict.fromkeys(own_norm(spec), (hidden,))
     if exit_spec.head == "own":
         parts["head.weight"] = (rows, hidden)
     if exit_spec.head == "low_rank":
@@ -87,7 +86,9 @@ def stored_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
     parts = exit_parts(spec, exit_spec)
     if exit_spec.branch != "block":
         return parts
-    block = {f"{BLOCK}.{part}": shape for part, shape in layer_parts(spec).items()}
+    depth = exit_spec.exit_layer
+    shapes = stored_shapes(spec.exit_block_weights(depth), spec.exit_block_layer(depth).attention)
+    block = {f"{BLOCK}.{part}": shape for part, shape in shapes.items()}
     return block | {part: shape for part, shape in parts.items() if not part.startswith(f"{BLOCK}.")}
 
 
@@ -97,34 +98,11 @@ def exit_matrices(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, tuple[int, 
     return {part: (shape[0], shape[1]) for part, shape in parts if len(shape) == 2 and part != GATE_MATRIX}
 
 
-def _mlp_parts(spec: ModelSpec, prefix: str) -> dict[str, Shape]:
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    return _projections(
-        prefix,
-        {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)},
-        dict.fromkeys(("gate_proj", "up_proj", "down_proj"), spec.mlp_bias),
-    )
+def mlp_weights(weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    """Return the weights of a layer's MLP, without its norms."""
+    return tuple(weight for weight in weights if parameter_name(weight.role).startswith("mlp."))
 
 
-def _attention_parts(spec: ModelSpec, prefix: str) -> dict[str, Shape]:
-    hidden, q_rows = spec.hidden_size, spec.num_attention_heads * spec.head_dim
-    kv_rows = spec.num_key_value_heads * spec.head_dim
-    return _projections(
-        prefix,
-        {
-            "q_proj": (q_rows, hidden),
-            "k_proj": (kv_rows, hidden),
-            "v_proj": (kv_rows, hidden),
-            "o_proj": (hidden, q_rows),
-        },
-        dict.fromkeys(("q_proj", "k_proj", "v_proj"), spec.qkv_bias) | {"o_proj": spec.attention_out_bias},
-    )
-
-
-def _projections(prefix: str, shapes: dict[str, tuple[int, int]], has_bias: dict[str, bool]) -> dict[str, Shape]:
-    parts: dict[str, Shape] = {}
-    for name, shape in shapes.items():
-        parts[f"{prefix}.{name}.weight"] = shape
-        if has_bias[name]:
-            parts[f"{prefix}.{name}.bias"] = shape[:1]
-    return parts
+def own_norm(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the parts of an exit's own norm, which is of the kind of the model's final norm."""
+    return ("norm.weight", "norm.bias") if spec.ends.final_norm.has_bias else ("norm.weight",)

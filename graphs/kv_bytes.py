@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from shortstack.graphs.kv_map import producers
+from shortstack.graphs.names import CacheOwner
 from shortstack.graphs.spec import ModelSpec
 
 
-def kv_bytes_per_token(spec: ModelSpec, value_bytes: int, owners: int | None = None) -> int:
-    """Return what one position takes in the caches, in bytes: ``2 * owners * kv_heads * head_dim * value_bytes``.
+def kv_bytes_per_token(spec: ModelSpec, value_bytes: int, owners: Iterable[CacheOwner] | None = None) -> int:
+    """Return what one position takes in the caches, in bytes: ``2 * kv_heads * head_dim * value_bytes`` per owner.
 
-    The 2 are keys and values; ``head_dim`` is :attr:`ModelSpec.cache_head_dim`, the width that is stored.
+    The 2 are keys and values; ``head_dim`` is :attr:`Attention.cache_head_dim`, the width that is stored.
 
     Args:
         spec: The model.
         value_bytes: Bytes of one number: 4 in float32, 2 in float16, 1 in int8.
-        owners: How many caches; None is one for each producer of ``spec.kv_map``.
+        owners: Whose caches; None is all producers of ``spec.kv_map``.
     """
     if owners is None:
-        owners = len(producers(spec.kv_map, 0, spec.num_hidden_layers))
-    return 2 * owners * spec.num_key_value_heads * spec.cache_head_dim * value_bytes
+        owners = producers(spec.kv_map, 0, spec.num_hidden_layers)
+    heads = (spec.cache_attention(owner) for owner in owners)
+    return sum(2 * attention.kv_heads * attention.cache_head_dim * value_bytes for attention in heads)

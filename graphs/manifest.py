@@ -2,9 +2,10 @@
 
 Layout of the JSON object::
 
-    format_version   3; 2 has exits of exit_layer and draft_vocab only; 1 also lacks the field precision
+    format_version   4; 3 knows Llama's layers only, as a flat model; 2 has exits of exit_layer and draft_vocab only;
+                     1 also lacks the field precision
     digest           sha256 of the rest, so that an edited file is noticed
-    model            ModelSpec
+    model            ModelSpec, as in spec_json.py
     exits            [every field of ExitSpec], ascending
     dtype            float32 | float16: activations, and weights and cache where precision does not say otherwise
     precision        {weights: {name: {bits, block_size, is_symmetric, has_offsets}}, kv_cache: float | int8}
@@ -32,9 +33,11 @@ from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.read_file import read_json_object
 from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.graphs.spec_json import spec_from_json, spec_to_json
 
-FORMAT_VERSION = 3
-_READABLE_VERSIONS = (1, 2, 3)
+FORMAT_VERSION = 4
+_READABLE_VERSIONS = (1, 2, 3, 4)
+_FLAT_VERSIONS = (1, 2, 3)
 _REEXPORT = "restore the file or re-export the bundle"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f]")  # a plain file name on any system has none of these
@@ -91,7 +94,7 @@ class Manifest:
         """Return the JSON object, its digest included."""
         body: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
-            "model": self.spec.to_json(),
+            "model": spec_to_json(self.spec),
             "exits": [asdict(e) for e in self.plan.exits],
             "dtype": self.dtype,
             "precision": self.precision.to_json(),
@@ -176,7 +179,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _parse(path: Path, data: dict[str, Any]) -> Manifest:
-    spec = ModelSpec.from_json(data["model"], f"{path}: model")
+    spec = spec_from_json(data["model"], f"{path}: model", is_flat=data["format_version"] in _FLAT_VERSIONS)
     exits = tuple(_read_exit(path, entry, spec, data["format_version"]) for entry in data["exits"])
     if data["dtype"] not in ("float32", "float16"):
         raise BundleError(

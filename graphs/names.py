@@ -48,6 +48,11 @@ def exit_block(exit_layer: int) -> str:
     return f"exits.{exit_layer}"
 
 
+def exit_depth(owner: str) -> int:
+    """Return the exit whose block has this cache, the inverse of :func:`exit_block`."""
+    return int(owner.removeprefix("exits."))
+
+
 def past(owner: CacheOwner, part: str) -> str:
     """Return the input that carries an owner's cache before the run; ``part`` is ``key`` or ``value``."""
     return f"past_key_values.{owner}.{part}"
@@ -78,8 +83,20 @@ EMBED_TOKENS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 UNIT_NORM = "unit_norm.weight"  # ones: where something is divided by its root mean square and nothing else
-ROPE_COS = "rope.cos"
-ROPE_SIN = "rope.sin"
+FINAL_NORM_BIAS = "model.norm.bias"  # of a final norm that has one
+
+
+def rope_table(rope: int, part: str) -> str:
+    """Return the table of a rotary embedding, by its number in the model; ``part`` is ``cos`` or ``sin``."""
+    return f"rope.{rope}.{part}" if rope else f"rope.{part}"
+
+
+ROPE_PARTS = ("cos", "sin")
+
+
+def rope_tables(ropes: int) -> list[str]:
+    """Return the names of all tables of a model with so many rotary embeddings."""
+    return [rope_table(rope, part) for rope in range(ropes) for part in ROPE_PARTS]
 
 
 # The parts of a matrix that is stored in blocks of small integers (graphs/precision.py)
@@ -119,17 +136,8 @@ def kv_scale(layer: int, part: str) -> str:
     return f"model.layers.{layer}.attn.{part}_scale"
 
 
-# The matrices of one layer, in the order of computation; parts for :func:`layer_weight`
+# Parts of a layer that other modules name, for :func:`layer_weight`; the whole list is graphs/layer_weights.py
 QKV_PROJ = "attn.qkv_proj.weight"
-LAYER_MATRICES = (
-    QKV_PROJ,
-    "attn.o_proj.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-)
-
-
 _SIDE_FACTORS = {
     QKV_PROJ: "attn.qkv_proj.side.weight",
     "attn.o_proj.weight": "attn.o_proj.side.weight",
@@ -141,7 +149,7 @@ _SIDE_FACTORS = {
 
 def side_factor(weight: str) -> str:
     """Return the right factor of the side product of a layer's matrix: one for all matrices with the same input."""
-    prefix, part = next((weight[: -len(part)], part) for part in LAYER_MATRICES if weight.endswith(f".{part}"))
+    prefix, part = next((weight[: -len(part)], part) for part in _SIDE_FACTORS if weight.endswith(f".{part}"))
     return f"{prefix}{_SIDE_FACTORS[part]}"
 
 

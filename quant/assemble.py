@@ -172,9 +172,11 @@ def _store_weights(
         _store(rounded, dtype, store, errors)
     if names.UNIT_NORM in source:
         store.add(names.UNIT_NORM, source.floats(names.UNIT_NORM).astype(dtype))
-    store.add(names.FINAL_NORM, cast(names.FINAL_NORM, source.floats(names.FINAL_NORM), dtype))
-    for name, fill in ((names.ROPE_COS, 1.0), (names.ROPE_SIN, 0.0)):
-        table = source.floats(name)  # of a bundle before format 2, without the spare row
+    for name, norm in source.final_norm().items():
+        store.add(name, cast(name, norm, dtype))
+    for name in names.rope_tables(len(source.spec.ropes)):
+        table, fill = source.floats(name), float(name.endswith(names.ROPE_PARTS[0]))
+        # A bundle before format 2 is without the spare row.
         missing = max(0, source.bundle.manifest.max_length + SPARE_ROWS - len(table))
         store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
     _store_id_maps(source, store)

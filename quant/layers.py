@@ -22,12 +22,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from shortstack.graphs import names
-from shortstack.graphs.contract import GraphContract, Port
+from shortstack.graphs.contract import GraphContract, Port, cache_heads, cache_shape
 from shortstack.graphs.ir.attention import Caches, Lengths, layer_site
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.head import logits_of
 from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, residual_sum
-from shortstack.graphs.ir.matrix import head_product
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import consumers
 from shortstack.graphs.spec import DType, ModelSpec
@@ -73,7 +73,7 @@ class LayerGraph:
         self._cache = {part: lender(owner, part) for part in names.KV_PARTS}
         self._presents = {part: names.present(owner, part) for part in names.KV_PARTS} if owner == layer else {}
         self._taps: dict[str, str] = {}
-        cache = ("batch", spec.num_key_value_heads, "capacity", spec.cache_head_dim)
+        cache = cache_shape(spec, owner)
         hidden = ("batch", "seq", spec.hidden_size)
 
         def build(g: GraphBuilder) -> tuple[GraphContract, dict[str, ir.Value]]:
@@ -122,7 +122,8 @@ class LayerGraph:
         kept: dict[str, list[Floats]] = {part: [] for part in names.KV_PARTS}
         for start in range(0, len(hidden), step):
             batch = hidden[start : start + step]
-            empty = np.zeros((len(batch), spec.num_key_value_heads, seq, spec.cache_head_dim), np.float32)
+            kv_heads, head_dim = cache_heads(spec, self._owner)
+            empty = np.zeros((len(batch), kv_heads, seq, head_dim), np.float32)
             caches = dict.fromkeys(names.KV_PARTS, empty)
             if self._owner != self._layer:
                 assert lent is not None, f"layer {self._layer} uses what layer {self._owner} lends"
@@ -166,8 +167,9 @@ class HeadGraph:
         logits = Port(names.LOGITS, _DTYPE, ("rows", "vocab"))
 
         def build(g: GraphBuilder) -> tuple[GraphContract, dict[str, ir.Value]]:
-            normed, _ = norm(g, spec, Residual(g.input(hidden)), names.FINAL_NORM, "/norm")
-            return GraphContract((hidden,), (logits,)), {names.LOGITS: head_product(g, normed, weight, "/head")}
+            normed, _ = norm(g, spec.ends.final_norm, Residual(g.input(hidden)), names.FINAL_NORM, "/norm")
+            found = logits_of(g, spec.ends, normed, weight, "/head")
+            return GraphContract((hidden,), (logits,)), {names.LOGITS: found}
 
         self._session = _session("head", weights, build)
 

@@ -14,6 +14,7 @@ from typing import Any
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import ROWS, exit_matrices
+from shortstack.graphs.layer_weights import matrix_parts
 from shortstack.graphs.plan import SplitPlan
 from shortstack.graphs.precision import CODE_TYPES, BlockFormat, KVType
 from shortstack.graphs.spec import ModelSpec
@@ -40,7 +41,7 @@ class Preset:
         first_rows_format: Which; None where ``first_rows`` is 0.
         draft_head: Format of the exits' heads; ``"as head"`` shares or follows the LM head. Other matrices
             of exits are int8 where ``weights`` are in blocks.
-        parts: Formats of single matrices of every layer, by names.LAYER_MATRICES.
+        parts: Formats of single matrices of every layer, by their parts in graphs/layer_weights.py.
         layers: Formats of all matrices of single layers, negative numbers counted from the top. Wins over ``parts``.
         kv_cache: Element type of the cache.
 
@@ -130,7 +131,7 @@ def assign(preset: Preset, spec: ModelSpec, plan: SplitPlan) -> Assignment:
     single = {layer % depth: wanted for layer, wanted in preset.layers.items()}
     matrices: dict[str, Format] = {names.EMBED_TOKENS: preset.head if spec.tie_word_embeddings else preset.embedding}
     for layer in range(depth):
-        for part in names.LAYER_MATRICES:
+        for part in matrix_parts(spec.weights(layer)):
             wanted = single[layer] if layer in single else preset.parts.get(part, preset.weights)
             matrices[names.layer_weight(layer, part)] = wanted
     if not spec.tie_word_embeddings:

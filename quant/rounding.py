@@ -18,6 +18,7 @@ from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, stored_parts
 from shortstack.graphs.ir.block_tensor import Side
 from shortstack.graphs.kv_map import producers
+from shortstack.graphs.layer_weights import matrix_parts
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.kv_scales import kv_scale
@@ -84,7 +85,7 @@ class LayerwiseRounding:
         bare = {e.exit_layer for e in plan.exits if e.branch == "none" and e.norm == "final"}
         heads = bare & self.assignment.draft_heads.keys()
         if self.rows is not None:
-            self.hidden = self.source.floats(names.EMBED_TOKENS)[self.rows]
+            self.hidden = self.source.embedded(self.rows)
         for layer in range(spec.num_hidden_layers):
             yield self._layer(layer)
             if layer + 1 in heads and self.hidden is not None and self.method.uses_text:
@@ -155,7 +156,7 @@ class LayerwiseRounding:
             self.hidden = LayerGraph(spec, layer, passed_on).run(self.hidden, watching, self._lent)
             if self.kv_scales and layer in producers(spec.kv_map, layer, layer + 1):
                 tensors |= {names.kv_scale(layer, part): kv_scale(peak) for part, peak in largest.items()}
-        for name in (names.ROPE_COS, names.ROPE_SIN):
+        for name in names.rope_tables(len(spec.ropes)):
             del tensors[name]
         return Rounded(tensors, rounded.errors, rounded.fates)
 
@@ -214,11 +215,14 @@ class LayerwiseRounding:
         assert self.hidden is not None
         flat = self.hidden.reshape(-1, self.hidden.shape[-1])
         builder = InputStatsBuilder()
-        norm = np.asarray(self.source.floats(names.FINAL_NORM), np.float64)
+        ends, norm = self.source.spec.ends, self.source.final_norm()
         for start in range(0, len(flat), 4096):
             x = flat[start : start + 4096].astype(np.float64)
-            x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + self.source.spec.rms_norm_eps) * norm
-            builder.add(x.astype(np.float32))
+            if ends.final_norm.kind == "layer":
+                x = x - x.mean(axis=1, keepdims=True)
+            x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + ends.final_norm.eps)
+            x = x * norm[names.FINAL_NORM].astype(np.float64) + norm.get(names.FINAL_NORM_BIAS, np.float32(0))
+            builder.add((x * ends.logit_scale).astype(np.float32))
         return builder.finish()
 
 
@@ -229,14 +233,16 @@ def _scale(
     prefix = names.layer_weight(layer, "")
     others = {name: tensor for name, tensor in floats.items() if not name.startswith(prefix)}
     own = {name.removeprefix(prefix): tensor for name, tensor in floats.items() if name.startswith(prefix)}
-    turned = {part: tensor.T if part in names.LAYER_MATRICES else tensor for part, tensor in own.items()}
+    matrices = matrix_parts(spec.weights(layer))
+    turned = {part: tensor.T if part in matrices else tensor for part, tensor in own.items()}
     scaled = scale_layer(
         turned,
         {name.removeprefix(prefix): seen for name, seen in stats.items()},
         lambda part: assignment.matrices.get(prefix + part),
         spec,
+        layer,
     )
-    stored = {p: np.ascontiguousarray(w.T) if p in names.LAYER_MATRICES else w for p, w in scaled.weights.items()}
+    stored = {p: np.ascontiguousarray(w.T) if p in matrices else w for p, w in scaled.weights.items()}
     return (
         {prefix + part: tensor for part, tensor in stored.items()} | others,
         {prefix + part: seen for part, seen in scaled.stats.items()},

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from shortstack.graphs import names
 from shortstack.graphs.ir.block_tensor import BlockTensor
+from shortstack.graphs.layer_weights import matrix_parts
 from shortstack.graphs.precision import CODE_TYPES, BlockFormat
 from shortstack.progress import Stage
 from shortstack.quant.layers import HeadGraph, LayerGraph, Lent, Weight
@@ -29,8 +30,7 @@ from shortstack.quant.side_product import Tuning
 from shortstack.quant.source import Source
 
 Floats = npt.NDArray[np.float32]
-_ATTENTION = tuple(part for part in names.LAYER_MATRICES if part.startswith("attn."))
-_MLP = tuple(part for part in names.LAYER_MATRICES if part.startswith("mlp."))
+_BRANCHES = ("attn.", "mlp.")  # what the parts of their matrices begin with
 _WIDTHS = tuple(sorted(CODE_TYPES, reverse=True))  # bits, from the finest codes to the coarsest
 _MEASURED_TOKENS = 1024
 _HEAD_ROWS = 256
@@ -74,7 +74,7 @@ class _Candidates:
     def prepare(self, advance: Callable[[float], None]) -> None:
         """Run the float model."""
         spec = self.source.spec
-        self.streams = [self.source.floats(names.EMBED_TOKENS)[self.rows]]
+        self.streams = [self.source.embedded(self.rows)]
         for layer in range(spec.num_hidden_layers):
             self._graphs[layer] = LayerGraph(spec, layer, self.source.layer(layer))
             self.streams.append(self._graphs[layer].run(self.streams[-1], lent=self._lent))
@@ -96,13 +96,14 @@ class _Candidates:
         changed = [
             layer
             for layer in range(spec.num_hidden_layers)
-            if any(names.layer_weight(layer, part) in mix for part in names.LAYER_MATRICES)
+            if any(names.layer_weight(layer, part) in mix for part in matrix_parts(spec.weights(layer)))
         ]
         lowest = changed[0] if changed else spec.num_hidden_layers
         hidden = self.streams[lowest]
         if names.EMBED_TOKENS in mix:  # other rows at the bottom, so everything above is another
             lowest, embedding = 0, self.rounded[mix[names.EMBED_TOKENS]][names.EMBED_TOKENS]
-            hidden = embedding.rows(self.rows.reshape(-1)).dequantize().reshape(hidden.shape)
+            rows = embedding.rows(self.rows.reshape(-1)).dequantize()
+            hidden = self.source.scaled_embeddings(rows).reshape(hidden.shape)
         lent = {layer: parts for layer, parts in self._lent.items() if layer < lowest}
         for layer in range(lowest, spec.num_hidden_layers):
             graph = self._graphs[layer]
@@ -113,8 +114,7 @@ class _Candidates:
             hidden = graph.run(hidden, lent=lent)
         head = head_name(self.source)
         weight: Weight = self.rounded[mix[head]][head] if head in mix else self.source.floats(head)
-        norm = {names.FINAL_NORM: self.source.floats(names.FINAL_NORM)}
-        graph_of_head = HeadGraph(spec, head, {head: weight, **norm})
+        graph_of_head = HeadGraph(spec, head, {head: weight, **self.source.final_norm()})
         flat = hidden.reshape(-1, spec.hidden_size)
         parts = [graph_of_head.logits(flat[i : i + _HEAD_ROWS]) for i in range(0, len(flat), _HEAD_ROWS)]
         logits = np.concatenate(parts)
@@ -131,9 +131,10 @@ def head_name(source: Source) -> str:
 def units(source: Source) -> list[Unit]:
     """Return the units of a model, bottom to top."""
     found = [
-        Unit(layer, tuple(names.layer_weight(layer, part) for part in parts))
+        Unit(layer, tuple(names.layer_weight(layer, part) for part in parts if part.startswith(branch)))
         for layer in range(source.spec.num_hidden_layers)
-        for parts in (_ATTENTION, _MLP)
+        for parts in (matrix_parts(source.spec.weights(layer)),)
+        for branch in _BRANCHES
     ]
     vocabulary = dict.fromkeys((head_name(source), names.EMBED_TOKENS))  # one and the same where they are tied
     return [*found, *(Unit(None, (name,)) for name in vocabulary)]

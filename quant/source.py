@@ -17,7 +17,6 @@ from shortstack.graphs.spec import ModelSpec
 
 _NOT_FINITE = "export the checkpoint again; if that is refused too, its weights are damaged"
 Floats = npt.NDArray[np.float32]
-_ROTARY = (names.ROPE_COS, names.ROPE_SIN)
 _STORED_AS_ROWS = (names.EMBED_TOKENS, names.LM_HEAD)  # [vocab, hidden]; projections are stored [in, out]
 
 
@@ -87,7 +86,22 @@ class Source:
         """Return all float tensors of a layer and the rotary tables, as they are stored, by name."""
         prefix = names.layer_weight(layer, "")
         own = [name for name in self._tensors if name.startswith(prefix)]
-        return {name: self.floats(name) for name in (*own, *_ROTARY)}
+        return {name: self.floats(name) for name in (*own, *names.rope_tables(len(self.spec.ropes)))}
+
+    def embedded(self, rows: npt.NDArray[np.int64]) -> Floats:
+        """Return what the first layer reads of token ids: [...] -> [..., hidden]."""
+        return self.scaled_embeddings(self.floats(names.EMBED_TOKENS)[rows])
+
+    def scaled_embeddings(self, embeddings: Floats) -> Floats:
+        """Return rows of the embedding as the first layer reads them."""
+        scale = self.spec.ends.embed_scale
+        return embeddings if scale == 1.0 else embeddings * np.float32(scale)
+
+    def final_norm(self) -> dict[str, Floats]:
+        """Return the weight of the final norm, and its bias if it has one, by name."""
+        has_bias = self.spec.ends.final_norm.has_bias
+        parts = (names.FINAL_NORM, names.FINAL_NORM_BIAS) if has_bias else (names.FINAL_NORM,)
+        return {name: self.floats(name) for name in parts}
 
     def exit_heads(self) -> Mapping[int, str]:
         """Return the name of each exit's own head tensor, by depth; exits that share the LM head have none."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from shortstack.export.arch import lckv, llama
-from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, expected_tensors, layer_shapes
+from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, Source, expected_tensors, layer_shapes
 from shortstack.export.arch.check import check_tensors
 from shortstack.export.arch.quantized import check_not_quantized
 from shortstack.export.checkpoint.checkpoint import Checkpoint
@@ -16,9 +16,8 @@ from shortstack.graphs.spec import ModelSpec
 
 __all__ = ["ARCHITECTURES", "Architecture", "check_tensors", "expected_tensors", "layer_shapes", "resolve"]
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {"llama": llama.ARCH, "lckv-llama": lckv.ARCH, "opt-llama": lckv.OPT_ARCH, "cla-llama": lckv.CLA_ARCH}
-)
+_ALL = (llama.ARCH, lckv.ARCH, lckv.OPT_ARCH, lckv.CLA_ARCH)
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.model_type: arch for arch in _ALL})
 
 
 def resolve(checkpoint: Checkpoint) -> tuple[Architecture, ModelSpec]:
@@ -45,4 +44,4 @@ def _with_stored_embedding(checkpoint: Checkpoint, arch: Architecture, spec: Mod
     names = checkpoint.names()
     if not spec.tie_word_embeddings or embedding in names or head not in names:
         return arch
-    return replace(arch, tensor_names=MappingProxyType({**arch.tensor_names, EMBEDDING: head}))
+    return replace(arch, sources=MappingProxyType({**arch.sources, EMBEDDING: Source(head)}))

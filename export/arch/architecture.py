@@ -1,31 +1,48 @@
-"""Describes a model family to the exporter, as data: how its config is read and what its tensors are called.
+"""Describes a model family to the exporter, as data: how its config is read, and which tensors its weights come from.
 
-Shared code asks an :class:`Architecture` for tensors by role and never asks which family it has. Roles::
+Shared code asks an :class:`Architecture` for tensors by role and never asks which family it has. The roles of a layer
+are those of :mod:`shortstack.graphs.layer_weights`; those of the whole model are::
 
-    embed_tokens.weight                               [vocab, hidden]
-    per layer: input_norm.weight                      [hidden]
-               q_proj  k_proj  v_proj                 [heads * head_dim, hidden], kv_heads for k and v
-               o_proj                                 [hidden, heads * head_dim]
-               post_attention_norm.weight             [hidden]
-               gate_proj  up_proj                     [intermediate, hidden]
-               down_proj                              [hidden, intermediate]
-    final_norm.weight                                 [hidden]
-    lm_head.weight                                    [vocab, hidden], absent from a tied model
-
-A projection has the roles ``<name>.weight`` and, if the family's config says so, ``<name>.bias``.
+    embed_tokens.weight                  [vocab, hidden]
+    final_norm.weight, final_norm.bias   [hidden]; a bias where the norm has one
+    lm_head.weight                       [vocab, hidden], absent from a tied model
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.checkpoint.config import Config
+from shortstack.graphs.layer_weights import Shape
 from shortstack.graphs.spec import ModelSpec
 
-EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
-"""Roles of the two matrices that a tied model has as one."""
+EMBEDDING, LM_HEAD, FINAL_NORM = "embed_tokens.weight", "lm_head.weight", "final_norm.weight"
+"""Roles; a tied model has the first two as one."""
+
+RopePairs = Literal["halves", "neighbours"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint has one weight.
+
+    Attributes:
+        tensor: The tensor's name; ``{layer}`` stands for the layer's number.
+        stacked: The roles, without ``.weight`` or ``.bias``, whose rows the tensor holds one after the other; empty if
+            it holds this one alone.
+        by_head: The rows of the stacked roles alternate head by head, as in GPT-NeoX.
+        transposed: The tensor is [in, out], as in GPT-2.
+        plus: What is added to each value, such as 1 to the norms of Gemma.
+    """
+
+    tensor: str
+    stacked: tuple[str, ...] = ()
+    by_head: bool = False
+    transposed: bool = False
+    plus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,12 +52,27 @@ class Architecture:
     Attributes:
         model_type: Its name in ``config.json``.
         read_spec: Turns a config into a spec, or raises a CheckpointError.
-        tensor_names: Tensor names by role; ``{layer}`` stands for the layer's number.
+        write_config: Turns a spec into the fields of a config that :attr:`read_spec` reads back.
+        sources: The tensor of each role.
+        rope_pairs: Which columns of a head the checkpoint rotates together: ``halves``, i with i + dims / 2, or
+            ``neighbours``, 2i with 2i + 1.
+        is_in_transformers: Whether transformers has such a model, so that it can be the reference of a parity check.
     """
 
     model_type: str
     read_spec: Callable[[Config], ModelSpec]
-    tensor_names: Mapping[str, str]
+    write_config: Callable[[ModelSpec], dict[str, Any]]
+    sources: Mapping[str, Source]
+    rope_pairs: RopePairs = "halves"
+    is_in_transformers: Callable[[ModelSpec], bool] = field(default=lambda spec: True)
+
+    def source(self, role: str) -> Source:
+        """Return where the checkpoint has a role.
+
+        Raises:
+            KeyError: There is no such role.
+        """
+        return self.sources[role]
 
     def tensor_name(self, role: str, layer: int | None = None) -> str:
         """Return the name of the tensor that plays ``role``; a role that every layer has needs ``layer``.
@@ -49,46 +81,37 @@ class Architecture:
             KeyError: There is no such role.
             ValueError: Every layer has the role and no layer is given, or the other way round.
         """
-        pattern = self.tensor_names[role]
+        pattern = self.sources[role].tensor
         if ("{layer}" in pattern) != (layer is not None):
             raise ValueError(f"role {role} is {'one per layer' if layer is None else 'not one per layer'}")
         return pattern if layer is None else pattern.replace("{layer}", str(layer))
 
 
-def layer_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
-    """Return the tensor shapes of one layer, by role; a K,V consumer has no k and v projections."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q_rows, kv_rows = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    projections = {
-        "q_proj": ((q_rows, hidden), spec.qkv_bias),
-        "k_proj": ((kv_rows, hidden), spec.qkv_bias),
-        "v_proj": ((kv_rows, hidden), spec.qkv_bias),
-        "o_proj": ((hidden, q_rows), spec.attention_out_bias),
-        "gate_proj": ((inner, hidden), spec.mlp_bias),
-        "up_proj": ((inner, hidden), spec.mlp_bias),
-        "down_proj": ((hidden, inner), spec.mlp_bias),
-    }
-    if spec.kv_map[layer] != layer:
-        del projections["k_proj"], projections["v_proj"]
-    shapes: dict[str, tuple[int, ...]] = {"input_norm.weight": (hidden,), "post_attention_norm.weight": (hidden,)}
-    for name, (shape, has_bias) in projections.items():
-        shapes[f"{name}.weight"] = shape
-        if has_bias:
-            shapes[f"{name}.bias"] = shape[:1]
-    return shapes
+def end_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Return the shapes of the weights outside the layers, by role."""
+    table = (spec.vocab_size, spec.hidden_size)
+    shapes: dict[str, Shape] = {EMBEDDING: table, FINAL_NORM: (spec.hidden_size,)}
+    if spec.ends.final_norm.has_bias:
+        shapes["final_norm.bias"] = (spec.hidden_size,)
+    return shapes if spec.tie_word_embeddings else {**shapes, LM_HEAD: table}
 
 
-def expected_tensors(arch: Architecture, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def layer_shapes(spec: ModelSpec, layer: int) -> dict[str, Shape]:
+    """Return the shapes of the weights of one layer, by role."""
+    return {weight.role: weight.shape for weight in spec.weights(layer)}
+
+
+def expected_tensors(arch: Architecture, spec: ModelSpec) -> dict[str, Shape]:
     """Return the shape of every tensor that a checkpoint of this family and spec must hold, by tensor name."""
-    expected = {
-        arch.tensor_name(EMBEDDING): (spec.vocab_size, spec.hidden_size),
-        arch.tensor_name("final_norm.weight"): (spec.hidden_size,),
-    }
-    if not spec.tie_word_embeddings:
-        expected[arch.tensor_name(LM_HEAD)] = (spec.vocab_size, spec.hidden_size)
-    if spec.rope_scaling.kind == "factors":
-        expected[ROPE_FACTORS] = (spec.head_dim // 2,)
+    expected = {arch.tensor_name(role): shape for role, shape in end_shapes(spec).items()}
+    for rope in spec.ropes:
+        if rope.scaling.kind == "factors":
+            expected[ROPE_FACTORS] = (rope.head_dim // 2,)
     for layer in range(spec.num_hidden_layers):
-        for role, shape in layer_shapes(spec, layer).items():
-            expected[arch.tensor_name(role, layer)] = shape
+        shapes = layer_shapes(spec, layer)
+        for role, shape in shapes.items():
+            source, kind = arch.source(role), role.rsplit(".", 1)[1]
+            rows = sum(shapes[f"{name}.{kind}"][0] for name in source.stacked) or shape[0]
+            stored = (rows, *shape[1:])
+            expected[arch.tensor_name(role, layer)] = stored[::-1] if source.transposed else stored
     return expected

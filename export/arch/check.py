@@ -10,6 +10,7 @@ import numpy as np
 from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, expected_tensors
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.layer_weights import layer_weights
 from shortstack.graphs.spec import ModelSpec
 
 _MAX_LISTED = 10
@@ -61,26 +62,33 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
 
 
 def _unread(arch: Architecture, spec: ModelSpec) -> set[str]:
-    """Return the names of the k and v projections of layers that use another one's keys and values."""
-    roles = [f"{name}.{part}" for name in ("k_proj", "v_proj") for part in ("weight", "bias")]
-    shared = [layer for layer, producer in enumerate(spec.kv_map) if producer != layer]
-    return {arch.tensor_name(role, layer) for role in roles for layer in shared}
+    """Return the tensors that layers which use another one's keys and values would have for their own."""
+    unread: set[str] = set()
+    for number, layer in enumerate(spec.layers):
+        read = {weight.role for weight in spec.weights(number)}
+        every = [weight.role for weight in layer_weights(layer, spec.hidden_size)]
+        names = [name for name in ("k_proj.bias", "v_proj.bias") if name in arch.sources and not spec.owns_kv(number)]
+        unread |= {arch.tensor_name(role, number) for role in (*every, *names) if role not in read}
+    return unread
 
 
 def _unfit_queries(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> list[str]:
     """Describe the layers whose query heads are wider or narrower than the heads of the K,V that they share."""
     unfit = []
     for layer, producer in enumerate(spec.kv_map):
+        if arch.source("q_proj.weight").stacked:
+            continue
+        attention = spec.layers[layer].attention
         q_name = arch.tensor_name("q_proj.weight", layer)
         k_rows = _rows(checkpoint, arch.tensor_name("k_proj.weight", producer))
         q_rows = _rows(checkpoint, q_name)
-        if layer == producer or not q_rows or not k_rows or k_rows % spec.num_key_value_heads:
+        if layer == producer or not q_rows or not k_rows or k_rows % attention.kv_heads:
             continue  # the layer shares nothing, or one of the two tensors is missing or misshapen
-        head_dim = k_rows // spec.num_key_value_heads
-        if q_rows != (wanted := spec.num_attention_heads * head_dim):
+        head_dim = k_rows // attention.kv_heads
+        if q_rows != (wanted := attention.heads * head_dim):
             unfit.append(
                 f"layer {layer} reads K,V of layer {producer}, whose heads are {head_dim} wide: {q_name} must have "
-                f"{spec.num_attention_heads} x {head_dim} = {wanted} rows and has {q_rows}"
+                f"{attention.heads} x {head_dim} = {wanted} rows and has {q_rows}"
             )
     return unfit
 

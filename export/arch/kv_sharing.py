@@ -17,29 +17,33 @@ Gemma 4 can also give its full_attention layers heads of another size and number
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from shortstack.export.checkpoint.config import Config, not_one_of
+from shortstack.export.arch.family import FULL, SLIDING
+from shortstack.export.arch.layer_types import listed
+from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.kv_map import identity_kv_map, validate_kv_map
 from shortstack.graphs.spec import ModelSpec
 
-_HEADS_OF_FULL_LAYERS = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
-FULL, SLIDING = "full_attention", "sliding_attention"
+_HEADS_OF_FULL_LAYERS = {
+    "global_head_dim": ("head_dim", "head_dim"),
+    "num_global_key_value_heads": ("num_key_value_heads", "kv_heads"),
+}  # the field of all layers, and ours
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """What a config says about sharing and windows; the fields are those of ``ModelSpec``."""
+    """What a config says about sharing and windows; the names are those of ``ModelSpec``."""
 
     kv_map: tuple[int, ...]
     windows: tuple[int, ...]
     masks_diagonal: bool = False
 
-    def fields(self) -> dict[str, Any]:
-        """Return the fields to put into a spec."""
-        return {"kv_map": self.kv_map, "windows": self.windows, "masks_diagonal": self.masks_diagonal}
+    def of(self, spec: ModelSpec) -> ModelSpec:
+        """Return the model with this sharing and these windows."""
+        return replace(spec.with_windows(self.windows), kv_map=self.kv_map, masks_diagonal=self.masks_diagonal)
 
 
 def read_sharing(config: Config, spec: ModelSpec) -> Sharing:
@@ -59,7 +63,7 @@ def read_sharing(config: Config, spec: ModelSpec) -> Sharing:
     for ours, theirs in (("kv_map", "num_kv_shared_layers"), ("windows", "layer_types")):
         if ours in config and theirs in config:
             raise CheckpointError(f"{config.where(ours)} and {theirs} say the same thing twice", expected="one of them")
-    types = _read_layer_types(config, layers)
+    types = listed(config, layers)
     kv_map = read_kv_map(config, layers) if "kv_map" in config else _gemma_kv_map(config, types)
     if "windows" in config:
         windows = config.read_ints("windows")
@@ -71,6 +75,18 @@ def read_sharing(config: Config, spec: ModelSpec) -> Sharing:
         window = read_window(config) if SLIDING in types else 0
         windows = tuple(window if kind == SLIDING else 0 for kind in types)
     return Sharing(kv_map, windows, config.read(bool, "masks_diagonal", False))
+
+
+def sharing_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the twin's own fields that describe a spec; none where nothing is shared."""
+    config: dict[str, Any] = {}
+    if spec.kv_map != identity_kv_map(spec.num_hidden_layers):
+        config["kv_map"] = list(spec.kv_map)
+    if spec.windows:
+        config["windows"] = list(spec.windows)
+    if spec.masks_diagonal:
+        config["masks_diagonal"] = True
+    return config
 
 
 def read_kv_map(config: Config, layers: int) -> tuple[int, ...]:
@@ -98,22 +114,10 @@ def read_window(config: Config, default: int | None = None) -> int:
     return window
 
 
-def _read_layer_types(config: Config, layers: int) -> tuple[str, ...]:
-    if "layer_types" not in config:
-        return (FULL,) * layers
-    types = config.read_strings("layer_types")
-    if len(types) != layers:
-        raise _wrong_length(config, "layer_types", len(types), layers)
-    for layer, kind in enumerate(types):
-        if kind not in (FULL, SLIDING):
-            raise not_one_of(config.where(f"layer_types[{layer}]"), kind, (FULL, SLIDING))
-    return types
-
-
 def _check_heads(config: Config, spec: ModelSpec) -> None:
     """Check that full_attention layers have the same heads as the others, since a map may pair any two layers."""
-    for key, of_all in _HEADS_OF_FULL_LAYERS.items():
-        expected = getattr(spec, of_all)
+    for key, (of_all, ours) in _HEADS_OF_FULL_LAYERS.items():
+        expected = getattr(spec.layers[0].attention, ours)
         if (found := config.read(int, key, expected)) != expected:
             raise UnsupportedError(
                 f"{config.where(key)} gives {FULL} layers different key/value heads from the rest",

@@ -31,7 +31,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shortstack.export.arch import llama
-from shortstack.export.arch.architecture import Architecture
 from shortstack.export.arch.kv_sharing import Sharing, read_window
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
@@ -59,7 +58,7 @@ def read_spec(config: Config) -> ModelSpec:
             ) from None
     window = read_window(config, _DEFAULT_WINDOW) if any(is_sliding) else 0
     windows = tuple(window if slides else 0 for slides in is_sliding)
-    return replace(spec, **Sharing(kv_map, windows, config.read(bool, "force_nodiag", False)).fields())
+    return Sharing(kv_map, windows, config.read(bool, "force_nodiag", False)).of(spec)
 
 
 def read_opt_spec(config: Config) -> ModelSpec:
@@ -77,7 +76,7 @@ def read_opt_spec(config: Config) -> ModelSpec:
             config.where("layer_types"), found="_".join(types), expected=f"2 for layer {target}, target_layer, alone"
         )
     kv_map = tuple(target if kind == _TARGETS else layer for layer, kind in enumerate(types))
-    return replace(spec, **Sharing(kv_map, (), masks_diagonal=True).fields())
+    return Sharing(kv_map, (), masks_diagonal=True).of(spec)
 
 
 def read_cla_spec(config: Config) -> ModelSpec:
@@ -89,7 +88,7 @@ def read_cla_spec(config: Config) -> ModelSpec:
     kv_map: list[int] = []
     for layer, kind in enumerate(types):
         kv_map.append(kv_map[-1] if kind == _TARGETS else layer)
-    return replace(spec, **Sharing(tuple(kv_map), ()).fields())
+    return Sharing(tuple(kv_map), ()).of(spec)
 
 
 def _opt_layer_types(config: Config, layers: int) -> list[str]:
@@ -116,6 +115,6 @@ def _wrong_length(config: Config, found: int, layers: int) -> CheckpointError:
     )
 
 
-ARCH = Architecture(model_type="lckv-llama", read_spec=read_spec, tensor_names=llama.ARCH.tensor_names)
-OPT_ARCH = Architecture(model_type="opt-llama", read_spec=read_opt_spec, tensor_names=llama.ARCH.tensor_names)
-CLA_ARCH = Architecture(model_type="cla-llama", read_spec=read_cla_spec, tensor_names=llama.ARCH.tensor_names)
+ARCH = replace(llama.ARCH, model_type="lckv-llama", read_spec=read_spec)
+OPT_ARCH = replace(llama.ARCH, model_type="opt-llama", read_spec=read_opt_spec)
+CLA_ARCH = replace(llama.ARCH, model_type="cla-llama", read_spec=read_cla_spec)

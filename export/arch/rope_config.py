@@ -14,58 +14,178 @@ that says something else, one of the two is a mistake, and the config is refused
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
-from shortstack.export.checkpoint.config import Config, not_one_of
+from shortstack.export.arch.family import FULL, Family, Key
+from shortstack.export.checkpoint.config import Config, not_one_of, positive
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
-from shortstack.graphs.spec import RopeKind, RopeScaling
+from shortstack.graphs.layer_spec import Rope, RopeKind, RopeScaling
 
 DEFAULT_THETA = 10000.0
 ORIGINAL_LENGTH = "original_max_position_embeddings"
-_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "factors")
+_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn", "longrope", "proportional", "factors")
+_SHOWN = _KINDS[:-1]  # in messages: the last is of GGUF files
+_SAME_AS = {"dynamic": "default", "su": "longrope"}
+"""``dynamic`` changes nothing up to the model's context, beyond which no bundle goes; ``su`` is an older name."""
 _TYPE_KEYS = ("rope_type", "type")
-_LARGEST = 2**31 - 1  # of a size: no model comes near, and numbers that overflow stay out
 
 log = logging.getLogger(__name__)
 
 
-def read_rope(config: Config, context: int) -> tuple[float, RopeScaling]:
-    """Read the rotary base and its scaling.
+def read_ropes(family: Family, config: Config, context: int, head_dim: int, types: Collection[str]) -> dict[str, Rope]:
+    """Read the rotary embedding of each type of layer.
 
     Args:
+        family: The family, for its defaults.
         config: The model's config.
-        context: Its ``max_position_embeddings``.
+        context: Its longest context, in tokens.
+        head_dim: Width of its heads.
+        types: The types of the layers that have a rotary embedding.
 
     Raises:
         CheckpointError: A field is missing, has the wrong type, is not positive, or contradicts another one.
         UnsupportedError: The rotary embedding is of a kind this version cannot export.
     """
     fields = _chosen(config)
-    _refuse_partial([place for place in (config, fields) if place is not None])
-    _refuse_nested(config)
+    if family.local_rope is None:
+        _refuse_nested(config)
+        rope = _rope(family, config, fields, family.rope_theta, context, head_dim)
+        return dict.fromkeys(types, rope)
+    return {kind: _rope_of_type(family, config, fields, family.local_rope, kind, context, head_dim) for kind in types}
+
+
+def _rope_of_type(
+    family: Family, config: Config, fields: Config | None, local: Key, kind: str, context: int, head_dim: int
+) -> Rope:
+    """Read the rotary embedding of one type of layer of a family in which they differ.
+
+    transformers 5 has an object per type. Before that, the fields were those of the full layers, and sliding layers had
+    a base of their own and no scaling.
+    """
+    own = None if fields is None else fields.section(kind)
+    if own is not None:
+        default = family.rope_theta if kind == FULL else local.default
+        return _rope(family, config, own, default, context, head_dim, is_nested=True)
+    if kind == FULL:
+        return _rope(family, config, fields, family.rope_theta, context, head_dim)
+    theta = positive_float(config, local.name, local.default)
+    return Rope(theta, head_dim, _dims(family, config, None, head_dim))
+
+
+def _rope(
+    family: Family,
+    config: Config,
+    fields: Config | None,
+    default_theta: float,
+    context: int,
+    head_dim: int,
+    *,
+    is_nested: bool = False,
+) -> Rope:
+    dims = _dims(family, config, fields, head_dim)
     if fields is None:
-        return positive_float(config, "rope_theta", DEFAULT_THETA), RopeScaling()
-    theta = positive_float(fields if "rope_theta" in fields else config, "rope_theta", DEFAULT_THETA)
+        return Rope(positive_float(config, family.theta_key, default_theta), head_dim, dims)
+    if is_nested or "rope_theta" in fields:
+        theta = positive_float(fields, "rope_theta", default_theta)
+    else:
+        theta = positive_float(config, family.theta_key, default_theta)
+    return Rope(theta, head_dim, dims, _scaling(family, config, fields, context, dims))
+
+
+def _scaling(family: Family, config: Config, fields: Config, context: int, dims: int) -> RopeScaling:
     key = next((key for key in _TYPE_KEYS if key in fields), None)
     if key is None:
         if "factor" in fields:
-            raise CheckpointError(f"{fields.where('rope_type')} is missing", expected=f"one of {', '.join(_KINDS[:3])}")
-        return theta, RopeScaling()
+            raise CheckpointError(f"{fields.where('rope_type')} is missing", expected=f"one of {', '.join(_SHOWN)}")
+        return RopeScaling()
     kind = fields.read(str, key)
+    kind = {**_SAME_AS, **family.rope_same_as}.get(kind, kind)
     if kind not in _KINDS:
-        raise not_one_of(fields.where(key), kind, _KINDS[:3])
+        raise not_one_of(fields.where(key), kind, _SHOWN)
     if kind in ("default", "factors"):
-        return theta, RopeScaling(kind=cast("RopeKind", kind))
+        return RopeScaling(kind=cast("RopeKind", kind))
+    if kind == "longrope":
+        return _longrope(config, fields, context, dims)
+    if kind == "proportional":
+        return RopeScaling("proportional", positive_float(fields, "factor", 1.0))
     factor = positive_float(fields, "factor")
     if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=factor)
+        return RopeScaling(kind="linear", factor=factor)
+    if kind == "yarn":
+        return _yarn(config, fields, context, factor)
     low, high = positive_float(fields, "low_freq_factor"), positive_float(fields, "high_freq_factor")
     if high <= low:
         raise CheckpointError(
             fields.where("high_freq_factor"), found=high, expected=f"more than low_freq_factor, {low}"
         )
-    return theta, RopeScaling("llama3", factor, low, high, _original_length(config, fields, context))
+    return RopeScaling("llama3", factor, low, high, _original_length(config, fields, context))
+
+
+def _yarn(config: Config, fields: Config, context: int, factor: float) -> RopeScaling:
+    original = _original_length(config, fields, context)
+    if "attention_factor" in fields:
+        attention_factor = positive_float(fields, "attention_factor")
+    else:
+        mscale, of_all = fields.read(float, "mscale", 0.0), fields.read(float, "mscale_all_dim", 0.0)
+        attention_factor = _mscale(factor, mscale) / _mscale(factor, of_all) if mscale and of_all else _mscale(factor)
+    fast, slow = fields.read(float, "beta_fast", 32.0) or 32.0, fields.read(float, "beta_slow", 1.0) or 1.0
+    if not 0 < slow < fast:
+        raise CheckpointError(fields.where("beta_slow"), found=slow, expected=f"above 0 and below beta_fast, {fast}")
+    truncate = fields.read(bool, "truncate", True)
+    return RopeScaling(
+        "yarn", factor, original_max_position_embeddings=original, attention_factor=attention_factor, beta_fast=fast,
+        beta_slow=slow, truncate=truncate,
+    )  # fmt: skip
+
+
+def _mscale(factor: float, weight: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _longrope(config: Config, fields: Config, context: int, dims: int) -> RopeScaling:
+    original = _original_length(config, fields, context)
+    divisors = []
+    for key in ("short_factor", "long_factor"):
+        found = fields.data.get(key)
+        numbers = found if isinstance(found, list) else []
+        if len(numbers) != dims // 2 or not all(type(x) in (int, float) and 0 < x < float("inf") for x in numbers):
+            raise CheckpointError(
+                fields.where(key),
+                found=f"{len(numbers)} values" if numbers else found,
+                expected=f"{dims // 2} positive numbers, one per frequency",
+            )
+        divisors.append(tuple(map(float, numbers)))
+    factor = positive_float(fields, "factor", context / original)
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return RopeScaling(
+        "longrope",
+        factor,
+        original_max_position_embeddings=original,
+        attention_factor=positive_float(fields, "attention_factor", default),
+        short_factors=divisors[0],
+        long_factors=divisors[1],
+    )
+
+
+def _dims(family: Family, config: Config, fields: Config | None, head_dim: int) -> int:
+    """Return how many columns of a head are rotated."""
+    places = [place for place in (fields, config) if place is not None]
+    if not isinstance(family.rope_share, Key):
+        _refuse_partial(places, family.rope_share)
+        return int(head_dim * family.rope_share)
+    key = family.rope_share
+    names = ("partial_rotary_factor", key.name)
+    found = next(((place, name) for place in places for name in names if name in place), None)
+    share = key.default if found is None else found[0].read(float, found[1])
+    dims = int(head_dim * share)
+    if not 0 < share <= 1 or dims < 2 or dims % 2:
+        place, name = found or (config, key.name)
+        raise CheckpointError(
+            place.where(name), found=share, expected=f"a share of {head_dim} columns that is an even number of them"
+        )
+    return dims
 
 
 def positive_float(config: Config, key: str, default: float | None = None) -> float:
@@ -101,12 +221,12 @@ def _chosen(config: Config) -> Config | None:
     return scaling
 
 
-def _refuse_partial(places: Sequence[Config]) -> None:
+def _refuse_partial(places: Sequence[Config], expected: float) -> None:
     for place in places:
-        share = place.read(float, "partial_rotary_factor", 1.0)
-        if share != 1.0:
+        share = place.read(float, "partial_rotary_factor", expected)
+        if share != expected:
             where = place.where("partial_rotary_factor")
-            raise UnsupportedError(f"{where}: partial rotary embedding", found=share, expected="1.0")
+            raise UnsupportedError(f"{where}: partial rotary embedding", found=share, expected=expected)
 
 
 def _refuse_nested(config: Config) -> None:
@@ -136,13 +256,3 @@ def _original_length(config: Config, fields: Config, context: int) -> int:
         context,
     )
     return context
-
-
-def positive(config: Config, key: str, default: int | None = None) -> int:
-    """Read an integer above 0; errors as in :meth:`Config.read`, and for one that is not positive."""
-    value = config.read(int, key) if default is None else config.read(int, key, default)
-    if value <= 0:
-        raise config.wrong(key, "a positive integer")
-    if value > _LARGEST:
-        raise config.wrong(key, f"at most {_LARGEST}")
-    return value

@@ -139,6 +139,16 @@ class Config:
         return CheckpointError(self.where(key), found=shortened(repr(self.data.get(key)), limit=80), expected=expected)
 
 
+def positive(config: Config, key: str, default: int | None = None) -> int:
+    """Read an integer above 0; errors as in :meth:`Config.read`, and for one that is not positive."""
+    value = config.read(int, key) if default is None else config.read(int, key, default)
+    if value <= 0:
+        raise config.wrong(key, "a positive integer")
+    if value > LARGEST_SIZE:
+        raise config.wrong(key, f"at most {LARGEST_SIZE}")
+    return value
+
+
 def parse_json_object(text: bytes | str, file: Path | str) -> dict[str, object]:
     """Parse a JSON file that must hold an object.
 
@@ -169,4 +179,5 @@ def not_one_of(where: str, found: str, supported: Iterable[str], remedy: str | N
     return UnsupportedError(where, found=repr(found), expected=expected, remedy=remedy)
 
 
+LARGEST_SIZE = 2**31 - 1  # no model comes near, and numbers that overflow stay out
 _KIND_NAMES: Mapping[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}

@@ -13,8 +13,8 @@ There are three comparisons, each on real text:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,8 @@ def tolerance_of(manifest: Manifest) -> Tolerance:
     return TOLERANCES[manifest.dtype] if manifest.precision.is_float else QUANTIZED
 
 
-_MAY_DIFFER = ("model_type", "max_position_embeddings", "rope_scaling")
+_MAX_LISTED = 6
+_MAY_DIFFER = ("model_type", "max_position_embeddings")
 """In two descriptions of one model: a GGUF file says scaling as divisors, and may allow shorter texts."""
 
 
@@ -230,26 +231,35 @@ def compare(
 
 def _check_same_model(bundle: ModelSpec, checkpoint: ModelSpec) -> None:
     differences = [
-        f"{name} is {getattr(bundle, name)} in the bundle and {getattr(checkpoint, name)} in the checkpoint"
-        for name in (each.name for each in fields(ModelSpec))
-        if name not in _MAY_DIFFER and not _is_same(getattr(bundle, name), getattr(checkpoint, name))
+        f"{where} is {ours} in the bundle and {theirs} in the checkpoint"
+        for where, ours, theirs in _differences("", asdict(bundle), asdict(checkpoint))
     ]
-    if bundle.rope_scaling != checkpoint.rope_scaling:
-        kinds = {bundle.rope_scaling.kind, checkpoint.rope_scaling.kind}
-        if "factors" not in kinds:
-            differences.append(f"rope_scaling is {bundle.rope_scaling} in the bundle and {checkpoint.rope_scaling}")
     if differences:
+        more = f"; and {len(differences) - _MAX_LISTED} more differences" if len(differences) > _MAX_LISTED else ""
         raise RequestError(
-            f"the bundle was made from another model: {'; '.join(differences)}",
+            f"the bundle was made from another model: {'; '.join(differences[:_MAX_LISTED])}{more}",
             remedy="give the checkpoint that the bundle was made from",
         )
 
 
-def _is_same(ours: object, theirs: object) -> bool:
-    """Whether two values of a field are equal; GGUF files hold numbers in float32."""
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return math.isclose(ours, theirs, rel_tol=1e-6)
-    return ours == theirs
+def _differences(where: str, ours: object, theirs: object) -> Iterator[tuple[str, object, object]]:
+    """Yield the fields in which two nested descriptions differ; GGUF files hold numbers in float32."""
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+        for name in ours:
+            is_said_otherwise = name == "scaling" and "factors" in (ours[name]["kind"], theirs[name]["kind"])
+            if name not in _MAY_DIFFER and not is_said_otherwise:
+                yield from _differences(f"{where}.{name}".lstrip("."), ours[name], theirs[name])
+    elif isinstance(ours, tuple) and isinstance(theirs, tuple):
+        if len(ours) != len(theirs):
+            yield f"the length of {where}", len(ours), len(theirs)
+            return
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from _differences(f"{where}[{number}]", *pair)
+    elif isinstance(ours, float) and isinstance(theirs, float):
+        if not math.isclose(ours, theirs, rel_tol=1e-6):
+            yield where, ours, theirs
+    elif ours != theirs:
+        yield where, ours, theirs
 
 
 def _head_error(depth: int, pairs: list[tuple[Array, Array]]) -> HeadError:

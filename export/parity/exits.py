@@ -52,7 +52,7 @@ class TwinExits:
         """
         ids = torch.tensor([list(tokens)])
         found = self.twin.boundaries(ids, set(self.nodes))
-        embeddings = self.twin.model.embed_tokens(ids)
+        embeddings = self.twin.embedded(ids)
         results = {}
         for exit_spec in model.bundle.manifest.plan.exits:
             if (node := self.nodes.get(exit_spec.exit_layer)) is None:

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 
 from shortstack.export.adapter import AdaptedCheckpoint
+from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.sequential import sequential
-from shortstack.graphs.kv_map import identity_kv_map
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.engine.whole_text import Activations
 
 
 def needs_twin(spec: ModelSpec) -> bool:
     """Whether transformers has no model of this kind."""
-    return spec.kv_map != identity_kv_map(spec.num_hidden_layers) or bool(spec.windows) or spec.masks_diagonal
+    return not ARCHITECTURES[spec.model_type].is_in_transformers(spec)
 
 
 class TwinReference:

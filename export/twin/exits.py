@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shortstack.export.trained_exits import read_exits, write_exits
-from shortstack.export.twin.layer import MLP, Layer, RMSNorm, unit_rms
+from shortstack.export.twin.layer import MLP, Layer, Norm, unit_rms
 from shortstack.export.twin.model import Boundary, Twin
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import head_rows, linear_inputs
@@ -101,15 +101,15 @@ class ExitNode(nn.Module):
     def __init__(self, spec: ModelSpec, exit_spec: ExitSpec) -> None:
         super().__init__()
         self.spec, self.exit_spec = spec, exit_spec
-        self.eps = spec.rms_norm_eps
+        self.eps = spec.norm_eps
         if exit_spec.branch == "linear":
             self.linear = LinearBranch(linear_inputs(spec, exit_spec), spec.hidden_size, exit_spec.linear_mlp)
         if exit_spec.branch == "mlp":
-            self.mlp = MLP(spec)
+            self.mlp = MLP(spec.layers[exit_spec.exit_layer - 1].mlp, spec.hidden_size)
         if exit_spec.branch == "block":
-            self.block = Layer(spec)
+            self.block = Layer(spec.exit_block_layer(exit_spec.exit_layer), spec.hidden_size)
         if exit_spec.norm == "own":
-            self.norm = RMSNorm(spec.hidden_size, self.eps)
+            self.norm = Norm(spec.hidden_size, spec.ends.final_norm)
         self.head = ExitHead(spec, exit_spec)
         if exit_spec.has_gate:
             self.gate = nn.Linear(spec.hidden_size, 1)
@@ -146,7 +146,7 @@ class ExitNode(nn.Module):
             out: Tensor = boundary.middle + self.mlp(below.post_attention_layernorm(boundary.middle))
             return out
         if self.exit_spec.branch == "block":
-            return self.block(boundary.hidden, twin.rotary(boundary.hidden))[0]  # type: ignore[no-any-return]
+            return self.block(boundary.hidden, twin.rotaries(boundary.hidden))[0]  # type: ignore[no-any-return]
         return boundary.hidden
 
     def linear_input(self, hidden: Tensor, embeddings: Tensor | None, state: Tensor | None) -> Tensor:
@@ -168,7 +168,7 @@ class ExitNode(nn.Module):
             x = self.norm(x)
         if self.exit_spec.norm == "final":
             x = twin.model.norm(x)
-        return self.head(x, twin.head_weight)  # type: ignore[no-any-return]
+        return twin.scaled_logits(self.head(x, twin.head_weight))
 
     def confidence(self, hidden: Tensor) -> Tensor:
         """Return the gate's confidence in 0..1, [..., hidden] -> [...]."""

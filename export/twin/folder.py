@@ -2,9 +2,9 @@
 
 ::
 
-    config.json          the spec under transformers' names; kv_map, windows and masks_diagonal if the model has them;
+    config.json          the spec under the family's names; kv_map, windows and masks_diagonal if a Llama has them;
                          forward_passes and backward_passes, LCKV's names, if it has iterated groups
-    model.safetensors    the weights under transformers' tensor names
+    model.safetensors    the weights under the family's tensor names, stacked and turned as it has them
     tokenizer.json ...   copied from the source
 """
 
@@ -13,20 +13,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from shortstack.export.arch import ARCHITECTURES, expected_tensors, resolve
-from shortstack.export.arch.architecture import EMBEDDING
+from shortstack.export.arch import ARCHITECTURES, resolve
+from shortstack.export.arch.architecture import LM_HEAD, end_shapes
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.checkpoint.config import Config
+from shortstack.export.kept_blocks import KeptBlocks
+from shortstack.export.sources import checkpoint_tensors
+from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.export.twin.model import Passes, Twin
 from shortstack.graphs.bundle import staged_folder
 from shortstack.graphs.kv_map import iterated_groups
-from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.layer_weights import parameter_name
 
 
 def load_twin(source: str) -> Twin:
@@ -45,16 +47,24 @@ def load_twin(source: str) -> Twin:
 def twin_of(checkpoint: Checkpoint) -> Twin:
     """Build the twin of an open checkpoint, in float32; errors as in :func:`load_twin`."""
     arch, spec = resolve(checkpoint)
-    factors = checkpoint.tensor(ROPE_FACTORS) if spec.rope_scaling.kind == "factors" else None
+    tensors = ModelTensors(checkpoint, arch, spec, KeptBlocks())
     with torch.device("meta"):  # no time spent on random weights
         twin = Twin(spec)
     twin = twin.to_empty(device="cpu")
-    twin.rope_factors = factors
+    twin.rope_factors = tensors.rope_factors()
     twin.passes = read_passes(checkpoint.config)
-    usual = ARCHITECTURES[arch.model_type]
-    stored = {usual.tensor_name(EMBEDDING): arch.tensor_name(EMBEDDING)}
-    twin.load_state_dict({name: torch.tensor(checkpoint.tensor(stored.get(name, name))) for name in twin.state_dict()})
+    state = {_parameter(role): tensors.vector(role) for role in end_shapes(spec)}
+    for layer in range(spec.num_hidden_layers):
+        state |= {_parameter(role, layer): value for role, value in tensors.layer_roles(layer).items()}
+    twin.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     return twin
+
+
+def _parameter(role: str, layer: int | None = None) -> str:
+    """Return the twin's name of a weight."""
+    if layer is not None:
+        return f"model.layers.{layer}.{parameter_name(role)}"
+    return role if role == LM_HEAD else f"model.{role.replace('final_norm', 'norm')}"
 
 
 def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: torch.dtype = torch.float32) -> None:
@@ -70,12 +80,19 @@ def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: to
         BundleError: The folder is not empty, or cannot be written.
     """
     arch = ARCHITECTURES[twin.spec.model_type]
-    wanted = expected_tensors(arch, twin.spec)
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in twin.state_dict().items()}
+    own = twin.state_dict()
+    ends = {role: own[_parameter(role)] for role in end_shapes(twin.spec)}
+    layers = [
+        {weight.role: own[_parameter(weight.role, layer)] for weight in twin.spec.weights(layer)}
+        for layer in range(twin.spec.num_hidden_layers)
+    ]
+    state = {
+        name: torch.from_numpy(value).to(dtype).contiguous()
+        for name, value in checkpoint_tensors(arch, twin.spec, _arrays(ends), [_arrays(x) for x in layers])
+    }
     if twin.rope_factors is not None:
         state[ROPE_FACTORS] = torch.from_numpy(twin.rope_factors)
-    assert state.keys() == wanted.keys(), sorted(state.keys() ^ wanted.keys())
-    config = config_of(twin.spec, dtype)
+    config = arch.write_config(twin.spec) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     if iterated_groups(twin.spec.kv_map):
         config["forward_passes"] = twin.passes.without_gradient
         config["backward_passes"] = twin.passes.with_gradient
@@ -84,6 +101,10 @@ def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: to
         save_file(state, staged / "model.safetensors", metadata={"format": "pt"})
         for name, content in files.items():
             (staged / name).write_bytes(content)
+
+
+def _arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, Floats]:
+    return {role: weight.detach().cpu().float().numpy() for role, weight in weights.items()}
 
 
 def read_passes(config: Config) -> Passes:
@@ -100,46 +121,3 @@ def read_passes(config: Config) -> Passes:
     if with_gradient < 1:
         raise config.wrong("backward_passes", "1 or more")
     return Passes(without, with_gradient)
-
-
-def config_of(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Return a ``config.json`` for a spec, under transformers' names."""
-    scaling = spec.rope_scaling
-    rope: dict[str, Any] = {"rope_type": scaling.kind, "rope_theta": spec.rope_theta}
-    if scaling.kind in ("linear", "llama3"):
-        rope["factor"] = scaling.factor
-    if scaling.kind == "llama3":
-        rope |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": spec.model_type,
-        "num_hidden_layers": spec.num_hidden_layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_attention_heads": spec.num_attention_heads,
-        "num_key_value_heads": spec.num_key_value_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.rms_norm_eps,
-        "rope_theta": spec.rope_theta,
-        "rope_parameters": rope,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "tie_word_embeddings": spec.tie_word_embeddings,
-        "attention_bias": spec.qkv_bias,
-        "mlp_bias": spec.mlp_bias,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    if spec.attention_out_bias != spec.qkv_bias:
-        config["attention_out_bias"] = spec.attention_out_bias
-    if spec.kv_map != tuple(range(spec.num_hidden_layers)):
-        config["kv_map"] = list(spec.kv_map)
-    if spec.windows:
-        config["windows"] = list(spec.windows)
-    if spec.masks_diagonal:
-        config["masks_diagonal"] = True
-    return config

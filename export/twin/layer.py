@@ -1,33 +1,48 @@
-"""One decoder layer in PyTorch, with the module names of transformers, so that peft's adapters fit both.
+"""One decoder layer in PyTorch, with the module names of transformers' Llama, so that peft's adapters fit both.
 
-It computes what :mod:`shortstack.graphs.ir.layer` computes: pre-norm attention with rotary embedding over grouped
-heads, then a gated MLP. A sequence starts at position 0. Padding follows it, where causal attention does not look.
-Which positions a layer sees depends on where its keys and values come from, see :class:`Attention`.
+It computes what :mod:`shortstack.graphs.ir.layer` computes; what that is, :mod:`shortstack.graphs.layer_spec` says. A
+sequence starts at position 0. Padding follows it, where causal attention does not look. Which positions a layer sees
+depends on where its keys and values come from, see :class:`Attention`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs import layer_spec
 
 KeyValue = tuple[Tensor, Tensor]
 Rotary = tuple[Tensor, Tensor]
+"""cos and sin, each [seq, head_dim / 2]."""
+
+ACTIVATIONS: dict[layer_spec.Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu2": lambda x: functional.relu(x).square(),
+}
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 (https://arxiv.org/abs/1910.07467)."""
+class Norm(nn.Module):
+    """A norm over the last dimension, computed in float32; see :class:`layer_spec.Norm`."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, kind: layer_spec.Norm) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.bias = nn.Parameter(torch.zeros(size)) if kind.has_bias else None
+        self.kind, self.eps = kind.kind, kind.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return unit_rms(x, self.eps) * self.weight.to(x.dtype)
+        if self.kind == "layer":
+            x32 = x.float()
+            x = (x32 - x32.mean(-1, keepdim=True)).to(x.dtype)
+        out = unit_rms(x, self.eps) * self.weight.to(x.dtype)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
@@ -36,50 +51,80 @@ def unit_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary embedding.
+    """Causal attention.
 
     Args:
-        spec: The model.
+        spec: What it is.
+        hidden: Width of the residual stream.
         is_consumer: The layer uses another one's keys and values and has no k_proj and v_proj.
-        window: How many positions each position sees, its own included; 0 means all.
         sees_itself: A position sees itself. If not, position 0 sees nothing, and its attention output before o_proj is
             zero (https://arxiv.org/abs/2405.10637).
     """
 
     def __init__(
-        self, spec: ModelSpec, is_consumer: bool = False, *, window: int = 0, sees_itself: bool = True
+        self, spec: layer_spec.Attention, hidden: int, is_consumer: bool = False, *, sees_itself: bool = True
     ) -> None:
         super().__init__()
-        self.window, self.sees_itself = window, sees_itself
-        self.heads, self.kv_heads, self.head_dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+        self.spec, self.sees_itself = spec, sees_itself
+        self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(spec.hidden_size, q_rows, bias=spec.qkv_bias)
+        self.q_proj = nn.Linear(hidden, q_rows, bias=spec.qkv_bias)
         if not is_consumer:
-            self.k_proj = nn.Linear(spec.hidden_size, kv_rows, bias=spec.qkv_bias)
-            self.v_proj = nn.Linear(spec.hidden_size, kv_rows, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(q_rows, spec.hidden_size, bias=spec.attention_out_bias)
+            self.k_proj = nn.Linear(hidden, kv_rows, bias=spec.qkv_bias)
+            self.v_proj = nn.Linear(hidden, kv_rows, bias=spec.qkv_bias)
+        if spec.qk_norm is not None:
+            is_wide = spec.qk_norm_over == "width"
+            self.q_norm = Norm(q_rows if is_wide else self.head_dim, spec.qk_norm)
+            if not is_consumer:
+                self.k_norm = Norm(kv_rows if is_wide else self.head_dim, spec.qk_norm)
+        self.o_proj = nn.Linear(q_rows, hidden, bias=spec.out_bias)
 
-    def key_value(self, x: Tensor, rotary: Rotary) -> KeyValue:
+    def query(self, x: Tensor, rotaries: Sequence[Rotary]) -> Tensor:
+        """Return the rotated queries, [batch, heads, seq, head_dim]."""
+        return self._rotated(self.q_proj(x), self.q_norm if self.spec.qk_norm is not None else None, rotaries)
+
+    def key_value(self, x: Tensor, rotaries: Sequence[Rotary]) -> KeyValue:
         """Return the rotated keys and the values, each [batch, kv_heads, seq, head_dim]."""
-        return rotate(self._split(self.k_proj(x), self.kv_heads), rotary), self._split(self.v_proj(x), self.kv_heads)
+        norm = self.k_norm if self.spec.qk_norm is not None else None
+        return self._rotated(self.k_proj(x), norm, rotaries), self._split(self.v_proj(x))
 
-    def forward(self, x: Tensor, rotary: Rotary, key_value: KeyValue) -> Tensor:
+    def forward(self, x: Tensor, rotaries: Sequence[Rotary], key_value: KeyValue) -> Tensor:
         """Attend to keys and values of the same positions, [batch, seq, hidden] -> the same."""
-        query = rotate(self._split(self.q_proj(x), self.heads), rotary)
+        query = self.query(x, rotaries)
         groups = self.heads // self.kv_heads
         key, value = (part.repeat_interleave(groups, dim=1) if groups > 1 else part for part in key_value)
-        if self.sees_itself and not self.window:
-            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        scale, window = self.spec.score_scale, self.spec.window
+        if self.sees_itself and not window and not self.spec.softcap:
+            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
         else:
-            seen = seen_positions(x.shape[1], self.window, self.sees_itself, x.device)
+            seen = seen_positions(x.shape[1], window, self.sees_itself, x.device)
             any_seen = seen.any(-1, keepdim=True)
             # Some kernels return NaN for a softmax over nothing. So such a row sees all, and its result becomes zero.
-            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen | ~any_seen)
+            mask = seen | ~any_seen
+            if self.spec.softcap:
+                scores = soft_capped(query @ key.transpose(-1, -2) * scale, self.spec.softcap)
+                mixed = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+            else:
+                mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
             mixed = torch.where(any_seen, mixed, mixed.new_zeros(()))
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(*x.shape[:-1], heads, self.head_dim).transpose(1, 2)  # [batch, heads, seq, head_dim]
+    def _rotated(self, x: Tensor, norm: Norm | None, rotaries: Sequence[Rotary]) -> Tensor:
+        is_wide = self.spec.qk_norm_over == "width"
+        if norm is not None and is_wide:
+            x = norm(x)
+        x = self._split(x)
+        if norm is not None and not is_wide:
+            x = norm(x)
+        return x if self.spec.rope is None else rotate(x, rotaries[self.spec.rope])
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # [batch, heads, seq, head_dim]
+
+
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    """Return cap * tanh(x / cap); ``x`` itself for a cap of 0."""
+    return torch.tanh(x / cap) * cap if cap else x
 
 
 def seen_positions(seq: int, window: int, sees_itself: bool, device: torch.device) -> Tensor:
@@ -103,43 +148,76 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: layer_spec.Mlp, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
+        self.spec = spec
+        if spec.is_gated:
+            self.gate_proj = nn.Linear(hidden, spec.width, bias=spec.has_bias)
+        self.up_proj = nn.Linear(hidden, spec.width, bias=spec.has_bias)
+        self.down_proj = nn.Linear(spec.width, hidden, bias=spec.has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        active = ACTIVATIONS[self.spec.activation]
+        inner = active(self.gate_proj(x)) * self.up_proj(x) if self.spec.is_gated else active(self.up_proj(x))
+        return self.down_proj(inner)  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
     """One decoder layer; the arguments are those of :class:`Attention`."""
 
     def __init__(
-        self, spec: ModelSpec, is_consumer: bool = False, *, window: int = 0, sees_itself: bool = True
+        self, spec: layer_spec.Layer, hidden: int, is_consumer: bool = False, *, sees_itself: bool = True
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = Attention(spec, is_consumer, window=window, sees_itself=sees_itself)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = MLP(spec)
+        self.spec = spec
+        self.self_attn = Attention(spec.attention, hidden, is_consumer, sees_itself=sees_itself)
+        self.mlp = MLP(spec.mlp, hidden)
+        self.input_layernorm = _norm(spec.before_attention, hidden)
+        self.attention_out_layernorm = _norm(spec.after_attention, hidden)
+        self.post_attention_layernorm = _norm(spec.before_mlp, hidden)
+        self.mlp_out_layernorm = _norm(spec.after_mlp, hidden)
 
-    def forward(self, x: Tensor, rotary: Rotary, borrowed: KeyValue | None = None) -> tuple[Tensor, Tensor, KeyValue]:
+    def forward(
+        self, x: Tensor, rotaries: Sequence[Rotary], borrowed: KeyValue | None = None
+    ) -> tuple[Tensor, Tensor, KeyValue]:
         """Run the layer.
 
         Args:
             x: The residual stream below, [batch, seq, hidden].
-            rotary: cos and sin, each [seq, head_dim / 2].
+            rotaries: The tables of each rotary embedding of the model.
             borrowed: The producer's keys and values, if the layer is a consumer.
 
         Returns:
             The residual stream above, the residual stream between attention and MLP, and the keys and values used.
         """
         normed = self.input_layernorm(x)
-        key_value = self.self_attn.key_value(normed, rotary) if borrowed is None else borrowed
-        middle = x + self.self_attn(normed, rotary, key_value)
-        return middle + self.mlp(self.post_attention_layernorm(middle)), middle, key_value
+        key_value = self.self_attn.key_value(normed, rotaries) if borrowed is None else borrowed
+        middle, above = self.above(x, normed, self.self_attn(normed, rotaries, key_value))
+        return above, middle, key_value
+
+    def above(self, x: Tensor, normed: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual stream between attention and MLP, and the one above the layer, [..., hidden].
+
+        Args:
+            x: The stream below.
+            normed: What attention has read.
+            attended: What attention returns.
+        """
+        scale = self.spec.residual_scale
+        middle = x + _scaled(self.attention_out_layernorm(attended), scale)
+        if self.spec.is_parallel:  # with one norm for both, the MLP reads what attention has read
+            read = normed if self.spec.before_mlp is None else self.post_attention_layernorm(x)
+        else:
+            read = self.post_attention_layernorm(middle)
+        return middle, middle + _scaled(self.mlp_out_layernorm(self.mlp(read)), scale)
+
+
+def _norm(kind: layer_spec.Norm | None, hidden: int) -> nn.Module:
+    return nn.Identity() if kind is None else Norm(hidden, kind)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale

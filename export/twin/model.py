@@ -20,10 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from shortstack.export.rope import rope_tables
-from shortstack.export.twin.layer import KeyValue, Layer, RMSNorm
+from shortstack.export.rope import is_long, rope_tables
+from shortstack.export.twin.layer import KeyValue, Layer, Norm, Rotary, soft_capped
 from shortstack.graphs.kv_map import IteratedGroup, check_boundaries, iterated_groups, producers
 from shortstack.graphs.spec import ModelSpec
+
+Rotaries = Sequence[Rotary]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +67,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(
-            Layer(spec, producer != layer, window=spec.window(layer), sees_itself=spec.sees_itself(layer))
-            for layer, producer in enumerate(spec.kv_map)
+            Layer(layer, spec.hidden_size, not spec.owns_kv(number), sees_itself=spec.sees_itself(number))
+            for number, layer in enumerate(spec.layers)
         )
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.norm = Norm(spec.hidden_size, spec.ends.final_norm)
 
 
 class Twin(nn.Module):
@@ -76,7 +78,7 @@ class Twin(nn.Module):
 
     Args:
         spec: The model.
-        rope_factors: Divisors of the rotary frequencies, if ``spec.rope_scaling.kind`` is ``factors``.
+        rope_factors: Divisors of the rotary frequencies, if a rotary embedding's scaling is of the kind ``factors``.
 
     Attributes:
         layer_dropout: Per layer, the probability that a sample skips it in training mode (LayerSkip,
@@ -96,7 +98,7 @@ class Twin(nn.Module):
         self.passes = Passes()
         self._lent = {producer for layer, producer in enumerate(spec.kv_map) if producer != layer}
         self._groups = {group.start: group for group in iterated_groups(spec.kv_map)}
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotaries: dict[tuple[bool, ...], tuple[Rotary, ...]] = {}  # by which of them take long factors
 
     @property
     def head_weight(self) -> Tensor:
@@ -121,77 +123,79 @@ class Twin(nn.Module):
         if not all(1 <= depth <= self.spec.num_hidden_layers for depth in depths):
             raise ValueError(f"depths {sorted(depths)} of a model with {self.spec.num_hidden_layers} layers")
         check_boundaries(self.spec.kv_map, sorted(depths))
-        rotary = self.rotary(input_ids)
-        x: Tensor = self.model.embed_tokens(input_ids).float()  # the stream stays in float32 under autocast
+        rotaries = self.rotaries(input_ids)
+        x = self.embedded(input_ids).float()  # the stream stays in float32 under autocast
         found: dict[int, Boundary] = {}
         lent: dict[int, KeyValue] = {}
         done = 0
         while done < max(depths):
             if group := self._groups.get(done):
-                x, middle = self._iterated(group, x, rotary, lent, passes)
+                x, middle = self._iterated(group, x, rotaries, lent, passes)
                 done = group.end
             else:
-                x, middle = self._layer(done, x, rotary, lent)
+                x, middle = self._layer(done, x, rotaries, lent)
                 done += 1
             if done in depths:
                 found[done] = Boundary(x, middle)
         return found
 
-    def _layer(self, index: int, x: Tensor, rotary: KeyValue, lent: dict[int, KeyValue]) -> tuple[Tensor, Tensor]:
+    def _layer(self, index: int, x: Tensor, rotaries: Rotaries, lent: dict[int, KeyValue]) -> tuple[Tensor, Tensor]:
         """Run a layer outside the iterated groups."""
         if index in self._lent or self.spec.kv_map[index] != index:
-            return self._once(index, index + 1, x, rotary, lent)
-        return self._maybe_skipped(index, self.model.layers[index], x, rotary)
+            return self._once(index, index + 1, x, rotaries, lent)
+        return self._maybe_skipped(index, self.model.layers[index], x, rotaries)
 
     def _once(
-        self, start: int, end: int, x: Tensor, rotary: KeyValue, lent: dict[int, KeyValue]
+        self, start: int, end: int, x: Tensor, rotaries: Rotaries, lent: dict[int, KeyValue]
     ) -> tuple[Tensor, Tensor]:
         """Run layers ``[start, end)`` once; their producers' keys and values replace those in ``lent``."""
         middle = x
         for index in range(start, end):
             producer = self.spec.kv_map[index]
             borrowed = lent[producer] if producer != index else None
-            x, middle, key_value = self.model.layers[index](x, rotary, borrowed)
+            x, middle, key_value = self.model.layers[index](x, rotaries, borrowed)
             if producer == index:
                 lent[index] = key_value
         return x, middle
 
     def _iterated(
-        self, group: IteratedGroup, x: Tensor, rotary: KeyValue, lent: dict[int, KeyValue], passes: int | None
+        self, group: IteratedGroup, x: Tensor, rotaries: Rotaries, lent: dict[int, KeyValue], passes: int | None
     ) -> tuple[Tensor, Tensor]:
         """Run an iterated group: in training a number of passes, otherwise until nothing changes."""
         inside = producers(self.spec.kv_map, group.start, group.end)
         batch, seq = x.shape[:2]
-        nothing = x.new_zeros(batch, self.spec.num_key_value_heads, seq, self.spec.head_dim)
-        lent |= dict.fromkeys(inside, (nothing, nothing))
+        for producer in inside:
+            attention = self.spec.layers[producer].attention
+            nothing = x.new_zeros(batch, attention.kv_heads, seq, attention.head_dim)
+            lent[producer] = nothing, nothing
         if self.training and passes is None:  # more passes than positions would change nothing
             passes = min(self.passes.with_gradient, seq)
             with torch.no_grad():
                 for _ in range(min(self.passes.without_gradient, seq - passes)):
-                    self._once(group.start, group.end, x, rotary, lent)
+                    self._once(group.start, group.end, x, rotaries, lent)
         is_exact = passes is None
         result = x, x
         for number in range(seq if passes is None else passes):
             before = [lent[producer] for producer in inside]
-            result = self._once(group.start, group.end, x, rotary, lent)
+            result = self._once(group.start, group.end, x, rotaries, lent)
             # Not after the first pass: it starts from placeholders, whose type may differ under autocast.
             if is_exact and number and _same(before, [lent[producer] for producer in inside]):
                 break
         return result
 
-    def _maybe_skipped(self, index: int, layer: nn.Module, x: Tensor, rotary: KeyValue) -> tuple[Tensor, Tensor]:
+    def _maybe_skipped(self, index: int, layer: nn.Module, x: Tensor, rotaries: Rotaries) -> tuple[Tensor, Tensor]:
         """Run a layer on the samples that do not skip it."""
         probability = self.layer_dropout[index] if self.training else 0.0
         if probability <= 0.0:
-            above, middle, _ = layer(x, rotary)
+            above, middle, _ = layer(x, rotaries)
             return above, middle
         kept = torch.nonzero(torch.rand(len(x), device=x.device) >= probability).flatten()
         if len(kept) == len(x):
-            above, middle, _ = layer(x, rotary)
+            above, middle, _ = layer(x, rotaries)
             return above, middle
         if not len(kept):
             return x, x
-        above, middle, _ = layer(x[kept], rotary)
+        above, middle, _ = layer(x[kept], rotaries)
         return x.index_copy(0, kept, above.to(x.dtype)), x.index_copy(0, kept, middle.to(x.dtype))
 
     def state(self, hidden: Tensor) -> Tensor:
@@ -200,21 +204,37 @@ class Twin(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply final norm and head to a residual stream, [..., hidden] -> [..., vocab]."""
-        return nn.functional.linear(self.state(hidden), self.head_weight)
+        return self.scaled_logits(nn.functional.linear(self.state(hidden), self.head_weight))
+
+    def scaled_logits(self, products: Tensor) -> Tensor:
+        """Scale and cap the products of normalised states with a head, as the model does it."""
+        scale, cap = self.spec.ends.logit_scale, self.spec.ends.logit_softcap
+        return soft_capped(products if scale == 1.0 else products * scale, cap)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Return what the first layer reads: [...] -> [..., hidden]."""
+        scale = self.spec.ends.embed_scale
+        found: Tensor = self.model.embed_tokens(ids)
+        return found if scale == 1.0 else found * scale
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return the logits of every position, [batch, seq] -> [batch, seq, vocab]."""
         depth = self.spec.num_hidden_layers
         return self.logits(self.boundaries(input_ids, (depth,))[depth].hidden)
 
-    def rotary(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rotary tables for ``rows`` [batch, seq, ...], on its device; they are kept from call to call."""
+    def rotaries(self, rows: Tensor) -> tuple[Rotary, ...]:
+        """Return the tables of each rotary embedding for ``rows`` [batch, seq, ...]; they are kept between calls."""
         length = rows.shape[1]
-        if self._rotary is None or length > len(self._rotary[0]) or self._rotary[0].device != rows.device:
-            cos, sin = rope_tables(self.spec, max(length, 512), self.rope_factors)
-            self._rotary = torch.from_numpy(cos).to(rows.device), torch.from_numpy(sin).to(rows.device)
-        cos_table, sin_table = self._rotary
-        return cos_table[:length], sin_table[:length]  # [seq, head_dim / 2]
+        if not self.spec.ropes:
+            return ()
+        is_longer = tuple(is_long(rope, length) for rope in self.spec.ropes)
+        kept = self._rotaries.get(is_longer)
+        if kept is None or length > len(kept[0][0]) or kept[0][0].device != rows.device:
+            tables = (rope_tables(rope, max(length, 512), self.rope_factors, length) for rope in self.spec.ropes)
+            kept = self._rotaries[is_longer] = tuple(
+                (torch.from_numpy(cos).to(rows.device), torch.from_numpy(sin).to(rows.device)) for cos, sin in tables
+            )
+        return tuple((cos[:length], sin[:length]) for cos, sin in kept)  # each [seq, head_dim / 2]
 
 
 def _same(before: Sequence[KeyValue], after: Sequence[KeyValue]) -> bool:

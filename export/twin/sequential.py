@@ -1,7 +1,7 @@
 """The definition of what a model computes: position by position, layer by layer, with explicit caches.
 
 It is slow, and written independently of :mod:`shortstack.export.twin.model`, so that the two can be compared. They
-share weights, norms, MLPs and the rotation. At position t::
+share weights, norms, MLPs, wiring and the rotation. At position t::
 
     for each layer i, bottom to top:
         q = rotated query of the layer's input
@@ -14,14 +14,14 @@ share weights, norms, MLPs and the rotation. At position t::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shortstack.export.rope import rope_tables
-from shortstack.export.twin.layer import Attention, KeyValue, Layer, rotate
+from shortstack.export.twin.layer import Attention, KeyValue, Layer, Rotary, soft_capped
 from shortstack.export.twin.model import Twin
 
 
@@ -51,22 +51,26 @@ def sequential(twin: Twin, input_ids: Tensor, caches: Mapping[int, KeyValue] | N
     spec = twin.spec
     grown = dict(caches or {})
     past = next(iter(grown.values()))[0].shape[2] if grown else 0
-    tables = rope_tables(spec, past + input_ids.shape[1], twin.rope_factors)
-    cos, sin = (torch.from_numpy(table).to(input_ids.device) for table in tables)
+    end = past + input_ids.shape[1]
+    pairs = [rope_tables(rope, end, twin.rope_factors, end) for rope in spec.ropes]
+    tables = [(torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in pairs]
     states = []
     for position in range(past, past + input_ids.shape[1]):
-        rotary = cos[position : position + 1], sin[position : position + 1]
-        x = twin.model.embed_tokens(input_ids[:, position - past])[:, None]  # [batch, 1, hidden]
+        rotaries = [
+            (cos[position : position + 1].to(input_ids.device), sin[position : position + 1].to(input_ids.device))
+            for cos, sin in tables
+        ]
+        x = twin.embedded(input_ids[:, position - past])[:, None]  # [batch, 1, hidden]
         for index, layer in enumerate(twin.model.layers):
             assert isinstance(layer, Layer)
             producer = spec.kv_map[index]
             normed = layer.input_layernorm(x)
             if producer == index:
-                grown[index] = _appended(grown.get(index), layer.self_attn.key_value(normed, rotary))
+                grown[index] = _appended(grown.get(index), layer.self_attn.key_value(normed, rotaries))
             last = position - 1 if producer > index or spec.masks_diagonal else position
             first = max(0, position - spec.window(index) + 1) if spec.window(index) else 0
-            x = x + _attended(layer.self_attn, normed, rotary, grown.get(producer), first, last)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            attended = _attended(layer.self_attn, normed, rotaries, grown.get(producer), first, last)
+            _, x = layer.above(x, normed, attended)
         states.append(x)
     hidden = torch.cat(states, dim=1)
     return Sequential(twin.logits(hidden), hidden, grown)
@@ -79,16 +83,17 @@ def _appended(cache: KeyValue | None, new: KeyValue) -> KeyValue:
 
 
 def _attended(
-    attention: Attention, x: Tensor, rotary: KeyValue, cache: KeyValue | None, first: int, last: int
+    attention: Attention, x: Tensor, rotaries: Sequence[Rotary], cache: KeyValue | None, first: int, last: int
 ) -> Tensor:
     """Attend to positions ``first..last`` of a cache, which may be none of them, [batch, 1, hidden] -> the same."""
     batch, heads, size = len(x), attention.heads, attention.head_dim
     mixed = x.new_zeros(batch, heads, size)
     if cache is not None and first <= last:
         keys, values = (part[:, :, first : last + 1] for part in cache)
-        query = rotate(attention.q_proj(x).view(batch, 1, heads, size).transpose(1, 2), rotary)[:, :, 0]
+        query = attention.query(x, rotaries)[:, :, 0]
         for head in range(heads):
             shared = head * attention.kv_heads // heads  # the query heads of a group are neighbours
-            scores = torch.einsum("bd,bsd->bs", query[:, head], keys[:, shared]) / size**0.5
+            scores = torch.einsum("bd,bsd->bs", query[:, head], keys[:, shared]) * attention.spec.score_scale
+            scores = soft_capped(scores, attention.spec.softcap)
             mixed[:, head] = torch.einsum("bs,bsd->bd", scores.softmax(-1), values[:, shared])
     return attention.o_proj(mixed.flatten(1))[:, None]  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@
 
     normed [batch, seq, hidden]
       └─ MatMul qkv_proj (+ bias)        [batch, seq, (heads + 2 * kv_heads) * head_dim]; a consumer has queries alone
+           └─ Split, norms of q and k    where the layer has them: the CPU's attention kernel does not take them
            └─ GroupQueryAttention        past/present: one buffer, updated in place; a consumer reads its producer's
                 └─ mixed values          [batch, seq, heads * head_dim]; the layer multiplies them with o_proj
 
@@ -22,8 +23,7 @@ again on the same rows is one more pass over an iterated group (:mod:`shortstack
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +32,8 @@ from shortstack.graphs import names
 from shortstack.graphs.exit_parts import BLOCK
 from shortstack.graphs.ir.builder import MICROSOFT, Attribute, GraphBuilder
 from shortstack.graphs.ir.matrix import project
+from shortstack.graphs.ir.norm import norm_op
+from shortstack.graphs.layer_spec import Attention, Layer
 from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import ModelSpec
 
@@ -41,25 +43,25 @@ class LayerSite:
     """Where a decoder layer stands: in the stack, or on top of it as the block of an exit.
 
     Attributes:
+        layer: What it is.
         weights: What the names of its weights begin with.
         node: Prefix of its node names.
         owner: Whose cache it reads.
         owns_kv: It is the one that writes it.
-        sees_itself: A position sees its own key.
-        window: How many positions it sees, its own counted whether it sees it or not; 0 is all.
+        sees_itself: A position sees its own key. A window counts it whether it does or not.
         kv_scales: Names of the scales of an int8 cache, by :data:`names.KV_PARTS`; empty where the cache is floats.
     """
 
+    layer: Layer
     weights: str
     node: str
     owner: names.CacheOwner
     owns_kv: bool = True
     sees_itself: bool = True
-    window: int = 0
     kv_scales: tuple[str, ...] = ()
 
     def weight(self, part: str) -> str:
-        """Return the name of a weight, by its part in :mod:`shortstack.graphs.layer_parts`."""
+        """Return the name of a weight, by its part in :mod:`shortstack.graphs.layer_weights`."""
         return f"{self.weights}.{part}"
 
 
@@ -67,19 +69,24 @@ def layer_site(spec: ModelSpec, layer: int, kv_cache: KVType = "float") -> Layer
     """Return the site of a layer of the stack, by its number in the full model."""
     owner = spec.kv_map[layer]
     return LayerSite(
+        layer=spec.layers[layer],
         weights=names.layer_weights(layer),
         node=f"/model/layers.{layer}",
         owner=owner,
         owns_kv=owner == layer,
         sees_itself=spec.sees_itself(layer),
-        window=spec.window(layer),
         kv_scales=tuple(names.kv_scale(owner, part) for part in names.KV_PARTS) if kv_cache == "int8" else (),
     )
 
 
-def exit_layer_site(exit_layer: int) -> LayerSite:
+def exit_layer_site(spec: ModelSpec, exit_layer: int) -> LayerSite:
     """Return the site of an exit's block; its cache is always floats."""
-    return LayerSite(names.exit_weight(exit_layer, BLOCK), f"/exits.{exit_layer}/{BLOCK}", names.exit_block(exit_layer))
+    return LayerSite(
+        layer=spec.exit_block_layer(exit_layer),
+        weights=names.exit_weight(exit_layer, BLOCK),
+        node=f"/exits.{exit_layer}/{BLOCK}",
+        owner=names.exit_block(exit_layer),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +136,11 @@ class Caches:
         }
 
 
-def attention(
-    g: GraphBuilder, spec: ModelSpec, site: LayerSite, normed: ir.Value, lengths: Lengths, caches: Caches
-) -> ir.Value:
+def attention(g: GraphBuilder, site: LayerSite, normed: ir.Value, lengths: Lengths, caches: Caches) -> ir.Value:
     """Append attention without its output projection.
 
     Args:
         g: The graph.
-        spec: The model.
         site: Which layer.
         normed: The normalised residual stream [batch, seq, hidden].
         lengths: How far the run reaches.
@@ -145,40 +149,79 @@ def attention(
     Returns:
         The mixed values [batch, seq, heads * head_dim].
     """
-    node = f"{site.node}/attn"
+    node, own = f"{site.node}/attn", site.layer.attention
     packed = project(g, normed, site.weight("attn.qkv_proj.weight"), f"{node}/qkv_proj")
-    if spec.qkv_bias:
+    if own.qkv_bias:
         packed = g.op("Add", [packed, g.weight(site.weight("attn.qkv_proj.bias"))], f"{node}/qkv_proj/Add")
     if lengths.spare_row:
         packed = g.op("Pad", [packed, g.constant([0, 0, 0, 0, 1, 0])], f"{node}/spare_row")  # [batch, seq + 1, ...]
+    query, key, value = _split(g, site, packed, node)
     if site.owns_kv:
         mixed, *caches.written[site.owner] = _attend(
-            g, spec, site, f"{node}/GroupQueryAttention", [packed, None, None], caches, lengths
+            g, site, f"{node}/GroupQueryAttention", [query, key, value], caches, lengths, adds_rows=True
         )
     if not (site.owns_kv and site.sees_itself):
-        query = packed
-        if site.owns_kv:  # the diagonal is masked: the node above has only written keys and values
-            width = spec.num_attention_heads * spec.cache_head_dim
+        if site.owns_kv and key is None:  # the diagonal is masked: the node above has only written keys and values
+            width = own.heads * own.cache_head_dim
             query = g.op("Slice", [packed, g.constant([0]), g.constant([width]), g.constant([2])], f"{node}/query")
         name = f"{node}/GroupQueryAttention_read" if site.owns_kv else f"{node}/GroupQueryAttention"
-        mixed = _read(g, spec, site, name, query, caches, lengths)
+        mixed = _read(g, site, name, query, caches, lengths)
     if lengths.spare_row:
         first, end, axis = g.constant([0]), g.constant([-1]), g.constant([1])
         mixed = g.op("Slice", [mixed, first, end, axis], f"{node}/drop_spare_row")  # [batch, seq, ...]
     return mixed
 
 
-def _read(
-    g: GraphBuilder, spec: ModelSpec, site: LayerSite, name: str, query: ir.Value, caches: Caches, lengths: Lengths
-) -> ir.Value:
+def _split(
+    g: GraphBuilder, site: LayerSite, packed: ir.Value, node: str
+) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """Append the norms of queries and keys; return queries, keys and values, packed as queries where none has a norm.
+
+    Heads are padded with zeros, which a root mean square counts: the weights and the epsilon make up for it, see
+    :func:`padded_share`.
+    """
+    own = site.layer.attention
+    if own.qk_norm is None:
+        return packed, None, None
+    norm = replace(own.qk_norm, eps=own.qk_norm.eps * padded_share(own))
+
+    def normed(x: ir.Value, name: str) -> ir.Value:
+        weight = site.weight(f"attn.{name}.weight")
+        if own.qk_norm_over == "width":
+            return norm_op(g, norm, x, weight, f"{node}/{name}")
+        heads = g.op("Reshape", [x, g.constant([0, 0, -1, own.cache_head_dim])], f"{node}/{name}/heads")
+        return g.op(
+            "Reshape",
+            [norm_op(g, norm, heads, weight, f"{node}/{name}"), g.constant([0, 0, -1])],
+            f"{node}/{name}/flat",
+        )
+
+    if not site.owns_kv:
+        return normed(packed, "q_norm"), None, None
+    width, kv_width = own.heads * own.cache_head_dim, own.kv_heads * own.cache_head_dim
+    sizes = g.constant([width, kv_width, kv_width])
+    query, key, value = g.ops("Split", [packed, sizes], f"{node}/split", ("/query", "/key", "/value"), axis=-1)
+    return normed(query, "q_norm"), normed(key, "k_norm"), value
+
+
+def padded_share(attention: Attention) -> float:
+    """Return which share of a padded head are columns of the model.
+
+    The mean square over a padded head is that share of the mean square over the head itself. So its norm has this share
+    of the epsilon, and weights times its square root.
+    """
+    return attention.head_dim / attention.cache_head_dim
+
+
+def _read(g: GraphBuilder, site: LayerSite, name: str, query: ir.Value, caches: Caches, lengths: Lengths) -> ir.Value:
     """Append attention of queries [batch, rows, heads * head_dim] over what a cache holds, without writing to it."""
-    kv_width = spec.num_key_value_heads * spec.cache_head_dim
+    kv_width = site.layer.attention.kv_heads * site.layer.attention.cache_head_dim
     nothing = [g.constant([0, 0]), g.constant([0, kv_width]), g.constant([1, 2])]
     empty = g.op("Slice", [query, *nothing], f"{name}/no_new_rows")  # [batch, 0, kv_heads * head_dim]
     if site.sees_itself:
-        return _attend(g, spec, site, name, [query, empty, empty], caches, lengths)[0]
+        return _attend(g, site, name, [query, empty, empty], caches, lengths)[0]
     positions = _positions(g, query, lengths)
-    mixed = _attend(g, spec, site, name, [query, empty, empty], caches, _one_less(g, lengths), positions)[0]
+    mixed = _attend(g, site, name, [query, empty, empty], caches, _one_less(g, lengths), positions)[0]
 
     def make_visible() -> ir.Value:
         after_first = g.op("Greater", [positions, g.constant(0)], "/model/lengths/after_first")
@@ -219,22 +262,37 @@ def _one_less(g: GraphBuilder, lengths: Lengths) -> Lengths:
 
 def _attend(
     g: GraphBuilder,
-    spec: ModelSpec,
     site: LayerSite,
     name: str,
     query_key_value: list[ir.Value | None],
     caches: Caches,
     lengths: Lengths,
     positions: ir.Value | None = None,
+    *,
+    adds_rows: bool = False,
 ) -> list[ir.Value]:
-    """Append the kernel: mixed values, and with packed queries, keys and values also what the cache is afterwards."""
+    """Append the kernel: the mixed values and, where keys and values are new, also what the cache is afterwards.
+
+    Args:
+        g: The graph.
+        site: Which layer.
+        name: The node's name.
+        query_key_value: Queries, keys and values; or all of them packed as the first. Empty keys and values add none.
+        caches: What it reads.
+        lengths: How far it reads.
+        positions: The rows' own positions, where ``lengths`` count one less.
+        adds_rows: There are new keys and values.
+    """
+    own = site.layer.attention
+    tables = (
+        [None, None] if own.rope is None else [g.weight(names.rope_table(own.rope, part)) for part in names.ROPE_PARTS]
+    )
     inputs: list[ir.Value | None] = [
         *query_key_value,
         *caches.of(site.owner),
         lengths.past_end,
         lengths.total,
-        g.weight(names.ROPE_COS),
-        g.weight(names.ROPE_SIN),
+        *tables,
     ]
     attributes: dict[str, Attribute] = {}
     if positions is not None or site.kv_scales:
@@ -242,21 +300,23 @@ def _attend(
     if site.kv_scales:  # attention_bias and head_sink stay empty
         inputs += [None, None, *(g.weight(scale) for scale in site.kv_scales)]
         attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    if site.window:  # with lengths of one less, the kernel counts from the position before
-        attributes["local_window_size"] = site.window - (positions is not None)
+    if own.window:  # with lengths of one less, the kernel counts from the position before
+        attributes["local_window_size"] = own.window - (positions is not None)
+    if own.softcap:
+        attributes["softcap"] = own.softcap
     # The kernel refuses an int8 cache without a place for what it is afterwards, also where nothing is added: a
     # consumer then has one of its own, which costs a copy of its producer's cache in each run.
-    has_presents = query_key_value[1] is None or bool(site.kv_scales)
+    has_presents = adds_rows or bool(site.kv_scales)
     return g.ops(
         "GroupQueryAttention",
         inputs,
         name,
         ("", "/present_key", "/present_value") if has_presents else ("",),
         domain=MICROSOFT,
-        num_heads=spec.num_attention_heads,
-        kv_num_heads=spec.num_key_value_heads,
-        scale=1.0 / math.sqrt(spec.head_dim),
-        do_rotary=1,
+        num_heads=own.heads,
+        kv_num_heads=own.kv_heads,
+        scale=own.score_scale,
+        do_rotary=int(own.rope is not None),
         rotary_interleaved=0,
         **attributes,
     )

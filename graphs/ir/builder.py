@@ -82,6 +82,11 @@ class GraphBuilder:
             ir.Tensor(array, name=f"const.{label}" if array.dtype == np.int64 else f"const.{array.dtype}.{label}")
         )
 
+    def scaled(self, x: ir.Value, factor: float, name: str) -> ir.Value:
+        """Append ``x * factor``; the factor has the type of ``x``."""
+        number = self._initializer(ir.Tensor(np.array(factor, np.float32), name=f"const.float32.{factor!r}"))
+        return self.op("Mul", [x, self.op("CastLike", [number, x], f"{name}/factor")], name)
+
     def op(
         self,
         op_type: str,

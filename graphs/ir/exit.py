@@ -25,9 +25,11 @@ from shortstack.graphs import names
 from shortstack.graphs.exit_parts import MLP_NORM
 from shortstack.graphs.ir.attention import Caches, Lengths, exit_layer_site
 from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.embedding import embed_tokens
 from shortstack.graphs.ir.head import head, last_rows
-from shortstack.graphs.ir.layer import Residual, decoder_layer, gated_mlp, norm, residual_sum, unit_rms
-from shortstack.graphs.ir.matrix import embed, project
+from shortstack.graphs.ir.layer import Residual, decoder_layer, mlp_branch, norm, residual_sum, unit_rms
+from shortstack.graphs.ir.matrix import project
+from shortstack.graphs.layer_spec import Mlp
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.spec import ModelSpec
 
@@ -89,7 +91,7 @@ def exit_node(
         # block, although its own cache is floats: what it predicts for a row alone may then differ in the last digits
         # from what it predicts for the same row among several. Keys and values do not differ, and no verified token
         # depends on the prediction.
-        site = exit_layer_site(exit_spec.exit_layer)
+        site = exit_layer_site(spec, exit_spec.exit_layer)
         x = decoder_layer(g, spec, site, Residual(given.hidden), given.lengths, given.caches, num_rows)
     else:
         x = Residual(hidden)
@@ -104,7 +106,8 @@ def exit_node(
         normed = x.stream
     else:
         own = names.exit_weight(exit_spec.exit_layer, "norm.weight")
-        normed, _ = norm(g, spec, x, own if exit_spec.norm == "own" else names.FINAL_NORM, f"{node}/norm")
+        weight = own if exit_spec.norm == "own" else names.FINAL_NORM
+        normed, _ = norm(g, spec.ends.final_norm, x, weight, f"{node}/norm")
     return outputs | _head(g, spec, exit_spec, normed)
 
 
@@ -117,7 +120,7 @@ def _linear(
     if exit_spec.sees_token:
         assert given.ids is not None
         ids = last_rows(g, given.ids, num_rows, f"{node}/last_ids")  # [batch, rows]
-        parts.append(unit_rms(g, spec, embed(g, ids, names.EMBED_TOKENS, f"{node}/embed_tokens"), f"{node}/unit_token"))
+        parts.append(unit_rms(g, spec, embed_tokens(g, spec, ids, f"{node}/embed_tokens"), f"{node}/unit_token"))
     if exit_spec.sees_state:
         assert given.state is not None
         parts.append(given.state)
@@ -128,15 +131,19 @@ def _linear(
     )
     x = Residual(residual_sum(g, x, node))
     if exit_spec.linear_mlp:
-        x = Residual(x.stream, *gated_mlp(g, u, names.exit_weight(depth, "linear"), f"{node}/mlp", has_bias=False))
+        x = Residual(
+            x.stream, *mlp_branch(g, Mlp(exit_spec.linear_mlp), u, names.exit_weight(depth, "linear"), f"{node}/mlp")
+        )
     return x
 
 
 def _mlp(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, middle: ir.Value) -> Residual:
     """Append m + MLP(norm(m)), parallel to the MLP of the layer below (EE-LLM, https://arxiv.org/abs/2312.04916)."""
     depth, node = exit_spec.exit_layer, f"/exits.{exit_spec.exit_layer}/mlp"
-    normed, _ = norm(g, spec, Residual(middle), names.exit_weight(depth, MLP_NORM), f"{node}/norm")
-    return Residual(middle, *gated_mlp(g, normed, names.exit_weight(depth, "mlp"), node, has_bias=spec.mlp_bias))
+    below = spec.layers[depth - 1]
+    assert below.before_mlp is not None, "check_exit_branches"
+    normed, _ = norm(g, below.before_mlp, Residual(middle), names.exit_weight(depth, MLP_NORM), f"{node}/norm")
+    return Residual(middle, *mlp_branch(g, below.mlp, normed, names.exit_weight(depth, "mlp"), node))
 
 
 def _gate(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, hidden: ir.Value) -> ir.Value:
@@ -157,4 +164,4 @@ def _head(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, normed: ir.Valu
         weight, down = names.exit_weight(depth, "head.up.weight"), names.exit_weight(depth, "head.down.weight")
     elif not g.has_weight(weight):
         weight = full_head(spec)
-    return head(g, normed, spec.hidden_size, f"/exits.{depth}", weight=weight, id_map=id_map, down=down)
+    return head(g, normed, spec, f"/exits.{depth}", weight=weight, id_map=id_map, down=down)

@@ -18,6 +18,8 @@ import onnx_ir as ir
 from shortstack.graphs import names
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.matrix import head_product, project
+from shortstack.graphs.layer_spec import Ends
+from shortstack.graphs.spec import ModelSpec
 
 _TO_THE_END = 2**62
 
@@ -39,7 +41,7 @@ def last_rows(g: GraphBuilder, x: ir.Value, num_rows: ir.Value, node: str) -> ir
 def head(
     g: GraphBuilder,
     normed: ir.Value,
-    hidden_size: int,
+    spec: ModelSpec,
     node: str,
     *,
     weight: str,
@@ -51,7 +53,7 @@ def head(
     Args:
         g: The graph.
         normed: Normalised hidden states of the rows to evaluate, [batch, rows, hidden].
-        hidden_size: Width of ``normed``.
+        spec: The model, for the scale and the cap of its logits.
         node: Prefix of the node names.
         weight: Name of the head's weight [vocab, hidden], or [vocab, rank] of a low-rank one.
         id_map: Name of the row-to-token-id map int64 [vocab] of a trimmed head; None when rows are token ids.
@@ -61,10 +63,10 @@ def head(
         The outputs by port name.
     """
     batch_rows = g.op("Shape", [normed], f"{node}/batch_rows", start=0, end=2)
-    flat = g.op("Reshape", [normed, g.constant([-1, hidden_size])], f"{node}/flatten")  # [batch * rows, hidden]
+    flat = g.op("Reshape", [normed, g.constant([-1, spec.hidden_size])], f"{node}/flatten")  # [batch * rows, hidden]
     if down is not None:
         flat = project(g, flat, down, f"{node}/down")  # [batch * rows, rank]
-    logits = head_product(g, flat, weight, node)  # [batch * rows, vocab]
+    logits = logits_of(g, spec.ends, flat, weight, node)  # [batch * rows, vocab]
 
     best, best_row = g.ops("TopK", [logits, g.constant([2])], f"{node}/TopK", ("/values", "/indices"), axis=-1)
     zero = g.constant([0])
@@ -90,6 +92,17 @@ def head(
         names.ENTROPY: per_row(entropy, "entropy"),
         names.LOGITS: g.op("Reshape", [logits, logits_shape], f"{node}/logits", allowzero=1),
     }
+
+
+def logits_of(g: GraphBuilder, ends: Ends, x: ir.Value, weight: str, node: str) -> ir.Value:
+    """Append the product of normalised states [rows, hidden] with a head, scaled and capped; returns [rows, vocab]."""
+    if ends.logit_scale != 1.0:  # of the states, since there are fewer of them
+        x = g.scaled(x, ends.logit_scale, f"{node}/logit_scale")
+    logits = head_product(g, x, weight, node)
+    if ends.logit_softcap:
+        inner = g.scaled(logits, 1.0 / ends.logit_softcap, f"{node}/softcap/inner")
+        logits = g.scaled(g.op("Tanh", [inner], f"{node}/softcap/Tanh"), ends.logit_softcap, f"{node}/softcap")
+    return logits
 
 
 def _entropy(

@@ -1,8 +1,9 @@
-"""One decoder layer on the residual stream: norm, attention, norm, gated MLP.
+"""One decoder layer on the residual stream: norms, attention, MLP, in the wiring that the layer's spec says.
 
 The sum of stream and branch and the norm after it are one fused node, so a layer takes and returns the stream as two
 parts, ``stream + branch (+ bias)``, not yet added; :func:`residual_sum` adds them where the plain sum is needed (at a
-boundary).
+boundary). What a layer computes is :mod:`shortstack.graphs.layer_spec`; :mod:`shortstack.export.twin.layer` is the same
+in PyTorch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from shortstack.graphs.ir.attention import Caches, LayerSite, Lengths, attention
 from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
 from shortstack.graphs.ir.head import last_rows
 from shortstack.graphs.ir.matrix import project
+from shortstack.graphs.ir.norm import norm_op
+from shortstack.graphs.layer_spec import Activation, Mlp, Norm
 from shortstack.graphs.spec import ModelSpec
 
 
@@ -34,33 +37,40 @@ class Residual:
     bias: ir.Value | None = None
 
 
-def norm(g: GraphBuilder, spec: ModelSpec, x: Residual, weight: str, name: str) -> tuple[ir.Value, ir.Value]:
-    """Append an RMS norm of the residual stream.
+def norm(g: GraphBuilder, kind: Norm, x: Residual, weight: str, name: str) -> tuple[ir.Value, ir.Value]:
+    """Append a norm of the residual stream.
+
+    Args:
+        g: The graph.
+        kind: The norm.
+        x: The stream.
+        weight: Name of its weight; the name of its bias, if it has one, follows from it.
+        name: Prefix of the node names.
 
     Returns:
         The normalised stream and the plain sum, both [batch, seq, hidden].
     """
-    scale = g.weight(weight)
     if x.branch is None:
-        node = f"{name}/SimplifiedLayerNormalization"
-        out = g.op(
-            "SimplifiedLayerNormalization", [x.stream, scale], node, axis=-1, epsilon=spec.rms_norm_eps, stash_type=1
-        )
-        return out, x.stream
+        return norm_op(g, kind, x.stream, weight, name), x.stream
+    scale = g.weight(weight)
+    node = "SkipSimplifiedLayerNormalization" if kind.kind == "rms" else "SkipLayerNormalization"
+    inputs: list[ir.Value | None] = [x.stream, x.branch, scale]
+    if kind.kind == "layer":
+        inputs.append(g.weight(weight.removesuffix("weight") + "bias") if kind.has_bias else None)
     out, _, _, total = g.ops(
-        "SkipSimplifiedLayerNormalization",
-        [x.stream, x.branch, scale] + ([x.bias] if x.bias is not None else []),
-        f"{name}/SkipSimplifiedLayerNormalization",
+        node,
+        inputs + ([x.bias] if x.bias is not None else []),
+        f"{name}/{node}",
         ("", None, None, "/sum"),
         domain=MICROSOFT,
-        epsilon=spec.rms_norm_eps,
+        epsilon=kind.eps,
     )
     return out, total
 
 
 def unit_rms(g: GraphBuilder, spec: ModelSpec, x: ir.Value, name: str) -> ir.Value:
     """Append x / rms(x) over the last dimension: a norm whose weight is ones."""
-    return norm(g, spec, Residual(x), names.UNIT_NORM, name)[0]
+    return norm(g, Norm("rms", spec.norm_eps), Residual(x), names.UNIT_NORM, name)[0]
 
 
 def residual_sum(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
@@ -97,44 +107,81 @@ def decoder_layer(
     Returns:
         The residual after the layer, [batch, rows, hidden].
     """
-    node = site.node
-    normed, stream = norm(g, spec, x, site.weight("input_norm.weight"), f"{node}/input_norm")
-    mixed = attention(g, spec, site, normed, lengths, caches)
+    node, layer = site.node, site.layer
+    normed, stream = _before(g, layer.before_attention, x, site.weight("input_norm.weight"), f"{node}/input_norm")
+    mixed = attention(g, site, normed, lengths, caches)
     if num_rows is not None:
         mixed = last_rows(g, mixed, num_rows, f"{node}/attn/last_rows")  # [batch, rows, heads * head_dim]
         stream = last_rows(g, stream, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]
     out = project(g, mixed, site.weight("attn.o_proj.weight"), f"{node}/attn/o_proj")
-    bias = g.weight(site.weight("attn.o_proj.bias")) if spec.attention_out_bias else None
-    normed, stream = norm(
-        g,
-        spec,
-        Residual(stream, out, bias),
-        site.weight("post_attention_norm.weight"),
-        f"{node}/post_attention_norm",
-    )
-    mlp = gated_mlp(g, normed, site.weight("mlp"), f"{node}/mlp", has_bias=spec.mlp_bias)
-    return Residual(stream, *mlp)
+    bias = g.weight(site.weight("attn.o_proj.bias")) if layer.attention.out_bias else None
+    scale = layer.residual_scale
+    branch = _after(g, layer.after_attention, Residual(stream, out, bias), site.weight("attn.out_norm.weight"), scale)
+    if layer.is_parallel:
+        if num_rows is not None:
+            normed = last_rows(g, normed, num_rows, f"{node}/mlp/last_rows")
+        if layer.before_mlp is not None:
+            weight = site.weight("post_attention_norm.weight")
+            normed, _ = norm(g, layer.before_mlp, Residual(stream), weight, f"{node}/post_attention_norm")
+        stream = residual_sum(g, branch, f"{node}/attn")
+    else:
+        weight = site.weight("post_attention_norm.weight")
+        normed, stream = _before(g, layer.before_mlp, branch, weight, f"{node}/post_attention_norm")
+    mlp = mlp_branch(g, layer.mlp, normed, site.weight("mlp"), f"{node}/mlp")
+    return _after(g, layer.after_mlp, Residual(stream, *mlp), site.weight("mlp.out_norm.weight"), scale)
 
 
-def gated_mlp(
-    g: GraphBuilder, x: ir.Value, weights: str, node: str, *, has_bias: bool
-) -> tuple[ir.Value, ir.Value | None]:
-    """Append ``down(silu(gate(x)) * up(x))``; the down projection's bias is returned, not added.
+def _before(g: GraphBuilder, kind: Norm | None, x: Residual, weight: str, node: str) -> tuple[ir.Value, ir.Value]:
+    """Append the norm of what a branch reads; without one, it reads the plain stream."""
+    if kind is not None:
+        return norm(g, kind, x, weight, node)
+    total = residual_sum(g, x, node.removesuffix("_norm"))
+    return total, total
+
+
+def _after(g: GraphBuilder, kind: Norm | None, x: Residual, weight: str, scale: float) -> Residual:
+    """Append the norm of what a branch returns, and its scale."""
+    assert x.branch is not None
+    node = x.branch.name or ""
+    branch, bias = x.branch, x.bias
+    if (kind is not None or scale != 1.0) and bias is not None:
+        branch, bias = g.op("Add", [branch, bias], f"{node}/Add_bias"), None
+    if kind is not None:
+        branch = norm_op(g, kind, branch, weight, f"{node}/norm")
+    if scale != 1.0:
+        branch = g.scaled(branch, scale, f"{node}/residual_scale")
+    return Residual(x.stream, branch, bias)
+
+
+def mlp_branch(g: GraphBuilder, mlp: Mlp, x: ir.Value, weights: str, node: str) -> tuple[ir.Value, ir.Value | None]:
+    """Append an MLP; the down projection's bias is returned, not added.
 
     Args:
         g: The graph.
+        mlp: Its shape.
         x: [batch, seq, inputs].
         weights: What the names of its weights begin with, such as ``model.layers.3.mlp``.
         node: Prefix of the node names.
-        has_bias: Whether its projections have biases.
     """
-    gate = project(g, x, f"{weights}.gate_proj.weight", f"{node}/gate_proj")
-    up = project(g, x, f"{weights}.up_proj.weight", f"{node}/up_proj")
-    if has_bias:
-        gate = g.op("Add", [gate, g.weight(f"{weights}.gate_proj.bias")], f"{node}/gate_proj/Add")
-        up = g.op("Add", [up, g.weight(f"{weights}.up_proj.bias")], f"{node}/up_proj/Add")
-    # QuickGelu with alpha 1 is x * sigmoid(x): SiLU in one node.
-    active = g.op("QuickGelu", [gate], f"{node}/act_fn/QuickGelu", domain=MICROSOFT, alpha=1.0)
-    product = g.op("Mul", [active, up], f"{node}/Mul")
+    first = ("gate_proj", "up_proj") if mlp.is_gated else ("up_proj",)
+    projected = [project(g, x, f"{weights}.{name}.weight", f"{node}/{name}") for name in first]
+    if mlp.has_bias:
+        projected = [
+            g.op("Add", [value, g.weight(f"{weights}.{name}.bias")], f"{node}/{name}/Add")
+            for name, value in zip(first, projected, strict=True)
+        ]
+    product = _activated(g, mlp.activation, projected[0], node)
+    if mlp.is_gated:
+        product = g.op("Mul", [product, projected[1]], f"{node}/Mul")
     out = project(g, product, f"{weights}.down_proj.weight", f"{node}/down_proj")
-    return out, g.weight(f"{weights}.down_proj.bias") if has_bias else None
+    return out, g.weight(f"{weights}.down_proj.bias") if mlp.has_bias else None
+
+
+def _activated(g: GraphBuilder, activation: Activation, x: ir.Value, node: str) -> ir.Value:
+    name = f"{node}/act_fn"
+    if activation == "silu":  # QuickGelu with alpha 1 is x * sigmoid(x): SiLU in one node
+        return g.op("QuickGelu", [x], f"{name}/QuickGelu", domain=MICROSOFT, alpha=1.0)
+    if activation == "relu2":
+        positive = g.op("Relu", [x], f"{name}/Relu")
+        return g.op("Mul", [positive, positive], f"{name}/Mul")
+    return g.op("Gelu", [x], f"{name}/Gelu", approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -18,10 +18,10 @@ from shortstack.graphs.contract import segment_contract
 from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.ir.attention import Caches, Lengths, layer_site
 from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.embedding import embed_tokens
 from shortstack.graphs.ir.exit import ExitInputs, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, residual_sum, unit_rms
-from shortstack.graphs.ir.matrix import embed
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import check_boundaries
 from shortstack.graphs.plan import Segment, SplitPlan
@@ -66,7 +66,7 @@ def segment_model(
     inputs = {port.name: g.input(port) for port in contract.inputs}
 
     if segment.is_first:
-        x = Residual(embed(g, inputs[names.INPUT_IDS], names.EMBED_TOKENS, "/model/embed_tokens"))
+        x = Residual(embed_tokens(g, spec, inputs[names.INPUT_IDS], "/model/embed_tokens"))
     else:
         x = Residual(inputs[names.HIDDEN_STATES])
     lengths = Lengths(inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
@@ -89,10 +89,10 @@ def segment_model(
         )
         outputs |= exit_node(g, spec, exit_spec, given, num_rows) | caches.presents()
         return g.finish(contract, outputs, f"shortstack {__version__}")
-    normed, stream = norm(g, spec, x, names.FINAL_NORM, "/lm_head/norm")
+    normed, stream = norm(g, spec.ends.final_norm, x, names.FINAL_NORM, "/lm_head/norm")
     if plan.has_state:
         last = last_rows(g, stream, num_rows, "/final_state/last_rows")
         outputs[names.FINAL_STATE] = unit_rms(g, spec, last, "/final_state")
     rows = last_rows(g, normed, num_rows, "/lm_head/last_rows")
-    outputs |= head(g, rows, spec.hidden_size, "/lm_head", weight=full_head(spec), id_map=None) | caches.presents()
+    outputs |= head(g, rows, spec, "/lm_head", weight=full_head(spec), id_map=None) | caches.presents()
     return g.finish(contract, outputs, f"shortstack {__version__}")

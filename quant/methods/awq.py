@@ -2,12 +2,12 @@
 
 A projection's input channel may be divided by s where what makes it is divided by s, and the projection's columns are
 multiplied by s: the layer computes the same. s = rms(x)^alpha, alpha found by trying which leaves the least error of
-the outputs (Lin et al. 2023, arXiv 2306.00978; there mean |x|). What takes the division::
+the outputs (Lin et al. 2023, arXiv 2306.00978; there mean |x|). What takes the division, where the layer has it::
 
-    input_norm.weight            for qkv_proj
+    input_norm                   for qkv_proj
     v rows of qkv_proj           for o_proj, one scale for all query heads that read a value head
-    post_attention_norm.weight   for gate_proj and up_proj
-    up_proj rows                 for down_proj (the gate's activation is not linear, the product with up is)
+    post_attention_norm          for the projections that the MLP begins with
+    up_proj rows                 for down_proj of a gated MLP: an activation is not linear, the product with up is
 
 Rows divided by a scale get the same codes, since each row's blocks have scales of their own.
 """
@@ -21,6 +21,7 @@ import numpy as np
 
 from shortstack.graphs.ir.block_tensor import nearest
 from shortstack.graphs.kv_map import identity_kv_map
+from shortstack.graphs.layer_weights import matrix_parts
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.methods.stats import Floats, InputStats
@@ -28,11 +29,10 @@ from shortstack.quant.methods.stats import Floats, InputStats
 _ALPHAS = tuple(np.linspace(0.0, 1.0, 11).tolist())
 _LIMIT = 1e3  # between the largest and smallest scale of a projection: beyond, float32 norms lose what they carry
 
-INPUT_NORM = "input_norm.weight"
-POST_ATTENTION_NORM = "post_attention_norm.weight"
+INPUT_NORM = "input_norm"
+POST_ATTENTION_NORM = "post_attention_norm"
 QKV, QKV_BIAS = "attn.qkv_proj.weight", "attn.qkv_proj.bias"
 O_PROJ = "attn.o_proj.weight"
-GATE = "mlp.gate_proj.weight"
 UP, UP_BIAS = "mlp.up_proj.weight", "mlp.up_proj.bias"
 DOWN = "mlp.down_proj.weight"
 
@@ -57,6 +57,7 @@ def scale_layer(
     stats: Mapping[str, InputStats],
     block_format_of: Callable[[str], BlockFormat | None],
     spec: ModelSpec,
+    layer: int,
 ) -> ScaledLayer:
     """Return a layer whose outputs suffer less from rounding.
 
@@ -65,6 +66,7 @@ def scale_layer(
         stats: Inputs of each projection, by its name. One that is missing is left as it is.
         block_format_of: Format of a projection; None where it stays in floats.
         spec: The model.
+        layer: Which layer.
     """
     scaled, scaled_stats, scales = dict(weights), dict(stats), dict[str, Floats]()
 
@@ -79,18 +81,25 @@ def scale_layer(
             scales[name] = found
         return found
 
-    for norm, projections in ((INPUT_NORM, (QKV,)), (POST_ATTENTION_NORM, (GATE, UP))):
+    own, reads = spec.layers[layer], matrix_parts(spec.weights(layer))
+    mlp_reads_input_norm = own.is_parallel and own.before_mlp is None
+    for norm, source in ((INPUT_NORM, "stream"), (POST_ATTENTION_NORM, "mlp")):
+        projections = [part for part, read in reads.items() if read == source]
+        if f"{norm}.weight" not in weights or (norm == INPUT_NORM and mlp_reads_input_norm):
+            continue
         if (found := divide(projections, lambda s: s)) is not None:
-            scaled[norm] = (scaled[norm] / found).astype(np.float32)
+            for name in (f"{norm}.weight", f"{norm}.bias"):
+                if name in scaled:
+                    scaled[name] = (scaled[name] / found).astype(np.float32)
     # A layer that reads the values of another one cannot scale them, nor may others read scaled ones.
     if spec.kv_map == identity_kv_map(spec.num_hidden_layers):
-        width = spec.cache_head_dim
-        group = spec.num_attention_heads // spec.num_key_value_heads
-        found = divide((O_PROJ,), lambda s: _one_per_value(s, spec.num_key_value_heads, group, width))
+        kv_heads, width = own.attention.kv_heads, own.attention.cache_head_dim
+        group = own.attention.heads // kv_heads
+        found = divide((O_PROJ,), lambda s: _one_per_value(s, kv_heads, group, width))
         if found is not None:
-            of_values = found.reshape(spec.num_key_value_heads, group, width)[:, 0].reshape(-1)  # [kv_heads * head_dim]
+            of_values = found.reshape(kv_heads, group, width)[:, 0].reshape(-1)  # [kv_heads * head_dim]
             _divide_rows(scaled, (QKV, QKV_BIAS), of_values)
-    if (found := divide((DOWN,), lambda s: s)) is not None:
+    if own.mlp.is_gated and (found := divide((DOWN,), lambda s: s)) is not None:
         _divide_rows(scaled, (UP, UP_BIAS), found)
     return ScaledLayer(scaled, scaled_stats, scales)
 

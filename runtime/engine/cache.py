@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -26,13 +27,28 @@ log = logging.getLogger(__name__)
 CHUNK_POSITIONS = 256
 
 
+@dataclass(frozen=True, slots=True)
+class CachePlace:
+    """The buffers of one owner.
+
+    Attributes:
+        dtype: Their element type.
+        device: What holds them.
+        kv_heads: Key/value heads.
+        head_dim: Width of one head in the buffers.
+    """
+
+    dtype: CacheType
+    device: Device
+    kv_heads: int
+    head_dim: int
+
+
 class KVCache:
     """KV buffers of one sequence.
 
     Args:
-        owners: For each owner, the element type of its buffers and the device that holds them.
-        kv_heads: Key/value heads.
-        head_dim: Width of one head in the buffers.
+        owners: The buffers of each owner.
         max_length: The longest context, in positions.
 
     Attributes:
@@ -40,12 +56,8 @@ class KVCache:
         generation: Goes up whenever the buffers are replaced; bindings to older ones must then be built again.
     """
 
-    def __init__(
-        self, owners: Mapping[CacheOwner, tuple[CacheType, Device]], kv_heads: int, head_dim: int, max_length: int
-    ) -> None:
+    def __init__(self, owners: Mapping[CacheOwner, CachePlace], max_length: int) -> None:
         self._owners = dict(owners)
-        self._kv_heads = kv_heads
-        self._head_dim = head_dim
         self._buffers: dict[tuple[CacheOwner, str], ort.OrtValue] = {}
         self._arrays: dict[tuple[CacheOwner, str], np.ndarray] = {}  # of the buffers on the host
         self.max_length = max_length
@@ -101,11 +113,11 @@ class KVCache:
             )
         # Graphs may write one spare row after the last position (Precision.has_spare_row).
         capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length) + SPARE_ROWS
-        shape = (1, self._kv_heads, capacity, self._head_dim)
         self.generation += 1  # first, so that no binding keeps using the old buffers if memory runs out halfway
-        for owner, (dtype, device) in self._owners.items():
+        for owner, place in self._owners.items():
+            device = place.device
             for part in names.KV_PARTS:
-                new = np.zeros(shape, dtype)
+                new = np.zeros((1, place.kv_heads, capacity, place.head_dim), place.dtype)
                 if keep:
                     new[:, :, :keep] = self._buffers[owner, part].numpy()[:, :, :keep]
                 self._buffers[owner, part] = ort.OrtValue.ortvalue_from_numpy(new, device.kind, device.index)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import onnxruntime as ort
 
 from shortstack.graphs.bundle import Bundle
-from shortstack.runtime.engine.cache import KVCache
+from shortstack.graphs.contract import cache_heads
+from shortstack.runtime.engine.cache import CachePlace, KVCache
 from shortstack.runtime.engine.session import Device, Placement, open_sessions
 
 
@@ -30,11 +31,11 @@ class OpenGraphs:
         """Return a cache for one sequence of at most ``max_length`` positions; it has no room until it is reserved."""
         manifest = self.bundle.manifest
         owners = {
-            owner: (cache_type, self.devices[segment.index])
+            owner: CachePlace(cache_type, self.devices[segment.index], *cache_heads(manifest.spec, owner))
             for segment in manifest.plan.segments
             for owner, cache_type in manifest.cache_types(segment).items()
         }
-        return KVCache(owners, manifest.spec.num_key_value_heads, manifest.spec.cache_head_dim, max_length)
+        return KVCache(owners, max_length)
 
 
 def open_graphs(

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
+from shortstack.graphs.layer_spec import Attention
 from shortstack.graphs.manifest import Manifest
-from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.engine.binder import Rows, SegmentBinder
 from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.open_graphs import OpenGraphs
@@ -114,10 +114,12 @@ def _kv(cache: KVCache, part: str, manifest: Manifest, rows: int) -> list[Array]
     if manifest.cache_type == "int8":
         return []
     spec = manifest.spec
-    return [_unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec) for layer in spec.kv_map]
+    return [
+        _unpadded(cache.buffer(layer, part).numpy()[0, :, :rows], spec.layers[layer].attention) for layer in spec.kv_map
+    ]
 
 
-def _unpadded(array: Stored, spec: ModelSpec) -> Array:
+def _unpadded(array: Stored, attention: Attention) -> Array:
     """Drop the zero columns that pad each half of a head, [kv_heads, seq, cache_head_dim]."""
-    halves = array.astype(np.float32).reshape(*array.shape[:-1], 2, spec.cache_head_dim // 2)
-    return halves[..., : spec.head_dim // 2].reshape(*array.shape[:-1], spec.head_dim)
+    halves = array.astype(np.float32).reshape(*array.shape[:-1], 2, attention.cache_head_dim // 2)
+    return halves[..., : attention.head_dim // 2].reshape(*array.shape[:-1], attention.head_dim)

@@ -1,19 +1,15 @@
 """How many parameters each part of a model has, by its spec alone; no graph and no tensor is opened.
 
-For :mod:`shortstack.runtime.inspection.report`. With H hidden, I intermediate, N heads, K kv_heads, D head_dim and V
-vocab::
-
-    attention  qkv   H * (N + 2K) * D    a consumer of another layer's K,V has q alone: H * N * D
-               o     N * D * H
-    mlp        3 * H * I                 gate, up, down
-    norms      2 * H
-    embedding  V * H                     LM head the same, and stored once if tied
+For :mod:`shortstack.runtime.inspection.report`. The weights of a layer are those of
+:mod:`shortstack.graphs.layer_weights`; embedding and LM head are [vocab, hidden] each, stored once if tied.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from shortstack.graphs.layer_weights import Weight
 from shortstack.graphs.spec import ModelSpec
 
 
@@ -24,9 +20,9 @@ class LayerParameters:
     Attributes:
         qkv: The q, k and v projections; q alone in a layer that uses another layer's K,V.
         o: The output projection of attention.
-        mlp: The gate, up and down projections.
-        norms: Both RMS norms.
-        biases: All biases.
+        mlp: The projections of the MLP.
+        norms: All norms.
+        biases: All biases of projections.
     """
 
     qkv: int
@@ -41,29 +37,27 @@ class LayerParameters:
         return self.qkv + self.o + self.mlp + self.norms + self.biases
 
 
-def layer_parameters(spec: ModelSpec, layer: int, head_dim: int | None = None) -> LayerParameters:
+def layer_parameters(spec: ModelSpec, layer: int) -> LayerParameters:
     """Count the parameters of one layer.
 
     Args:
         spec: The model.
         layer: Its number.
-        head_dim: Width of one head; None takes the model's own, ``spec.cache_head_dim`` counts what is stored.
     """
-    hidden, mlp_width, width = spec.hidden_size, spec.intermediate_size, head_dim or spec.head_dim
-    owns_kv = spec.kv_map[layer] == layer
-    projected = (spec.num_attention_heads + (2 * spec.num_key_value_heads if owns_kv else 0)) * width
-    biases = (
-        (projected if spec.qkv_bias else 0)
-        + (hidden if spec.attention_out_bias else 0)
-        + (2 * mlp_width + hidden if spec.mlp_bias else 0)
-    )
-    return LayerParameters(
-        qkv=hidden * projected,
-        o=spec.num_attention_heads * width * hidden,
-        mlp=3 * hidden * mlp_width,
-        norms=2 * hidden,
-        biases=biases,
-    )
+    counts = dict.fromkeys(("qkv", "o", "mlp", "norms", "biases"), 0)
+    for weight in spec.weights(layer):
+        counts[_kind(weight)] += math.prod(weight.shape)
+    return LayerParameters(**counts)
+
+
+def _kind(weight: Weight) -> str:
+    if weight.is_norm:
+        return "norms"
+    if not weight.is_matrix:
+        return "biases"
+    if weight.part.startswith("mlp."):
+        return "mlp"
+    return "o" if weight.reads == "mixed" else "qkv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +88,6 @@ def model_parameters(spec: ModelSpec) -> ModelParameters:
     return ModelParameters(
         embedding=table,
         layers=sum(layer_parameters(spec, layer).total for layer in range(spec.num_hidden_layers)),
-        final_norm=spec.hidden_size,
+        final_norm=spec.hidden_size * (1 + spec.ends.final_norm.has_bias),
         lm_head=0 if spec.tie_word_embeddings else table,
     )

@@ -308,7 +308,7 @@ def _segment(manifest: Manifest, segment: Segment) -> SegmentReport:
         parameters=parameters,
         parameter_share=round(parameters / model.total, 6),
         graph_bytes=manifest.files[file].bytes,
-        cache_bytes_per_token=cache_bytes_per_token(manifest, len(owned)) + head.cache_bytes_per_token,
+        cache_bytes_per_token=cache_bytes_per_token(manifest, owned) + head.cache_bytes_per_token,
         inputs=contract.inputs,
         outputs=contract.outputs,
     )

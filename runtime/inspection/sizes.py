@@ -7,12 +7,14 @@ with scales of the activations' type. Heads are stored padded to the width that 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, head_rows, stored_parts
 from shortstack.graphs.kv_bytes import kv_bytes_per_token
-from shortstack.graphs.layer_parts import layer_parts
+from shortstack.graphs.layer_spec import cache_head_dim
+from shortstack.graphs.layer_weights import matrix_parts, stored_shapes
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import SPARE_ROWS
@@ -60,12 +62,14 @@ class LayerBytes:
 
 def layer_bytes(manifest: Manifest, layer: int) -> LayerBytes:
     """Return what the parts of one layer take."""
-    spec, owns_kv = manifest.spec, manifest.spec.kv_map[layer] == layer
+    spec, owns_kv = manifest.spec, manifest.spec.owns_kv(layer)
+    table = spec.weights(layer)
+    matrices = matrix_parts(table)
     taken = dict.fromkeys(("attn.qkv_proj", "attn.o_proj", "mlp", "norm"), 0)
     factors: dict[str, tuple[str, int]] = {}
-    for part, shape in layer_parts(spec, owns_kv=owns_kv).items():
-        kind = next((kind for kind in taken if part.startswith(kind)), "norm")
-        if part in names.LAYER_MATRICES:
+    for part, shape in stored_shapes(table, spec.layers[layer].attention).items():
+        kind = "norm" if "norm" in part else next(kind for kind in taken if part.startswith(kind))
+        if part in matrices:
             taken[kind] += matrix_bytes(manifest, names.layer_weight(layer, part), *shape)
             factors |= _side_factor(manifest, names.layer_weight(layer, part), shape[1], kind)
         else:
@@ -74,7 +78,7 @@ def layer_bytes(manifest: Manifest, layer: int) -> LayerBytes:
         taken[kind] += size
     if manifest.precision.kv_cache == "int8" and owns_kv:
         # An int8 cache has a scale for each number of a position's key and value.
-        taken["attn.qkv_proj"] += kv_bytes_per_token(spec, _KV_SCALE_BYTES, owners=1)
+        taken["attn.qkv_proj"] += kv_bytes_per_token(spec, _KV_SCALE_BYTES, (layer,))
     return LayerBytes(*taken.values())
 
 
@@ -167,14 +171,16 @@ def draft_heads_bytes(manifest: Manifest) -> int:
 
 
 def other_bytes(manifest: Manifest) -> int:
-    """Return what the final norm and the rotary tables [max_length (+ a spare row), head_dim / 2] take."""
+    """Return what the final norm and the rotary tables take, each [max_length (+ a spare row), head_dim / 2]."""
     spec, precision = manifest.spec, manifest.precision
     positions = manifest.max_length + (0 if precision.is_float else SPARE_ROWS)
-    return (spec.hidden_size + positions * spec.cache_head_dim) * BYTES_PER_VALUE[manifest.dtype]
+    norms = spec.hidden_size * (1 + spec.ends.final_norm.has_bias)
+    columns = sum(cache_head_dim(rope.head_dim) for rope in spec.ropes)
+    return (norms + positions * columns) * BYTES_PER_VALUE[manifest.dtype]
 
 
-def cache_bytes_per_token(manifest: Manifest, layers: int) -> int:
-    """Return what one position takes in the K,V caches of this many layers that own one."""
+def cache_bytes_per_token(manifest: Manifest, layers: Iterable[int]) -> int:
+    """Return what one position takes in the K,V caches of these layers, which own one."""
     value_bytes = 1 if manifest.precision.kv_cache == "int8" else BYTES_PER_VALUE[manifest.dtype]
     return kv_bytes_per_token(manifest.spec, value_bytes, layers)
 
@@ -183,7 +189,7 @@ def block_cache_bytes_per_token(manifest: Manifest, exit_spec: ExitSpec | None) 
     """Return what one position takes in the cache of an exit's block, always floats; 0 without a block."""
     if exit_spec is None or exit_spec.branch != "block":
         return 0
-    return kv_bytes_per_token(manifest.spec, BYTES_PER_VALUE[manifest.dtype], owners=1)
+    return kv_bytes_per_token(manifest.spec, BYTES_PER_VALUE[manifest.dtype], (names.exit_block(exit_spec.exit_layer),))
 
 
 def _without_exits(manifest: Manifest) -> int:

@@ -11,6 +11,7 @@ from shortstack.graphs import names
 from shortstack.graphs.contract import Port
 from shortstack.graphs.exit_parts import exit_matrices
 from shortstack.graphs.kv_map import IteratedGroup
+from shortstack.graphs.layer_weights import matrix_parts
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.inspection.report import HeadReport, Report, SegmentReport
 
@@ -99,11 +100,13 @@ def branch_words(head: HeadReport) -> str:
 def model_words(report: Report) -> str:
     """Return the model's shape in one line."""
     spec = report.spec
-    heads = f"{spec.num_attention_heads} heads, {spec.num_key_value_heads} KV heads of {spec.head_dim}"
+    attentions = [layer.attention for layer in spec.layers]
+    heads = " or ".join(dict.fromkeys(f"{a.heads} heads, {a.kv_heads} KV heads of {a.head_dim}" for a in attentions))
+    widths = " or ".join(dict.fromkeys(str(layer.mlp.width) for layer in spec.layers))
     tied = "tied" if spec.tie_word_embeddings else "untied"
     return (
         f"{printable(spec.model_type)} · {spec.num_hidden_layers} layers · hidden {spec.hidden_size} · {heads} · "
-        f"MLP {spec.intermediate_size} · vocabulary {spec.vocab_size:,} ({tied}) · "
+        f"MLP {widths} · vocabulary {spec.vocab_size:,} ({tied}) · "
         f"{quantity(report.parameters.total)} parameters"
     )
 
@@ -117,7 +120,11 @@ def precision_words(report: Report) -> str:
         return f"{report.dtype} activations{cache}"
     vocabulary = {names.EMBED_TOKENS} if report.spec.tie_word_embeddings else {names.EMBED_TOKENS, names.LM_HEAD}
     exits = {name for head in report.exits for name in _own_matrices(head, report.spec)}
-    layers = {names.layer_weight(layer.layer, part) for layer in report.layers for part in names.LAYER_MATRICES}
+    layers = {
+        names.layer_weight(layer, part)
+        for layer in range(report.spec.num_hidden_layers)
+        for part in matrix_parts(report.spec.weights(layer))
+    }
     if floats := len((vocabulary | exits | layers) - precision.weights.keys()):
         counts[report.dtype] = floats
     (most, count), *others = counts.most_common()

@@ -38,6 +38,7 @@ from shortstack.graphs.manifest import FORMAT_VERSION
 from shortstack.graphs.names import MANIFEST_FILE
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.spec_json import llama_spec, spec_to_json
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.preset import Preset
 from shortstack.quant.spec import QuantizeSpec
@@ -82,7 +83,7 @@ def random_bundle(spec: ModelSpec, exit_layers: Sequence[int], cache: Path) -> P
         exit_layers: Where it is cut.
         cache: Folder of such bundles.
     """
-    identity = json.dumps([spec.to_json(), list(exit_layers), FORMAT_VERSION], sort_keys=True)
+    identity = json.dumps([spec_to_json(spec), list(exit_layers), FORMAT_VERSION], sort_keys=True)
     out = cache / f"random-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if (out / MANIFEST_FILE).is_file():
         return out
@@ -143,7 +144,7 @@ def bench(
     facts: dict[str, tuple[bool, int]] = {}
     for name in maps:
         kv_map = parse_kv_map(name, layers)
-        spec = ModelSpec(
+        spec = llama_spec(
             model_type="llama",
             num_hidden_layers=layers,
             hidden_size=hidden,

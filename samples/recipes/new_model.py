@@ -18,12 +18,13 @@ import click
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from shortstack.export.twin.folder import config_of
+from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
 from shortstack.graphs.bundle import staged_folder
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.spec_json import llama_spec
 from shortstack.samples.command import command_errors
 from shortstack.samples.recipes.training.data import read_texts
 
@@ -65,7 +66,7 @@ def new_model(folder: Path, texts: list[str], spec: ModelSpec, initializer_range
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Twin(spec).parameters())
     with staged_folder(folder) as staged:
-        config = config_of(spec) | {"initializer_range": initializer_range}
+        config = ARCHITECTURES[spec.model_type].write_config(spec) | {"initializer_range": initializer_range}
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(str(staged / names.TOKENIZER_FILE))
         described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": None}
@@ -103,7 +104,7 @@ def main(
                 found=f"{hidden}, {heads}, {kv_heads}",
                 expected="hidden / heads even, and kv heads a divisor of heads",
             )
-        spec = ModelSpec(
+        spec = llama_spec(
             model_type="llama",
             num_hidden_layers=layers,
             hidden_size=hidden,

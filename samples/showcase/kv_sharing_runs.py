@@ -31,6 +31,7 @@ from shortstack.export.twin.folder import load_twin, save_twin
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import parse_kv_map
 from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.spec_json import llama_spec
 from shortstack.samples.bench.report import progress
 from shortstack.samples.recipes.kv_sharing import KVSharingSpec, train
 from shortstack.samples.recipes.new_model import new_model
@@ -79,7 +80,7 @@ class RunsSpec:
 
     def model(self) -> ModelSpec:
         """Return the model without sharing."""
-        return ModelSpec(
+        return llama_spec(
             model_type="llama",
             num_hidden_layers=self.layers,
             hidden_size=self.hidden,

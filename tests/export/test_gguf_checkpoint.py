@@ -53,8 +53,18 @@ def test_names_and_rotary_order_equal_those_of_transformers(tmp_path: Path) -> N
     tensors = weights(bias=True)
     checkpoint = open_checkpoint(str(write(tmp_path / "m.gguf", tensors)))
     _, spec = resolve(checkpoint)
-    assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, False, False)
-    assert (spec.head_dim, spec.num_key_value_heads, spec.vocab_size, spec.tie_word_embeddings) == (8, 2, VOCAB, True)
+    attention = spec.layers[0].attention
+    assert (attention.qkv_bias, attention.out_bias, spec.layers[0].mlp.has_bias) == (
+        True,
+        False,
+        False,
+    )
+    assert (
+        spec.layers[0].attention.head_dim,
+        spec.layers[0].attention.kv_heads,
+        spec.vocab_size,
+        spec.tie_word_embeddings,
+    ) == (8, 2, VOCAB, True)
     for hf_name, gguf_name in {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -114,7 +124,7 @@ def test_linear_scaling_and_the_rotary_base_are_read(tmp_path: Path) -> None:
         writer.add_rope_freq_base(500000.0)
 
     _, spec = resolve(open_checkpoint(str(write(tmp_path / "m.gguf", weights(), edit=edit))))
-    assert (spec.rope_scaling.kind, spec.rope_scaling.factor, spec.rope_theta) == ("linear", 4.0, 500000.0)
+    assert (spec.ropes[0].scaling.kind, spec.ropes[0].scaling.factor, spec.ropes[0].theta) == ("linear", 4.0, 500000.0)
 
 
 @pytest.mark.parametrize(
@@ -305,13 +315,18 @@ def test_a_merge_that_forms_no_token_is_refused(tmp_path: Path) -> None:
 def test_smollm2_reads_as_transformers_reads_it(smollm2_gguf: Path, smollm2_reference: Reference) -> None:
     checkpoint = open_checkpoint(str(smollm2_gguf))
     _, spec = resolve(checkpoint)
-    assert (spec.num_hidden_layers, spec.hidden_size, spec.num_attention_heads, spec.num_key_value_heads) == (
+    assert (
+        spec.num_hidden_layers,
+        spec.hidden_size,
+        spec.layers[0].attention.heads,
+        spec.layers[0].attention.kv_heads,
+    ) == (
         30,
         576,
         9,
         3,
     )
-    assert (spec.vocab_size, spec.rope_theta, spec.tie_word_embeddings) == (49152, 100000.0, True)
+    assert (spec.vocab_size, spec.ropes[0].theta, spec.tie_word_embeddings) == (49152, 100000.0, True)
     state = smollm2_reference._model.state_dict()
     assert checkpoint.names() == state.keys() - {"lm_head.weight"}
     for name in [

@@ -57,7 +57,12 @@ def test_shards_that_transformers_saved_are_read_the_same(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     checkpoint = open_checkpoint(str(tmp_path))
     _, spec = resolve(checkpoint)
-    assert (spec.num_key_value_heads, spec.head_dim, spec.tie_word_embeddings) == (2, 4, True)
+    attention = spec.layers[0].attention
+    assert (attention.kv_heads, attention.head_dim, spec.tie_word_embeddings) == (
+        2,
+        4,
+        True,
+    )
     state = model.state_dict()
     for name in checkpoint.names():
         np.testing.assert_array_equal(checkpoint.tensor(name), state[name].float().numpy())

@@ -92,7 +92,12 @@ def test_a_released_lckv_config() -> None:
     spec = ARCHITECTURES["lckv-llama"].read_spec(Config(TINYLLAMA_LCKV_W10, "config.json"))
     assert spec.kv_map == parse_kv_map("lckv:10", 22)
     assert (spec.masks_diagonal, spec.windows, spec.model_type) == (True, (), "llama")
-    assert (spec.num_key_value_heads, spec.head_dim, spec.max_position_embeddings) == (4, 64, 2048)
+    attention = spec.layers[0].attention
+    assert (attention.kv_heads, attention.head_dim, spec.max_position_embeddings) == (
+        4,
+        64,
+        2048,
+    )
 
 
 def test_lckv_layers_may_slide_and_own_their_kv_by_default() -> None:

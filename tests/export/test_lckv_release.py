@@ -26,7 +26,7 @@ from shortstack.export.twin.folder import load_twin
 from shortstack.export.twin.model import Passes, Twin
 from shortstack.export.twin.sequential import sequential
 from shortstack.graphs.bundle import open_bundle
-from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.spec_json import llama_spec
 from shortstack.runtime import load
 
 TOLERANCE = 1e-4
@@ -115,7 +115,7 @@ def by_definition(
     tensors: dict[str, torch.Tensor], kv_map: tuple[int, ...], windows: tuple[int, ...], masks_diagonal: bool
 ) -> Twin:
     """Build the model that a release describes, without its config."""
-    spec = ModelSpec(
+    spec = llama_spec(
         model_type="llama",
         num_hidden_layers=LAYERS,
         hidden_size=HIDDEN,

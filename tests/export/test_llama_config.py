@@ -14,7 +14,8 @@ from shortstack.export.arch.llama import ARCH, read_spec
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.rope import inverse_frequencies
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
-from shortstack.graphs.spec import RopeScaling
+from shortstack.graphs.layer_spec import RopeScaling
+from shortstack.graphs.spec import ModelSpec
 
 BASE: dict[str, Any] = {
     "model_type": "llama",
@@ -43,12 +44,12 @@ def test_defaults_are_those_of_transformers() -> None:
 
     theirs = LlamaConfig(**BASE)
     spec = read_spec(config())
-    assert spec.num_key_value_heads == theirs.num_key_value_heads == 4
-    assert spec.head_dim == theirs.head_dim == 16
-    assert spec.rope_theta == theirs.rope_parameters["rope_theta"] == 10000.0
+    assert spec.layers[0].attention.kv_heads == theirs.num_key_value_heads == 4
+    assert spec.layers[0].attention.head_dim == theirs.head_dim == 16
+    assert spec.ropes[0].theta == theirs.rope_parameters["rope_theta"] == 10000.0
     assert spec.tie_word_embeddings is theirs.tie_word_embeddings is False
-    assert spec.rope_scaling == RopeScaling()
-    assert read_spec(Config({k: v for k, v in BASE.items() if k != "rms_norm_eps"}, "f")).rms_norm_eps == 1e-6
+    assert spec.ropes[0].scaling == RopeScaling()
+    assert read_spec(Config({k: v for k, v in BASE.items() if k != "rms_norm_eps"}, "f")).norm_eps == 1e-6
 
 
 @pytest.mark.parametrize("rope", [{}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}])
@@ -72,18 +73,23 @@ def test_pretraining_tp_is_ignored() -> None:
     assert read_spec(config(pretraining_tp=8)) == read_spec(config())
 
 
+def biases(spec: ModelSpec) -> tuple[bool, bool, bool]:
+    layer = spec.layers[0]
+    return layer.attention.qkv_bias, layer.attention.out_bias, layer.mlp.has_bias
+
+
 def test_biases_come_from_three_fields() -> None:
     spec = read_spec(config(attention_bias=True))
-    assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, True, False)
+    assert biases(spec) == (True, True, False)
     spec = read_spec(config(attention_bias=True, attention_out_bias=False, mlp_bias=True))
-    assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, False, True)
+    assert biases(spec) == (True, False, True)
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_scaling_is_read_under_both_names(key: str) -> None:
-    assert read_spec(config(rope_scaling={key: "default"})).rope_scaling == RopeScaling()
-    assert read_spec(config(rope_scaling={key: "linear", "factor": 2})).rope_scaling == RopeScaling("linear", 2.0)
-    scaling = read_spec(config(rope_scaling={key: "llama3", **LLAMA3})).rope_scaling
+    assert read_spec(config(rope_scaling={key: "default"})).ropes[0].scaling == RopeScaling()
+    assert read_spec(config(rope_scaling={key: "linear", "factor": 2})).ropes[0].scaling == RopeScaling("linear", 2.0)
+    scaling = read_spec(config(rope_scaling={key: "llama3", **LLAMA3})).ropes[0].scaling
     assert scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 
 
@@ -127,12 +133,12 @@ def test_rotary_embedding_is_read_as_transformers_reads_it(spelling: str, tmp_pa
     fields = {**BASE, **SPELLINGS[spelling]}
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
-    ours = inverse_frequencies(read_spec(Config(fields, "config.json")))
+    ours = inverse_frequencies(read_spec(Config(fields, "config.json")).ropes[0])
     assert torch.equal(torch.from_numpy(ours), theirs.inv_freq)
 
 
 def test_a_missing_original_length_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    assert read_spec(config(rope_scaling=STRETCHED)).rope_scaling.original_max_position_embeddings == 128
+    assert read_spec(config(rope_scaling=STRETCHED)).ropes[0].scaling.original_max_position_embeddings == 128
     (message,) = caplog.messages
     assert message.startswith("config.json: rope_scaling.original_max_position_embeddings is missing")
     assert "max_position_embeddings, 128, takes its place" in message

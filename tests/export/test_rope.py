@@ -50,10 +50,10 @@ def test_tables_equal_those_of_transformers(case: str) -> None:
     fields = copy.deepcopy({**BASE, **CASES[case]})  # transformers writes into the objects
     spec = read_spec(Config(fields, "config.json"))
     theirs = LlamaRotaryEmbedding(LlamaConfig(**fields))
-    np.testing.assert_array_equal(inverse_frequencies(spec), theirs.inv_freq.numpy())
-    cos, sin = rope_tables(spec, LENGTH)
+    np.testing.assert_array_equal(inverse_frequencies(spec.ropes[0]), theirs.inv_freq.numpy())
+    cos, sin = rope_tables(spec.ropes[0], LENGTH)
     their_cos, their_sin = theirs(torch.zeros(1), torch.arange(LENGTH)[None])
-    half = spec.head_dim // 2
+    half = spec.ropes[0].head_dim // 2
     for ours, other in ((cos, their_cos), (sin, their_sin)):
         assert ours.dtype == np.float32
         assert ours.shape == (LENGTH, half)
@@ -61,22 +61,24 @@ def test_tables_equal_those_of_transformers(case: str) -> None:
 
 
 def test_a_shorter_table_is_the_beginning_of_a_longer_one() -> None:
-    spec = read_spec(Config(BASE, "config.json"))
-    np.testing.assert_allclose(rope_tables(spec, 10)[0], rope_tables(spec, 100)[0][:10], rtol=0, atol=COS_SIN_TOLERANCE)
+    (rope,) = read_spec(Config(BASE, "config.json")).ropes
+    np.testing.assert_allclose(rope_tables(rope, 10)[0], rope_tables(rope, 100)[0][:10], rtol=0, atol=COS_SIN_TOLERANCE)
 
 
-def factors_spec() -> Any:
-    return read_spec(Config({**BASE, "rope_scaling": {"rope_type": "factors"}}, "m.gguf"))
+def factors_rope() -> Any:
+    return read_spec(Config({**BASE, "rope_scaling": {"rope_type": "factors"}}, "m.gguf")).ropes[0]
 
 
 def test_factors_taken_from_llama3_scaling_give_the_same_frequencies() -> None:
     plain = read_spec(Config(BASE, "config.json"))
     llama3 = read_spec(Config({**BASE, "rope_scaling": LLAMA3}, "config.json"))
-    factors = inverse_frequencies(plain) / inverse_frequencies(llama3)
+    factors = inverse_frequencies(plain.ropes[0]) / inverse_frequencies(llama3.ropes[0])
     assert factors.min() == 1.0
     assert factors.max() == pytest.approx(32.0)
     np.testing.assert_allclose(
-        inverse_frequencies(factors_spec(), factors), inverse_frequencies(llama3), rtol=2 * np.finfo(np.float32).eps
+        inverse_frequencies(factors_rope(), factors),
+        inverse_frequencies(llama3.ropes[0]),
+        rtol=2 * np.finfo(np.float32).eps,
     )
 
 
@@ -85,12 +87,12 @@ def test_factors_taken_from_llama3_scaling_give_the_same_frequencies() -> None:
 )
 def test_bad_factors_are_refused(factors: Any) -> None:
     with pytest.raises(CheckpointError, match="factors"):
-        rope_tables(factors_spec(), 4, factors)
+        rope_tables(factors_rope(), 4, factors)
 
 
 def test_factors_are_refused_by_a_model_that_does_not_use_them() -> None:
     with pytest.raises(ValueError, match="takes no factors"):
-        rope_tables(read_spec(Config(BASE, "config.json")), 4, np.ones(32, np.float32))
+        rope_tables(read_spec(Config(BASE, "config.json")).ropes[0], 4, np.ones(32, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_factors_are_refused_by_a_model_that_does_not_use_them() -> None:
 def test_angles_that_no_float_can_hold_are_refused(fields: dict[str, Any]) -> None:
     spec = read_spec(Config({**BASE, **fields}, "config.json"))
     with pytest.raises(CheckpointError, match="rotary frequencies are too large for float32: found rope_theta"):
-        rope_tables(spec, LENGTH)
+        rope_tables(spec.ropes[0], LENGTH)
 
 
 def test_a_base_that_no_float32_can_hold_gives_the_tables_of_transformers() -> None:
@@ -115,4 +117,4 @@ def test_a_base_that_no_float32_can_hold_gives_the_tables_of_transformers() -> N
 
     fields = {**BASE, "rope_theta": 1e300}
     theirs = LlamaRotaryEmbedding(LlamaConfig(**fields)).inv_freq
-    assert torch.equal(torch.from_numpy(rope_tables(read_spec(Config(fields, "f")), 2)[0][1]), theirs.cos())
+    assert torch.equal(torch.from_numpy(rope_tables(read_spec(Config(fields, "f")).ropes[0], 2)[0][1]), theirs.cos())

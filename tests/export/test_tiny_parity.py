@@ -250,7 +250,7 @@ BROKEN = [
     (names.layer_weight(2, "input_norm.weight"), r"1e-03 is layer 2 (key|value)"),
     (names.FINAL_NORM, "up to the LM head"),
     (names.LM_HEAD, "up to the LM head"),
-    (names.ROPE_COS, "1e-03 is layer 0 key"),
+    (names.rope_table(0, "cos"), "1e-03 is layer 0 key"),
 ]
 
 
@@ -258,7 +258,9 @@ BROKEN = [
 def test_one_broken_value_is_found_and_its_layer_is_named(
     tiny_bundles: TinyBundles, one_torch_thread: Callable[[], None], tmp_path: Path, weight: str, says: str
 ) -> None:
-    at = BASE.head_dim // 2 if weight == names.ROPE_COS else -1  # position 1, since no text reaches the last position
+    at = (
+        BASE.head_dim // 2 if weight == names.rope_table(0, "cos") else -1
+    )  # position 1, since no text reaches the last position
     bundle = break_weight(tiny_bundles.bundle(BASE, 2), tmp_path / "broken", weight, at)
     reference = Reference(str(tiny_bundles.checkpoint(BASE)))
     one_torch_thread()

@@ -21,8 +21,8 @@ from shortstack.export.twin.folder import load_twin, save_twin
 from shortstack.export.twin.layer import Layer
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import BundleError
+from shortstack.graphs.layer_spec import Rope
 from shortstack.graphs.plan import ExitSpec
-from shortstack.graphs.spec import ModelSpec
 
 TWIN = 1e-4
 """Twin against transformers, float32 logits with a standard deviation of 2 to 3. Measured: mostly 0, at most 3e-6."""
@@ -117,7 +117,7 @@ def test_consumers_attend_to_their_producer(tiny_bundles: TinyBundles) -> None:
     assert not lacking.missing_keys
     assert {key.split(".")[2] for key in lacking.unexpected_keys} == {"2", "3"}
     ids = ids_of(BASE.vocab, length=11)
-    rotary = shared.rotary(ids)
+    rotary = shared.rotaries(ids)
     x, lent = shared.model.embed_tokens(ids), None
     for index, layer in enumerate(shared.model.layers):
         assert isinstance(layer, Layer)
@@ -150,9 +150,9 @@ def test_rotary_tables_are_made_once_and_grow_with_the_text(
     node = ExitNode(twin.spec, ExitSpec(2, branch="block"))
     made: list[int] = []
 
-    def counted(spec: ModelSpec, length: int, factors: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+    def counted(rope: Rope, length: int, factors: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
         made.append(length)
-        return rope_tables(spec, length, factors)
+        return rope_tables(rope, length, factors)
 
     monkeypatch.setattr("shortstack.export.twin.model.rope_tables", counted)
     monkeypatch.setattr("shortstack.export.twin.exits.rope_tables", counted, raising=False)

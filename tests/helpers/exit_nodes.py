@@ -135,7 +135,7 @@ def expected_exits(
     results = []
     for node in nodes:
         boundary = found[node.exit_spec.exit_layer]
-        out = node(boundary, twin.model.embed_tokens(ids), torch.from_numpy(state), twin)
+        out = node(boundary, twin.embedded(ids), torch.from_numpy(state), twin)
         results.append(
             Expected(
                 out.logits.numpy(),
@@ -151,7 +151,7 @@ def true_states(twin: Twin, tokens: npt.NDArray[np.int64]) -> Array:
     """Return the model's state at every position, [batch, seq, hidden]."""
     depth = twin.spec.num_hidden_layers
     hidden = twin.boundaries(torch.from_numpy(tokens), (depth,))[depth].hidden
-    return np.asarray(unit_rms(hidden, twin.spec.rms_norm_eps).numpy())
+    return np.asarray(unit_rms(hidden, twin.spec.norm_eps).numpy())
 
 
 def before(states: Array) -> Array:

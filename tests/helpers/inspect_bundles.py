@@ -11,6 +11,7 @@ from shortstack.graphs.manifest import Manifest, required_files
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.graphs.spec_json import llama_spec
 from shortstack.runtime.inspection.report import Report, build_report
 
 MakeBundle = Callable[..., Path]
@@ -29,15 +30,15 @@ TABLE = 100 * 8  # embedding, LM head
 
 def tiny_spec(
     layers: int = 4, *, tied: bool = True, kv_map: tuple[int, ...] = (), head_dim: int = 16, biases: bool = False,
-    windows: tuple[int, ...] = (), masks_diagonal: bool = False,
+    windows: tuple[int, ...] = (), masks_diagonal: bool = False, heads: int = 2, kv_heads: int = 1,
 ) -> ModelSpec:  # fmt: skip
-    return ModelSpec(
+    return llama_spec(
         model_type="llama",
         num_hidden_layers=layers,
         hidden_size=8,
         intermediate_size=10,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=100,
         rms_norm_eps=1e-5,

@@ -8,6 +8,7 @@ import torch
 
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.spec_json import llama_spec
 
 VOCAB = 61
 _GAINS = {"embed_tokens": 32**0.5, "q_proj": 1.5, "k_proj": 1.5, "o_proj": 0.35, "down_proj": 0.35}
@@ -30,7 +31,7 @@ def kv_spec(kv_map: tuple[int, ...], **changes: Any) -> ModelSpec:
         "tie_word_embeddings": False,
         "kv_map": kv_map,
     }
-    return ModelSpec(**fields | changes)
+    return llama_spec(**fields | changes)
 
 
 def random_twin(spec: ModelSpec) -> Twin:

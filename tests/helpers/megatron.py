@@ -89,22 +89,23 @@ def write(
 def options_of(twin: Twin, nodes: Sequence[ExitNode], layout: Layout) -> dict[str, Any]:
     """Return the options that ``args`` hold."""
     spec, exits = twin.spec, [node.exit_spec for node in nodes]
+    attention = spec.layers[0].attention
     multiple = layout.divisible_by * layout.ranks
     return {
         "num_layers": spec.num_hidden_layers,
         "encoder_num_layers": spec.num_hidden_layers,
         "hidden_size": spec.hidden_size,
-        "ffn_hidden_size": spec.intermediate_size,
-        "num_attention_heads": spec.num_attention_heads,
-        "kv_channels": spec.head_dim,
-        "group_query_attention": spec.num_key_value_heads != spec.num_attention_heads,
-        "num_query_groups": spec.num_key_value_heads if spec.num_key_value_heads != spec.num_attention_heads else 1,
+        "ffn_hidden_size": spec.layers[0].mlp.width,
+        "num_attention_heads": attention.heads,
+        "kv_channels": attention.head_dim,
+        "group_query_attention": attention.kv_heads != attention.heads,
+        "num_query_groups": attention.kv_heads if attention.kv_heads != attention.heads else 1,
         "seq_length": spec.max_position_embeddings,
         "max_position_embeddings": spec.max_position_embeddings,
         "normalization": "RMSNorm",
-        "norm_epsilon": spec.rms_norm_eps,
+        "norm_epsilon": spec.norm_eps,
         "swiglu": True,
-        "add_bias_linear": spec.mlp_bias,
+        "add_bias_linear": spec.layers[0].mlp.has_bias,
         "position_embedding_type": "rope",
         "rotary_percent": 1.0,
         "rotary_seq_len_interpolation_factor": None,
@@ -216,8 +217,8 @@ def _under(weights: Weights, prefix: str) -> Weights:
 
 def _layer(layer: Weights, twin: Twin, layout: Layout, rank: int) -> Weights:
     """Return one layer or exit block, under Megatron's names."""
-    spec = twin.spec
-    groups, dim = spec.num_key_value_heads, spec.head_dim
+    attention = twin.spec.layers[0].attention
+    groups, dim = attention.kv_heads, attention.head_dim
     parts: Weights = {
         "input_norm.weight": layer["input_layernorm.weight"].to(layout.dtype),
         "post_attention_norm.weight": layer["post_attention_layernorm.weight"].to(layout.dtype),

@@ -25,6 +25,14 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LAYER_MATRICES = (
+    "attn.qkv_proj.weight",
+    "attn.o_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
+"""The matrices of a layer as a bundle names them, in the order of computation."""
 _MERGES = (
     "Ġ t|h e|i n|e r|Ġ a|r e|o n|Ġt he|a t|Ġ s|e n|o u|i s|Ġ w|Ġ c|o r|e s|i t|Ġ b|e d|Ġ f|a n|Ġ p|in g|a l|a r|Ġa n|"
     "Ġ o|Ġ m|l e|i c|Ġan d|Ġ h|Ġt o|s t|Ġ d|Ġo f|r o|Ġ in|l l|o m"

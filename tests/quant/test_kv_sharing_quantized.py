@@ -169,10 +169,10 @@ def test_scales_lie_a_little_above_the_models_own_keys_and_values(
     assert {name for name in stored if name.endswith("_scale")} == wanted
     ran = load(source).activations(text_of(source, 256))
     for layer, (part, seen) in product(owners, zip(names.KV_PARTS, (ran.keys, ran.values), strict=True)):
-        scale = stored[names.kv_scale(layer, part)].read(small).reshape(spec.num_key_value_heads, 2, -1)
-        half = spec.head_dim // 2
+        scale = stored[names.kv_scale(layer, part)].read(small).reshape(spec.layers[0].attention.kv_heads, 2, -1)
+        half = spec.layers[0].attention.head_dim // 2
         assert (scale[..., half:] <= 1e-8).all(), "columns that pad a head hold zeros"
-        reach = scale[..., :half].reshape(spec.num_key_value_heads, -1) * 127
+        reach = scale[..., :half].reshape(spec.layers[0].attention.kv_heads, -1) * 127
         peak = np.abs(seen[layer]).max(axis=1)
         assert (peak <= reach).all()
         assert np.median(reach / peak) < 2.0, "codes are not wasted"

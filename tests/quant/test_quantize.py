@@ -16,7 +16,7 @@ import pytest
 from helpers.bad_input import left_behind
 from helpers.progress_lines import without_progress
 from helpers.quantized import INT4, INT4_OFFSETS, INT8, PROMPT, QuantizedBundles, preset
-from helpers.tiny_models import BASE, SPECULATOR, TinyBundles
+from helpers.tiny_models import BASE, LAYER_MATRICES, SPECULATOR, TinyBundles
 from shortstack.__main__ import run
 from shortstack.graphs import manifest as manifests
 from shortstack.graphs import names
@@ -41,7 +41,7 @@ def first_format(source: Path, out: Path) -> Path:
         path = out / names.segment_file(segment.start, segment.end)
         model = onnx.load(path, load_external_data=False)
         for tensor in model.graph.initializer:
-            if tensor.name in (names.ROPE_COS, names.ROPE_SIN):
+            if tensor.name in names.rope_tables(1):
                 length = next(entry for entry in tensor.external_data if entry.key == "length")
                 length.value = str(int(length.value) // tensor.dims[0] * manifest.max_length)
                 tensor.dims[0] = manifest.max_length
@@ -157,7 +157,7 @@ def test_the_report_of_a_float16_copy_is_not_taken_for_that_of_what_is_made_of_i
     assert not (quantized(half, preset(INT8)) / names.QUALITY_FILE).exists()
 
 
-INT8_LAYERS = {names.layer_weight(layer, part): INT8 for layer in range(4) for part in names.LAYER_MATRICES}
+INT8_LAYERS = {names.layer_weight(layer, part): INT8 for layer in range(4) for part in LAYER_MATRICES}
 VOCABULARY = (names.EMBED_TOKENS, names.LM_HEAD)
 
 

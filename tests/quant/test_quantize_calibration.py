@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from helpers.quantized import INT4, INT8, open_session, preset
-from helpers.tiny_models import BASE, SWITCHES, TinyBundles, TinyModel
+from helpers.tiny_models import BASE, LAYER_MATRICES, SWITCHES, TinyBundles, TinyModel
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.ir.block_tensor import nearest
@@ -86,7 +86,7 @@ def inputs_of_projections(folder: Path, tokens: npt.NDArray[np.int64]) -> dict[s
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = open_session(model)
     spec, seq = manifest.spec, len(tokens)
-    empty = np.zeros((1, spec.num_key_value_heads, seq, spec.cache_head_dim), np.float32)
+    empty = np.zeros((1, spec.layers[0].attention.kv_heads, seq, spec.layers[0].attention.cache_head_dim), np.float32)
     feeds = {
         names.INPUT_IDS: tokens[None],
         names.SEQLENS_K: np.array([seq - 1], np.int32),
@@ -109,7 +109,7 @@ def test_taps_show_what_each_projection_multiplies(tiny_bundles: TinyBundles, ti
         floats = source.layer(layer)
         hidden = LayerGraph(source.spec, layer, floats, with_taps=True).run(hidden, seen.append)
         (taps,) = seen
-        assert taps.inputs.keys() == {names.layer_weight(layer, part) for part in names.LAYER_MATRICES}
+        assert taps.inputs.keys() == {names.layer_weight(layer, part) for part in LAYER_MATRICES}
         for name, found in taps.inputs.items():
             whole = np.concatenate([of_row[name] for of_row in expected])
             assert found.shape == (rows.size, floats[name].shape[0])

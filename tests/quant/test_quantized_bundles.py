@@ -22,7 +22,7 @@ from helpers.quantized import (
     read_matrix,
     stored_tensors,
 )
-from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles, TinyModel
+from helpers.tiny_models import BASE, LAYER_MATRICES, SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.ir.lint import lint_findings
@@ -164,9 +164,9 @@ def test_the_manifest_lists_the_format_of_each_matrix(
     expected: dict[str, BlockFormat] = {names.EMBED_TOKENS: INT8}
     if not tiny.is_tied:
         expected = {names.EMBED_TOKENS: INT4, names.LM_HEAD: INT8}
-    expected |= {names.layer_weight(0, part): INT8 for part in names.LAYER_MATRICES}
+    expected |= {names.layer_weight(0, part): INT8 for part in LAYER_MATRICES}
     for layer in (1, 2):
-        expected |= {names.layer_weight(layer, part): INT4_OFFSETS for part in names.LAYER_MATRICES[1:4]}
+        expected |= {names.layer_weight(layer, part): INT4_OFFSETS for part in LAYER_MATRICES[1:4]}
         expected[names.layer_weight(layer, names.QKV_PROJ)] = INT8
     assert manifest.precision == Precision(expected, kv_cache)
 

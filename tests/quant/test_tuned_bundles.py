@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from helpers.adapters import lora
 from helpers.quantized import INT4, INT4_OFFSETS, preset, read_matrix, stored_tensors
-from helpers.tiny_models import TinyModel
+from helpers.tiny_models import LAYER_MATRICES, TinyModel
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
 from shortstack.graphs import names
@@ -80,7 +80,7 @@ def rounded(bundle: Path, out: Path, mix: Preset, **options: Any) -> Path:
 def matrices(folder: Path) -> np.ndarray:
     """All matrices of the layers, one after the other, as the runtime multiplies with them."""
     found, formats = [], open_bundle(folder).manifest.precision.weights
-    for layer, part in product(range(WIDE.layers), names.LAYER_MATRICES):
+    for layer, part in product(range(WIDE.layers), LAYER_MATRICES):
         name = names.layer_weight(layer, part)
         width = WIDE.intermediate if part == "mlp.down_proj.weight" else WIDE.hidden
         stored = read_matrix(folder, name, width) if name in formats else stored_tensors(folder)[name].read(folder).T
@@ -105,7 +105,7 @@ def test_a_merged_adapter_survives(made: dict[str, Path], kind: str, method: str
     assert 0.95 < share(kept, made) < 1.05
     record = read_record(open_bundle(kept))
     assert record is not None
-    assert record.fates() == {"kept": len(names.LAYER_MATRICES) * WIDE.layers}
+    assert record.fates() == {"kept": len(LAYER_MATRICES) * WIDE.layers}
     formats = open_bundle(kept).manifest.precision.weights
     assert {formats[name].side_columns for name in record.tuning} == {32}
 
@@ -126,7 +126,7 @@ def test_off_the_grid_of_the_file_it_survives_on_average(made: dict[str, Path], 
 
 def test_the_blocks_of_the_file_stay_as_they_were(made: dict[str, Path], kind: str, tmp_path: Path) -> None:
     folders = [rounded(made[name], tmp_path / name, float_head(kind)) for name in ("base", "merged")]
-    for layer, part in product(range(WIDE.layers), names.LAYER_MATRICES):
+    for layer, part in product(range(WIDE.layers), LAYER_MATRICES):
         name = names.layer_weight(layer, part)
         blocks = (WIDE.intermediate if part == "mlp.down_proj.weight" else WIDE.hidden) // 32
         one, other = (stored_tensors(f)[f"{name}.codes"].read(f)[:, :blocks] for f in folders)
@@ -162,7 +162,7 @@ def test_a_tuning_without_a_low_rank_is_said_to_be_at_risk(made: dict[str, Path]
     options = ["--preset", PRESET_OF[kind], "--method", "rtn", "--no-report", "--kv-cache", "float"]
     done = CliRunner().invoke(quantize, [str(made["tuned"]), str(out), *options, "--json"])
     assert done.exit_code == 0, done.output
-    count = len(names.LAYER_MATRICES) * WIDE.layers
+    count = len(LAYER_MATRICES) * WIDE.layers
     assert json.loads(done.stdout)["tuning"] == {"at risk": count}
     assert f"in {count} matrices changes smaller than half a step" in done.stderr
     formats = open_bundle(out).manifest.precision.weights

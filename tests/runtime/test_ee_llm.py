@@ -72,7 +72,7 @@ def test_tokens_depths_and_confidences_are_those_of_ee_llm(
 def test_prompts_do_leave_and_the_whole_prompt_runs_again_with_every_token_until_one_does_not(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cost is EE-LLM's too: within a cap, fixed here as it is learned from times, the lowest level runs for each."""
+    """The cost is EE-LLM's too: within a fixed cap, not one learned from times, the lowest level runs for each."""
     runs: Counter[int] = Counter()
     whole = Stack.prefill_level
 

@@ -102,7 +102,7 @@ class SlowSpeculation:
             ids = torch.tensor([[*text, *drafts]])
             below = self.twin.boundaries(ids, (exit_layer,))[exit_layer]
             newest = Boundary(below.hidden[:, -1:], below.middle[:, -1:])
-            said = self.node(newest, self.twin.model.embed_tokens(ids[:, -1:]), state, self.twin)
+            said = self.node(newest, self.twin.embedded(ids[:, -1:]), state, self.twin)
             row = int(said.logits[0, -1].argmax())
             drafts.append(row if self.node.ids is None else int(self.node.ids[row]))
             if not self.forgets:

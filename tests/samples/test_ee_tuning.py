@@ -77,7 +77,7 @@ def features(twin: Twin, rows: list[Example], held: list[bool], tmp_path_factory
 def test_features_are_what_the_model_computes(twin: Twin, rows: list[Example], features: Features) -> None:
     found = twin.boundaries(torch.tensor([rows[4].ids]), (1, 3, 6))
     span = slice(int(features.starts[4]), int(features.starts[5]))
-    state = unit_rms(found[6].hidden[0], twin.spec.rms_norm_eps)
+    state = unit_rms(found[6].hidden[0], twin.spec.norm_eps)
     np.testing.assert_allclose(features.hidden[3][span], found[3].hidden[0], rtol=2e-3, atol=1e-3)
     np.testing.assert_allclose(features.middle[3][span], found[3].middle[0], rtol=2e-3, atol=1e-3)
     np.testing.assert_allclose(features.state[span], state, rtol=2e-3, atol=1e-3)
@@ -138,7 +138,7 @@ def test_the_closed_form_is_least_squares(twin: Twin, features: Features) -> Non
     trained = [row for row in range(20) if row % 10]
     fit_linear(node, twin, features, trained, ridge=1e-3)
     batch = load_spans(features, trained, (3,), whole_rows=False)
-    u = node.linear_input(batch.boundaries[3].hidden, twin.model.embed_tokens(batch.ids), None)[batch.counts]
+    u = node.linear_input(batch.boundaries[3].hidden, twin.embedded(batch.ids), None)[batch.counts]
     u = torch.cat([u, torch.ones(len(u), 1)], -1)
     fitted = torch.cat([node.linear.weight.T, node.linear.bias[None]]).detach()
     residual = batch.state[batch.counts] - u @ fitted
@@ -176,7 +176,7 @@ def test_an_exit_is_unrolled_on_its_own_guesses(twin: Twin, features: Features) 
     spec = ExitLossSpec(unroll=2, regression=0.0)
     one = exit_loss(node, twin, batch, replace(spec, unroll=1))
     both = exit_loss(node, twin, batch, spec).loss
-    found = node(batch.boundaries[1], twin.model.embed_tokens(batch.ids), batch.state_before, twin)
+    found = node(batch.boundaries[1], twin.embedded(batch.ids), batch.state_before, twin)
     accepted = (found.logits.argmax(-1) == rows_of(node, batch.targets)) & batch.counts
     assert one.agreement == pytest.approx(float(accepted.sum() / batch.counts.sum()))
     behind = torch.nn.functional.pad(accepted, (1, 0))[:, :-1] & batch.counts
@@ -237,7 +237,7 @@ def test_drafts_are_those_of_decoding_one_by_one(
                     break
                 here = torch.tensor([[example.ids[at]]])
                 part = type(found)(found.hidden[:, at : at + 1], found.middle[:, at : at + 1])
-                out = node(part, twin.model.embed_tokens(here), state[None, None], twin)
+                out = node(part, twin.embedded(here), state[None, None], twin)
                 assert node.ids is not None
                 token = int(node.ids[int(out.logits[0, 0].argmax())])
                 assert drafts.is_right[position, draft] == (token == features.targets[base + at])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,7 @@ def test_a_model_with_windows_is_trained_and_exported(
     model = load(tmp_path / "bundle")
     ids = np.random.randint(3, BASE.vocab, 20).tolist()
     found = model.activations(ids).heads[BASE.layers]
-    without = Twin(replace(trained.spec, windows=())).eval()
+    without = Twin(trained.spec.with_windows(())).eval()
     without.load_state_dict(trained.state_dict())
     with torch.no_grad():
         expected, other = (sequential(twin, torch.tensor([ids])).logits[0].numpy() for twin in (trained, without))

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from helpers.inspect_bundles import LAYER, NORMS, Q_ALONE, QKV, TABLE, MakeBundle, Page, report_of, tiny_spec
+from helpers.tiny_models import LAYER_MATRICES
 from shortstack.graphs import names
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import BlockFormat, Precision
@@ -25,7 +26,7 @@ KV_SCALES = 2 * 16 * 4  # key and value, float32
 
 
 def everywhere(block_format: BlockFormat, layers: int = 4) -> dict[str, BlockFormat]:
-    parts = [names.layer_weight(layer, part) for layer in range(layers) for part in names.LAYER_MATRICES]
+    parts = [names.layer_weight(layer, part) for layer in range(layers) for part in LAYER_MATRICES]
     return dict.fromkeys([names.EMBED_TOKENS, *parts], block_format)
 
 

@@ -11,6 +11,7 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BLOCK_SIZES, CODE_TYPES, BlockFormat
 from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.spec_json import llama_spec
 from shortstack.quant.method import METHODS
 from shortstack.quant.methods import awq
 from shortstack.quant.methods.stats import Floats, InputStats, InputStatsBuilder, output_error
@@ -241,7 +242,7 @@ def layer_spec(**changes: object) -> ModelSpec:
         "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     }
-    return ModelSpec(**{**fields, **changes})  # type: ignore[arg-type]
+    return llama_spec(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def layer_weights(rng: np.random.Generator) -> dict[str, Floats]:

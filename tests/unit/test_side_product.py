@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from helpers.tiny_models import LAYER_MATRICES
 from shortstack.graphs import names
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.precision import BlockFormat
@@ -142,7 +143,7 @@ def test_a_width_that_is_no_multiple_of_a_block_has_no_further_columns(rng: np.r
 
 
 def test_gate_and_up_have_one_factor_and_other_matrices_their_own() -> None:
-    factors = [names.side_factor(names.layer_weight(7, part)) for part in names.LAYER_MATRICES]
+    factors = [names.side_factor(names.layer_weight(7, part)) for part in LAYER_MATRICES]
     assert factors == [
         "model.layers.7.attn.qkv_proj.side.weight",
         "model.layers.7.attn.o_proj.side.weight",

@@ -71,7 +71,7 @@ def fit_linear(
 
 def embeddings(twin: Twin, batch: SpanBatch) -> Tensor:
     """Return the tokens' embeddings [batch, seq, hidden]."""
-    return twin.model.embed_tokens(batch.ids)  # type: ignore[no-any-return]
+    return twin.embedded(batch.ids)
 
 
 def guessed_before(node: ExitNode, twin: Twin, batch: SpanBatch, before: Tensor) -> Tensor:

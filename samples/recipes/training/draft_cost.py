@@ -13,13 +13,15 @@ one before was rejected.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.exit_parts import mlp_weights
+from shortstack.graphs.layer_weights import Weight
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.decode.speed_up import round_cost
@@ -70,20 +72,22 @@ def read_row_costs(text: str) -> dict[int, float]:
     return found
 
 
-def layer_parameters(spec: ModelSpec) -> int:
+def layer_parameters(spec: ModelSpec, layer: int = 0) -> int:
     """Return the parameters of one layer's matrices."""
-    width = spec.hidden_size
-    attention = width * spec.head_dim * 2 * (spec.num_attention_heads + spec.num_key_value_heads)
-    return attention + 3 * width * spec.intermediate_size
+    return _matrix_values(spec.weights(layer))
+
+
+def _matrix_values(weights: Iterable[Weight]) -> int:
+    return sum(math.prod(weight.shape) for weight in weights if weight.is_matrix)
 
 
 def branch_parameters(spec: ModelSpec, exit_spec: ExitSpec) -> int:
     """Return the parameters of the matrices that an exit adds below its head."""
     width = spec.hidden_size
     if exit_spec.branch == "block":
-        return layer_parameters(spec)
+        return _matrix_values(spec.exit_block_weights(exit_spec.exit_layer))
     if exit_spec.branch == "mlp":
-        return 3 * width * spec.intermediate_size
+        return _matrix_values(mlp_weights(spec.exit_block_weights(exit_spec.exit_layer)))
     if exit_spec.branch == "none":
         return 0
     inputs = width * (1 + exit_spec.sees_token + exit_spec.sees_state)

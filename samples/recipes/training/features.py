@@ -31,6 +31,7 @@ from torch.nn import functional
 from shortstack.export.twin.layer import unit_rms
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.spec_json import spec_to_json
 from shortstack.samples.recipes.training.data import Example
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast
 
@@ -164,7 +165,7 @@ def run_batch(
         last = top[place, : len(sequence)]
         arrays: dict[str, npt.NDArray[np.generic]] = {
             "targets": _next_tokens(twin, last, use_bf16),
-            "state": _half(unit_rms(last, twin.spec.rms_norm_eps)),
+            "state": _half(unit_rms(last, twin.spec.norm_eps)),
         }
         for depth in depths:
             if depth != twin.spec.num_hidden_layers:
@@ -188,7 +189,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 def model_digest(twin: Twin) -> str:
     """Return a hash that tells models apart: their spec, and a few of their weights."""
-    digest = hashlib.sha256(json.dumps(twin.spec.to_json(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(spec_to_json(twin.spec), sort_keys=True).encode())
     for name, tensor in twin.state_dict().items():
         digest.update(name.encode() + tensor.detach().flatten()[:256].float().numpy().tobytes())
     return digest.hexdigest()

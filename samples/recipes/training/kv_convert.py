@@ -111,7 +111,7 @@ def share_keys_values(
             remedy="start from the checkpoint that it was made of",
         )
     with torch.device("meta"):  # no time spent on random weights
-        shared = Twin(replace(twin.spec, kv_map=kv_map, windows=windows or twin.spec.windows))
+        shared = Twin(replace(twin.spec.with_windows(windows or twin.spec.windows), kv_map=kv_map))
     shared = shared.to_empty(device=twin.head_weight.device)
     shared.rope_factors = twin.rope_factors
     shared.passes = twin.passes

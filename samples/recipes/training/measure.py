@@ -109,7 +109,7 @@ def exit_stream(twin: Twin, node: ExitNode | None, boundary: Boundary, ids: Tens
     """
     if node is None:
         return boundary.hidden
-    tokens = twin.model.embed_tokens(ids).float() if node.exit_spec.sees_token else None
+    tokens = twin.embedded(ids).float() if node.exit_spec.sees_token else None
     return node.branch(boundary, tokens, None, twin)
 
 
