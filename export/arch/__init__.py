@@ -6,7 +6,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from shortstack.export.arch import lckv, llama
+from shortstack.export.arch import (
+    arcee,
+    cohere2,
+    ernie4_5,
+    exaone4,
+    gemma2,
+    gemma3,
+    glm4,
+    gpt_neox,
+    granite,
+    lckv,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, Source, expected_tensors, layer_shapes
 from shortstack.export.arch.check import check_tensors
 from shortstack.export.arch.quantized import check_not_quantized
@@ -16,7 +37,11 @@ from shortstack.graphs.spec import ModelSpec
 
 __all__ = ["ARCHITECTURES", "Architecture", "check_tensors", "expected_tensors", "layer_shapes", "resolve"]
 
-_ALL = (llama.ARCH, lckv.ARCH, lckv.OPT_ARCH, lckv.CLA_ARCH)
+_ALL = (
+    llama.ARCH, lckv.ARCH, lckv.OPT_ARCH, lckv.CLA_ARCH, qwen2.ARCH, qwen3.ARCH, mistral.ARCH, mistral.MINISTRAL_ARCH,
+    gemma2.ARCH, gemma3.ARCH, phi3.ARCH, smollm3.ARCH, olmo2.ARCH, olmo2.OLMO3_ARCH, granite.ARCH, gpt_neox.ARCH,
+    arcee.ARCH, cohere2.ARCH, ernie4_5.ARCH, exaone4.ARCH, glm4.ARCH, seed_oss.ARCH, stablelm.ARCH, starcoder2.ARCH,
+)  # fmt: skip
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.model_type: arch for arch in _ALL})
 
 
