@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from shortstack.export.arch.architecture import POSITIONS
 from shortstack.export.exit_layer_weights import pack_block
 from shortstack.export.rope import rope_tables
 from shortstack.export.tensors import Floats, ModelTensors
@@ -61,6 +62,8 @@ def store_weights(
             put(name, matrix if name in _STORED_AS_ROWS else matrix.T)
 
     put_matrix(names.EMBED_TOKENS)
+    if spec.ends.learned_positions:
+        put(names.EMBED_POSITIONS, tensors.vector(POSITIONS))
     for layer in range(spec.num_hidden_layers):
         _store_layer(tensors, layer, put, put_matrix)
         advance(1)

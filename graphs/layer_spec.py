@@ -204,12 +204,14 @@ class Ends:
     Attributes:
         final_norm: The norm before the LM head.
         embed_scale: What embeddings are multiplied by.
+        learned_positions: Rows of a table that is added to the embeddings, one per position; 0 for none.
         logit_scale: What the normalised stream is multiplied by before the head, and so the logits.
         logit_softcap: Logits z become softcap * tanh(z / softcap); 0 leaves them.
     """
 
     final_norm: Norm
     embed_scale: float = 1.0
+    learned_positions: int = 0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
 

@@ -80,6 +80,7 @@ def draft_vocab_file(exit_layer: int) -> str:
 
 # Weights, as they are called in the graphs and in the manifest
 EMBED_TOKENS = "model.embed_tokens.weight"
+EMBED_POSITIONS = "model.embed_positions.weight"  # of a model with learned positions
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 UNIT_NORM = "unit_norm.weight"  # ones: where something is divided by its root mean square and nothing else

@@ -172,6 +172,9 @@ def _store_weights(
         _store(rounded, dtype, store, errors)
     if names.UNIT_NORM in source:
         store.add(names.UNIT_NORM, source.floats(names.UNIT_NORM).astype(dtype))
+    if source.spec.ends.learned_positions:
+        table = source.floats(names.EMBED_POSITIONS)
+        store.add(names.EMBED_POSITIONS, cast(names.EMBED_POSITIONS, table, dtype))
     for name, norm in source.final_norm().items():
         store.add(name, cast(name, norm, dtype))
     for name in names.rope_tables(len(source.spec.ropes)):

@@ -23,11 +23,12 @@ import onnxruntime as ort
 
 from shortstack.graphs import names
 from shortstack.graphs.contract import GraphContract, Port, cache_heads, cache_shape
-from shortstack.graphs.ir.attention import Caches, Lengths, layer_site
+from shortstack.graphs.ir.attention import Caches, layer_site
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.head import logits_of
 from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, residual_sum
+from shortstack.graphs.ir.lengths import Lengths
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import consumers
 from shortstack.graphs.spec import DType, ModelSpec

@@ -103,7 +103,7 @@ class _Candidates:
         if names.EMBED_TOKENS in mix:  # other rows at the bottom, so everything above is another
             lowest, embedding = 0, self.rounded[mix[names.EMBED_TOKENS]][names.EMBED_TOKENS]
             rows = embedding.rows(self.rows.reshape(-1)).dequantize()
-            hidden = self.source.scaled_embeddings(rows).reshape(hidden.shape)
+            hidden = self.source.first_stream(rows.reshape(hidden.shape))
         lent = {layer: parts for layer, parts in self._lent.items() if layer < lowest}
         for layer in range(lowest, spec.num_hidden_layers):
             graph = self._graphs[layer]

@@ -89,13 +89,16 @@ class Source:
         return {name: self.floats(name) for name in (*own, *names.rope_tables(len(self.spec.ropes)))}
 
     def embedded(self, rows: npt.NDArray[np.int64]) -> Floats:
-        """Return what the first layer reads of token ids: [...] -> [..., hidden]."""
-        return self.scaled_embeddings(self.floats(names.EMBED_TOKENS)[rows])
+        """Return what the first layer reads of whole texts: token ids [texts, seq] -> [texts, seq, hidden]."""
+        return self.first_stream(self.floats(names.EMBED_TOKENS)[rows])
 
-    def scaled_embeddings(self, embeddings: Floats) -> Floats:
-        """Return rows of the embedding as the first layer reads them."""
-        scale = self.spec.ends.embed_scale
-        return embeddings if scale == 1.0 else embeddings * np.float32(scale)
+    def first_stream(self, embeddings: Floats) -> Floats:
+        """Return rows of the embedding [texts, seq, hidden] as the first layer reads them."""
+        ends = self.spec.ends
+        stream = embeddings if ends.embed_scale == 1.0 else embeddings * np.float32(ends.embed_scale)
+        if ends.learned_positions:
+            stream = stream + self.floats(names.EMBED_POSITIONS)[: stream.shape[1]]
+        return stream
 
     def final_norm(self) -> dict[str, Floats]:
         """Return the weight of the final norm, and its bias if it has one, by name."""

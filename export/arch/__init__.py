@@ -11,9 +11,11 @@ from shortstack.export.arch import (
     cohere2,
     ernie4_5,
     exaone4,
+    gemma,
     gemma2,
     gemma3,
     glm4,
+    gpt2,
     gpt_neox,
     granite,
     lckv,
@@ -39,8 +41,9 @@ __all__ = ["ARCHITECTURES", "Architecture", "check_tensors", "expected_tensors",
 
 _ALL = (
     llama.ARCH, lckv.ARCH, lckv.OPT_ARCH, lckv.CLA_ARCH, qwen2.ARCH, qwen3.ARCH, mistral.ARCH, mistral.MINISTRAL_ARCH,
-    gemma2.ARCH, gemma3.ARCH, phi3.ARCH, smollm3.ARCH, olmo2.ARCH, olmo2.OLMO3_ARCH, granite.ARCH, gpt_neox.ARCH,
-    arcee.ARCH, cohere2.ARCH, ernie4_5.ARCH, exaone4.ARCH, glm4.ARCH, seed_oss.ARCH, stablelm.ARCH, starcoder2.ARCH,
+    gemma.ARCH, gemma2.ARCH, gemma3.ARCH, phi3.ARCH, smollm3.ARCH, olmo2.ARCH, olmo2.OLMO3_ARCH, granite.ARCH,
+    gpt2.ARCH, gpt_neox.ARCH, arcee.ARCH, cohere2.ARCH, ernie4_5.ARCH, exaone4.ARCH, glm4.ARCH, seed_oss.ARCH,
+    stablelm.ARCH, starcoder2.ARCH,
 )  # fmt: skip
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.model_type: arch for arch in _ALL})
 
@@ -58,9 +61,24 @@ def resolve(checkpoint: Checkpoint) -> tuple[Architecture, ModelSpec]:
     arch = ARCHITECTURES[model_type]
     check_not_quantized(checkpoint)
     spec = arch.read_spec(checkpoint.config)
-    arch = _with_stored_embedding(checkpoint, arch, spec)
+    arch = _with_stored_embedding(checkpoint, _with_stored_prefix(checkpoint, arch), spec)
     check_tensors(checkpoint, arch, spec)
     return arch, spec
+
+
+def _with_stored_prefix(checkpoint: Checkpoint, arch: Architecture) -> Architecture:
+    """Return the family, its tensors under the prefix that the checkpoint has."""
+    usual, names = arch.prefixes[0], checkpoint.names()
+
+    def under(prefix: str, source: Source) -> Source:
+        is_prefixed = source.tensor.startswith(usual)
+        return replace(source, tensor=prefix + source.tensor.removeprefix(usual)) if is_prefixed else source
+
+    for prefix in arch.prefixes:
+        if under(prefix, arch.source(EMBEDDING)).tensor in names:
+            sources = {role: under(prefix, source) for role, source in arch.sources.items()}
+            return replace(arch, sources=MappingProxyType(sources))
+    return arch
 
 
 def _with_stored_embedding(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> Architecture:

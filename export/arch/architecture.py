@@ -4,6 +4,7 @@ Shared code asks an :class:`Architecture` for tensors by role and never asks whi
 are those of :mod:`shortstack.graphs.layer_weights`; those of the whole model are::
 
     embed_tokens.weight                  [vocab, hidden]
+    embed_positions.weight               [positions, hidden], of a model with learned positions
     final_norm.weight, final_norm.bias   [hidden]; a bias where the norm has one
     lm_head.weight                       [vocab, hidden], absent from a tied model
 """
@@ -20,6 +21,7 @@ from shortstack.graphs.layer_weights import Shape
 from shortstack.graphs.spec import ModelSpec
 
 EMBEDDING, LM_HEAD, FINAL_NORM = "embed_tokens.weight", "lm_head.weight", "final_norm.weight"
+POSITIONS = "embed_positions.weight"
 """Roles; a tied model has the first two as one."""
 
 RopePairs = Literal["halves", "neighbours"]
@@ -54,6 +56,8 @@ class Architecture:
         read_spec: Turns a config into a spec, or raises a CheckpointError.
         write_config: Turns a spec into the fields of a config that :attr:`read_spec` reads back.
         sources: The tensor of each role.
+        prefixes: What the names of tensors begin with: first in ``sources``, then in other files of the family.
+        unread: A regular expression of the tensors that are no part of the language model.
         rope_pairs: Which columns of a head the checkpoint rotates together: ``halves``, i with i + dims / 2, or
             ``neighbours``, 2i with 2i + 1.
         is_in_transformers: Whether transformers has such a model, so that it can be the reference of a parity check.
@@ -63,6 +67,8 @@ class Architecture:
     read_spec: Callable[[Config], ModelSpec]
     write_config: Callable[[ModelSpec], dict[str, Any]]
     sources: Mapping[str, Source]
+    prefixes: tuple[str, ...] = ("",)
+    unread: str = ""
     rope_pairs: RopePairs = "halves"
     is_in_transformers: Callable[[ModelSpec], bool] = field(default=lambda spec: True)
 
@@ -91,6 +97,8 @@ def end_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Return the shapes of the weights outside the layers, by role."""
     table = (spec.vocab_size, spec.hidden_size)
     shapes: dict[str, Shape] = {EMBEDDING: table, FINAL_NORM: (spec.hidden_size,)}
+    if spec.ends.learned_positions:
+        shapes[POSITIONS] = (spec.ends.learned_positions, spec.hidden_size)
     if spec.ends.final_norm.has_bias:
         shapes["final_norm.bias"] = (spec.hidden_size,)
     return shapes if spec.tie_word_embeddings else {**shapes, LM_HEAD: table}

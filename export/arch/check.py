@@ -14,8 +14,9 @@ from shortstack.graphs.layer_weights import layer_weights
 from shortstack.graphs.spec import ModelSpec
 
 _MAX_LISTED = 10
-_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|weight)")
-"""Rotary frequencies. Old checkpoints store them, although they follow from the config. GGUF's divisors do not."""
+_HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|weight)|(attn|attention)\.(bias|masked_bias))")
+"""Rotary frequencies and causal masks. Old checkpoints store them, although they follow from the config. The divisors of
+frequencies in GGUF files do not."""
 
 
 def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> None:
@@ -33,7 +34,7 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
     head = arch.tensor_name(LM_HEAD)
     missing = [name for name in expected if name not in names]
     unread = _unread(arch, spec)
-    extra = sorted(name for name in names - expected.keys() - unread if not _HARMLESS.fullmatch(name))
+    extra = sorted(name for name in names - expected.keys() - unread if not _is_unread(arch, name))
     misshapen = [
         f"{name} is {list(checkpoint.shape(name))}, not {list(shape)}"
         for name, shape in expected.items()
@@ -59,6 +60,11 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
         )
     if stored_head_of_tied:
         _check_same(checkpoint, arch.tensor_name(EMBEDDING), head)
+
+
+def _is_unread(arch: Architecture, name: str) -> bool:
+    """Whether a tensor is none of the language model's weights."""
+    return bool(_HARMLESS.fullmatch(name) or (arch.unread and re.match(arch.unread, name)))
 
 
 def _unread(arch: Architecture, spec: ModelSpec) -> set[str]:

@@ -66,6 +66,7 @@ class Family:
         model_type: Its name in ``config.json``.
         transformers_class: Its class in transformers, for the configs that training writes.
         sources: The tensor of each role.
+        prefixes: See :class:`Architecture`.
         num_layers: L.
         hidden: Width of the residual stream.
         inner: Width of the MLP.
@@ -82,6 +83,7 @@ class Family:
         is_parallel: Attention and MLP read the same stream.
         activation: Between the projections of the MLP.
         activations: The names of activations that the family may have.
+        activation_means: Names that mean another activation in this family than elsewhere.
         is_gated: The MLP has a gate.
         qkv_bias: The q, k and v projections have biases.
         out_bias: The o projection has one; None: where the others do.
@@ -102,6 +104,7 @@ class Family:
         window: How many positions a sliding layer sees.
         has_rope: Which layers have a rotary embedding, by their types.
         embed_scale: Of the embeddings; ``root`` for the root of the hidden size.
+        learns_positions: A table of positions, as long as the context, is added to the embeddings.
         logit_scale: What logits are multiplied by. ``divides_logits`` makes it a divisor.
         divides_logits: See ``logit_scale``.
         logit_softcap: Of the logits; 0 for none.
@@ -114,6 +117,7 @@ class Family:
     model_type: str
     transformers_class: str
     sources: Mapping[str, Source]
+    prefixes: tuple[str, ...] = ("",)
     num_layers: Key = Key("num_hidden_layers")
     hidden: Key = Key("hidden_size")
     inner: Key = Key("intermediate_size")
@@ -130,6 +134,7 @@ class Family:
     is_parallel: Key | bool = False
     activation: Key = Key("hidden_act", "silu")
     activations: tuple[str, ...] = ("silu",)
+    activation_means: Mapping[str, Activation] = field(default_factory=dict)
     is_gated: bool = True
     qkv_bias: Key | bool = Key("attention_bias", False)
     out_bias: Key | bool = Key("attention_bias", False)
@@ -149,6 +154,7 @@ class Family:
     window: Key = Key("sliding_window")
     has_rope: Callable[[Config, tuple[str, ...]], tuple[bool, ...]] = has_rope
     embed_scale: Key | float | Literal["root"] = 1.0
+    learns_positions: bool = False
     logit_scale: Key | float = 1.0
     divides_logits: bool = False
     logit_softcap: Key | float = 0.0

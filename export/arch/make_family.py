@@ -18,6 +18,7 @@ def architecture(family: Family) -> Architecture:
         read_spec=partial(read_family, family),
         write_config=partial(write_family, family),
         sources=MappingProxyType(dict(family.sources)),
+        prefixes=family.prefixes,
         rope_pairs=family.rope_pairs,
         is_in_transformers=family.is_in_transformers,
     )

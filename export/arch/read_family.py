@@ -62,7 +62,7 @@ def read_family(family: Family, config: Config) -> ModelSpec:
         max_position_embeddings=context,
         tie_word_embeddings=_value(config, family.tied, bool),
         layers=tuple(layer_of(kind, is_rotated) for kind, is_rotated in zip(types, rotates, strict=True)),
-        ends=_ends(family, config, norm, hidden),
+        ends=_ends(family, config, norm, hidden, context if family.learns_positions else 0),
         ropes=ropes,
     )
     return family.extend(config, spec)
@@ -77,7 +77,8 @@ def _mlp(family: Family, config: Config) -> Mlp:
         width = 4 * _positive(config, family.hidden)
     else:
         width = _positive(config, inner)
-    return Mlp(width, ACTIVATIONS[activation], family.is_gated, _value(config, family.mlp_bias, bool))
+    kind = family.activation_means.get(activation) or ACTIVATIONS[activation]
+    return Mlp(width, kind, family.is_gated, _value(config, family.mlp_bias, bool))
 
 
 def _attention(family: Family, config: Config) -> tuple[Attention, int]:
@@ -130,7 +131,7 @@ def _scale(family: Family, config: Config) -> float | None:
     return None if family.scale is None else _above_0(config, family.scale)
 
 
-def _ends(family: Family, config: Config, norm: Norm, hidden: int) -> Ends:
+def _ends(family: Family, config: Config, norm: Norm, hidden: int, positions: int) -> Ends:
     scale = _value(config, family.logit_scale, float)
     if family.divides_logits:
         if scale == 0:
@@ -141,6 +142,7 @@ def _ends(family: Family, config: Config, norm: Norm, hidden: int) -> Ends:
     return Ends(
         final_norm=norm,
         embed_scale=_value(config, embed_scale, float),
+        learned_positions=positions,
         logit_scale=scale,
         logit_softcap=_at_least_0(config, family.logit_softcap),
     )

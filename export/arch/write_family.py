@@ -15,7 +15,8 @@ def write_family(family: Family, spec: ModelSpec) -> dict[str, Any]:
     layer, ends = spec.layers[0], spec.ends
     attention = layer.attention
     scale = 1.0 / ends.logit_scale if family.divides_logits else ends.logit_scale
-    activation = next(name for name in family.activations if ACTIVATIONS[name] == layer.mlp.activation)
+    meanings = {**ACTIVATIONS, **family.activation_means}
+    activation = next(name for name in family.activations if meanings[name] == layer.mlp.activation)
     values: tuple[tuple[Any, Any], ...] = (
         (family.num_layers, spec.num_hidden_layers),
         (family.hidden, spec.hidden_size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
+from shortstack.export.arch.architecture import FINAL_NORM
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
+from shortstack.export.sources import rotary_order
 from shortstack.export.twin.folder import save_twin, twin_of
+from shortstack.export.twin.layer import soft_capped
 from shortstack.graphs.errors import CheckpointError
-from shortstack.runtime.engine.whole_text import Activations
+from shortstack.runtime.engine.whole_text import Activations, Array
 
 
 class Reference:
@@ -43,7 +47,7 @@ class Reference:
         logging.disable_progress_bar()
         # Our own reader comes first: it says what is wrong with a folder, refuses pickles, and checks names and shapes.
         checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
-        _, self.spec = resolve(checkpoint)
+        self._arch, self.spec = resolve(checkpoint)
         adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()
         arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
@@ -52,6 +56,9 @@ class Reference:
         else:
             self._model = _load(source, revision, path, arguments)
         self._model.eval()
+        # transformers 5.24 renamed the argument.
+        accepted = inspect.signature(self._model.forward).parameters
+        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         if adapted is not None:
             for touched in adapted.touched:
                 self._model.get_parameter(touched).data += torch.from_numpy(adapted.delta(touched))
@@ -68,9 +75,7 @@ class Reference:
         cache = self._new_cache()
         out = self._model(
             torch.tensor([list(tokens)]),
-            None,
-            None,
-            cache,
+            **{self._cache_argument: cache},
             output_hidden_states=True,
             use_cache=True,
             return_dict=True,
@@ -83,9 +88,21 @@ class Reference:
             else:
                 stream = out.hidden_states[depth]
                 hidden[depth] = stream[0].numpy()
-                heads[depth] = self._model.lm_head(self._model.model.norm(stream))[0].numpy()
-        layers = cache.layers
-        return Activations(heads, hidden, [x.keys[0].numpy() for x in layers], [x.values[0].numpy() for x in layers])
+                heads[depth] = self._logits(stream)[0].numpy()
+        owners = [cache.layers[producer] for producer in self.spec.kv_map]
+        keys = [self._as_rotated(number, owner.keys[0].numpy()) for number, owner in enumerate(owners)]
+        return Activations(heads, hidden, keys, [owner.values[0].numpy() for owner in owners])
+
+    def _logits(self, stream: torch.Tensor) -> torch.Tensor:
+        """Apply norm and head to a residual stream below the top, as the model does at the top."""
+        norm = self._model.get_submodule(self._arch.tensor_name(FINAL_NORM).removesuffix(".weight"))
+        products = self._model.get_output_embeddings()(norm(stream))
+        return soft_capped(products * self.spec.ends.logit_scale, self.spec.ends.logit_softcap)
+
+    def _as_rotated(self, layer: int, keys: Array) -> Array:
+        """Return keys [kv_heads, seq, head_dim] with their columns in the order in which a bundle rotates them."""
+        rope = self.spec.layers[layer].attention.rope
+        return keys if rope is None else keys[..., rotary_order(self.spec.ropes[rope], self._arch.rope_pairs)]
 
     @torch.no_grad()
     def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
@@ -98,7 +115,7 @@ class Reference:
         gaps: list[float] = []
         cache, step = self._new_cache(), torch.tensor([list(tokens)])
         for _ in range(count):
-            out = self._model(step, None, None, cache, use_cache=True, return_dict=True)
+            out = self._model(step, **{self._cache_argument: cache}, use_cache=True, return_dict=True)
             best = out.logits[0, -1].topk(2)
             new.append(int(best.indices[0]))
             gaps.append(float(best.values[0] - best.values[1]))
@@ -106,10 +123,13 @@ class Reference:
         return new, gaps
 
     def _new_cache(self) -> Any:
-        """Return an empty cache. Pass it by position: 5.24 renamed the argument from past_key_values to cache."""
+        """Return an empty cache.
+
+        Without a config it keeps all positions, also those that sliding layers no longer see.
+        """
         from transformers import DynamicCache
 
-        return DynamicCache(config=self._model.config)
+        return DynamicCache()
 
 
 def _load(source: str, revision: str | None, path: Path, arguments: dict[str, Any]) -> Any:

@@ -66,6 +66,8 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.ends.learned_positions:
+            self.embed_positions = nn.Embedding(spec.ends.learned_positions, spec.hidden_size)
         self.layers = nn.ModuleList(
             Layer(layer, spec.hidden_size, not spec.owns_kv(number), sees_itself=spec.sees_itself(number))
             for number, layer in enumerate(spec.layers)
@@ -124,7 +126,7 @@ class Twin(nn.Module):
             raise ValueError(f"depths {sorted(depths)} of a model with {self.spec.num_hidden_layers} layers")
         check_boundaries(self.spec.kv_map, sorted(depths))
         rotaries = self.rotaries(input_ids)
-        x = self.embedded(input_ids).float()  # the stream stays in float32 under autocast
+        x = self.first_stream(input_ids).float()  # the stream stays in float32 under autocast
         found: dict[int, Boundary] = {}
         lent: dict[int, KeyValue] = {}
         done = 0
@@ -212,10 +214,18 @@ class Twin(nn.Module):
         return soft_capped(products if scale == 1.0 else products * scale, cap)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """Return what the first layer reads: [...] -> [..., hidden]."""
+        """Return the scaled embeddings of tokens: [...] -> [..., hidden]."""
         scale = self.spec.ends.embed_scale
         found: Tensor = self.model.embed_tokens(ids)
         return found if scale == 1.0 else found * scale
+
+    def first_stream(self, ids: Tensor, past: int = 0) -> Tensor:
+        """Return what the first layer reads: [batch, seq] -> [batch, seq, hidden]; ``past`` positions are before."""
+        found = self.embedded(ids)
+        if not self.spec.ends.learned_positions:
+            return found
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        return found + self.model.embed_positions(positions)  # type: ignore[no-any-return]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return the logits of every position, [batch, seq] -> [batch, seq, vocab]."""

@@ -60,7 +60,7 @@ def sequential(twin: Twin, input_ids: Tensor, caches: Mapping[int, KeyValue] | N
             (cos[position : position + 1].to(input_ids.device), sin[position : position + 1].to(input_ids.device))
             for cos, sin in tables
         ]
-        x = twin.embedded(input_ids[:, position - past])[:, None]  # [batch, 1, hidden]
+        x = twin.first_stream(input_ids[:, position - past, None], position)  # [batch, 1, hidden]
         for index, layer in enumerate(twin.model.layers):
             assert isinstance(layer, Layer)
             producer = spec.kv_map[index]

@@ -25,12 +25,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import onnx_ir as ir
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import BLOCK
 from shortstack.graphs.ir.builder import MICROSOFT, Attribute, GraphBuilder
+from shortstack.graphs.ir.lengths import Lengths, one_less
+from shortstack.graphs.ir.lengths import positions as positions_of
 from shortstack.graphs.ir.matrix import project
 from shortstack.graphs.ir.norm import norm_op
 from shortstack.graphs.layer_spec import Attention, Layer
@@ -87,22 +88,6 @@ def exit_layer_site(spec: ModelSpec, exit_layer: int) -> LayerSite:
         node=f"/exits.{exit_layer}/{BLOCK}",
         owner=names.exit_block(exit_layer),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """How far the positions of a run reach, as attention receives it.
-
-    Attributes:
-        past_end: ``seqlens_k``, int32 [batch].
-        total: ``total_sequence_length``, int32 [].
-        spare_row: Both count one empty row behind the run's own, which attention adds and drops again; see
-            :meth:`Precision.has_spare_row`.
-    """
-
-    past_end: ir.Value
-    total: ir.Value
-    spare_row: bool = False
 
 
 @dataclass(slots=True)
@@ -220,44 +205,15 @@ def _read(g: GraphBuilder, site: LayerSite, name: str, query: ir.Value, caches: 
     empty = g.op("Slice", [query, *nothing], f"{name}/no_new_rows")  # [batch, 0, kv_heads * head_dim]
     if site.sees_itself:
         return _attend(g, site, name, [query, empty, empty], caches, lengths)[0]
-    positions = _positions(g, query, lengths)
-    mixed = _attend(g, site, name, [query, empty, empty], caches, _one_less(g, lengths), positions)[0]
+    at = positions_of(g, query, lengths)
+    mixed = _attend(g, site, name, [query, empty, empty], caches, one_less(g, lengths), at)[0]
 
     def make_visible() -> ir.Value:
-        after_first = g.op("Greater", [positions, g.constant(0)], "/model/lengths/after_first")
+        after_first = g.op("Greater", [at, g.constant(0)], "/model/lengths/after_first")
         return g.op("Unsqueeze", [after_first, g.constant([2])], "/model/lengths/sees_something")  # [batch, rows, 1]
 
     visible = g.once(("sees_something", lengths.spare_row), make_visible)
     return g.op("Mul", [mixed, g.op("CastLike", [visible, mixed], f"{name}/mask")], f"{name}/first_position")
-
-
-def _positions(g: GraphBuilder, query: ir.Value, lengths: Lengths) -> ir.Value:
-    """Append the positions of a run's rows, the spare one included, int64 [batch, rows]."""
-
-    def make() -> ir.Value:
-        node = "/model/lengths"
-        rows = g.op("Shape", [query], f"{node}/rows", start=1, end=2)  # [1]
-        scalar = g.op("Squeeze", [rows], f"{node}/row_count")
-        steps = g.op("Range", [g.constant(0), scalar, g.constant(1)], f"{node}/steps")  # [rows]
-        end = g.op("Cast", [lengths.past_end], f"{node}/past_end", to=int(ir.DataType.INT64))
-        first = g.op("Sub", [g.op("Add", [end, g.constant(1)], f"{node}/total"), rows], f"{node}/first")  # [batch]
-        column = g.op("Unsqueeze", [first, g.constant([1])], f"{node}/first_column")  # [batch, 1]
-        return g.op("Add", [column, steps], f"{node}/positions")
-
-    return g.once(("positions", lengths.spare_row), make)
-
-
-def _one_less(g: GraphBuilder, lengths: Lengths) -> Lengths:
-    """Append lengths that count one position less, but never less than a run of one row has."""
-    least = 1 + lengths.spare_row
-
-    def less(value: ir.Value, least: int, name: str) -> ir.Value:
-        one, bound = g.constant(1, np.int32), g.constant(least, np.int32)
-        node = f"/model/lengths/{name}"
-        key = ("one_less", name, lengths.spare_row)
-        return g.once(key, lambda: g.op("Max", [g.op("Sub", [value, one], f"{node}/Sub"), bound], node))
-
-    return Lengths(less(lengths.past_end, least - 1, "past_before"), less(lengths.total, least, "total_before"))
 
 
 def _attend(

@@ -23,11 +23,12 @@ import onnx_ir as ir
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import MLP_NORM
-from shortstack.graphs.ir.attention import Caches, Lengths, exit_layer_site
+from shortstack.graphs.ir.attention import Caches, exit_layer_site
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.embedding import embed_tokens
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.layer import Residual, decoder_layer, mlp_branch, norm, residual_sum, unit_rms
+from shortstack.graphs.ir.lengths import Lengths
 from shortstack.graphs.ir.matrix import project
 from shortstack.graphs.layer_spec import Mlp
 from shortstack.graphs.plan import ExitSpec, SplitPlan

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from shortstack.graphs import names
-from shortstack.graphs.ir.attention import Caches, LayerSite, Lengths, attention
+from shortstack.graphs.ir.attention import Caches, LayerSite, attention
 from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
 from shortstack.graphs.ir.head import last_rows
+from shortstack.graphs.ir.lengths import Lengths
 from shortstack.graphs.ir.matrix import project
 from shortstack.graphs.ir.norm import norm_op
 from shortstack.graphs.layer_spec import Activation, Mlp, Norm

@@ -16,12 +16,13 @@ from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.contract import segment_contract
 from shortstack.graphs.errors import UnsupportedError
-from shortstack.graphs.ir.attention import Caches, Lengths, layer_site
+from shortstack.graphs.ir.attention import Caches, layer_site
 from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.embedding import embed_tokens
+from shortstack.graphs.ir.embedding import first_stream
 from shortstack.graphs.ir.exit import ExitInputs, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, residual_sum, unit_rms
+from shortstack.graphs.ir.lengths import Lengths
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import check_boundaries
 from shortstack.graphs.plan import Segment, SplitPlan
@@ -65,11 +66,11 @@ def segment_model(
     g = GraphBuilder(f"layers [{segment.start}, {segment.end})", store)
     inputs = {port.name: g.input(port) for port in contract.inputs}
 
+    lengths = Lengths(inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
     if segment.is_first:
-        x = Residual(embed_tokens(g, spec, inputs[names.INPUT_IDS], "/model/embed_tokens"))
+        x = Residual(first_stream(g, spec, inputs[names.INPUT_IDS], lengths))
     else:
         x = Residual(inputs[names.HIDDEN_STATES])
-    lengths = Lengths(inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
     if Precision(store.formats, kv_cache).has_spare_row(dtype):
         one, ends = g.constant(1, np.int32), (lengths.past_end, lengths.total)
         past_end, total = (g.op("Add", [end, one], f"/model/with_spare_row/{end.name}") for end in ends)

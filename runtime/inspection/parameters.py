@@ -65,7 +65,7 @@ class ModelParameters:
     """Parameters of a whole model, a tied head counted once.
 
     Attributes:
-        embedding: The token embedding.
+        embedding: The token embedding, and learned positions.
         layers: All decoder layers.
         final_norm: The norm before every head.
         lm_head: An LM head of its own; 0 when it is the embedding.
@@ -86,7 +86,7 @@ def model_parameters(spec: ModelSpec) -> ModelParameters:
     """Count the parameters of a model."""
     table = spec.vocab_size * spec.hidden_size
     return ModelParameters(
-        embedding=table,
+        embedding=table + spec.ends.learned_positions * spec.hidden_size,
         layers=sum(layer_parameters(spec, layer).total for layer in range(spec.num_hidden_layers)),
         final_norm=spec.hidden_size * (1 + spec.ends.final_norm.has_bias),
         lm_head=0 if spec.tie_word_embeddings else table,

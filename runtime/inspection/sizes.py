@@ -171,10 +171,10 @@ def draft_heads_bytes(manifest: Manifest) -> int:
 
 
 def other_bytes(manifest: Manifest) -> int:
-    """Return what the final norm and the rotary tables take, each [max_length (+ a spare row), head_dim / 2]."""
+    """Return what final norm, learned positions and rotary tables take, these [max_length (+ spare), head_dim / 2]."""
     spec, precision = manifest.spec, manifest.precision
     positions = manifest.max_length + (0 if precision.is_float else SPARE_ROWS)
-    norms = spec.hidden_size * (1 + spec.ends.final_norm.has_bias)
+    norms = spec.hidden_size * (1 + spec.ends.final_norm.has_bias + spec.ends.learned_positions)
     columns = sum(cache_head_dim(rope.head_dim) for rope in spec.ropes)
     return (norms + positions * columns) * BYTES_PER_VALUE[manifest.dtype]
 

@@ -1,0 +1,61 @@
+"""How far the positions of a run reach, as attention receives it, and what follows from it inside a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from shortstack.graphs.ir.builder import GraphBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How far the positions of a run reach, as attention receives it.
+
+    Attributes:
+        past_end: ``seqlens_k``, int32 [batch].
+        total: ``total_sequence_length``, int32 [].
+        spare_row: Both count one empty row behind the run's own, which attention adds and drops again; see
+            :meth:`Precision.has_spare_row`.
+    """
+
+    past_end: ir.Value
+    total: ir.Value
+    spare_row: bool = False
+
+
+def positions(g: GraphBuilder, rows: ir.Value, lengths: Lengths) -> ir.Value:
+    """Append the positions of a run's rows, the spare one included, int64 [batch, rows].
+
+    Args:
+        g: The graph.
+        rows: Anything with a column per row, [batch, rows, ...].
+        lengths: How far the run reaches.
+    """
+
+    def make() -> ir.Value:
+        node = "/model/lengths"
+        count = g.op("Shape", [rows], f"{node}/rows", start=1, end=2)  # [1]
+        scalar = g.op("Squeeze", [count], f"{node}/row_count")
+        steps = g.op("Range", [g.constant(0), scalar, g.constant(1)], f"{node}/steps")  # [rows]
+        end = g.op("Cast", [lengths.past_end], f"{node}/past_end", to=int(ir.DataType.INT64))
+        first = g.op("Sub", [g.op("Add", [end, g.constant(1)], f"{node}/total"), count], f"{node}/first")  # [batch]
+        column = g.op("Unsqueeze", [first, g.constant([1])], f"{node}/first_column")  # [batch, 1]
+        return g.op("Add", [column, steps], f"{node}/positions")
+
+    return g.once(("positions", lengths.spare_row), make)
+
+
+def one_less(g: GraphBuilder, lengths: Lengths) -> Lengths:
+    """Append lengths that count one position less, but never less than a run of one row has."""
+    least = 1 + lengths.spare_row
+
+    def less(value: ir.Value, least: int, name: str) -> ir.Value:
+        one, bound = g.constant(1, np.int32), g.constant(least, np.int32)
+        node = f"/model/lengths/{name}"
+        key = ("one_less", name, lengths.spare_row)
+        return g.once(key, lambda: g.op("Max", [g.op("Sub", [value, one], f"{node}/Sub"), bound], node))
+
+    return Lengths(less(lengths.past_end, least - 1, "past_before"), less(lengths.total, least, "total_before"))
