@@ -199,4 +199,5 @@ def _session(
         g = GraphBuilder(name, store)
         contract, outputs = build(g)
         ir.save(g.finish(contract, outputs, "shortstack calibration"), Path(folder) / "graph.onnx")
-        return ort.InferenceSession(str(Path(folder) / "graph.onnx"), options, providers=["CPUExecutionProvider"])
+        path, providers = str(Path(folder) / "graph.onnx"), ["CPUExecutionProvider"]
+        return ort.InferenceSession(path, options, providers=providers, enable_fallback=False)  # it prints to stdout

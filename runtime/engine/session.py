@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -25,6 +26,7 @@ _NOT_USABLE = {
     "TensorrtExecutionProvider": "TensorRT does not have its attention operator",
     "AzureExecutionProvider": "it sends models elsewhere",
 }
+_COPY_AGAIN = "copy the bundle again as a whole, or re-export it"
 _PORT_TYPES: dict[str, PortType] = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -155,21 +157,8 @@ def open_sessions(
         options = session_options(lower_threads if segment.is_first else upper_threads)
         options.log_severity_level = 3
         graph_started_s = time.monotonic()
-        try:
-            session = ort.InferenceSession(str(path), options, providers=names)
-        except Exception as error:
-            raise BundleError(
-                f"{path} cannot be loaded by onnxruntime {ort.__version__}: {one_line(error)}",
-                remedy="copy the bundle again as a whole, or re-export it",
-            ) from None
-        if session.get_providers()[0] != names[0]:  # onnxruntime falls back to the CPU with a warning
-            raise RequestError(
-                f"provider {names[0]} does not start on this machine",
-                found=", ".join(session.get_providers()),
-                remedy="check its driver and libraries, or choose another provider",
-            )
-        found = GraphContract(_ports(session.get_inputs()), _ports(session.get_outputs()))
-        check_ports(str(path), found, bundle.manifest.contract(segment))
+        session = _open(path, options, names)
+        check_ports(str(path), _contract(path, session), bundle.manifest.contract(segment))
         sessions.insert(0, session)
         devices.insert(0, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu"))
         log.debug("%s opened on %s in %.2f s", path.name, names[0], time.monotonic() - graph_started_s)
@@ -184,15 +173,60 @@ def open_sessions(
     return sessions, devices
 
 
+def _open(path: Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+    """Open one graph. onnxruntime's own fallback to the CPU is off: it prints to stdout, which belongs to results.
+
+    Raises:
+        RequestError: The first provider does not start.
+        BundleError: The graph cannot be loaded.
+    """
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+    except Exception as error:
+        if providers != [CPU]:
+            _open(path, options, [CPU])  # where the CPU cannot load it either, the graph is to blame
+            raise _does_not_start(providers[0], one_line(error)) from None
+        raise BundleError(
+            f"{path} cannot be loaded by onnxruntime {ort.__version__}: {one_line(error)}",
+            remedy=_COPY_AGAIN,
+        ) from None
+    if session.get_providers()[0] != providers[0]:  # a provider whose libraries are missing is left out with a warning
+        raise _does_not_start(providers[0], ", ".join(session.get_providers()))
+    return session
+
+
+def _does_not_start(provider: str, found: str) -> RequestError:
+    return RequestError(
+        f"provider {provider} does not start on this machine",
+        found=found,
+        remedy="check its driver and libraries, or choose another provider",
+    )
+
+
 def one_line(error: Exception) -> str:
     """Return the beginning of what onnxruntime says of an error, on one line."""
-    return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__
+    said = str(error)
+    if isinstance(error, UnicodeDecodeError):  # it quotes a name of the graph that is not text
+        said = error.object.decode("utf-8", "replace")
+    return re.sub(r"\s+", " ", said).strip()[:300] or type(error).__name__
 
 
 def _check_providers(providers: object) -> None:
     names = (providers,) if isinstance(providers, str) else providers
     is_right = names is None or (isinstance(names, Sequence) and all(isinstance(name, str) for name in names))
     expect(is_right, "providers", providers, 'a list of names such as ["cuda", "cpu"]')
+
+
+def _contract(path: Path, session: ort.InferenceSession) -> GraphContract:
+    try:
+        return GraphContract(_ports(session.get_inputs()), _ports(session.get_outputs()))
+    except UnicodeDecodeError as error:
+        raise BundleError(
+            f"{path}: the name of an input, an output or a dimension is not text",
+            found=repr(bytes(error.object)),
+            expected="UTF-8",
+            remedy=_COPY_AGAIN,
+        ) from None
 
 
 def _ports(arguments: Sequence[Any]) -> tuple[Port, ...]:

@@ -100,6 +100,29 @@ def test_garbage_of_the_right_size_is_refused_when_it_is_read(
     refused(["generate", bundle, "Hello", "--strategy", "self-speculative", "-e", exit_layer, "--json"], file)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (b"SkipSimplifiedLayerNormalization", "cannot be loaded by onnxruntime"),
+        (b"com.microsoft", "cannot be loaded by onnxruntime"),
+        (b"seqlens_k", r"an output or a dimension is not text: found b'\xf3eqlens_k'"),
+        (b"hidden_states_out", "an output or a dimension is not text"),
+        (b"capacity", "an output or a dimension is not text"),
+    ],
+    ids=lambda value: value.decode() if isinstance(value, bytes) else "",
+)
+def test_a_graph_whose_names_are_not_text_is_refused_and_nothing_reaches_stdout(
+    bundle: Path, refused: Refused, name: bytes, says: str
+) -> None:
+    """A message of onnxruntime that quotes such a name is a ValueError, upon which it would print and try again."""
+    graph = bundle / "layers-01-03.onnx"
+    content = graph.read_bytes()
+    assert name in content
+    graph.write_bytes(content.replace(name, b"\xf3" + name[1:]))
+    error = refused(["generate", bundle, "Hello"], str(graph), says, "Copy the bundle again")
+    assert "codec" not in error
+
+
 def test_a_graph_of_another_model_is_refused_port_by_port(
     tiny_bundles: TinyBundles, bundle: Path, refused: Refused
 ) -> None:
