@@ -14,6 +14,7 @@ from shortstack.graphs.exit_parts import ROWS
 from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.ir.read import read_tensors
 from shortstack.graphs.spec import ModelSpec
+from shortstack.quant.float_tensors import check_float_tensors
 
 _NOT_FINITE = "export the checkpoint again; if that is refused too, its weights are damaged"
 Floats = npt.NDArray[np.float32]
@@ -32,7 +33,7 @@ class Source:
 
     Raises:
         RequestError: The bundle is quantized already.
-        BundleError: A graph cannot be read.
+        BundleError: A graph cannot be read, or tensors of the model are missing or of another shape.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -47,6 +48,7 @@ class Source:
         self.bundle = bundle
         self.spec: ModelSpec = bundle.manifest.spec
         self._tensors = read_tensors(bundle)
+        check_float_tensors(bundle, self._tensors)
         self._checked: set[str] = set()
 
     def __contains__(self, name: str) -> bool:

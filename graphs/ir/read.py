@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
 from shortstack.graphs import names
@@ -45,6 +46,8 @@ class StoredTensor:
 def read_tensors(bundle: Bundle) -> Mapping[str, StoredTensor]:
     """Return every external tensor of a bundle; values are mapped from the file when they are asked for.
 
+    Nothing else of a graph is looked at: onnx-ir would log what is wrong with its nodes.
+
     Raises:
         BundleError: A graph cannot be read, or refers to another file than the bundle's own weights.data, or to bytes
             that are not in it.
@@ -54,11 +57,12 @@ def read_tensors(bundle: Bundle) -> Mapping[str, StoredTensor]:
     for segment in bundle.manifest.plan.segments:
         path = bundle.graph_path(segment)
         try:
-            model = ir.load(path)
+            graph = onnx.load_model(path, load_external_data=False).graph
+            tensors = [ir.serde.deserialize_tensor(proto) for proto in graph.initializer]
         except Exception as error:  # protobuf's own errors have no common base
             raise BundleError(f"{path} is not an ONNX graph: {error}", remedy="re-export the bundle") from None
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
+        for tensor in tensors:
+            name = tensor.name or ""
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
             if str(tensor.location) != names.WEIGHTS_FILE:  # a path out of the folder, perhaps
@@ -73,7 +77,13 @@ def read_tensors(bundle: Bundle) -> Mapping[str, StoredTensor]:
 
 
 def _stored(bundle: Bundle, graph: Path, name: str, tensor: ir.ExternalTensor, size: int) -> StoredTensor:
-    dtype, shape = np.dtype(tensor.dtype.numpy()), tuple(int(dim) for dim in tensor.shape.numpy())
+    try:
+        dtype = np.dtype(tensor.dtype.numpy())
+    except TypeError:  # a tensor without a type
+        raise BundleError(
+            f"{graph}: tensor {name}", found=tensor.dtype, expected="a type of numbers", remedy="re-export the bundle"
+        ) from None
+    shape = tuple(int(dim) for dim in tensor.shape.numpy())
     offset, length = tensor.offset or 0, prod(shape) * dtype.itemsize
     if min(offset, length) < 0 or offset + length > size or tensor.length not in (None, length):
         raise BundleError(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto
 
 from helpers.bad_input import Refused, edit_json, left_behind
 from helpers.quantized import INT4, INT8, QuantizedBundles, preset, stored_tensors
 from shortstack.__main__ import run
 from shortstack.graphs import manifest, names
-from shortstack.graphs.bundle import open_bundle
+from shortstack.graphs.bundle import describe_files, open_bundle, write_manifest
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
@@ -155,6 +158,83 @@ def test_a_tensor_in_another_file_is_not_followed(bundle: Path, refuses: Refused
     assert b"weights.data" in content
     graph.write_bytes(content.replace(b"weights.data", b"../../passwd"))
     refuses([], str(graph), "lies in another file", "'../../passwd'", bundle=bundle)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "hqq"])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        (names.EMBED_TOKENS, "layers-00-01.onnx"),
+        (names.layer_weight(0, "attn.qkv_proj.weight"), "layers-00-01.onnx"),
+        (names.layer_weight(1, "post_attention_norm.weight"), "layers-01-03.onnx"),
+        (names.layer_weight(3, "mlp.down_proj.weight"), "layers-03-04.onnx"),
+        (names.FINAL_NORM, "layers-03-04.onnx"),
+        (names.LM_HEAD, "layers-03-04.onnx"),
+        (names.ROPE_COS, "layers-00-01.onnx"),
+        (names.exit_weight(1, "head.weight"), "layers-00-01.onnx"),
+        (names.exit_weight(3, "head.ids"), "layers-01-03.onnx"),
+    ],
+)
+def test_a_graph_without_a_tensor_is_named_with_the_tensor(
+    bundle: Path, refuses: RefusedQuantize, name: str, file: str, method: str
+) -> None:
+    for graph in bundle.glob("*.onnx"):
+        graph.write_bytes(graph.read_bytes().replace(name.encode(), name[:-1].encode() + b"!"))
+    says = (f"{file} has no tensor {name} in", f"{name[:-1]}!", "Copy the bundle again")
+    refuses(["--method", method, "--no-report"], *says, bundle=bundle)
+
+
+def change(bundle: Path, file: str, edit: Callable[[TensorProto], object]) -> None:
+    """Edit each tensor of a graph, and write the size and hash that fit."""
+    graph = onnx.load_model(bundle / file, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        edit(tensor)
+    (bundle / file).write_bytes(graph.SerializeToString())
+    write_manifest(bundle, replace(open_manifest(bundle), files=describe_files(bundle)))
+
+
+def open_manifest(bundle: Path) -> manifest.Manifest:
+    return manifest.read_manifest(bundle / names.MANIFEST_FILE)
+
+
+def test_tensors_of_another_shape_are_named_all_at_once(bundle: Path, refuses: RefusedQuantize) -> None:
+    """[64, 128] for [128, 64]: as many bytes, and another matrix."""
+    turned = [names.layer_weight(1, "attn.qkv_proj.weight"), names.layer_weight(2, "mlp.down_proj.weight")]
+
+    def turn(tensor: TensorProto) -> None:
+        if tensor.name in turned:
+            tensor.dims[:] = tensor.dims[::-1]
+
+    change(bundle, "layers-01-03.onnx", turn)
+    says = (
+        "layers-01-03.onnx: tensor model.layers.1.attn.qkv_proj.weight: found float32 [128, 64], not float32 [64, 128]",
+        "tensor model.layers.2.mlp.down_proj.weight: found float32 [64, 96], not float32 [96, 64]",
+        "Copy the bundle again",
+    )
+    refuses(["--method", "rtn", "--no-report"], *says, bundle=bundle)
+
+
+def test_many_missing_tensors_are_counted(bundle: Path, refuses: RefusedQuantize) -> None:
+    change(bundle, "layers-01-03.onnx", lambda tensor: setattr(tensor, "name", f"x{tensor.name}"))
+    error = refuses([], "layers-01-03.onnx has no tensor model.layers.1.input_norm.weight", "more", bundle=bundle)
+    assert len(error) < 1200
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [(TensorProto.UNDEFINED, "a type of numbers"), (TensorProto.INT32, "found int32 [64], not float32")],
+)
+def test_a_tensor_of_another_type_is_named(
+    bundle: Path, refuses: RefusedQuantize, kind: TensorProto.DataType, says: str
+) -> None:
+    name = names.layer_weight(1, "post_attention_norm.weight")
+
+    def retype(tensor: TensorProto) -> None:
+        if tensor.name == name:
+            tensor.data_type = kind
+
+    change(bundle, "layers-01-03.onnx", retype)
+    refuses([], "layers-01-03.onnx", f"tensor {name}", says, bundle=bundle)
 
 
 def test_a_folder_that_is_not_a_bundle_is_named(tmp_path: Path, refuses: RefusedQuantize) -> None:
