@@ -174,3 +174,33 @@ def pad_heads(array: npt.NDArray[Number], heads: int, attention: Attention, fill
     halves = array.reshape(heads, 2, attention.head_dim // 2, *array.shape[1:])
     padded = np.pad(halves, [(0, 0), (0, 0), (0, extra), *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
     return padded.reshape(heads * attention.cache_head_dim, *array.shape[1:])
+
+
+def unpad_heads(array: npt.NDArray[Number], heads: int, attention: Attention) -> npt.NDArray[Number]:
+    """Take out of [heads * cache_head_dim, ...] what :func:`pad_heads` put in."""
+    if attention.cache_head_dim == attention.head_dim:
+        return array
+    halves = array.reshape(heads, 2, attention.cache_head_dim // 2, *array.shape[1:])[:, :, : attention.head_dim // 2]
+    return halves.reshape(heads * attention.head_dim, *array.shape[1:])
+
+
+def unpacked(weights: Sequence[Weight], whole: Floats, attention: Attention) -> dict[str, Floats]:
+    """Return the roles of one part of a layer, heads not padded: what :func:`packed` has put together.
+
+    Args:
+        weights: The weights of the part.
+        whole: The part as a bundle stores it, matrices [out, in].
+        attention: The layer's attention.
+    """
+    found, start = {}, 0
+    for weight in weights:
+        rows = weight.row_heads * attention.cache_head_dim or weight.shape[0]
+        piece, start = whole[start : start + rows], start + rows
+        if weight.row_heads:
+            piece = unpad_heads(piece, weight.row_heads, attention)
+            if weight.is_norm:
+                piece = piece / np.float32(padded_share(attention) ** 0.5)
+        if weight.column_heads:
+            piece = unpad_heads(piece.T, weight.column_heads, attention).T
+        found[weight.role] = piece
+    return found

@@ -76,12 +76,19 @@ _MODULES = {
     **{role: f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
     **{role: f"mlp.{role}" for role in ("gate_proj", "up_proj", "down_proj")},
 }
+_ROLES = {module: role for role, module in _MODULES.items()}
 
 
 def parameter_name(role: str) -> str:
     """Return what the PyTorch twin and folders of trained exits call a weight of a layer: as transformers' Llama."""
     name, kind = role.rsplit(".", 1)
     return f"{_MODULES[name]}.{kind}"
+
+
+def parameter_role(name: str) -> str:
+    """Return the role of a weight that :func:`parameter_name` names."""
+    module, kind = name.rsplit(".", 1)
+    return f"{_ROLES[module]}.{kind}"
 
 
 @functools.cache

@@ -15,12 +15,12 @@ from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, ROWS, stored_parts
 from shortstack.graphs.ir.exit import uses_unit_norm
 from shortstack.graphs.ir.read import StoredTensor
-from shortstack.graphs.layer_parts import Shape, layer_parts
+from shortstack.graphs.layer_spec import cache_head_dim
+from shortstack.graphs.layer_weights import Shape, stored_shapes
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec, Segment
 
 _MOST_NAMED = 4
-_ROTARY = (names.ROPE_COS, names.ROPE_SIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,21 @@ def float_tensors(manifest: Manifest) -> dict[str, FloatTensor]:
             found[name] = FloatTensor(graph, "int64" if name.endswith(HEAD_IDS) else manifest.dtype, shape)
 
     add(first, {names.EMBED_TOKENS: matrix})
-    add(first, dict.fromkeys(_ROTARY, (manifest.max_length, spec.cache_head_dim // 2)))
+    if positions := spec.ends.learned_positions:
+        add(first, {names.EMBED_POSITIONS: (positions, spec.hidden_size)})
     for segment in plan.segments:
         for layer in range(segment.start, segment.end):
-            parts = layer_parts(spec, owns_kv=spec.kv_map[layer] == layer)
-            add(segment, {names.layer_weight(layer, part): _turned(shape) for part, shape in parts.items()})
+            attention = spec.layers[layer].attention
+            shapes = stored_shapes(spec.weights(layer), attention)
+            add(segment, {names.layer_weight(layer, part): _turned(shape) for part, shape in shapes.items()})
+            if attention.rope is not None:
+                table = (manifest.max_length, cache_head_dim(spec.ropes[attention.rope].head_dim) // 2)
+                tables = [names.rope_table(attention.rope, part) for part in names.ROPE_PARTS]
+                add(segment, {name: table for name in tables if name not in found})
         if (exit_spec := plan.exit_of(segment)) is not None:
             add(segment, dict(_exit_tensors(manifest, exit_spec)))
+    if spec.ends.final_norm.has_bias:
+        add(last, {names.FINAL_NORM_BIAS: vector})
     add(last, {names.FINAL_NORM: vector} | ({} if spec.tie_word_embeddings else {names.LM_HEAD: matrix}))
     if uses_unit_norm(plan):
         add(last if plan.has_state else first, {names.UNIT_NORM: vector})
@@ -111,6 +119,6 @@ def check_float_tensors(bundle: Bundle, stored: Mapping[str, StoredTensor]) -> N
 
 def _fits(name: str, wanted: FloatTensor, found: StoredTensor) -> bool:
     shape = found.shape
-    if name in _ROTARY and len(shape) == 2:
+    if name.startswith("rope.") and len(shape) == 2:
         shape = (min(shape[0], wanted.shape[0]), shape[1])
     return found.dtype == wanted.dtype and shape == wanted.shape

@@ -10,15 +10,14 @@ import numpy.typing as npt
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError, RequestError
-from shortstack.graphs.exit_parts import ROWS
 from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.ir.read import read_tensors
+from shortstack.graphs.ir.read_matrix import is_stored_as_rows
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.float_tensors import check_float_tensors
 
 _NOT_FINITE = "export the checkpoint again; if that is refused too, its weights are damaged"
 Floats = npt.NDArray[np.float32]
-_STORED_AS_ROWS = (names.EMBED_TOKENS, names.LM_HEAD)  # [vocab, hidden]; projections are stored [in, out]
 
 
 class Source:
@@ -81,8 +80,7 @@ class Source:
     def matrix(self, name: str) -> Floats:
         """Return a matrix as [out, in], in float32."""
         stored = self.floats(name)
-        is_rows = name in _STORED_AS_ROWS or (name.startswith("exits.") and name.endswith(ROWS))
-        return stored if is_rows else np.ascontiguousarray(stored.T)
+        return stored if is_stored_as_rows(name) else np.ascontiguousarray(stored.T)
 
     def layer(self, layer: int) -> dict[str, Floats]:
         """Return all float tensors of a layer and the rotary tables, as they are stored, by name."""

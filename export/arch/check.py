@@ -15,7 +15,7 @@ from shortstack.graphs.spec import ModelSpec
 
 _MAX_LISTED = 10
 _HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|weight)|(attn|attention)\.(bias|masked_bias))")
-"""Rotary frequencies and causal masks. Old checkpoints store them, although they follow from the config. The divisors of
+"""Rotary frequencies and causal masks. Old checkpoints store them, although they follow from the config. Divisors of
 frequencies in GGUF files do not."""
 
 

@@ -75,6 +75,7 @@ def parity(
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars; read when tqdm is imported
     import torch
 
+    from shortstack.export.parity.bundle_weights import BundleWeights
     from shortstack.export.parity.compare import compare
     from shortstack.export.parity.exits import check_exits, load_twin_exits
     from shortstack.export.parity.reference import Reference
@@ -92,13 +93,14 @@ def parity(
     ]
     with progress_stages() as stage:
         advance = stage("Loading the reference", 1)
+        weights = None if model.bundle.manifest.precision.is_float else BundleWeights(model.bundle)
         is_trained = any(not exit_spec.is_plain for exit_spec in model.bundle.manifest.plan.exits)
         exits = None
         if exits_folder is not None or is_trained:
-            exits = load_twin_exits(checkpoint, exits_folder, revision, adapter, follow_links)
+            exits = load_twin_exits(checkpoint, exits_folder, revision, adapter, follow_links, weights)
         check_exits(model.bundle.manifest, exits)
         kind = TwinReference if needs_twin(model.bundle.manifest.spec) else Reference
-        reference = kind(checkpoint, revision, adapter, follow_links)
+        reference = kind(checkpoint, revision, adapter, follow_links, weights)
         if threads is not None:
             torch.set_num_threads(threads)
         advance(1)
@@ -119,6 +121,9 @@ def parity(
             click.echo(f"worst of cache and hidden states: {worst.what}, relative {worst.relative:.1e}")
         else:
             click.echo("cache and hidden states: not compared (an int8 cache holds codes, and there is no cut)")
+        if report.weights:
+            furthest = max(report.weights, key=lambda weight: weight.relative)
+            click.echo(f"weights: furthest from the checkpoint {furthest.what}, relative {furthest.relative:.1e}")
         for fork in report.forks:
             click.echo(
                 f"greedy fork: text {fork.text}, {fork.strategy}, new token {fork.position}: "

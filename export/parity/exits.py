@@ -7,8 +7,9 @@ nothing but the exit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.checkpoint import StoredExit
+from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, compare_exit, put_into_twin
 from shortstack.export.twin.exits import ExitNode, load_exits
 from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.exit_parts import HEAD_IDS
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
@@ -34,12 +37,16 @@ class TwinExits:
     """Trained exits, and the model that they are for.
 
     Attributes:
-        twin: The model.
-        nodes: The exits, by depth.
+        twin: The model; with the weights of a quantized bundle, if that is compared.
+        nodes: The exits as they were trained, by depth.
+        stand_ins: The exits with the weights of a quantized bundle, by depth; none for a bundle of floats.
+        weight_errors: How far these weights are from those of ``nodes``.
     """
 
     twin: Twin
     nodes: Mapping[int, ExitNode]
+    stand_ins: Mapping[int, ExitNode] = field(default_factory=dict)
+    weight_errors: Sequence[WeightError] = ()
 
     @torch.no_grad()
     def logits(self, model: Model, tokens: Sequence[int], state: Array) -> dict[int, Array]:
@@ -54,8 +61,9 @@ class TwinExits:
         found = self.twin.boundaries(ids, set(self.nodes))
         embeddings = self.twin.embedded(ids)
         results = {}
+        computing = {**self.nodes, **self.stand_ins}
         for exit_spec in model.bundle.manifest.plan.exits:
-            if (node := self.nodes.get(exit_spec.exit_layer)) is None:
+            if (node := computing.get(exit_spec.exit_layer)) is None:
                 continue
             out = node(found[exit_spec.exit_layer], embeddings, torch.from_numpy(state)[None], self.twin)
             logits = out.logits[0].numpy()
@@ -70,10 +78,12 @@ def load_twin_exits(
     revision: str | None = None,
     adapter: Path | None = None,
     follow_links: bool = False,
+    weights: BundleWeights | None = None,
 ) -> TwinExits | None:
     """Load the twin of a checkpoint and the exits of a folder; errors as in the export.
 
-    Without a folder the exits are those in the checkpoint itself. Returns None if it holds none.
+    Without a folder the exits are those in the checkpoint itself. Returns None if it holds none. With the weights of a
+    quantized bundle, these compute.
     """
     checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
     stored = checkpoint.exits(resolve(checkpoint)[1]) if folder is None else ()
@@ -81,7 +91,37 @@ def load_twin_exits(
         return None
     twin = twin_of(checkpoint if adapter is None else AdaptedCheckpoint(checkpoint, adapter)).eval()
     nodes = [_node_of(exit_, twin) for exit_ in stored] if folder is None else load_exits(folder, twin.spec)
-    return TwinExits(twin, {node.exit_spec.exit_layer: node.eval() for node in nodes})
+    trained = {node.exit_spec.exit_layer: node.eval() for node in nodes}
+    if weights is None:
+        return TwinExits(twin, trained)
+    check_exits(weights.bundle.manifest, TwinExits(twin, trained))
+    stand_ins, errors = _stand_ins(weights, twin, trained)
+    put_into_twin(twin, weights)
+    return TwinExits(twin, trained, stand_ins, errors)
+
+
+def _stand_ins(
+    weights: BundleWeights, twin: Twin, trained: Mapping[int, ExitNode]
+) -> tuple[dict[int, ExitNode], list[WeightError]]:
+    """Return nodes that hold a bundle's weights, by depth, and how far these are from the trained ones.
+
+    Where the bundle has rows of the LM head that were rounded by themselves, the node's head is its own.
+    """
+    found, errors, own_heads = dict[int, ExitNode](), list[WeightError](), weights.own_heads()
+    for exit_spec in weights.bundle.manifest.plan.exits:
+        depth = exit_spec.exit_layer
+        if (before := trained.get(depth)) is None:
+            continue
+        stored: dict[str, Any] = weights.exit(exit_spec)
+        was = {part: value.numpy() for part, value in before.state_dict().items() if part != HEAD_IDS}
+        compared = compare_exit({part: stored[part] for part in was}, was, twin.spec.exit_block_layer(depth))
+        errors += [WeightError(names.exit_weight(depth, part), error) for part, error in compared.items()]
+        if depth in own_heads:
+            exit_spec, stored["head.weight"] = replace(exit_spec, head="own"), own_heads[depth].numpy()
+        node = ExitNode(twin.spec, exit_spec)
+        node.load_state_dict({part: torch.from_numpy(np.array(stored[part])) for part in node.state_dict()})
+        found[depth] = node.eval()
+    return found, errors
 
 
 def _node_of(exit_: StoredExit, twin: Twin) -> ExitNode:

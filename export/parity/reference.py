@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from shortstack.export.adapter import AdaptedCheckpoint
-from shortstack.export.arch import resolve
+from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.arch.architecture import FINAL_NORM
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
+from shortstack.export.kept_blocks import KeptBlocks
+from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, compare_with, put_into_transformers
 from shortstack.export.sources import rotary_order
+from shortstack.export.tensors import ModelTensors
 from shortstack.export.twin.folder import save_twin, twin_of
 from shortstack.export.twin.layer import soft_capped
 from shortstack.graphs.errors import CheckpointError
@@ -31,16 +34,24 @@ class Reference:
         revision: Branch, tag or commit of a hub id.
         adapter: A LoRA adapter to add to its weights, as peft saves it.
         follow_links: Follow links that lead out of its folder.
+        weights: Those of a quantized bundle, which the model then holds; None leaves it the checkpoint's.
 
     Attributes:
         spec: What shortstack reads from the same config.
+        own_heads: Of the bundle's exits, by depth: rows of the LM head that were rounded by themselves, [rows, hidden].
+        weight_errors: How far each of the bundle's weights is from the checkpoint's.
 
     Raises:
         CheckpointError: It is not a checkpoint that shortstack exports, or transformers cannot load it.
     """
 
     def __init__(
-        self, source: str, revision: str | None = None, adapter: Path | None = None, follow_links: bool = False
+        self,
+        source: str,
+        revision: str | None = None,
+        adapter: Path | None = None,
+        follow_links: bool = False,
+        weights: BundleWeights | None = None,
     ) -> None:
         from transformers.utils import logging
 
@@ -62,6 +73,12 @@ class Reference:
         if adapted is not None:
             for touched in adapted.touched:
                 self._model.get_parameter(touched).data += torch.from_numpy(adapted.delta(touched))
+        self.own_heads = {} if weights is None else weights.own_heads()
+        self.weight_errors: list[WeightError] = []
+        if weights is not None:
+            tensors = ModelTensors(checkpoint if adapted is None else adapted, self._arch, self.spec, KeptBlocks())
+            self.weight_errors = compare_with(tensors, weights)
+            put_into_transformers(self._model, weights)
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
 
     @torch.no_grad()
@@ -88,15 +105,16 @@ class Reference:
             else:
                 stream = out.hidden_states[depth]
                 hidden[depth] = stream[0].numpy()
-                heads[depth] = self._logits(stream)[0].numpy()
+                heads[depth] = self._logits(stream, depth)[0].numpy()
         owners = [cache.layers[producer] for producer in self.spec.kv_map]
         keys = [self._as_rotated(number, owner.keys[0].numpy()) for number, owner in enumerate(owners)]
         return Activations(heads, hidden, keys, [owner.values[0].numpy() for owner in owners])
 
-    def _logits(self, stream: torch.Tensor) -> torch.Tensor:
+    def _logits(self, stream: torch.Tensor, depth: int) -> torch.Tensor:
         """Apply norm and head to a residual stream below the top, as the model does at the top."""
-        norm = self._model.get_submodule(self._arch.tensor_name(FINAL_NORM).removesuffix(".weight"))
-        products = self._model.get_output_embeddings()(norm(stream))
+        arch, own = ARCHITECTURES[self.spec.model_type], self.own_heads.get(depth)
+        normed = self._model.get_submodule(arch.tensor_name(FINAL_NORM).removesuffix(".weight"))(stream)
+        products = self._model.get_output_embeddings()(normed) if own is None else normed @ own.T
         return soft_capped(products * self.spec.ends.logit_scale, self.spec.ends.logit_softcap)
 
     def _as_rotated(self, layer: int, keys: Array) -> Array:

@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 
 from shortstack.export.adapter import AdaptedCheckpoint
-from shortstack.export.arch import ARCHITECTURES
+from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.kept_blocks import KeptBlocks
+from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, compare_with, put_into_twin
+from shortstack.export.tensors import ModelTensors
 from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.sequential import sequential
 from shortstack.graphs.spec import ModelSpec
@@ -33,6 +36,7 @@ class TwinReference:
         revision: Branch, tag or commit of a hub id.
         adapter: A LoRA adapter to add to its weights, as peft saves it.
         follow_links: Follow links that lead out of its folder.
+        weights: Those of a quantized bundle, which the twin then holds; None leaves it the checkpoint's.
 
     Attributes:
         spec: What shortstack reads from its config.
@@ -42,11 +46,22 @@ class TwinReference:
     """
 
     def __init__(
-        self, source: str, revision: str | None = None, adapter: Path | None = None, follow_links: bool = False
+        self,
+        source: str,
+        revision: str | None = None,
+        adapter: Path | None = None,
+        follow_links: bool = False,
+        weights: BundleWeights | None = None,
     ) -> None:
         checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
-        self._twin = twin_of(checkpoint if adapter is None else AdaptedCheckpoint(checkpoint, adapter)).eval()
+        adapted = checkpoint if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
+        self._twin = twin_of(adapted).eval()
         self.spec = self._twin.spec
+        self.own_heads = {} if weights is None else weights.own_heads()
+        self.weight_errors: list[WeightError] = []
+        if weights is not None:
+            self.weight_errors = compare_with(ModelTensors(adapted, *resolve(adapted), KeptBlocks()), weights)
+            put_into_twin(self._twin, weights)
 
     @torch.no_grad()
     def run_text(self, tokens: Sequence[int], depths: Sequence[int]) -> Activations:
@@ -56,10 +71,14 @@ class TwinReference:
         inner = [depth for depth in depths if depth != last]
         boundaries = self._twin.boundaries(ids, inner) if inner else {}
         hidden = {depth: boundary.hidden[0].numpy() for depth, boundary in boundaries.items()}
-        heads = {depth: self._twin.logits(boundary.hidden)[0].numpy() for depth, boundary in boundaries.items()}
+        heads = {depth: self._head(boundary.hidden, depth)[0].numpy() for depth, boundary in boundaries.items()}
         heads[last] = found.logits[0].numpy()
         keys, values = ([found.caches[layer][part][0].numpy() for layer in self.spec.kv_map] for part in (0, 1))
         return Activations(heads, hidden, keys, values)
+
+    def _head(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
+        own = self.own_heads.get(depth)
+        return self._twin.logits(hidden) if own is None else self._twin.scaled_logits(self._twin.state(hidden) @ own.T)
 
     @torch.no_grad()
     def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:

@@ -53,15 +53,15 @@ def twin_of(checkpoint: Checkpoint) -> Twin:
     twin = twin.to_empty(device="cpu")
     twin.rope_factors = tensors.rope_factors()
     twin.passes = read_passes(checkpoint.config)
-    state = {_parameter(role): tensors.vector(role) for role in end_shapes(spec)}
+    state = {twin_parameter(role): tensors.vector(role) for role in end_shapes(spec)}
     for layer in range(spec.num_hidden_layers):
-        state |= {_parameter(role, layer): value for role, value in tensors.layer_roles(layer).items()}
+        state |= {twin_parameter(role, layer): value for role, value in tensors.layer_roles(layer).items()}
     twin.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     return twin
 
 
-def _parameter(role: str, layer: int | None = None) -> str:
-    """Return the twin's name of a weight."""
+def twin_parameter(role: str, layer: int | None = None) -> str:
+    """Return the twin's name of a weight, by its role; ``layer`` is None outside the layers."""
     if layer is not None:
         return f"model.layers.{layer}.{parameter_name(role)}"
     return role if role == LM_HEAD else f"model.{role.replace('final_norm', 'norm')}"
@@ -81,9 +81,9 @@ def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: to
     """
     arch = ARCHITECTURES[twin.spec.model_type]
     own = twin.state_dict()
-    ends = {role: own[_parameter(role)] for role in end_shapes(twin.spec)}
+    ends = {role: own[twin_parameter(role)] for role in end_shapes(twin.spec)}
     layers = [
-        {weight.role: own[_parameter(weight.role, layer)] for weight in twin.spec.weights(layer)}
+        {weight.role: own[twin_parameter(weight.role, layer)] for weight in twin.spec.weights(layer)}
         for layer in range(twin.spec.num_hidden_layers)
     ]
     state = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shortstack.__main__ import run
 from shortstack.graphs.texts import HELDOUT_TEXT
 from shortstack.graphs.texts.prompts import prompts
 from shortstack.quant.assemble import quantize_bundle
@@ -102,6 +103,12 @@ def test_rows_of_one_run_equal_rows_run_one_by_one_bit_for_bit(quantized: Quanti
     text = model.tokenizer.encode(" ".join(prompts(8)))
     for length in (9, 40, 300):
         assert all(check.is_exact for check in check_rows(model, text[:length]))
+
+
+@pytest.mark.slow
+def test_a_preset_computes_what_pytorch_computes_with_its_weights(quantized: Quantized, smollm2_gguf: Path) -> None:
+    command = ["parity", str(smollm2_gguf), str(quantized.model.bundle.folder), "--prompts", "2"]
+    assert run([*command, "--greedy-tokens", "8"]) == 0
 
 
 def test_the_named_presets_keep_what_they_promise(quantized: Quantized, float_losses: np.ndarray) -> None:

@@ -170,7 +170,7 @@ def test_a_tensor_in_another_file_is_not_followed(bundle: Path, refuses: Refused
         (names.layer_weight(3, "mlp.down_proj.weight"), "layers-03-04.onnx"),
         (names.FINAL_NORM, "layers-03-04.onnx"),
         (names.LM_HEAD, "layers-03-04.onnx"),
-        (names.ROPE_COS, "layers-00-01.onnx"),
+        (names.rope_table(0, "cos"), "layers-00-01.onnx"),
         (names.exit_weight(1, "head.weight"), "layers-00-01.onnx"),
         (names.exit_weight(3, "head.ids"), "layers-01-03.onnx"),
     ],
