@@ -1,9 +1,10 @@
 """Resolves a checkpoint's tokenizer as transformers does, so that a bundle holds one complete one.
 
 Special tokens, added tokens and templates may stand in many files, and which one counts has changed between versions of
-transformers. So it is asked: its tokenizer becomes ``tokenizer.json`` (where that file says something else),
-``tokenizer_config.json`` and ``chat_template.jinja``. Code of a checkpoint is never run; links are followed by whoever
-read the files, and not here. Without transformers, or where it cannot read the files, they are taken as they are.
+transformers. So it is asked: its tokenizer becomes ``tokenizer.json`` (where that file is missing or says something
+else), ``tokenizer_config.json`` and ``chat_template.jinja``. Code of a checkpoint is never run; links are followed by
+whoever read the files, and not here. Without transformers, or where it cannot read the files, a tokenizer.json is taken
+as it is. Where there is only the vocabulary of another library, that is an error.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,15 +27,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from shortstack.export.checkpoint.vocabulary_files import BINARY_FILES, TEKKEN_FILE, check_vocabulary_files
 from shortstack.graphs import names
-from shortstack.graphs.errors import CheckpointError, shortened
+from shortstack.graphs.errors import CheckpointError, DependencyError, shortened
+from shortstack.missing import install_command
 
 MORE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
-    "tokenizer.model",
-    "spiece.model",
+    *BINARY_FILES,
+    TEKKEN_FILE,
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -54,8 +58,11 @@ CHAT = (
     {"role": "user", "content": "Bye"},
 )
 
+_VOCABULARIES = (*BINARY_FILES, TEKKEN_FILE, "vocab.json", "vocab.txt", "merges.txt")
+_NO_TRANSFORMERS = "transformers is not installed"
 _LOAD = "import sys, tokenizers; tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode()).encode('a b')"
 _LOAD_LIMIT_S = 300
+_TIKTOKEN_CACHE = "TIKTOKEN_CACHE_DIR"
 _SAVE_AGAIN = "save it again with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
 
 log = logging.getLogger(__name__)
@@ -90,22 +97,31 @@ def reference_of(files: Mapping[str, bytes]) -> Reference | None:
     return _references.get(_digest(files))
 
 
-def resolve_tokenizer(found: Mapping[str, bytes], model_type: str | None) -> dict[str, bytes]:
+def resolve_tokenizer(
+    found: Mapping[str, bytes], model_type: str | None, vocab_size: int | None = None
+) -> dict[str, bytes]:
     """Return the text files of a checkpoint with one complete tokenizer in them.
 
     Args:
         found: The files, content by name: those of :data:`names.TEXT_FILES` and :data:`MORE_FILES` that there are.
         model_type: Of the model's config, by which transformers finds a class if the tokenizer does not name one.
+        vocab_size: Of the model's config: rows of the embedding.
 
     Raises:
-        CheckpointError: Loading the tokenizer ends the process.
+        CheckpointError: Loading the tokenizer ends the process, or there is only the vocabulary of another library, and
+            that is damaged or of another model.
+        DependencyError: A package that reads such a vocabulary is not installed.
     """
     files = {name: content for name, content in found.items() if name in names.TEXT_FILES}
+    check_vocabulary_files(found)
     if names.TOKENIZER_FILE in files:
         _check_survives(files[names.TOKENIZER_FILE])
     reference = _load(found, model_type)
-    if reference is None:
+    if isinstance(reference, str):
+        _take_as_they_are(found, reference)
         return files
+    if names.TOKENIZER_FILE not in files:
+        _check_conversion(found, reference, vocab_size)
     backend, special = reference.tokenizer.backend_tokenizer, _special_tokens(reference.tokenizer)
     stored = files.get(names.TOKENIZER_FILE)
     if stored is None or not _is_same(stored, backend, reference):
@@ -154,32 +170,84 @@ def _check_survives(tokenizer: bytes) -> None:
         )
 
 
-def _load(found: Mapping[str, bytes], model_type: str | None) -> Reference | None:
-    """Return transformers' tokenizer of the files, or None if it has none with a tokenizer.json behind it."""
+def _load(found: Mapping[str, bytes], model_type: str | None) -> Reference | str:
+    """Return transformers' tokenizer of the files, or why it has none with a tokenizer.json behind it."""
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError:
-        log.info("transformers is not installed: the tokenizer's files are taken as they are")
-        return None
+        return _NO_TRANSFORMERS
     reason = "it has no tokenizer.json for them"
+    is_complete = names.TOKENIZER_FILE in found
+    other: Any = None  # a tokenizer that is not made of a tokenizer.json
     with tempfile.TemporaryDirectory(prefix="shortstack-") as name, _quiet():
         folder = Path(name)
         for file, content in found.items():
-            (folder / file).write_bytes(content)
+            if not (file == TEKKEN_FILE and is_complete):  # which of the two counts depends on what is installed
+                (folder / file).write_bytes(content)
         (folder / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
         for kind in (AutoTokenizer, PreTrainedTokenizerFast):
             try:
                 tokenizer = kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-                if tokenizer.is_fast:
-                    return _probe(tokenizer)
+                if not tokenizer.is_fast:
+                    other = tokenizer
+                    continue
+                reference = _probe(tokenizer)
+                if other is None or is_complete or all(map(_agrees_with(other), reference.texts, reference.ids)):
+                    return reference
+                reason = f"what a tokenizer.json can do differs from {type(other).__name__}"
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # a panic of the tokenizers library is no Exception
-                reason = shortened(" ".join((str(error) or type(error).__name__).split()))
-    is_sound = names.TOKENIZER_FILE in found and _own(found[names.TOKENIZER_FILE]) is not None
+                reason = _reason(error)
+    return reason
+
+
+def _take_as_they_are(found: Mapping[str, bytes], reason: str) -> None:
+    """Say why transformers was not asked; raise where the files alone hold no tokenizer.json."""
+    if names.TOKENIZER_FILE not in found:
+        vocabularies = [name for name in _VOCABULARIES if name in found]
+        if not vocabularies:
+            return  # there is no tokenizer at all, which the export says
+        if reason == _NO_TRANSFORMERS:
+            raise DependencyError(
+                f"{vocabularies[0]} needs 'transformers' to become {names.TOKENIZER_FILE}, and it is not installed. "
+                f"Run: {install_command(('export',))}"
+            )
+        raise CheckpointError(
+            f"transformers makes no {names.TOKENIZER_FILE} of {' and '.join(vocabularies)}: {reason}",
+            remedy=f"download the files again, or put a {names.TOKENIZER_FILE} next to them",
+        )
+    if reason == _NO_TRANSFORMERS:
+        log.info("%s: the tokenizer's files are taken as they are", reason)
+        return
+    is_sound = _own(found[names.TOKENIZER_FILE]) is not None
     level = logging.WARNING if is_sound else logging.INFO  # else the export is refused, and that says enough
     log.log(level, "transformers cannot read the tokenizer, so its files are taken as they are: %s", reason)
-    return None
+
+
+def _check_conversion(found: Mapping[str, bytes], reference: Reference, vocab_size: int | None) -> None:
+    """Raise where a tokenizer that was made of other files is not this model's, or not what its files are for."""
+    what = f"the {names.TOKENIZER_FILE} made of {' and '.join(name for name in _VOCABULARIES if name in found)}"
+    remedy = f"put the model's own {names.TOKENIZER_FILE} next to its weights"
+    highest = max((index for ids in reference.ids[: len(PROBES)] for index in ids), default=0)
+    if vocab_size is not None and highest >= vocab_size:
+        raise CheckpointError(
+            f"{what} is of another model", found=f"token {highest}", expected=f"ids below {vocab_size}", remedy=remedy
+        )
+    text = str(reference.tokenizer.decode(reference.ids[0], skip_special_tokens=True))
+    if text.split() != PROBES[0].split():
+        raise CheckpointError(f"{what} cannot spell {PROBES[0].strip()!r}", found=repr(text), remedy=remedy)
+
+
+def _agrees_with(tokenizer: Any) -> Callable[[str, tuple[int, ...]], bool]:
+    return lambda text, ids: tuple(tokenizer(text)["input_ids"]) == ids
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error of another library in one line; the message of a KeyError is a key alone."""
+    said = " ".join(str(error).split())
+    kind = type(error).__name__
+    return shortened(f"{kind}: {said}" if isinstance(error, LookupError) or not said else said)
 
 
 def _probe(tokenizer: Any) -> Reference:
@@ -199,17 +267,21 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' own lines off stderr; what matters of them is said in ours."""
+    """Keep transformers' own lines off stderr, and copies of what tiktoken reads out of the folder for such."""
     from transformers.utils import logging as their_log
 
-    before = their_log.get_verbosity()
+    before, cache = their_log.get_verbosity(), os.environ.get(_TIKTOKEN_CACHE)
     their_log.set_verbosity(their_log.CRITICAL)
+    os.environ[_TIKTOKEN_CACHE] = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         their_log.set_verbosity(before)
+        del os.environ[_TIKTOKEN_CACHE]
+        if cache is not None:
+            os.environ[_TIKTOKEN_CACHE] = cache
 
 
 def _is_same(stored: bytes, backend: Tokenizer, reference: Reference) -> bool:

@@ -6,6 +6,7 @@ import json
 
 from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.resolved_tokenizer import resolve_tokenizer
+from shortstack.export.checkpoint.vocabulary_files import BINARY_FILES
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
 
@@ -24,9 +25,10 @@ def complete_files(
         is_resolved: The files say all there is of the tokenizer; otherwise transformers is asked.
 
     Raises:
-        CheckpointError: A JSON file among them is damaged, or a field that the runtime reads has an unknown form.
+        CheckpointError: A file among them is damaged, or a field that the runtime reads has an unknown form.
+        DependencyError: A package that reads one of them is not installed.
     """
-    files = {name: _plain_utf8(content) for name, content in found.items()}
+    files = {name: content if name in BINARY_FILES else _plain_utf8(content) for name, content in found.items()}
     for name in files:
         if name.endswith(".json"):
             content = Config(parse_json_object(files[name], f"{where}/{name}"), f"{where}/{name}")
@@ -34,7 +36,7 @@ def complete_files(
                 for key in _TOKEN_IDS:
                     content.read_token_ids(key)
     if not is_resolved:
-        files = resolve_tokenizer(files, config.read(str, "model_type", None))
+        files = resolve_tokenizer(files, config.read(str, "model_type", None), config.read(int, "vocab_size", None))
     if names.CHAT_TEMPLATE_FILE not in files and names.TOKENIZER_CONFIG_FILE in files:
         name = f"{where}/tokenizer_config.json"
         template = chat_template(Config(parse_json_object(files[names.TOKENIZER_CONFIG_FILE], name), name))

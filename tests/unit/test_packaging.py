@@ -20,8 +20,8 @@ from shortstack.missing import ONLY_IN_THE_REPOSITORY
 OUTSIDE = {"tests", "build", "dist", "__pycache__"}
 # Is next to the code, for those who work on it.
 FOR_DEVELOPERS = {".pyc", ".toml", ".md"}
-# 549 kB today, of which the texts for calibration and quality take 63: compressed once more, they would take as much.
-MAX_WHEEL_BYTES = 550_000
+# 560 kB today, of which the texts for calibration and quality take 63: compressed once more, they would take as much.
+MAX_WHEEL_BYTES = 570_000
 
 
 def folders_with_code(repository: Path) -> set[str]:
