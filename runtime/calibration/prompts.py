@@ -14,7 +14,7 @@ Without a chat template a question is used as it is, and the contents of a conve
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,13 @@ class Prompts:
     too_long: int
 
 
-def read_prompts(path: Path, tokenizer: Tokenizer, max_length: int, limit: int | None = None) -> Prompts:
+def read_prompts(
+    path: Path,
+    tokenizer: Tokenizer,
+    max_length: int,
+    limit: int | None = None,
+    template_variables: Mapping[str, Any] | None = None,
+) -> Prompts:
     """Read a file of prompts.
 
     Args:
@@ -48,12 +54,13 @@ def read_prompts(path: Path, tokenizer: Tokenizer, max_length: int, limit: int |
         tokenizer: The bundle's tokenizer.
         max_length: Positions of the bundle's context.
         limit: The most prompts to use. They are drawn at random with a fixed seed; None: all.
+        template_variables: Further variables of the chat template.
 
     Raises:
         RequestError: The file cannot be read, a line is not a prompt (the message names the line), or no prompt fits.
     """
     content = read_text(path, RequestError, "give a UTF-8 jsonl file", called=f"--data {path}")
-    prompts = [ids for ids in _encoded(content, path, tokenizer) if ids]
+    prompts = [ids for ids in _encoded(content, path, tokenizer, template_variables) if ids]
     fitting = [ids for ids in prompts if len(ids) < max_length]
     if not fitting:
         raise RequestError(
@@ -67,11 +74,13 @@ def read_prompts(path: Path, tokenizer: Tokenizer, max_length: int, limit: int |
     return Prompts(tuple(fitting), len(prompts) - len(fitting))
 
 
-def _encoded(content: str, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
+def _encoded(
+    content: str, path: Path, tokenizer: Tokenizer, variables: Mapping[str, Any] | None
+) -> Iterator[tuple[int, ...]]:
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             where = f"--data {path}, line {number}"
-            encode = _parse_line(line, where)
+            encode = _parse_line(line, where, variables)
             try:
                 ids = encode(tokenizer)
             except RequestError as error:  # the chat template refused the conversation
@@ -79,18 +88,18 @@ def _encoded(content: str, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[i
             yield tuple(ids)
 
 
-def _parse_line(line: str, where: str) -> Callable[[Tokenizer], list[int]]:
+def _parse_line(line: str, where: str, variables: Mapping[str, Any] | None) -> Callable[[Tokenizer], list[int]]:
     """Return a function that encodes the prompt of a line."""
     entry = parse_json(line, where, RequestError, f"write an object with {_EXPECTED}")
     if isinstance(entry, dict):
         if isinstance(text := entry.get("text"), str):
             return lambda tokenizer: tokenizer.encode(text)
         if isinstance(prompt := entry.get("prompt"), str):
-            return lambda tokenizer: _encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+            return lambda tokenizer: _encode_chat(tokenizer, [{"role": "user", "content": prompt}], variables)
         if isinstance(messages := entry.get("messages"), list) and all(map(_is_message, messages)):
             asked = messages[: _behind_last_question(messages)]
             if asked:
-                return lambda tokenizer: _encode_chat(tokenizer, asked)
+                return lambda tokenizer: _encode_chat(tokenizer, asked, variables)
     raise RequestError(where, found=repr(line[:60]), expected=f"an object with {_EXPECTED}")
 
 
@@ -107,7 +116,9 @@ def _behind_last_question(messages: list[dict[str, str]]) -> int:
     return next((n for n in range(len(messages), 0, -1) if messages[n - 1]["role"] != "assistant"), 0)
 
 
-def _encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+def _encode_chat(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], variables: Mapping[str, Any] | None
+) -> list[int]:
     if tokenizer.has_chat_template:
-        return tokenizer.encode_chat(messages)
+        return tokenizer.encode_chat(messages, variables=variables)
     return tokenizer.encode("\n".join(message["content"] for message in messages))

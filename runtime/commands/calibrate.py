@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,6 +21,7 @@ from shortstack.runtime.calibration.learn_then_test import TESTS, Test
 from shortstack.runtime.calibration.profile import PROFILE_FILE, Profile, read_profile, write_profile
 from shortstack.runtime.calibration.prompts import read_prompts
 from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
+from shortstack.runtime.commands.template_variables import check_variables, template_option
 from shortstack.runtime.model import Model
 
 
@@ -34,6 +36,7 @@ from shortstack.runtime.model import Model
         metavar="FILE",
         help='Prompts like those to come, jsonl: {"prompt": ...}, {"messages": [...]} or {"text": ...} a line.',
     ),
+    template_option,
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N of the prompts, drawn at random."),
     click.option("--max-new-tokens", "-n", type=int, default=64, show_default=True, help="Most tokens per answer."),
 )
@@ -95,6 +98,7 @@ def calibrate(
     data: Path,
     delta: float,
     epsilon: float,
+    template_variables: dict[str, Any],
     limit: int | None,
     max_new_tokens: int,
     criterion: str,
@@ -129,7 +133,8 @@ def calibrate(
     target = bundle / PROFILE_FILE if out is None else out
     _check_target(target)
     model = Model(opened, providers=providers or None, threads=threads)
-    prompts = read_prompts(data, model.tokenizer, model.cache.max_length, limit)
+    check_variables(template_variables, model.tokenizer)
+    prompts = read_prompts(data, model.tokenizer, model.cache.max_length, limit, template_variables)
     if prompts.too_long:
         click.echo(f"note: {prompts.too_long} prompts are longer than the context and were left out", err=True)
     if len(prompts.ids) < spec.fewest_prompts and sweep:

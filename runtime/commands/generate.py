@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -27,6 +28,7 @@ from shortstack.runtime.commands.options import (
 )
 from shortstack.runtime.commands.prompt_argument import PromptCommand, read_prompt
 from shortstack.runtime.commands.show import FinishedRun, print_comparison, print_summary, show_stream
+from shortstack.runtime.commands.template_variables import OPTION, check_variables, template_option
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.stream import Stream
@@ -48,6 +50,7 @@ _TURNS = 3  # of early exit and plain decoding for a report, since times vary
     "Prompt",
     click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template."),
     click.option("--system", help="System message of the chat."),
+    template_option,
 )
 @option_group(
     "Decoding",
@@ -105,6 +108,7 @@ def generate(
     max_new_tokens: int,
     raw: bool,
     system: str | None,
+    template_variables: dict[str, Any],
     stop: tuple[str, ...],
     stop_ids: tuple[int, ...],
     exit_layers: tuple[int, ...],
@@ -144,11 +148,12 @@ def generate(
         click.echo(f"warning: {found}", err=True)
     text = read_prompt(prompt)
     asked = Request(
-        _as_prompt(model, text, raw, system),
+        _as_prompt(model, text, raw, system, template_variables),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop=stop,
         stop_token_ids=stop_ids,
+        template_variables=template_variables or None,
     )
     requests = {name: replace(asked, strategy=_strategy(name, exit_layers, draft, policy)) for name in names}
     for request in requests.values():  # all are checked before the first one runs
@@ -270,8 +275,11 @@ def _again(model: Model, request: Request) -> FinishedRun:
     return run
 
 
-def _as_prompt(model: Model, text: str, raw: bool, system: str | None) -> Prompt:
+def _as_prompt(model: Model, text: str, raw: bool, system: str | None, variables: Mapping[str, Any]) -> Prompt:
     """Return chat messages where the bundle has a chat template and the caller did not ask for raw text."""
+    if raw and variables:
+        raise RequestError(f"{OPTION} needs the chat template, which --raw leaves out", remedy="drop one of them")
+    check_variables(variables, model.tokenizer)
     if raw or not model.tokenizer.has_chat_template:
         if system is not None:
             raise RequestError("--system needs a chat template", remedy="drop --system, or --raw if given")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from shortstack.graphs.errors import RequestError
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
-_KNOWS_PARTS = ("is string", "is not string", "['type']", '["type"]', ".type")
+# What a template does with contents that are lists: it asks for their type, goes through them, or picks one. A question
+# about something else, such as whether the arguments of a tool call are a string, says nothing about contents.
+_KNOWS_PARTS = re.compile(
+    r"""content['"\]\s]*\s(is|is\s+not)\s+(string|iterable|sequence|mapping)\b"""
+    r"""|\bfor\s+\w+\s+in\s+[\w.\[\]'"]*content['"\]]*\s*(%\}|-%\}|if\b|\|)"""
+    r"""|content['"\]]*\s*(\[0\]|\|\s*(selectattr|map)\b)"""
+    r"""|(content|part|item|chunk|block)\w*(\[['"]type['"]\]|\.type)"""
+)
 
 
 def with_text_contents(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
@@ -23,7 +31,7 @@ def with_text_contents(messages: Sequence[dict[str, Any]], template: str) -> lis
     Raises:
         RequestError: A part is not text, or has none.
     """
-    knows_parts = any(word in template for word in _KNOWS_PARTS)
+    knows_parts = _KNOWS_PARTS.search(template) is not None
     return [_with_text(message, index, knows_parts) for index, message in enumerate(messages)]
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import tokenizers
 
 from shortstack.graphs.errors import BundleError, RequestError
@@ -164,6 +165,21 @@ class Tokenizer:
         """Whether there is a template for :meth:`render_chat`."""
         return self._chat_template is not None
 
+    @cached_property
+    def template_variables(self) -> frozenset[str]:
+        """Names of the variables that the chat template may read from outside, without those that every chat has.
+
+        A name that it sets before, in one of its branches, may be among them.
+
+        Raises:
+            RequestError: There is no template, or it is damaged.
+        """
+        template = self._compiled_template  # for its errors
+        found = jinja2.meta.find_undeclared_variables(template.environment.parse(self._chat_template or ""))
+        return frozenset(
+            found - _RESERVED_VARIABLES - self._special_tokens.keys() - template.environment.globals.keys()
+        )
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -195,8 +211,8 @@ class Tokenizer:
             return render(
                 template,
                 {
-                    **data["variables"],
                     **self._special_tokens,
+                    **data["variables"],
                     "messages": with_text_contents(data["messages"], self._chat_template or ""),
                     "tools": data["tools"],
                     "documents": None,
@@ -212,7 +228,7 @@ class Tokenizer:
             ) from error
         except Exception as error:  # foreign code: jinja2's errors, and whatever its expressions raise
             raise RequestError(
-                f"the chat template refused the messages: {str(error) or type(error).__name__}",
+                f"the chat template refused the messages: {' '.join(str(error).split()) or type(error).__name__}",
                 remedy="check roles, their order and that every `content` is a string",
             ) from error
 
