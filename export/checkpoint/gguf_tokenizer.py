@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -26,6 +26,7 @@ T = TypeVar("T", str, int, float)
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
 _SPACE = "\u2581"  # how SentencePiece spells a space
 _KIND_NAMES: Mapping[type, str] = {str: "texts", int: "integers", float: "numbers"}
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # as llama.cpp has them where a file names none
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -61,11 +62,18 @@ def tokenizer_files(metadata: Config) -> dict[str, bytes]:
     if kind in (None, "none", "no_vocab"):
         return {}
     vocabulary = read_vocabulary(metadata)
+    defaults: Mapping[str, int] = {}
     if kind == "gpt2":
         split = _read_split(metadata)
         tokenizer = byte_level_tokenizer(vocabulary, split)
         add_bos_default, special = split.add_bos, {_CONTROL}
     elif kind == "llama":
+        vocabulary = with_spaces_as_pieces(vocabulary)
+        defaults = {
+            field: index
+            for field, index in _SENTENCEPIECE_IDS.items()
+            if index < len(vocabulary.types) and vocabulary.types[index] in (_UNKNOWN, _CONTROL)
+        }
         add_space_prefix = metadata.read(bool, "tokenizer.ggml.add_space_prefix", True)
         unknown = _token(metadata, vocabulary, "unknown", 0)
         tokenizer = sentencepiece_tokenizer(vocabulary, unknown, add_space_prefix=add_space_prefix)
@@ -84,7 +92,7 @@ def tokenizer_files(metadata: Config) -> dict[str, bytes]:
 
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for key, field in _SPECIAL_TOKENS.items():
-        config[key] = _token(metadata, vocabulary, field, None)
+        config[key] = _token(metadata, vocabulary, field, defaults.get(field))
     config["add_bos_token"] = metadata.read(bool, "tokenizer.ggml.add_bos_token", add_bos_default)
     config["add_eos_token"] = metadata.read(bool, "tokenizer.ggml.add_eos_token", False)
     _add_template(tokenizer, metadata, config)
@@ -176,18 +184,36 @@ def sentencepiece_tokenizer(vocabulary: Vocabulary, unknown: str | None, *, add_
     return tokenizer
 
 
+def with_spaces_as_pieces(vocabulary: Vocabulary) -> Vocabulary:
+    """Spell the spaces of user-defined tokens as SentencePiece does.
+
+    llama.cpp's converter stores them as they are read. Where a vocabulary has both spellings, both stay.
+    """
+    present = set(vocabulary.tokens)
+    tokens = [
+        piece if kind == _USER_DEFINED and (piece := token.replace(" ", _SPACE)) not in present else token
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+    ]
+    return replace(vocabulary, tokens=tokens)
+
+
 def merges_from_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Recover the merges of a SentencePiece vocabulary: all pairs that form a token, best score first."""
+    """Recover the merges of a SentencePiece vocabulary: all pairs that form a token, best score first.
+
+    User-defined tokens come before all others, and those of longer parts before shorter ones: SentencePiece reads the
+    longest of them whole, and their scores in a file mean nothing. So it stands in Gemma's own tokenizer.json.
+    """
     ids = vocabulary.ids()
     scores: Sequence[float] = vocabulary.scores or [-float(index) for index in range(len(ids))]
-    ranked: list[tuple[float, int, int, str, str]] = []
+    ranked: list[tuple[tuple[float, float], int, int, str, str]] = []
     for token, kind, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True):
         if kind not in (_NORMAL, _USER_DEFINED):
             continue  # control and byte tokens never come from merging text
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
-                ranked.append((-score, ids[left], ids[right], left, right))
+                rank = (-float(len(left)), -float(len(right))) if kind == _USER_DEFINED else (1.0, -score)
+                ranked.append((rank, ids[left], ids[right], left, right))
     ranked.sort(key=lambda entry: entry[:3])
     return [(left, right) for *_, left, right in ranked]
 
