@@ -35,6 +35,9 @@ BINARY_FILES = (*SENTENCEPIECE_FILES, TIKTOKEN_FILE)
 MAX_TOKEN_BYTES = 4096
 """Of one token. The longest of released models are 128 spaces."""
 
+MAX_TOKENS = 1 << 21
+"""Of one vocabulary. transformers fills gaps between ids, so one huge id would fill the memory."""
+
 _NORMAL = 1  # a piece that text is cut into; others are control tokens, bytes and placeholders that get other names
 _MOST_RENAMED = 0.01  # of the normal pieces: fine-tuning gives a few unused ones a meaning
 _TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})")
@@ -78,6 +81,7 @@ def check_vocabulary_files(found: Mapping[str, bytes]) -> None:
             _check_installed(name, "a SentencePiece model")
         else:
             _check_tiktoken(found[name], name)
+            _check_added_ids(found)
             _check_installed(name, "a tiktoken file")
 
 
@@ -194,7 +198,7 @@ def _check_tiktoken(content: bytes, name: str) -> None:
         match = _TIKTOKEN_LINE.fullmatch(line)
         token = _decoded(match[1]) if match else None
         rank = int(match[2]) if match else 0
-        if token is None or rank in ranks:
+        if token is None or rank in ranks or rank >= MAX_TOKENS:
             what = "is neither a SentencePiece model nor a tiktoken file" if number == 1 else "is damaged"
             raise CheckpointError(
                 f"{name} {what}",
@@ -207,6 +211,15 @@ def _check_tiktoken(content: bytes, name: str) -> None:
         raise CheckpointError(f"{name} is empty", remedy=_REMEDY)
 
 
+def _check_added_ids(found: Mapping[str, bytes]) -> None:
+    name = names.TOKENIZER_CONFIG_FILE
+    added = parse_json_object(found.get(name, b"{}"), name, CheckpointError).get("added_tokens_decoder")
+    for index in added if isinstance(added, dict) else ():
+        if not index.isdecimal() or len(index) > 9 or int(index) >= MAX_TOKENS:
+            expected = f"ids below {MAX_TOKENS}"
+            raise CheckpointError(f"{name}, added_tokens_decoder", found=repr(index), expected=expected, remedy=_REMEDY)
+
+
 def _check_tekken(content: bytes) -> None:
     data = parse_json_object(content, TEKKEN_FILE, CheckpointError, _REMEDY)
     config, vocab = data.get("config"), data.get("vocab")
@@ -214,6 +227,10 @@ def _check_tekken(content: bytes) -> None:
         raise CheckpointError(
             f"{TEKKEN_FILE} is damaged", expected="config.pattern, and a list `vocab`", remedy=_REMEDY
         )
+    for key in ("default_num_special_tokens", "default_vocab_size"):
+        if (value := config.get(key)) is not None and (type(value) is not int or not 0 <= value <= MAX_TOKENS):
+            expected = f"null, or a number up to {MAX_TOKENS}"
+            raise CheckpointError(f"{TEKKEN_FILE}, config.{key}", found=repr(value), expected=expected, remedy=_REMEDY)
     for index, entry in enumerate(vocab):
         text = entry.get("token_bytes") if isinstance(entry, dict) else None
         if not isinstance(text, str) or _decoded(text.encode()) is None:

@@ -120,6 +120,12 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
     "a pickle": ("tokenizer.model", b"\x80\x04K\x01.", "is neither"),
     "no line": ("tiktoken.model", b"\n", "tiktoken.model is empty"),
     "one rank twice": ("tiktoken.model", b"YQ== 0\nYg== 0\n", "tiktoken.model is damaged: found line 2: 'Yg== 0'"),
+    "a rank that nothing has room for": ("tiktoken.model", b"YQ== 0\nYg== 900000000\n", "is damaged: found line 2"),
+    "more special tokens than memory": (
+        "tekken.json",
+        b'{"config": {"pattern": ".", "default_num_special_tokens": 900000000000}, "vocab": []}',
+        "tekken.json, config.default_num_special_tokens: found 900000000000",
+    ),
     "half a line": ("tiktoken.model", b"YQ== 0\nYg=", "is damaged"),
     "no vocabulary": ("tekken.json", b'{"config": {"pattern": "."}}', "tekken.json is damaged"),
     "a token that is not base64": (
@@ -145,6 +151,16 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
 def test_a_damaged_vocabulary_is_refused(checkpoint: Path, tmp_path: Path, case: str, refused: Refused) -> None:
     name, content, says = DAMAGED[case]
     (checkpoint / name).write_bytes(content)
+    refused(["export", checkpoint, tmp_path / "out", "-e", 1], says)
+
+
+def test_an_added_token_far_beyond_the_others_is_refused(
+    checkpoint: Path, tmp_path: Path, tokens: list[bytes], refused: Refused
+) -> None:
+    (checkpoint / "tiktoken.model").write_bytes(tiktoken_file(tokens))
+    added = {"added_tokens_decoder": {"900000000000": {"content": END}}}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(added), encoding="utf-8")
+    says = "tokenizer_config.json, added_tokens_decoder: found '900000000000'"
     refused(["export", checkpoint, tmp_path / "out", "-e", 1], says)
 
 
