@@ -27,7 +27,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from shortstack.export.checkpoint.vocabulary_files import BINARY_FILES, TEKKEN_FILE, check_vocabulary_files
+from shortstack.export.checkpoint.vocabulary_files import (
+    BINARY_FILES,
+    SENTENCEPIECE_FILES,
+    TEKKEN_FILE,
+    check_vocabulary_files,
+)
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError, DependencyError, shortened
 from shortstack.missing import install_command
@@ -60,6 +65,7 @@ CHAT = (
 
 _VOCABULARIES = (*BINARY_FILES, TEKKEN_FILE, "vocab.json", "vocab.txt", "merges.txt")
 _NO_TRANSFORMERS = "transformers is not installed"
+_AFTER_SENTENCEPIECE = "Error parsing line"  # tiktoken's, which transformers tries next where the first one fails
 _LOAD = "import sys, tokenizers; tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode()).encode('a b')"
 _LOAD_LIMIT_S = 300
 _TIKTOKEN_CACHE = "TIKTOKEN_CACHE_DIR"
@@ -198,7 +204,9 @@ def _load(found: Mapping[str, bytes], model_type: str | None) -> Reference | str
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # a panic of the tokenizers library is no Exception
-                reason = _reason(error)
+                reason = _reason(error).replace(f"{folder}/", "")
+    if _AFTER_SENTENCEPIECE in reason and any(found.get(file, b"")[:1] == b"\n" for file in SENTENCEPIECE_FILES):
+        reason = "the SentencePiece model is damaged"
     return reason
 
 

@@ -202,6 +202,15 @@ def test_a_tokenizer_file_counts_before_a_damaged_vocabulary(
     export_bundle(ExportSpec(str(checkpoint), tmp_path / "out", (1,)))
 
 
+def test_damage_that_only_transformers_sees_is_called_so(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
+    pytest.importorskip("tiktoken")
+    content = trained(normalization_rule_name="nmt_nfkc")
+    table = content.rindex(b"nmt_nfkc") + len(b"nmt_nfkc") + 4  # behind a tag and a length of three bytes
+    (checkpoint / "tokenizer.model").write_bytes(content[:table] + b"\xff" * 4 + content[table + 4 :])
+    command: list[str | Path] = ["export", checkpoint, tmp_path / "out", "-e", 1]
+    refused(command, "transformers makes no tokenizer.json of tokenizer.model: the SentencePiece model is damaged")
+
+
 def test_ids_outside_of_the_model_are_refused(
     tiny_bundles: TinyBundles, checkpoint: Path, tmp_path: Path, tokens: list[bytes], refused: Refused
 ) -> None:
