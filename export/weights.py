@@ -19,7 +19,7 @@ from shortstack.export.rope import rope_tables
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
-from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, ROWS, exit_matrices, stored_parts
+from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, mlp_norm, stored_parts
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.exit import full_head, uses_unit_norm
@@ -136,8 +136,8 @@ def store_exits(
                 is_turned = array.ndim == 2 and part not in ROWS
                 store.add(name, cast(name, (array.T if is_turned else array).astype(np.float32, copy=False), dtype))
         if exit_spec.branch == "mlp":
-            below = names.layer_weight(depth - 1, "post_attention_norm.weight")
-            store.alias(names.exit_weight(depth, MLP_NORM), below)
+            for part, below in mlp_norm(tensors.spec, depth).items():
+                store.alias(names.exit_weight(depth, part), names.layer_weight(depth - 1, below))
 
 
 def _store_ids(

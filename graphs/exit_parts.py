@@ -25,6 +25,7 @@ layers are (:func:`stored_parts`).
 
 from __future__ import annotations
 
+from shortstack.graphs.errors import RequestError
 from shortstack.graphs.layer_weights import Shape, Weight, parameter_name, stored_shapes
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import ModelSpec
@@ -51,6 +52,9 @@ def exit_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
     """Return the shape of each weight that a trained exit has of its own, by part; ``head.ids`` is among them.
 
     A shared head that is trimmed has ``head.ids`` only: its rows are the LM head's.
+
+    Raises:
+        RequestError: The model's layers do not have what the exit's branch needs.
     """
     hidden, rows = spec.hidden_size, head_rows(spec, exit_spec)
     weights = spec.exit_block_weights(exit_spec.exit_layer)
@@ -62,6 +66,7 @@ def exit_parts(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, Shape]:
             parts |= {"linear.gate_proj.weight": (inner, inputs), "linear.up_proj.weight": (inner, inputs)}
             parts["linear.down_proj.weight"] = (hidden, inner)
     if exit_spec.branch == "mlp":
+        mlp_norm(spec, exit_spec.exit_layer)
         parts |= {parameter_name(weight.role): weight.shape for weight in mlp_weights(weights)}
     if exit_spec.branch == "block":
         parts |= {f"{BLOCK}.{parameter_name(weight.role)}": weight.shape for weight in weights}
@@ -101,6 +106,24 @@ def exit_matrices(spec: ModelSpec, exit_spec: ExitSpec) -> dict[str, tuple[int, 
 def mlp_weights(weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
     """Return the weights of a layer's MLP, without its norms."""
     return tuple(weight for weight in weights if parameter_name(weight.role).startswith("mlp."))
+
+
+def mlp_norm(spec: ModelSpec, depth: int) -> dict[str, str]:
+    """Return the parts of the norm before an MLP exit, each with the part of the layer below that it is.
+
+    Raises:
+        RequestError: That layer has no norm before its MLP, or runs its MLP side by side with attention.
+    """
+    below = spec.layers[depth - 1]
+    if below.before_mlp is None or below.is_parallel:
+        raise RequestError(
+            f"exit after {depth} layers: branch",
+            found="mlp",
+            expected="none, linear or block, since the layer below has "
+            + ("its MLP side by side with attention" if below.is_parallel else "no norm before its MLP"),
+        )
+    own, of_layer = MLP_NORM.removesuffix("weight"), "post_attention_norm."
+    return {f"{own}{kind}": f"{of_layer}{kind}" for kind in ("weight", "bias")[: 1 + below.before_mlp.has_bias]}
 
 
 def own_norm(spec: ModelSpec) -> tuple[str, ...]:

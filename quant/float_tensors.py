@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError
-from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, ROWS, stored_parts
+from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, mlp_norm, stored_parts
 from shortstack.graphs.ir.exit import uses_unit_norm
 from shortstack.graphs.ir.read import StoredTensor
 from shortstack.graphs.layer_spec import cache_head_dim
@@ -77,7 +77,7 @@ def _exit_tensors(manifest: Manifest, exit_spec: ExitSpec) -> Iterator[tuple[str
     for part, shape in stored_parts(spec, exit_spec).items():
         yield names.exit_weight(depth, part), shape if part in ROWS else _turned(shape)
     if exit_spec.branch == "mlp":
-        yield names.exit_weight(depth, MLP_NORM), (spec.hidden_size,)
+        yield from ((names.exit_weight(depth, part), (spec.hidden_size,)) for part in mlp_norm(spec, depth))
     if exit_spec.head == "shared" and exit_spec.draft_vocab is not None:  # rows of the LM head
         yield names.exit_weight(depth, "head.weight"), (exit_spec.draft_vocab, spec.hidden_size)
 

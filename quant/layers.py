@@ -97,6 +97,8 @@ class LayerGraph:
                     known = next((name for name, other in outputs.items() if other is value), None)
                     self._taps[weight] = known or f"input.{weight}"
                     if known is None:
+                        if any(value is given for given in values.values()):  # an output needs a name of its own
+                            value = g.op("Identity", [value], f"/taps/{weight}")
                         outputs[self._taps[weight]] = value
                         ports.append(Port(self._taps[weight], _DTYPE, ("batch", "seq", "width")))
             return GraphContract(inputs, tuple(ports)), outputs

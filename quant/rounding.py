@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
-from shortstack.graphs.exit_parts import HEAD_IDS, MLP_NORM, stored_parts
+from shortstack.graphs.exit_parts import HEAD_IDS, mlp_norm, stored_parts
 from shortstack.graphs.ir.block_tensor import Side
 from shortstack.graphs.kv_map import producers
 from shortstack.graphs.layer_weights import matrix_parts
@@ -126,8 +126,11 @@ class LayerwiseRounding:
                 elif part not in ("head.weight", HEAD_IDS):
                     yield Rounded({name: source.floats(name)}, {})
             if exit_spec.branch == "mlp":
-                name = names.exit_weight(exit_spec.exit_layer, MLP_NORM)
-                yield Rounded({name: source.floats(name)}, {})
+                norm = [
+                    names.exit_weight(exit_spec.exit_layer, part)
+                    for part in mlp_norm(source.spec, exit_spec.exit_layer)
+                ]
+                yield Rounded({name: source.floats(name) for name in norm}, {})
 
     def _layer(self, layer: int) -> Rounded:
         source, spec = self.source, self.source.spec

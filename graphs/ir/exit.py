@@ -142,7 +142,7 @@ def _mlp(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, middle: ir.Value
     """Append m + MLP(norm(m)), parallel to the MLP of the layer below (EE-LLM, https://arxiv.org/abs/2312.04916)."""
     depth, node = exit_spec.exit_layer, f"/exits.{exit_spec.exit_layer}/mlp"
     below = spec.layers[depth - 1]
-    assert below.before_mlp is not None, "check_exit_branches"
+    assert below.before_mlp is not None, "mlp_norm has refused it"
     normed, _ = norm(g, below.before_mlp, Residual(middle), names.exit_weight(depth, MLP_NORM), f"{node}/norm")
     return Residual(middle, *mlp_branch(g, below.mlp, normed, names.exit_weight(depth, "mlp"), node))
 

@@ -1,0 +1,1 @@
+"""Every family of docs/families.md, checked; ``python -m tests.families`` writes its table."""

@@ -1,0 +1,35 @@
+"""Every family, every check; docs/families.md says which pass, and is wrong where this file fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers.families import CHECKS, ROWS, FamilyRow, MadeFamily
+from helpers.family_table import PASSES, read_table
+from shortstack.export.arch import ARCHITECTURES
+
+FOLDERS: dict[str, MadeFamily] = {}
+
+
+@pytest.fixture
+def made(row: FamilyRow, tmp_path_factory: pytest.TempPathFactory) -> MadeFamily:
+    if row.model_type not in FOLDERS:
+        FOLDERS.clear()  # the checks of one family follow each other: only its files are kept
+        FOLDERS[row.model_type] = MadeFamily(row, tmp_path_factory.mktemp(row.model_type))
+    return FOLDERS[row.model_type]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model_type)
+def test_a_family_passes_what_the_table_says(made: MadeFamily, row: FamilyRow, check: str, repository: Path) -> None:
+    said = read_table(repository)[row.model_type][check]
+    CHECKS[check](made)
+    assert said == PASSES, "the check passes; write the table with `python -m tests.families`"
+
+
+def test_the_table_has_a_row_for_each_family_that_transformers_has(repository: Path) -> None:
+    ours = {name for name, arch in ARCHITECTURES.items() if not name.startswith(("lckv", "opt", "cla"))}
+    assert {row.model_type for row in ROWS} == ours
+    assert read_table(repository).keys() == ours

@@ -1,0 +1,305 @@
+"""Tiny random models of every family, one row each, and what is checked of each of them.
+
+A check raises an AssertionError where a family fails it. ``tests/families`` runs every check on every row and compares
+with the table of docs/families.md, which ``python -m tests.families`` writes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from helpers import tolerances
+from helpers.exit_nodes import CachedGraphs, random_exit
+from helpers.quantized import INT4, INT4_OFFSETS, preset
+from helpers.tiny_models import write_tokenizer
+from shortstack.export.assemble import export_bundle
+from shortstack.export.parity.reference import Reference
+from shortstack.export.spec import ExportSpec
+from shortstack.export.twin.exits import save_exits
+from shortstack.export.twin.folder import load_twin, save_twin
+from shortstack.export.twin.sequential import sequential
+from shortstack.graphs import names
+from shortstack.graphs.plan import ExitSpec
+from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.spec import QuantizeSpec
+from shortstack.runtime import ExitPolicy, Model, load, parse_criterion
+
+VOCAB, CONTEXT, TOKENS = 300, 48, 16
+EXITS = (1, 2)
+PIECES = ((0, 7), (7, 8), (8, 13), (13, CONTEXT))  # of a text that fills the cache
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GPT2_SIZES = {"n_embd": 64, "n_inner": 96, "n_layer": 4, "n_head": 4, "n_positions": CONTEXT}
+_NOT_OF_GPT2 = _SIZES.keys() - {"vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """One tiny model.
+
+    Attributes:
+        model_type: Its family.
+        name: What people call the models of the family.
+        fields: Fields of its config; those of ``_SIZES`` besides.
+        mlp_exits: Its layers have a norm before the MLP, which exits of the kind ``mlp`` share.
+    """
+
+    model_type: str
+    name: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    mlp_exits: bool = True
+
+    def config(self) -> Any:
+        """Return the config, of transformers' class."""
+        fields = {**_SIZES, **self.fields}
+        if self.model_type == "gpt2":
+            fields = {name: value for name, value in fields.items() if name not in _NOT_OF_GPT2} | _GPT2_SIZES
+        if self.model_type == "gpt_neox":
+            del fields["num_key_value_heads"]
+        return CONFIG_MAPPING[self.model_type](**fields)
+
+    def model(self) -> Any:
+        """Return transformers' model with random weights, norms and biases included."""
+        with torch.random.fork_rng():
+            torch.manual_seed(zlib.crc32(repr(self).encode()))
+            model = AutoModelForCausalLM.from_config(self.config()).eval()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name.endswith("bias"):
+                        parameter.normal_(0.0, 0.2)
+                    elif "norm" in name or "ln_" in name:
+                        parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model
+
+
+_SLIDES = {"sliding_window": 6}
+ROWS: tuple[FamilyRow, ...] = (
+    FamilyRow("llama", "Llama 2, 3.x, SmolLM2, TinyLlama", {"head_dim": 16}),
+    FamilyRow("qwen2", "Qwen2, Qwen2.5"),
+    FamilyRow("qwen3", "Qwen3", {"head_dim": 24}),
+    FamilyRow("mistral", "Mistral", {"head_dim": 32, **_SLIDES}),
+    FamilyRow("ministral", "Ministral", {"head_dim": 16, **_SLIDES}),
+    FamilyRow("gemma", "Gemma", {"head_dim": 32}),
+    FamilyRow(
+        "gemma2", "Gemma 2",
+        {"head_dim": 32, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+         **_SLIDES},
+    ),
+    FamilyRow(
+        "gemma3_text", "Gemma 3", {"head_dim": 32, "query_pre_attn_scalar": 24, "num_hidden_layers": 7, **_SLIDES}
+    ),
+    FamilyRow(
+        "phi3", "Phi-3, Phi-3.5, Phi-4-mini",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}, **_SLIDES},
+    ),
+    FamilyRow("smollm3", "SmolLM3", {"num_hidden_layers": 5}),
+    FamilyRow("olmo2", "OLMo 2", mlp_exits=False),
+    FamilyRow("olmo3", "OLMo 3", {"num_hidden_layers": 5, **_SLIDES}, mlp_exits=False),
+    FamilyRow(
+        "granite", "Granite 3",
+        {"embedding_multiplier": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.5},
+    ),
+    FamilyRow("gpt2", "GPT-2"),
+    FamilyRow("gpt_neox", "GPT-NeoX, Pythia", {"hidden_act": "gelu"}, mlp_exits=False),
+    FamilyRow("starcoder2", "StarCoder2", _SLIDES),
+    FamilyRow("stablelm", "StableLM 2"),
+    FamilyRow("cohere2", "Command R7B", {"num_hidden_layers": 5, "logit_scale": 1.5, **_SLIDES}, mlp_exits=False),
+    FamilyRow("exaone4", "EXAONE 4", {"num_hidden_layers": 5, "sliding_window_pattern": 4, **_SLIDES}, mlp_exits=False),
+    FamilyRow("glm4", "GLM-4", {"head_dim": 32}),
+    FamilyRow("arcee", "Arcee AFM", {"head_dim": 16}),
+    FamilyRow("seed_oss", "Seed-OSS", {"head_dim": 32}),
+    FamilyRow("ernie4_5", "ERNIE 4.5", {"head_dim": 32}),
+)  # fmt: skip
+
+
+@dataclass
+class MadeFamily:
+    """The files of one row, each made when it is first asked for."""
+
+    row: FamilyRow
+    folder: Path
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The checkpoint folder, as transformers saves it."""
+        folder = self.folder / "checkpoint"
+        self.row.model().save_pretrained(folder)
+        write_tokenizer(folder, VOCAB)
+        return folder
+
+    @cached_property
+    def reference(self) -> Reference:
+        """transformers' model."""
+        return Reference(str(self.checkpoint))
+
+    @cached_property
+    def bundle(self) -> Path:
+        """The bundle of floats, cut at the exits."""
+        export_bundle(ExportSpec(str(self.checkpoint), self.folder / "bundle", EXITS))
+        return self.folder / "bundle"
+
+    @cached_property
+    def int4(self) -> Path:
+        """The bundle in int4 by GPTQ, with offsets and an int8 cache."""
+        return self._quantized("int4", preset(INT4_OFFSETS, "int8", method="gptq"))
+
+    @cached_property
+    def int4_float_cache(self) -> Path:
+        """The bundle in int4, its cache in floats."""
+        return self._quantized("int4-float-cache", preset(INT4, "float"))
+
+    def _quantized(self, name: str, mix: Any) -> Path:
+        quantize_bundle(QuantizeSpec(self.bundle, self.folder / name, mix, calibration_tokens=256))
+        return self.folder / name
+
+    def text(self, length: int = CONTEXT, seed: int = 0) -> list[int]:
+        """Return random token ids."""
+        return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
+
+
+def parity(made: MadeFamily) -> None:
+    """Logits of every head at every position are transformers', whatever pieces a text comes in, up to a full cache."""
+    text, depth = made.text(), made.reference.spec.num_hidden_layers
+    wanted = made.reference.run_text(text, (*EXITS, depth)).heads
+    graphs = CachedGraphs(made.bundle, 1, CONTEXT)
+    for start, end in PIECES:
+        piece = np.array([text[start:end]], np.int64)
+        found = graphs.run(piece, start, end - start, np.zeros((1, end - start, 64), np.float32))
+        for outputs, head in zip(found, wanted.values(), strict=True):
+            np.testing.assert_allclose(outputs[names.LOGITS][0], head[start:end], rtol=0, atol=tolerances.TINY.max_abs)
+
+
+def greedy(made: MadeFamily) -> None:
+    """Greedy tokens are transformers', but for near ties."""
+    prompt = made.text(9, seed=1)
+    ours = load(made.bundle).generate(prompt, max_new_tokens=TOKENS, ignore_eos=True).tokens
+    theirs, gaps = made.reference.greedy(prompt, TOKENS)
+    fork = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+    assert fork is None or gaps[fork] < tolerances.TINY.tie
+
+
+def speculation(made: MadeFamily) -> None:
+    """Drafts of an exit, judged by the whole model, give the tokens of plain decoding."""
+    _same_tokens(load(made.bundle), made.text(9, seed=2), strategy="self-speculative")
+
+
+def exits(made: MadeFamily) -> None:
+    """Tokens that leave early, judged by the whole model, are those of plain decoding."""
+    policy = ExitPolicy(parse_criterion("top_prob >= 0.05"), verify="exact")
+    _same_tokens(load(made.bundle), made.text(9, seed=3), exits=policy)
+
+
+def int4(made: MadeFamily) -> None:
+    """In int4 with an int8 cache, speculation and exits give the tokens of plain decoding, and the text is finite."""
+    model = load(made.int4)
+    policy = ExitPolicy(parse_criterion("top_prob >= 0.05"), verify="exact")
+    for way in ({"strategy": "self-speculative"}, {"exits": policy}):
+        _same_tokens(model, made.text(9, seed=4), **way)
+
+
+def rows(made: MadeFamily) -> None:
+    """In int4, rows of one run have the bits of rows run alone, with both kinds of cache."""
+    text = made.text(13, seed=5)
+    for bundle in (made.int4, made.int4_float_cache):
+        together, alone = CachedGraphs(bundle, 1, CONTEXT + 1), CachedGraphs(bundle, 1, CONTEXT + 1)
+        for graphs in (together, alone):
+            _run(graphs, text[:9], 0)
+        at_once = _run(together, text[9:], 9)
+        one_by_one = [_run(alone, [token], 9 + row) for row, token in enumerate(text[9:])]
+        for head, outputs in enumerate(at_once):
+            for row, single in enumerate(one_by_one):
+                assert np.array_equal(outputs[names.LOGITS][0, row], single[head][names.LOGITS][0, 0])
+
+
+def training(made: MadeFamily) -> None:
+    """The twin computes what transformers does, and after a step of training its folder is a checkpoint of theirs."""
+    text, twin = torch.tensor([made.text(24, seed=6)]), load_twin(str(made.checkpoint))
+    depth = twin.spec.num_hidden_layers
+    with torch.no_grad():
+        theirs = made.reference.run_text(text[0].tolist(), (depth,)).heads[depth]
+        np.testing.assert_allclose(twin.eval()(text)[0], theirs, rtol=0, atol=tolerances.TINY.max_abs)
+        by_definition = sequential(twin, text).logits[0]
+        np.testing.assert_allclose(by_definition, theirs, rtol=0, atol=tolerances.TINY.max_abs)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
+    loss = torch.nn.functional.cross_entropy(twin.train()(text)[0, :-1], text[0, 1:])
+    loss.backward()
+    optimizer.step()
+    files = {file.name: file.read_bytes() for file in made.checkpoint.glob("tokenizer*")}
+    save_twin(twin, made.folder / "trained", files)
+    trained = Reference(str(made.folder / "trained")).run_text(text[0].tolist(), (depth,)).heads[depth]
+    assert np.abs(trained - theirs).max() > 10 * tolerances.TINY.max_abs
+    with torch.no_grad():
+        np.testing.assert_allclose(twin.eval()(text)[0], trained, rtol=0, atol=tolerances.TINY.max_abs)
+
+
+def trained_exits(made: MadeFamily) -> None:
+    """Exits with weights of their own compute in the graphs what they compute in PyTorch."""
+    twin = load_twin(str(made.checkpoint)).eval()
+    second = ExitSpec(2, branch="mlp", norm="own") if made.row.mlp_exits else ExitSpec(2, norm="own", has_gate=True)
+    specs = (
+        ExitSpec(1, branch="linear", head="own", sees_token=True, linear_mlp=24),
+        second,
+        ExitSpec(3, branch="block"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        nodes = [random_exit(twin.spec, exit_spec) for exit_spec in specs]
+    save_exits(made.folder / "exits", twin.spec, nodes, dtype=np.float32)
+    out = made.folder / "bundle-with-exits"
+    export_bundle(ExportSpec(str(made.checkpoint), out, exits=made.folder / "exits"))
+    text = made.text(11, seed=8)
+    found = _run(CachedGraphs(out, 1, CONTEXT), text, 0)
+    ids = torch.tensor([text])
+    with torch.no_grad():
+        boundaries = twin.boundaries(ids, {node.exit_spec.exit_layer for node in nodes})
+        for node, outputs in zip(nodes, found, strict=False):
+            expected = node.eval()(boundaries[node.exit_spec.exit_layer], twin.embedded(ids), None, twin).logits[0]
+            scale = max(1.0, float(expected.std()))
+            np.testing.assert_allclose(outputs[names.LOGITS][0], expected, rtol=0, atol=tolerances.TINY.max_abs * scale)
+
+
+CHECKS: dict[str, Callable[[MadeFamily], None]] = {
+    "parity": parity,
+    "greedy": greedy,
+    "speculation": speculation,
+    "early exit": exits,
+    "int4": int4,
+    "rows": rows,
+    "training": training,
+    "trained exits": trained_exits,
+}
+"""By the heading of their column in docs/families.md."""
+
+
+def _run(graphs: CachedGraphs, tokens: list[int], past: int) -> list[dict[str, Any]]:
+    state = np.zeros((1, len(tokens), 64), np.float32)
+    return graphs.run(np.array([tokens], np.int64), past, len(tokens), state)
+
+
+def _same_tokens(model: Model, prompt: list[int], **way: Any) -> None:
+    options: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
+    plain = model.generate(prompt, **options)
+    other = model.generate(prompt, **way, **options)
+    assert len(plain.tokens) == TOKENS
+    assert other.tokens == plain.tokens
