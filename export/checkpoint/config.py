@@ -34,12 +34,14 @@ class Config:
         data: The parsed JSON object, or the metadata of a GGUF file.
         file: The file that messages name.
         prefix: Where ``data`` lies inside that file, such as ``rope_scaling.``; empty at the top.
+        remedy: What to do about a field that is not right, where that can be said for the whole file.
     """
 
-    def __init__(self, data: Mapping[str, object], file: str, prefix: str = "") -> None:
+    def __init__(self, data: Mapping[str, object], file: str, prefix: str = "", remedy: str | None = None) -> None:
         self.data = data
         self.file = file
         self.prefix = prefix
+        self.remedy = remedy
 
     def __contains__(self, key: str) -> bool:
         return self.data.get(key) is not None
@@ -68,7 +70,7 @@ class Config:
                 raise CheckpointError(
                     f"{self.where(key)} is missing",
                     expected=_KIND_NAMES[kind],
-                    remedy="add the field, or take the file from the model's original repository",
+                    remedy=self.remedy or "add the field, or take the file from the model's original repository",
                 )
             return default
         accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
@@ -132,11 +134,12 @@ class Config:
             return None
         if not isinstance(value, Mapping):
             raise self.wrong(key, "an object")
-        return Config(value, self.file, f"{self.prefix}{key}.")
+        return Config(value, self.file, f"{self.prefix}{key}.", self.remedy)
 
     def wrong(self, key: str, expected: str) -> CheckpointError:
         """Return the error that says what ``key`` holds and what it should hold."""
-        return CheckpointError(self.where(key), found=shortened(repr(self.data.get(key)), limit=80), expected=expected)
+        found = shortened(repr(self.data.get(key)), limit=80)
+        return CheckpointError(self.where(key), found=found, expected=expected, remedy=self.remedy)
 
 
 def positive(config: Config, key: str, default: int | None = None) -> int:

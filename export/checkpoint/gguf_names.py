@@ -1,6 +1,7 @@
-"""Tensor names of llama.cpp's ``llama`` architecture and their Hugging Face counterparts, as data.
+"""Tensor names of llama.cpp and their Hugging Face counterparts, as data, by layout of a layer.
 
-The left column is gguf-py's ``TENSOR_NAMES``; the right one is what ``transformers`` calls the same weight.
+The left column is gguf-py's ``TENSOR_NAMES``; the right one is what ``transformers`` calls the same weight. Most
+architectures differ from Llama in a few names; None says that an architecture has no such tensor.
 """
 
 from __future__ import annotations
@@ -9,21 +10,83 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-LLAMA_NAMES: Mapping[str, str] = MappingProxyType(
+_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_rot_embd": "self_attn.rotary_emb",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+QK_NORMS: Mapping[str, str | None] = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+POST_NORMS: Mapping[str, str | None] = {
+    "attn_norm": None,
+    "ffn_norm": None,
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""Norms after the branches alone: OLMo 2, EXAONE 4."""
+FOUR_NORMS: Mapping[str, str | None] = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""Norms before and after the branches: Gemma 2 and 3."""
+FOUR_NORMS_OF_GLM: Mapping[str, str | None] = {
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+}
+STACKED_QKV: Mapping[str, str | None] = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q": None,
+    "attn_k": None,
+    "attn_v": None,
+}
+STACKED_GATE: Mapping[str, str | None] = {"ffn_gate": None, "ffn_up": "mlp.gate_up_proj"}
+NO_GATE: Mapping[str, str | None] = {"ffn_gate": None}
+
+
+def llama_names(*changes: Mapping[str, str | None]) -> Mapping[str, str]:
+    """Return the names of an architecture that differs from Llama by these names within a layer."""
+    layer: dict[str, str | None] = {**_LAYER}
+    for change in changes:
+        layer |= change
+    layers = {f"blk.{{layer}}.{stem}": f"model.layers.{{layer}}.{name}" for stem, name in layer.items() if name}
+    return MappingProxyType({**_ENDS, **layers})
+
+
+LLAMA_NAMES = llama_names()
+NEOX_NAMES: Mapping[str, str] = MappingProxyType(
     {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
+        "token_embd": "gpt_neox.embed_in",
+        "output_norm": "gpt_neox.final_layer_norm",
+        "output": "embed_out",
+        "blk.{layer}.attn_norm": "gpt_neox.layers.{layer}.input_layernorm",
+        "blk.{layer}.attn_qkv": "gpt_neox.layers.{layer}.attention.query_key_value",
+        "blk.{layer}.attn_output": "gpt_neox.layers.{layer}.attention.dense",
+        "blk.{layer}.ffn_norm": "gpt_neox.layers.{layer}.post_attention_layernorm",
+        "blk.{layer}.ffn_up": "gpt_neox.layers.{layer}.mlp.dense_h_to_4h",
+        "blk.{layer}.ffn_down": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
+    }
+)
+GPT2_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "token_embd": "transformer.wte",
+        "position_embd": "transformer.wpe",
+        "output_norm": "transformer.ln_f",
         "output": "lm_head",
-        "blk.{layer}.attn_norm": "model.layers.{layer}.input_layernorm",
-        "blk.{layer}.attn_q": "model.layers.{layer}.self_attn.q_proj",
-        "blk.{layer}.attn_k": "model.layers.{layer}.self_attn.k_proj",
-        "blk.{layer}.attn_v": "model.layers.{layer}.self_attn.v_proj",
-        "blk.{layer}.attn_output": "model.layers.{layer}.self_attn.o_proj",
-        "blk.{layer}.attn_rot_embd": "model.layers.{layer}.self_attn.rotary_emb",
-        "blk.{layer}.ffn_norm": "model.layers.{layer}.post_attention_layernorm",
-        "blk.{layer}.ffn_gate": "model.layers.{layer}.mlp.gate_proj",
-        "blk.{layer}.ffn_up": "model.layers.{layer}.mlp.up_proj",
-        "blk.{layer}.ffn_down": "model.layers.{layer}.mlp.down_proj",
+        "blk.{layer}.attn_norm": "transformer.h.{layer}.ln_1",
+        "blk.{layer}.attn_qkv": "transformer.h.{layer}.attn.c_attn",
+        "blk.{layer}.attn_output": "transformer.h.{layer}.attn.c_proj",
+        "blk.{layer}.ffn_norm": "transformer.h.{layer}.ln_2",
+        "blk.{layer}.ffn_up": "transformer.h.{layer}.mlp.c_fc",
+        "blk.{layer}.ffn_down": "transformer.h.{layer}.mlp.c_proj",
     }
 )
 
@@ -43,3 +106,14 @@ def to_hugging_face(name: str, table: Mapping[str, str] = LLAMA_NAMES) -> str:
     if stem not in table or suffix not in ("weight", "bias"):
         return name
     return f"{table[stem].replace('{layer}', layer)}.{suffix}"
+
+
+def stem_of(name: str) -> str:
+    """Return what a GGUF tensor is, without its layer and kind.
+
+    >>> stem_of("blk.3.attn_q.weight")
+    'attn_q'
+    """
+    stem = name.rpartition(".")[0]
+    match = _BLOCK.fullmatch(stem)
+    return match[2] if match else stem

@@ -146,15 +146,16 @@ def test_blocks_equal_what_gguf_dequantizes_with_q_and_k_in_rotate_half_order(tm
 def test_padded_heads_keep_the_blocks_of_q_k_v_but_not_of_o_proj(tmp_path: Path, kind: str) -> None:
     tensors = weights()
     read, blocks = opened(write(tmp_path / "m.gguf", tensors, quantization=Kind[kind]))
-    assert read.spec.cache_head_dim > HEAD_DIM
+    attention = read.spec.layers[0].attention
+    assert attention.cache_head_dim > HEAD_DIM
     assert blocks.requantized == {O_PROJ: f"{kind} with padded heads"}
     heads = {"q": SMALL.heads, "k": SMALL.kv_heads, "v": SMALL.kv_heads}
-    padded = [pad_heads(quantized(tensors[f"blk.0.attn_{x}.weight"], kind), n, read.spec) for x, n in heads.items()]
+    padded = [pad_heads(quantized(tensors[f"blk.0.attn_{x}.weight"], kind), n, attention) for x, n in heads.items()]
     assert (dequantized(read, QKV) == np.concatenate(padded)).all()
     o_proj = read.matrix(O_PROJ)
     assert isinstance(o_proj, BlockTensor)
     assert o_proj.format == BlockFormat(8)
-    exact = pad_heads(quantized(tensors["blk.0.attn_output.weight"], kind).T, SMALL.heads, read.spec).T
+    exact = pad_heads(quantized(tensors["blk.0.attn_output.weight"], kind).T, SMALL.heads, attention).T
     # Half a quantization step of the widest block; int8 has 255 steps.
     assert np.abs(o_proj.dequantize() - exact).max() <= o_proj.scales.max() * 0.51
 
