@@ -156,4 +156,4 @@ def _checked(factors: FloatArray | None, count: int) -> FloatArray:
             found=f"shape {list(factors.shape)}",
             expected=f"{count} positive numbers",
         )
-    return np.array(factors, np.float32)  # a copy, since torch warns about the read-only pages of a file
+    return np.ascontiguousarray(factors, dtype=np.float32)

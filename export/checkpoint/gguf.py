@@ -87,7 +87,7 @@ class GgufCheckpoint:
             value = value - np.float32(1)
         elif self._transform(stored) == "turned":
             value = value.T
-        return np.ascontiguousarray(value, dtype=np.float32)
+        return np.require(value, np.float32, ("C", "W"))  # a copy of what the file holds as it is, which is read-only
 
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return how a tensor is quantized, without reading its data; None if it is stored as floats."""

@@ -90,5 +90,7 @@ def shortest(value: float) -> float:
     >>> shortest(9.999999974752427e-07)
     1e-06
     """
+    if not abs(value) <= float(np.finfo(np.float32).max):
+        return value
     single = np.float32(value)
     return float(np.format_float_positional(single, unique=True)) if float(single) == value else value

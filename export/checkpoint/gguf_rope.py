@@ -38,7 +38,7 @@ def rope_fields(family: GgufFamily, model: GgufModel, head_dim: int, context: in
         CheckpointError: A field has the wrong type, is missing, or contradicts another one.
         UnsupportedError: The rotary embedding is of a kind that this version cannot export.
     """
-    theta = model.positive_number("rope.freq_base", 10000.0)
+    theta = _base(model, "rope.freq_base", 10000.0)
     scaled = {**_scaling(model, context), "rope_theta": theta}
     found: dict[str, object] = {"rope_parameters": scaled}
     dims = model.positive("rope.dimension_count", head_dim)
@@ -47,13 +47,20 @@ def rope_fields(family: GgufFamily, model: GgufModel, head_dim: int, context: in
     elif dims != head_dim:
         raise model.unsupported("rope.dimension_count", "partial rotary embedding", f"the head size {head_dim}")
     local = family.local_theta
-    swa = model.positive_number("rope.freq_base_swa", theta if local in (None, "same") else float(local))
+    swa = _base(model, "rope.freq_base_swa", theta if local is None or local == "same" else local)
     if local is not None:
         plain = {"rope_type": "default", "rope_theta": swa}
         found["rope_parameters"] = {"full_attention": scaled, "sliding_attention": plain}
     elif swa != theta:
         raise model.unsupported("rope.freq_base_swa", "a rotary base of sliding layers", f"that of all, {theta:g}")
     return found
+
+
+def _base(model: GgufModel, key: str, default: float) -> float:
+    value = model.number(key, default)
+    if value < 1:
+        raise model.metadata.wrong(model.key(key), "a number of at least 1")
+    return value
 
 
 def _share(model: GgufModel, dims: int, head_dim: int) -> float:

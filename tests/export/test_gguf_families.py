@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from helpers.gguf_converter import convert
 from helpers.gguf_files import Edit, Kind, byte_level
 from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.assemble import export_bundle
-from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.checkpoint import gguf as gguf_reader
+from shortstack.export.checkpoint import gguf_header, open_checkpoint
 from shortstack.export.checkpoint.gguf_families import FAMILIES
 from shortstack.export.kept_blocks import KeptBlocks, choose_blocks
 from shortstack.export.sources import matrix_sources
@@ -146,6 +149,34 @@ def test_names_are_those_of_the_family_and_none_stands_for_two(architecture: str
     assert family.names.keys() - anywhere <= theirs
 
 
+ODD: tuple[object, ...] = (
+    *(0, -1, 1, 3, 2**31, 2**40, 0.0, -1.0, 0.5, 1e-40, 1e300, float("nan"), True, False),
+    *("x", "linear", [], [1], [True], None),
+)
+SELDOM = (
+    *("attention.causal", "attention.key_length", "attention.sliding_window", "attention.sliding_window_pattern"),
+    *("expert_count", "rope.dimension_count", "rope.freq_base_swa", "rope.scaling.attn_factor", "rope.scaling.factor"),
+    *("rope.scaling.original_context_length", "rope.scaling.type", "rope.scaling.yarn_beta_fast"),
+)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "27b" not in case.name], ids=lambda case: case.name)
+def test_odd_metadata_is_read_or_refused_in_our_words(
+    tmp_path: Path, case: GgufCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With None the field is left out."""
+    _, file = written(case, tmp_path)
+    header = gguf_header.read_header(file)
+    prefix = f"{case.architecture}."
+    keys = [*(key for key in header.metadata if key.startswith(prefix)), *(prefix + key for key in SELDOM)]
+    for key, value in itertools.product(keys, ODD):
+        metadata = {name: found for name, found in {**header.metadata, key: value}.items() if found is not None}
+        changed = replace(header, metadata=metadata)
+        monkeypatch.setattr(gguf_reader, "read_header", lambda file, changed=changed: changed)
+        with contextlib.suppress(CheckpointError):
+            resolve(open_checkpoint(str(file)))
+
+
 def without(key: str) -> Edit:
     return lambda writer: writer.kv_data[0].pop(f"{writer.arch}.{key}") and None
 
@@ -235,6 +266,12 @@ REFUSED: tuple[tuple[str, str, Edit, str], ...] = (
         "gemma2",
         lambda w: w.add_rope_freq_base_swa(5000.0),
         r"gemma2\.rope\.freq_base_swa: a rotary base of sliding layers: found 5000\.0, expected that of all, 10000",
+    ),
+    (
+        "a rotary base below 1",
+        "glm4",
+        lambda w: w.add_rope_freq_base(0.5),
+        r"glm4\.rope\.freq_base: found 0\.5, expected a number of at least 1\. Convert the model again",
     ),
     (
         "an unknown scaling",
