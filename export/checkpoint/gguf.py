@@ -39,6 +39,9 @@ class GgufCheckpoint:
         file: The file.
         source: The name that the user gave, if it is not the file itself.
 
+    Attributes:
+        architecture: llama.cpp's name of the model's architecture.
+
     Raises:
         CheckpointError: The file is damaged, or lacks a field or the embedding.
         UnsupportedError: It is a valid model of a kind that this version does not read.
@@ -49,7 +52,7 @@ class GgufCheckpoint:
         self.folder_or_file = file
         header = read_header(file)
         self._metadata = Config(header.metadata, str(file), remedy=CONVERT_AGAIN)
-        architecture = self._metadata.read(str, "general.architecture")
+        self.architecture = architecture = self._metadata.read(str, "general.architecture")
         if architecture not in FAMILIES:
             raise unknown_architecture(self._metadata.where("general.architecture"), architecture)
         if self._metadata.read(int, "split.count", 1) > 1:

@@ -15,6 +15,7 @@ from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.arch.architecture import FINAL_NORM
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
+from shortstack.export.checkpoint.gguf import GgufCheckpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
 from shortstack.export.kept_blocks import KeptBlocks
 from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, compare_with, put_into_transformers
@@ -62,7 +63,7 @@ class Reference:
         adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()
         arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-        if isinstance(checkpoint, MegatronCheckpoint):  # which transformers cannot read
+        if isinstance(checkpoint, MegatronCheckpoint) or _is_read_by_us_alone(checkpoint):
             self._model: Any = _through_a_folder(checkpoint, arguments)
         else:
             self._model = _load(source, revision, path, arguments)
@@ -148,6 +149,15 @@ class Reference:
         from transformers import DynamicCache
 
         return DynamicCache()
+
+
+def _is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint is a GGUF file that transformers does not read right.
+
+    It knows few architectures, and of those that it knows it leaves out one thing or another: the scaling of rotary
+    embeddings, the share of a head that is rotated, the width of heads.
+    """
+    return isinstance(checkpoint, GgufCheckpoint) and checkpoint.architecture != "llama"
 
 
 def _load(source: str, revision: str | None, path: Path, arguments: dict[str, Any]) -> Any:

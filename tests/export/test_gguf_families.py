@@ -22,6 +22,7 @@ from shortstack.export.checkpoint import gguf as gguf_reader
 from shortstack.export.checkpoint import gguf_header, open_checkpoint
 from shortstack.export.checkpoint.gguf_families import FAMILIES
 from shortstack.export.kept_blocks import KeptBlocks, choose_blocks
+from shortstack.export.parity.reference import Reference
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors
@@ -106,6 +107,14 @@ def test_tensors_equal_those_that_transformers_reads(tmp_path: Path, case: GgufC
     assert ours.names() <= theirs.keys()
     for name in ours.names():
         np.testing.assert_array_equal(ours.tensor(name), theirs[name].numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["olmo3-yarn", "phi3-longrope", "stablelm"])
+def test_parity_compares_with_the_model_in_transformers(tmp_path: Path, name: str) -> None:
+    folder, file = written(BY_NAME[name], tmp_path)
+    ours, theirs = (Reference(str(path)).run_text(TEXT, (1, 2)).heads for path in (file, folder))
+    for depth in (1, 2):
+        np.testing.assert_allclose(ours[depth], theirs[depth], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "granite", "gptneox", "phi3", "gemma2", "olmo2", "glm4", "gpt2"])
