@@ -68,6 +68,8 @@ class GgufCheckpoint:
         self._heads = heads, model.positive("attention.head_count_kv", heads)
         stored = [name for name in header.tensors if not self._is_in_config(name)]
         self._stored = {to_hugging_face(name, family.names): name for name in stored}  # GGUF names by ours
+        if hidden := sorted(set(stored) - set(self._stored.values())):
+            raise CheckpointError(f"{file} holds tensors twice", found=", ".join(hidden), remedy=CONVERT_AGAIN)
         self._transforms = family.transforms
 
     def names(self) -> frozenset[str]:

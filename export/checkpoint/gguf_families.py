@@ -68,14 +68,6 @@ def _residual_of_neox(model: GgufModel, config: Mapping[str, Any]) -> dict[str, 
     return {"use_parallel_residual": model.metadata.read(bool, model.key("use_parallel_residual"))}
 
 
-_LLAMA = GgufFamily(
-    model_type="llama",
-    transformers_class="LlamaForCausalLM",
-    transforms=ROTATED,
-    biases=_EACH_BIAS,
-    fixed={"hidden_act": "silu"},
-    ignores=("attention.sliding_window",),
-)
 _GEMMA2 = GgufFamily(
     model_type="gemma2",
     transformers_class="Gemma2ForCausalLM",
@@ -204,7 +196,14 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
             },
             extend=_multipliers_of_granite,
         ),
-        "llama": _LLAMA,
+        "llama": GgufFamily(
+            model_type="llama",
+            transformers_class="LlamaForCausalLM",
+            transforms=ROTATED,
+            biases=_EACH_BIAS,
+            fixed={"hidden_act": "silu"},
+            ignores=("attention.sliding_window",),
+        ),
         "olmo2": _OLMO2,
         "phi3": GgufFamily(
             model_type="phi3",

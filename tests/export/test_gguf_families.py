@@ -370,3 +370,9 @@ def test_tensors_that_no_model_of_the_architecture_has_are_listed(tmp_path: Path
     _, file = written(BY_NAME["olmo2"], tmp_path, extra={"blk.0.attn_norm.weight": np.ones(64, np.float32)})
     with pytest.raises(CheckpointError, match=r"1 extra \(blk\.0\.attn_norm\.weight\)"):
         resolve(open_checkpoint(str(file)))
+
+
+def test_a_tensor_under_both_names_is_refused(tmp_path: Path) -> None:
+    _, file = written(BY_NAME["qwen2"], tmp_path, extra={"model.norm.weight": np.ones(64, np.float32)})
+    with pytest.raises(CheckpointError, match=r"m\.gguf holds tensors twice: found output_norm\.weight\. Convert"):
+        open_checkpoint(str(file))
