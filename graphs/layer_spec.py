@@ -97,7 +97,9 @@ class Rope:
     scaling: RopeScaling = RopeScaling()
 
     def __post_init__(self) -> None:
-        _at_least(1, theta=self.theta, head_dim=self.head_dim, dims=self.dims)
+        _at_least(1, head_dim=self.head_dim, dims=self.dims)
+        if self.theta <= 0:
+            raise ValueError(f"theta is {self.theta}, not above 0")
         if self.dims % 2 or self.dims > self.head_dim:
             raise ValueError(f"dims {self.dims} is not even, or more than head_dim {self.head_dim}")
 

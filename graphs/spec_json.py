@@ -59,12 +59,12 @@ def spec_from_json(data: Mapping[str, Any], where: str, *, is_flat: bool = False
         return _from_flat(data, where)
     written = _decode(_Written, data, where)
     if len(written.layers) > _MAX_LAYERS or not written.layers:
-        raise _unusable(f"{where}.layers", f"{len(written.layers)} entries", f"1..{_MAX_LAYERS}")
+        raise _unusable(f"{where}.layers", len(written.layers), f"1..{_MAX_LAYERS} entries")
     for number in written.layers:
         if not 0 <= number < len(written.layer_kinds):
             raise _unusable(f"{where}.layers", number, f"0..{len(written.layer_kinds) - 1}, one of layer_kinds")
     if len(written.kv_map) != len(written.layers):
-        raise _unusable(f"{where}.kv_map", f"{len(written.kv_map)} entries", f"one per layer, {len(written.layers)}")
+        raise _unusable(f"{where}.kv_map", len(written.kv_map), f"{len(written.layers)} entries, one per layer")
     shared = {name: getattr(written, name) for name in (*_SIZES, "ends", "ropes", "kv_map", "masks_diagonal")}
     layers = tuple(written.layer_kinds[number] for number in written.layers)
     return _checked(where, lambda: ModelSpec(**shared, layers=layers))

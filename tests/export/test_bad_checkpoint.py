@@ -74,7 +74,7 @@ def test_tensors_that_do_not_fit_the_config_are_listed(
         ({"hidden_act": "gelu"}, ("config.json: hidden_act", "silu")),
         ({"num_hidden_layers": "4"}, ("config.json: num_hidden_layers", "'4'", "an integer")),
         ({"num_key_value_heads": 3}, ("config.json: num_key_value_heads", "divisor")),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ("rope_type", "'yarn'")),
+        ({"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, ("rope_type", "'ntk'")),
         ({"rms_norm_eps": math.nan}, ("config.json: rms_norm_eps",)),
     ],
 )

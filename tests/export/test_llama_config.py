@@ -159,7 +159,7 @@ def test_two_objects_that_contradict_each_other_are_refused(parameters: dict[str
 
 
 @pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "lama3"])
+@pytest.mark.parametrize("kind", ["ntk", "mrope", "lama3"])
 def test_an_unknown_kind_of_scaling_is_refused_with_field_and_choices(place: str, kind: str) -> None:
     with pytest.raises(
         UnsupportedError, match=rf"config\.json: {place}\.rope_type: found '{kind}', expected one of"

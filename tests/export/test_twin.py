@@ -92,7 +92,7 @@ def test_a_layer_that_is_always_dropped_has_no_effect(tiny_bundles: TinyBundles)
     twin.layer_dropout = (0.0, 1.0, 0.0, 0.0)
     ids = ids_of(BASE.vocab)
     dropped = twin.train()(ids)
-    without = Twin(replace(twin.spec, num_hidden_layers=3, kv_map=()))
+    without = Twin(replace(twin.spec, layers=twin.spec.layers[:3], kv_map=()))
     state = {name: value for name, value in twin.state_dict().items() if ".layers.1." not in name}
     moved = {name.replace("layers.2.", "layers.1.").replace("layers.3.", "layers.2."): v for name, v in state.items()}
     without.load_state_dict(moved)
@@ -150,9 +150,11 @@ def test_rotary_tables_are_made_once_and_grow_with_the_text(
     node = ExitNode(twin.spec, ExitSpec(2, branch="block"))
     made: list[int] = []
 
-    def counted(rope: Rope, length: int, factors: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+    def counted(
+        rope: Rope, length: int, factors: FloatArray | None = None, context: int | None = None
+    ) -> tuple[FloatArray, FloatArray]:
         made.append(length)
-        return rope_tables(rope, length, factors)
+        return rope_tables(rope, length, factors, context)
 
     monkeypatch.setattr("shortstack.export.twin.model.rope_tables", counted)
     monkeypatch.setattr("shortstack.export.twin.exits.rope_tables", counted, raising=False)

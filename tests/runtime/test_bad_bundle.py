@@ -172,7 +172,7 @@ def test_a_bundle_json_that_is_not_valid_is_named(bundle: Path, refused: Refused
         refused(command, "bundle.json", "e-export")
 
 
-@pytest.mark.parametrize("version", [0, 4, 99, "1", None, 1.5, True, [1]])
+@pytest.mark.parametrize("version", [0, 5, 99, "1", None, 1.5, True, [1]])
 def test_an_unknown_format_version_is_named(bundle: Path, refused: Refused, version: object) -> None:
     forge(bundle, format_version=version)
     for command in commands(bundle):
@@ -180,13 +180,23 @@ def test_an_unknown_format_version_is_named(bundle: Path, refused: Refused, vers
             command,
             "bundle.json: field format_version",
             repr(version),
-            "expected 1 or 2 or 3",
+            "expected 1 or 2 or 3 or 4",
             "install the shortstack",
         )
 
 
 def model_with(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda data: {"model": data["model"] | fields}
+
+
+def layers_with(part: str, **fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Change the attention, the mlp, or another part of every layer."""
+
+    def change(data: dict[str, Any]) -> dict[str, Any]:
+        kinds = [kind | {part: kind[part] | fields} for kind in data["model"]["layer_kinds"]]
+        return {"model": data["model"] | {"layer_kinds": kinds}}
+
+    return change
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str, ...]]] = {
@@ -232,17 +242,26 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str
         lambda data: {"exits": [e | {"sees_state": True} for e in data["exits"]]},
         ("field exits", "only a linear branch has sees_state"),
     ),
-    "layers": (model_with(num_hidden_layers=5), ("bundle.json", "kv_map")),
-    "layers-text": (model_with(num_hidden_layers="4"), ("model.num_hidden_layers", "'4'")),
-    "heads": (model_with(num_key_value_heads=1), ("does not match its contract", "past_key_values.3.key")),
-    "heads-0": (model_with(num_key_value_heads=0), ("bundle.json", "num_key_value_heads")),
+    "layers": (model_with(layers=[0] * 5), ("model.kv_map", "found 4", "5 entries, one per layer")),
+    "layers-text": (model_with(layers=["0"] * 4), ("model.layers[0]", "'0'")),
+    "layers-none": (model_with(layers=[]), ("model.layers", "found 0")),
+    "layers-unknown": (model_with(layers=[0, 0, 7, 0]), ("model.layers", "found 7")),
+    "layers-of-billions": (model_with(layers={"count": 10**9}), ("model.layers", "a list")),
+    "heads": (layers_with("attention", kv_heads=1), ("does not match its contract", "past_key_values.3.key")),
+    "heads-0": (layers_with("attention", kv_heads=0), ("model.layer_kinds[0].attention: kv_heads is 0",)),
+    "heads-odd": (layers_with("attention", kv_heads=3), ("kv_heads 3 does not divide heads 4",)),
+    "rope-of-none": (layers_with("attention", rope=4), ("layer 0 has rope 4 of 1",)),
+    "mlp-negative": (layers_with("mlp", width=-96), ("model.layer_kinds[0].mlp: width is -96",)),
+    "activation": (layers_with("mlp", activation="tanh"), ("mlp.activation", "'tanh'", "silu or")),
+    "norm-not-finite": (layers_with("before_mlp", eps=float("inf")), ("bundle.json",)),
     "hidden": (model_with(hidden_size=65), ("does not match its contract", "hidden_states")),
     "hidden-negative": (model_with(hidden_size=-64), ("bundle.json", "hidden_size")),
     "vocab": (model_with(vocab_size=200), ("does not match its contract", "logits")),
-    "kv_map": (model_with(kv_map=[0, 1, 2, 9]), ("model.kv_map", "9")),
+    "kv_map": (model_with(kv_map=[0, 1, 2, 9]), ("model: kv_map[3] = 9 is not a layer",)),
     "kv_map-text": (model_with(kv_map=["0", 1, 2, 3]), ("bundle.json", "kv_map")),
     "unknown-field": (model_with(window=4), ("unknown: window", "Re-export")),
-    "rope": (model_with(rope_scaling={"flavour": "sweet"}), ("rope_scaling", "flavour")),
+    "rope": (model_with(ropes=[{"flavour": "sweet"}]), ("model.ropes[0]", "flavour")),
+    "rope-dims": (model_with(ropes=[{"theta": 1e4, "head_dim": 16, "dims": 17}]), ("dims 17 is not even",)),
     "model-none": (lambda _: {"model": None}, ("bundle.json", "e-export")),
     "files-none": (lambda _: {"files": None}, ("bundle.json", "e-export")),
     "files-empty": (lambda _: {"files": {}}, ("field files does not list", "weights.data")),
