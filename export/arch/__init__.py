@@ -41,9 +41,9 @@ __all__ = ["ARCHITECTURES", "Architecture", "check_tensors", "expected_tensors",
 
 _ALL = (
     llama.ARCH, lckv.ARCH, lckv.OPT_ARCH, lckv.CLA_ARCH, qwen2.ARCH, qwen3.ARCH, mistral.ARCH, mistral.MINISTRAL_ARCH,
-    gemma.ARCH, gemma2.ARCH, gemma3.ARCH, phi3.ARCH, smollm3.ARCH, olmo2.ARCH, olmo2.OLMO3_ARCH, granite.ARCH,
-    gpt2.ARCH, gpt_neox.ARCH, arcee.ARCH, cohere2.ARCH, ernie4_5.ARCH, exaone4.ARCH, glm4.ARCH, seed_oss.ARCH,
-    stablelm.ARCH, starcoder2.ARCH,
+    gemma.ARCH, gemma2.ARCH, gemma3.ARCH, gemma3.WHOLE_ARCH, phi3.ARCH, smollm3.ARCH, olmo2.ARCH, olmo2.OLMO3_ARCH,
+    granite.ARCH, gpt2.ARCH, gpt_neox.ARCH, arcee.ARCH, cohere2.ARCH, ernie4_5.ARCH, exaone4.ARCH, glm4.ARCH,
+    seed_oss.ARCH, stablelm.ARCH, starcoder2.ARCH,
 )  # fmt: skip
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.model_type: arch for arch in _ALL})
 
@@ -77,6 +77,10 @@ def _with_stored_prefix(checkpoint: Checkpoint, arch: Architecture) -> Architect
     for prefix in arch.prefixes:
         if under(prefix, arch.source(EMBEDDING)).tensor in names:
             sources = {role: under(prefix, source) for role, source in arch.sources.items()}
+            head = sources[LM_HEAD].tensor
+            own = [name for name in names if name.endswith(f".{head}")]  # language_model.lm_head.weight
+            if head not in names and len(own) == 1:
+                sources[LM_HEAD] = replace(sources[LM_HEAD], tensor=own[0])
             return replace(arch, sources=MappingProxyType(sources))
     return arch
 

@@ -1,6 +1,7 @@
 """Gemma 3: Gemma 2 with normalised queries and keys and without caps; sliding layers have a rotary base of their own.
 
-transformers' model does not read ``attn_logit_softcapping``. https://arxiv.org/abs/2503.19786
+Folders of the larger models also read pictures; most of their ``text_config`` is left to the defaults of transformers'
+class. transformers' model does not read ``attn_logit_softcapping``. https://arxiv.org/abs/2503.19786
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from shortstack.export.arch import gemma2
 from shortstack.export.arch.family import Key
 from shortstack.export.arch.layer_types import every
 from shortstack.export.arch.make_family import architecture
+from shortstack.export.arch.text_part import text_part
 
 FAMILY = replace(
     gemma2.FAMILY,
     model_type="gemma3_text",
     transformers_class="Gemma3ForCausalLM",
+    num_layers=Key("num_hidden_layers", 26),
+    hidden=Key("hidden_size", 2304),
+    inner=Key("intermediate_size", 9216),
+    heads=Key("num_attention_heads", 8),
+    vocab=Key("vocab_size", 262208),
     context=Key("max_position_embeddings", 131072),
     qk_norm="head",
     softcap=0.0,
@@ -26,3 +33,4 @@ FAMILY = replace(
 )
 
 ARCH = architecture(FAMILY)
+WHOLE_ARCH = text_part("gemma3", ARCH)

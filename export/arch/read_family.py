@@ -170,7 +170,8 @@ def _at_least_0(config: Config, value: Key | float) -> float:
     """Return a cap; null and 0 stand for none."""
     if not isinstance(value, Key):
         return value
-    found = 0.0 if value.name in config.data and config.data[value.name] is None else _value(config, value, float)
+    is_null = value.name in config.data and config.data[value.name] is None
+    found = 0.0 if is_null else _value(config, value, float) or 0.0
     if found < 0:
         raise config.wrong(value.name, "a positive number, or null for none")
     return found

@@ -63,7 +63,7 @@ class Reference:
         adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()
         arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-        if isinstance(checkpoint, MegatronCheckpoint) or _is_read_by_us_alone(checkpoint):
+        if _is_read_by_us_alone(checkpoint) or self._arch.model_type != self.spec.model_type:
             self._model: Any = _through_a_folder(checkpoint, arguments)
         else:
             self._model = _load(source, revision, path, arguments)
@@ -152,12 +152,14 @@ class Reference:
 
 
 def _is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint is a GGUF file that transformers does not read right.
+    """Return whether transformers does not read a checkpoint, or not right.
 
-    It knows few architectures, and of those that it knows it leaves out one thing or another: the scaling of rotary
+    It reads GGUF files of few architectures, and of those it leaves out one thing or another: the scaling of rotary
     embeddings, the share of a head that is rotated, the width of heads.
     """
-    return isinstance(checkpoint, GgufCheckpoint) and checkpoint.architecture != "llama"
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.architecture != "llama"
+    return isinstance(checkpoint, MegatronCheckpoint)
 
 
 def _load(source: str, revision: str | None, path: Path, arguments: dict[str, Any]) -> Any:
