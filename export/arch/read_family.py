@@ -36,7 +36,7 @@ def read_family(family: Family, config: Config) -> ModelSpec:
     context = _positive(config, family.context)
     types = family.layer_types(config, depth)
     rotates = family.has_rope(config, types)
-    used = {kind for kind, is_rotated in zip(types, rotates, strict=True) if is_rotated}
+    used = list(dict.fromkeys(kind for kind, is_rotated in zip(types, rotates, strict=True) if is_rotated))
     by_type = read_ropes(family, config, context, attention.head_dim, used)
     ropes = tuple(dict.fromkeys(by_type.values()))
     window = _positive(config, family.window) if SLIDING in types else 0

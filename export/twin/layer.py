@@ -173,11 +173,11 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.self_attn = Attention(spec.attention, hidden, is_consumer, sees_itself=sees_itself)
-        self.mlp = MLP(spec.mlp, hidden)
         self.input_layernorm = _norm(spec.before_attention, hidden)
+        self.self_attn = Attention(spec.attention, hidden, is_consumer, sees_itself=sees_itself)
         self.attention_out_layernorm = _norm(spec.after_attention, hidden)
         self.post_attention_layernorm = _norm(spec.before_mlp, hidden)
+        self.mlp = MLP(spec.mlp, hidden)
         self.mlp_out_layernorm = _norm(spec.after_mlp, hidden)
 
     def forward(
