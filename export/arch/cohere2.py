@@ -24,7 +24,6 @@ FAMILY = Family(
     norm_kind="layer",
     norm_eps=Key("layer_norm_eps", 1e-5),
     is_parallel=True,
-    head_dim=None,
     context=Key("max_position_embeddings", 8192),
     tied=Key("tie_word_embeddings", True),
     rope_pairs="neighbours",

@@ -5,10 +5,13 @@ Where the config has no window, all layers see everything and all have one. http
 
 from __future__ import annotations
 
+from typing import Any
+
 from shortstack.export.arch.family import FULL, POST_NORMS, SLIDING, Family, Key, llama_sources
 from shortstack.export.arch.layer_types import listed
 from shortstack.export.arch.make_family import architecture
 from shortstack.export.checkpoint.config import Config, positive
+from shortstack.graphs.spec import ModelSpec
 
 
 def _layer_types(config: Config, layers: int) -> tuple[str, ...]:
@@ -28,6 +31,12 @@ def _has_rope(config: Config, types: tuple[str, ...]) -> tuple[bool, ...]:
     return tuple(kind == SLIDING or not has_window for kind in types)
 
 
+def _window(spec: ModelSpec) -> dict[str, Any]:
+    """Return a window where no layer has one and none a rotary embedding: without it, all would have one."""
+    has_rope = any(layer.attention.rope is not None for layer in spec.layers)
+    return {} if has_rope or spec.windows else {"sliding_window": FAMILY.window.default}
+
+
 FAMILY = Family(
     model_type="exaone4",
     transformers_class="Exaone4ForCausalLM",
@@ -42,6 +51,7 @@ FAMILY = Family(
     out_bias=False,
     layer_types=_layer_types,
     has_rope=_has_rope,
+    extra_config=_window,
     window=Key("sliding_window", 4096),
 )
 

@@ -42,10 +42,23 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
 """Ours by transformers' name."""
+
+
+NEUTRAL: Mapping[str, object] = {
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "is_causal": True,
+    "use_bidirectional_attention": False,
+    "attention_chunk_size": None,
+    "clip_qkv": None,
+    "alibi": False,
+}
+"""Fields of any config that change what a model computes, and the one value that our graphs have."""
 
 
 def all_full(config: Config, layers: int) -> tuple[str, ...]:
@@ -71,8 +84,8 @@ class Family:
         hidden: Width of the residual stream.
         inner: Width of the MLP.
         heads: Query heads.
-        kv_heads: Key/value heads; a default of None is as many as query heads.
-        head_dim: Width of one head; a default of None is hidden / heads.
+        kv_heads: Key/value heads; null and a default of None are as many as query heads.
+        head_dim: Width of one head; null and a default of None are hidden / heads. None: it is that in all models.
         vocab: Rows of the embedding.
         context: The longest context.
         tied: The LM head is the embedding.
@@ -95,20 +108,23 @@ class Family:
         residual_scale: Of both branches.
         rope_theta: The default base of the rotary frequencies.
         rope_share: Which share of a head is rotated.
-        local_rope: The default base of the rotary embedding that sliding layers have of their own, and the field that
-            names it in older configs; None if all layers share one.
+        local_rope: The default base of the rotary embedding that sliding layers have of their own, and the field, if
+            any, that names it in older configs; None if all layers share one.
         rope_pairs: See :class:`Architecture`.
         theta_key: The field at the top of the config that names the base.
         rope_same_as: Kinds of scaling that the family means by other names.
+        original_context: Its class has the field ``original_max_position_embeddings`` with this default; None: it has
+            no such field.
         layer_types: Reads the type of each layer.
         window: How many positions a sliding layer sees.
+        window_switch: The field without which layers do not slide; None for none.
         has_rope: Which layers have a rotary embedding, by their types.
         embed_scale: Of the embeddings; ``root`` for the root of the hidden size.
         learns_positions: A table of positions, as long as the context, is added to the embeddings.
         logit_scale: What logits are multiplied by. ``divides_logits`` makes it a divisor.
         divides_logits: See ``logit_scale``.
         logit_softcap: Of the logits; 0 for none.
-        refuse: Raises for what else a config may ask for and the family's graphs do not have.
+        neutral: Further fields as in :data:`NEUTRAL`.
         extend: Changes the spec as further fields of the config say.
         extra_config: Further fields of a config that describes a spec.
         is_in_transformers: See :class:`Architecture`.
@@ -146,19 +162,21 @@ class Family:
     residual_scale: Key | float = 1.0
     rope_theta: float = 10000.0
     rope_share: Key | float = 1.0
-    local_rope: Key | None = None
+    local_rope: Key | float | None = None
     rope_pairs: RopePairs = "halves"
     theta_key: str = "rope_theta"
     rope_same_as: Mapping[str, str] = field(default_factory=dict)
+    original_context: int | None = None
     layer_types: Callable[[Config, int], tuple[str, ...]] = all_full
     window: Key = Key("sliding_window")
+    window_switch: str | None = None
     has_rope: Callable[[Config, tuple[str, ...]], tuple[bool, ...]] = has_rope
     embed_scale: Key | float | Literal["root"] = 1.0
     learns_positions: bool = False
     logit_scale: Key | float = 1.0
     divides_logits: bool = False
     logit_softcap: Key | float = 0.0
-    refuse: Callable[[Config], None] = lambda config: None
+    neutral: Mapping[str, object] = field(default_factory=dict)
     extend: Callable[[Config, ModelSpec], ModelSpec] = lambda config, spec: spec
     extra_config: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
     is_in_transformers: Callable[[ModelSpec], bool] = field(default=lambda spec: True)

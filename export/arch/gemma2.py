@@ -32,7 +32,7 @@ FAMILY = Family(
     softcap=Key("attn_logit_softcapping", 50.0),
     logit_softcap=Key("final_logit_softcapping", 30.0),
     embed_scale="root",
-    layer_types=every(2),
+    layer_types=every(2, key=None),
     window=Key("sliding_window", 4096),
 )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from shortstack.export.arch.family import FULL, SLIDING
 from shortstack.export.checkpoint.config import Config, not_one_of, positive
-from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.errors import CheckpointError, shortened
 
 LayerTypes = Callable[[Config, int], tuple[str, ...]]
 
@@ -38,28 +38,41 @@ def listed_or(default: LayerTypes) -> LayerTypes:
     return lambda config, layers: listed(config, layers) if "layer_types" in config else default(config, layers)
 
 
-def every(period: int, key: str = "sliding_window_pattern") -> LayerTypes:
-    """Return a reader of models in which each ``period``-th layer sees everything and the others slide."""
+def every(period: int, key: str | None = "sliding_window_pattern") -> LayerTypes:
+    """Return a reader of models in which each ``period``-th layer sees everything and the others slide.
+
+    Args:
+        period: The period where no field gives one.
+        key: The field of older configs that gives it; None for none.
+    """
 
     def read(config: Config, layers: int) -> tuple[str, ...]:
-        found = positive(config, key, period)
+        found = period if key is None else positive(config, key, period)
         return tuple(SLIDING if (layer + 1) % found else FULL for layer in range(layers))
 
     return listed_or(read)
 
 
-def all_slide(default: int | None) -> LayerTypes:
+def all_slide(default: int | None, *, is_listed: bool = True) -> LayerTypes:
     """Return a reader of models in which all layers slide, unless ``sliding_window`` is null or 0.
 
     Args:
         default: The window of a config without the field; None for none.
+        is_listed: ``layer_types`` wins; otherwise transformers does not read it, and it must say the same.
     """
 
     def read(config: Config, layers: int) -> tuple[str, ...]:
         window = config.data.get("sliding_window", default)
-        return (FULL if window in (None, 0) else SLIDING,) * layers
+        types = (FULL if window in (None, 0) else SLIDING,) * layers
+        if "layer_types" in config and not is_listed and listed(config, layers) != types:
+            raise CheckpointError(
+                f"{config.where('layer_types')} contradicts sliding_window",
+                found=shortened(repr(config.data["layer_types"]), limit=80),
+                expected=f"{types[0]} for all layers, as sliding_window {window} says",
+            )
+        return types
 
-    return listed_or(read)
+    return listed_or(read) if is_listed else read
 
 
 def upper_slide(config: Config, layers: int) -> tuple[str, ...]:

@@ -27,8 +27,8 @@ OLMO3 = replace(
     model_type="olmo3",
     transformers_class="Olmo3ForCausalLM",
     rope_theta=500_000.0,
-    local_rope=Key("rope_local_base_freq", 500_000.0),
-    layer_types=every(4),
+    local_rope=500_000.0,
+    layer_types=every(4, key=None),
     window=Key("sliding_window", 4096),
 )
 

@@ -28,8 +28,9 @@ FAMILY = Family(
     qkv_bias=False,
     out_bias=False,
     rope_share=Key("partial_rotary_factor", 1.0),
+    original_context=4096,
     rope_same_as=MappingProxyType({"yarn": "longrope"}),
-    layer_types=all_slide(None),
+    layer_types=all_slide(None, is_listed=False),
 )
 
 ARCH = architecture(FAMILY)

@@ -19,6 +19,7 @@ FAMILY = Family(
     out_bias=False,
     layer_types=upper_slide,
     window=Key("sliding_window", 4096),
+    window_switch="use_sliding_window",
 )
 
 ARCH = architecture(FAMILY)

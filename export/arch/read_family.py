@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
-from shortstack.export.arch.family import ACTIVATIONS, REQUIRED, SLIDING, Family, Key
+from shortstack.export.arch.family import ACTIVATIONS, FULL, NEUTRAL, REQUIRED, SLIDING, Family, Key
 from shortstack.export.arch.rope_config import read_ropes
 from shortstack.export.checkpoint.checkpoint import MAX_LAYERS
 from shortstack.export.checkpoint.config import Config, not_one_of, positive
-from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.layer_spec import Attention, Ends, Layer, Mlp, Norm
 from shortstack.graphs.spec import ModelSpec
 
@@ -24,7 +24,7 @@ def read_family(family: Family, config: Config) -> ModelSpec:
         CheckpointError: A field is missing, has the wrong type, or contradicts another one.
         UnsupportedError: The config asks for something this version cannot export.
     """
-    family.refuse(config)
+    _check_neutral(family, config)
     mlp = _mlp(family, config)
     attention, hidden = _attention(family, config)
     norm = Norm(family.norm_kind, _above_0(config, family.norm_eps), family.norm_bias)
@@ -39,7 +39,7 @@ def read_family(family: Family, config: Config) -> ModelSpec:
     used = list(dict.fromkeys(kind for kind, is_rotated in zip(types, rotates, strict=True) if is_rotated))
     by_type = read_ropes(family, config, context, attention.head_dim, used)
     ropes = tuple(dict.fromkeys(by_type.values()))
-    window = _positive(config, family.window) if SLIDING in types else 0
+    window = _window(family, config, types)
     layer = Layer(
         attention,
         mlp,
@@ -68,6 +68,37 @@ def read_family(family: Family, config: Config) -> ModelSpec:
     return family.extend(config, spec)
 
 
+def _check_neutral(family: Family, config: Config) -> None:
+    """Refuse a config that asks for what the family's graphs do not compute."""
+    for name, value in {**NEUTRAL, **family.neutral}.items():
+        found = config.data.get(name)
+        if found is not None and (type(found) is not type(value) or found != value):
+            shown = "null" if value is None else f"{str(value).lower()}, or null"
+            raise UnsupportedError(
+                f"{config.where(name)} changes what the model computes",
+                found=repr(found),
+                expected=shown,
+                remedy="export another model: graphs without it would not compute what this one does",
+            )
+
+
+def _window(family: Family, config: Config, types: tuple[str, ...]) -> int:
+    if SLIDING not in types:
+        return 0
+    key, switch = family.window, family.window_switch
+    if key.name in config.data and config.data[key.name] is None:
+        raise CheckpointError(
+            f"{config.where(key.name)} is null, and layer {types.index(SLIDING)} is of type {SLIDING}",
+            expected="the number of positions that a sliding layer sees",
+        )
+    if switch is not None and not config.read(bool, switch, False):
+        raise CheckpointError(
+            f"{config.where(switch)} is false, and layer {types.index(SLIDING)} is of type {SLIDING}",
+            expected=f"true, or {FULL} for all layers",
+        )
+    return _positive(config, key)
+
+
 def _mlp(family: Family, config: Config) -> Mlp:
     activation = _value(config, family.activation, str)
     if activation not in family.activations:
@@ -85,7 +116,7 @@ def _attention(family: Family, config: Config) -> tuple[Attention, int]:
     """Return the attention that all layers have, without windows and rotary embeddings, and the hidden size."""
     heads = _positive(config, family.heads)
     kv_heads = heads
-    if family.kv_heads is not None:
+    if family.kv_heads is not None and not _is_null(config, family.kv_heads):
         kv_heads = positive(config, family.kv_heads.name, family.kv_heads.default or heads)
         if heads % kv_heads:
             raise CheckpointError(
@@ -95,7 +126,7 @@ def _attention(family: Family, config: Config) -> tuple[Attention, int]:
             )
     hidden, head_dim = _positive(config, family.hidden), 0
     key = family.head_dim
-    if key is not None and (key.name in config or key.default is not None):
+    if key is not None and not _is_null(config, key) and (key.name in config or key.default is not None):
         head_dim = _positive(config, key)
         if head_dim % 2:
             raise CheckpointError(
@@ -113,6 +144,12 @@ def _attention(family: Family, config: Config) -> tuple[Attention, int]:
                 f"{config.where(family.hidden.name)} gives heads of {head_dim}",
                 found=hidden,
                 expected=f"heads whose width is {_EVEN}",
+            )
+        if key is None and (given := config.read(int, "head_dim", head_dim)) != head_dim:
+            raise CheckpointError(
+                f"{config.where('head_dim')} contradicts the other fields",
+                found=given,
+                expected=f"{family.hidden.name} / {family.heads.name} = {head_dim}",
             )
     return Attention(
         heads,
@@ -155,6 +192,11 @@ def _value(config: Config, value: Key | T, kind: type[T]) -> T:
     return config.read(kind, value.name) if value.default == REQUIRED else config.read(kind, value.name, value.default)
 
 
+def _is_null(config: Config, key: Key) -> bool:
+    """Whether the field is there and null, which for some fields says something else than its absence."""
+    return config.data.get(key.name, key.default) is None
+
+
 def _positive(config: Config, key: Key) -> int:
     return positive(config, key.name) if key.default == REQUIRED else positive(config, key.name, key.default)
 
@@ -170,8 +212,7 @@ def _at_least_0(config: Config, value: Key | float) -> float:
     """Return a cap; null and 0 stand for none."""
     if not isinstance(value, Key):
         return value
-    is_null = value.name in config.data and config.data[value.name] is None
-    found = 0.0 if is_null else _value(config, value, float) or 0.0
+    found = 0.0 if config.data.get(value.name, value.default) is None else _value(config, value, float)
     if found < 0:
         raise config.wrong(value.name, "a positive number, or null for none")
     return found

@@ -18,7 +18,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
-from shortstack.export.arch.family import FULL, Family, Key
+from shortstack.export.arch.family import FULL, SLIDING, Family, Key
 from shortstack.export.checkpoint.config import Config, not_one_of, positive
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.layer_spec import Rope, RopeKind, RopeScaling
@@ -51,13 +51,14 @@ def read_ropes(family: Family, config: Config, context: int, head_dim: int, type
     fields = _chosen(config)
     if family.local_rope is None:
         _refuse_nested(config)
-        rope = _rope(family, config, fields, family.rope_theta, context, head_dim)
+        rope = _rope(family, config, fields, Key(family.theta_key, family.rope_theta), context, head_dim)
         return dict.fromkeys(types, rope)
+    _refuse_flat(config)
     return {kind: _rope_of_type(family, config, fields, family.local_rope, kind, context, head_dim) for kind in types}
 
 
 def _rope_of_type(
-    family: Family, config: Config, fields: Config | None, local: Key, kind: str, context: int, head_dim: int
+    family: Family, config: Config, fields: Config | None, local: Key | float, kind: str, context: int, head_dim: int
 ) -> Rope:
     """Read the rotary embedding of one type of layer of a family in which they differ.
 
@@ -65,33 +66,30 @@ def _rope_of_type(
     a base of their own and no scaling.
     """
     own = None if fields is None else fields.section(kind)
-    if own is not None:
-        default = family.rope_theta if kind == FULL else local.default
-        return _rope(family, config, own, default, context, head_dim, is_nested=True)
-    if kind == FULL:
-        return _rope(family, config, fields, family.rope_theta, context, head_dim)
-    theta = positive_float(config, local.name, local.default)
-    return Rope(theta, head_dim, _dims(family, config, None, head_dim))
+    if kind != FULL:
+        return _rope(family, config, own, local, context, head_dim)
+    key = Key(family.theta_key, family.rope_theta)
+    return _rope(family, config, fields if own is None else own, key, context, head_dim)
 
 
 def _rope(
-    family: Family,
-    config: Config,
-    fields: Config | None,
-    default_theta: float,
-    context: int,
-    head_dim: int,
-    *,
-    is_nested: bool = False,
+    family: Family, config: Config, fields: Config | None, base: Key | float, context: int, head_dim: int
 ) -> Rope:
+    """Read one rotary embedding from its object, if it has one, and its base from the object or from the top."""
     dims = _dims(family, config, fields, head_dim)
-    if fields is None:
-        return Rope(positive_float(config, family.theta_key, default_theta), head_dim, dims)
-    if is_nested or "rope_theta" in fields:
-        theta = positive_float(fields, "rope_theta", default_theta)
+    if fields is not None and "rope_theta" in fields:
+        theta = _base(fields, "rope_theta")
     else:
-        theta = positive_float(config, family.theta_key, default_theta)
-    return Rope(theta, head_dim, dims, _scaling(family, config, fields, context, dims))
+        theta = _base(config, base.name, base.default) if isinstance(base, Key) else base
+    scaling = RopeScaling() if fields is None else _scaling(family, config, fields, context, dims)
+    return Rope(theta, head_dim, dims, scaling)
+
+
+def _base(config: Config, key: str, default: float = DEFAULT_THETA) -> float:
+    theta = config.read(float, key, default)
+    if theta <= 1:
+        raise config.wrong(key, "a number above 1")
+    return theta
 
 
 def _scaling(family: Family, config: Config, fields: Config, context: int, dims: int) -> RopeScaling:
@@ -101,30 +99,32 @@ def _scaling(family: Family, config: Config, fields: Config, context: int, dims:
             raise CheckpointError(f"{fields.where('rope_type')} is missing", expected=f"one of {', '.join(_SHOWN)}")
         return RopeScaling()
     kind = fields.read(str, key)
+    if kind == "dynamic":
+        positive_float(fields, "factor")
     kind = {**_SAME_AS, **family.rope_same_as}.get(kind, kind)
     if kind not in _KINDS:
         raise not_one_of(fields.where(key), kind, _SHOWN)
     if kind in ("default", "factors"):
         return RopeScaling(kind=cast("RopeKind", kind))
     if kind == "longrope":
-        return _longrope(config, fields, context, dims)
+        return _longrope(family, config, fields, context, dims)
     if kind == "proportional":
         return RopeScaling("proportional", positive_float(fields, "factor", 1.0))
     factor = positive_float(fields, "factor")
     if kind == "linear":
         return RopeScaling(kind="linear", factor=factor)
     if kind == "yarn":
-        return _yarn(config, fields, context, factor)
+        return _yarn(family, config, fields, context, factor)
     low, high = positive_float(fields, "low_freq_factor"), positive_float(fields, "high_freq_factor")
     if high <= low:
         raise CheckpointError(
             fields.where("high_freq_factor"), found=high, expected=f"more than low_freq_factor, {low}"
         )
-    return RopeScaling("llama3", factor, low, high, _original_length(config, fields, context))
+    return RopeScaling("llama3", factor, low, high, _original_length(family, config, fields, context))
 
 
-def _yarn(config: Config, fields: Config, context: int, factor: float) -> RopeScaling:
-    original = _original_length(config, fields, context)
+def _yarn(family: Family, config: Config, fields: Config, context: int, factor: float) -> RopeScaling:
+    original = _original_length(family, config, fields, context)
     if "attention_factor" in fields:
         attention_factor = positive_float(fields, "attention_factor")
     else:
@@ -134,6 +134,13 @@ def _yarn(config: Config, fields: Config, context: int, factor: float) -> RopeSc
     if not 0 < slow < fast:
         raise CheckpointError(fields.where("beta_slow"), found=slow, expected=f"above 0 and below beta_fast, {fast}")
     truncate = fields.read(bool, "truncate", True)
+    if family.local_rope is not None and not truncate:
+        raise UnsupportedError(
+            f"{fields.where('truncate')}: transformers does not read it in the object of one type of layer",
+            found=truncate,
+            expected="true, or null",
+            remedy="remove the field: what transformers computes has bounds that are whole columns",
+        )
     return RopeScaling(
         "yarn", factor, original_max_position_embeddings=original, attention_factor=attention_factor, beta_fast=fast,
         beta_slow=slow, truncate=truncate,
@@ -144,8 +151,8 @@ def _mscale(factor: float, weight: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _longrope(config: Config, fields: Config, context: int, dims: int) -> RopeScaling:
-    original = _original_length(config, fields, context)
+def _longrope(family: Family, config: Config, fields: Config, context: int, dims: int) -> RopeScaling:
+    original = _original_length(family, config, fields, context)
     divisors = []
     for key in ("short_factor", "long_factor"):
         found = fields.data.get(key)
@@ -176,8 +183,8 @@ def _dims(family: Family, config: Config, fields: Config | None, head_dim: int) 
         _refuse_partial(places, family.rope_share)
         return int(head_dim * family.rope_share)
     key = family.rope_share
-    names = ("partial_rotary_factor", key.name)
-    found = next(((place, name) for place in places for name in names if name in place), None)
+    spellings = [(fields, "partial_rotary_factor"), (config, key.name)]
+    found = next(((place, name) for place, name in spellings if place is not None and name in place), None)
     share = key.default if found is None else found[0].read(float, found[1])
     dims = int(head_dim * share)
     if not 0 < share <= 1 or dims < 2 or dims % 2:
@@ -242,14 +249,40 @@ def _refuse_nested(config: Config) -> None:
                 )
 
 
-def _original_length(config: Config, fields: Config, context: int) -> int:
+def _refuse_flat(config: Config) -> None:
+    """Refuse fields outside the objects of the types of layers, which transformers does not read in these families."""
+    scaling = config.section("rope_scaling")
+    if scaling is not None and "type" in scaling and "rope_type" not in scaling:
+        raise CheckpointError(
+            f"{scaling.where('type')}: transformers 5 does not read this name in a model whose layers have different "
+            "rotary embeddings, and transformers 4 does",
+            found=repr(scaling.data["type"]),
+            expected="the name rope_type",
+            remedy="rename the field if the model was trained with it, else remove rope_scaling",
+        )
+    parameters = config.section("rope_parameters")
+    if parameters is None or any(parameters.section(kind) is not None for kind in (FULL, SLIDING)):
+        return
+    for key, value in parameters.data.items():
+        if value is not None and not (key in _TYPE_KEYS and value == "default"):
+            raise CheckpointError(
+                f"{parameters.where(key)} says nothing of the layers that it is for",
+                found=repr(value),
+                expected=f"an object for each type of layer, {FULL} and {SLIDING}",
+                remedy="move the fields into these objects",
+            )
+
+
+def _original_length(family: Family, config: Config, fields: Config, context: int) -> int:
     """Return the length that the model was first trained on: at the top, else in the object, else the whole context.
 
-    That is the order of transformers, whose ``standardize_rope_params`` lets the field at the top win.
+    That is the order of transformers, whose ``standardize_rope_params`` lets the field at the top win, even where it is
+    the default of the config's class, and does not read it where each type of layer has an object.
     """
-    for place in (config, fields):
-        if ORIGINAL_LENGTH in place:
-            return positive(place, ORIGINAL_LENGTH)
+    if family.local_rope is None and (ORIGINAL_LENGTH in config or family.original_context is not None):
+        return positive(config, ORIGINAL_LENGTH, family.original_context)
+    if ORIGINAL_LENGTH in fields:
+        return positive(fields, ORIGINAL_LENGTH)
     log.warning(
         "%s is missing: max_position_embeddings, %d, takes its place, as in transformers",
         fields.where(ORIGINAL_LENGTH),

@@ -49,6 +49,7 @@ FAMILY = Family(
     rope_theta=2_000_000.0,
     layer_types=_layer_types,
     has_rope=_has_rope,
+    window_switch="use_sliding_window",
     extra_config=_no_rope_layers,
 )
 

@@ -5,19 +5,10 @@ https://arxiv.org/abs/2402.17834
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from shortstack.export.arch.family import Family, Key, llama_sources
 from shortstack.export.arch.make_family import architecture
-from shortstack.export.checkpoint.config import Config
-from shortstack.graphs.errors import UnsupportedError
-
-
-def _refuse(config: Config) -> None:
-    for key in ("qk_layernorm", "use_parallel_residual"):
-        if config.read(bool, key, False):
-            raise UnsupportedError(
-                f"{config.where(key)}: only StableLM models without it can be exported", found=True, expected=False
-            )
-
 
 FAMILY = Family(
     model_type="stablelm",
@@ -32,7 +23,7 @@ FAMILY = Family(
     qkv_bias=Key("use_qkv_bias", False),
     out_bias=False,
     rope_share=Key("partial_rotary_factor", 0.25),
-    refuse=_refuse,
+    neutral=MappingProxyType({"qk_layernorm": False, "use_parallel_residual": False}),
 )
 
 ARCH = architecture(FAMILY)

@@ -14,7 +14,6 @@ FAMILY = Family(
     transformers_class="Starcoder2ForCausalLM",
     sources=llama_sources({"up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"}),
     kv_heads=Key("num_key_value_heads", 2),
-    head_dim=None,
     context=Key("max_position_embeddings", 4096),
     tied=Key("tie_word_embeddings", True),
     norm_kind="layer",
@@ -26,7 +25,7 @@ FAMILY = Family(
     qkv_bias=Key("use_bias", True),
     out_bias=Key("use_bias", True),
     mlp_bias=Key("use_bias", True),
-    layer_types=all_slide(None),
+    layer_types=all_slide(None, is_listed=False),
 )
 
 ARCH = architecture(FAMILY)

@@ -14,7 +14,7 @@ def write_family(family: Family, spec: ModelSpec) -> dict[str, Any]:
     """Return the fields of a ``config.json``, under the family's names."""
     layer, ends = spec.layers[0], spec.ends
     attention = layer.attention
-    scale = 1.0 / ends.logit_scale if family.divides_logits else ends.logit_scale
+    scale = _whole(1.0 / ends.logit_scale) if family.divides_logits else ends.logit_scale
     meanings = {**ACTIVATIONS, **family.activation_means}
     activation = next(name for name in family.activations if meanings[name] == layer.mlp.activation)
     values: tuple[tuple[Any, Any], ...] = (
@@ -47,6 +47,8 @@ def write_family(family: Family, spec: ModelSpec) -> dict[str, Any]:
     if family.layer_types.__name__ != "all_full":
         config["layer_types"] = [SLIDING if own.attention.window else FULL for own in spec.layers]
         config[family.window.name] = max(own.attention.window for own in spec.layers) or None
+        if family.window_switch is not None:
+            config[family.window_switch] = any(own.attention.window for own in spec.layers)
     return config | _ropes(family, spec) | family.extra_config(spec)
 
 
@@ -61,7 +63,10 @@ def _ropes(family: Family, spec: ModelSpec) -> dict[str, Any]:
     if family.local_rope is None:
         (rope,) = spec.ropes
         fields = _rope(family, rope)
-        return {"rope_theta": rope.theta, "rope_parameters": fields}
+        top = {"rope_theta": rope.theta, "rope_parameters": fields}
+        if family.original_context is not None and "original_max_position_embeddings" in fields:
+            top["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
+        return top
     by_type: dict[str, Any] = {}
     for layer in spec.layers:
         if layer.attention.rope is not None:
@@ -73,7 +78,7 @@ def _ropes(family: Family, spec: ModelSpec) -> dict[str, Any]:
 def _rope(family: Family, rope: Rope) -> dict[str, Any]:
     scaling = rope.scaling
     fields: dict[str, Any] = {"rope_type": scaling.kind, "rope_theta": rope.theta}
-    if scaling.kind in ("linear", "llama3"):
+    if scaling.kind in ("linear", "llama3", "proportional"):
         fields["factor"] = scaling.factor
     if scaling.kind == "llama3":
         fields |= {
@@ -92,5 +97,11 @@ def _rope(family: Family, rope: Rope) -> dict[str, Any]:
     if scaling.kind == "longrope":
         fields |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
     if isinstance(family.rope_share, Key):
-        fields["partial_rotary_factor"] = rope.dims / rope.head_dim
+        fields["partial_rotary_factor"] = _share(rope)
     return fields
+
+
+def _share(rope: Rope) -> float:
+    """Return a share of the head that gives the same columns when readers cut their number down to an integer."""
+    share = rope.dims / rope.head_dim
+    return share if int(rope.head_dim * share) == rope.dims else (rope.dims + 0.5) / rope.head_dim

@@ -98,8 +98,6 @@ def test_factors_are_refused_by_a_model_that_does_not_use_them() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"rope_theta": 1e-300},
-        {"rope_theta": 1e-40},
         {"rope_scaling": {"rope_type": "linear", "factor": 1e-300}},
         {"rope_scaling": {**LLAMA3, "factor": 1e-42}},
     ],
@@ -108,6 +106,12 @@ def test_angles_that_no_float_can_hold_are_refused(fields: dict[str, Any]) -> No
     spec = read_spec(Config({**BASE, **fields}, "config.json"))
     with pytest.raises(CheckpointError, match="rotary frequencies are too large for float32: found rope_theta"):
         rope_tables(spec.ropes[0], LENGTH)
+
+
+@pytest.mark.parametrize("theta", [1e-300, 0.5, 1])
+def test_a_base_that_rotates_no_column_more_slowly_is_refused(theta: float) -> None:
+    with pytest.raises(CheckpointError, match=r"rope_theta: found .*, expected a number above 1"):
+        read_spec(Config({**BASE, "rope_theta": theta}, "config.json"))
 
 
 def test_a_base_that_no_float32_can_hold_gives_the_tables_of_transformers() -> None:

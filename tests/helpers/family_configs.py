@@ -1,0 +1,66 @@
+"""Configs of every family that transformers has, small, and what its classes make of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from shortstack.export.arch import ARCHITECTURES
+from shortstack.export.checkpoint.config import Config
+from shortstack.graphs.spec import ModelSpec
+
+LAYERS = 8
+FAMILIES = tuple(name for name in ARCHITECTURES if name in CONFIG_MAPPING)
+FEW: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": 100,
+}
+"""The fields without which a config says nothing; the classes have defaults for all others."""
+MORE: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 2},  # the default, 32, does not fit so few heads
+    "qwen3": {"num_key_value_heads": 2},
+    "ministral": {"head_dim": 16},  # its class has no default
+    "exaone4": {"num_key_value_heads": 2},
+    "stablelm": {"num_key_value_heads": 2, "hidden_size": 128},  # a quarter of 8 columns is 2, too few to tell
+    "gpt_neox": {"hidden_size": 128},
+}
+
+
+def fields_of(model_type: str, **changes: Any) -> dict[str, Any]:
+    """Return the fields of a small config."""
+    return copy.deepcopy({"model_type": model_type, **FEW, **MORE.get(model_type, {}), **changes})
+
+
+def read(fields: dict[str, Any]) -> ModelSpec:
+    return ARCHITECTURES[fields["model_type"]].read_spec(Config(copy.deepcopy(fields), "config.json"))
+
+
+def their_config(fields: dict[str, Any]) -> Any:
+    """Return what transformers makes of a config, which it changes on the way."""
+    others = {name: value for name, value in copy.deepcopy(fields).items() if name not in ("model_type",)}
+    return CONFIG_MAPPING[fields["model_type"]](**others)
+
+
+def their_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the config that transformers writes after it has read one."""
+    written: dict[str, Any] = json.loads(their_config(fields).to_json_string(use_diff=False))
+    return written
+
+
+def their_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that transformers' model has, without the head of a tied one."""
+    config = their_config(fields)
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+    head = "lm_head.weight"  # GPT-NeoX's checkpoints call it by another name than its model
+    if config.tie_word_embeddings:
+        state.pop(head)
+    stored = {head: ARCHITECTURES[fields["model_type"]].tensor_name(head)}
+    return {stored.get(name, name): tuple(value.shape) for name, value in state.items()}
