@@ -43,6 +43,7 @@ class ShortstackError(Exception):
 
     Attributes:
         problem: The message without the remedy, for who knows a better one.
+        has_remedy: The message says what to do next.
     """
 
     exit_code = 2
@@ -54,6 +55,7 @@ class ShortstackError(Exception):
         if expected is not None:
             message += f", expected {expected}" if found is not None else f": expected {expected}"
         self.problem = message
+        self.has_remedy = remedy is not None
         if remedy is not None:
             message += f". {remedy[0].upper()}{remedy[1:]}."
         super().__init__("".join(map(_escaped, message)))

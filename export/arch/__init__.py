@@ -32,9 +32,11 @@ from shortstack.export.arch import (
 )
 from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, Source, expected_tensors, layer_shapes
 from shortstack.export.arch.check import check_tensors
+from shortstack.export.arch.missing import MISSING, REMEDIES
 from shortstack.export.arch.quantized import check_not_quantized
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.export.checkpoint.config import not_one_of
+from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.spec import ModelSpec
 
 __all__ = ["ARCHITECTURES", "Architecture", "check_tensors", "expected_tensors", "layer_shapes", "resolve"]
@@ -57,7 +59,7 @@ def resolve(checkpoint: Checkpoint) -> tuple[Architecture, ModelSpec]:
     """
     model_type = checkpoint.config.read(str, "model_type")
     if model_type not in ARCHITECTURES:
-        raise not_one_of(checkpoint.config.where("model_type"), model_type, ARCHITECTURES)
+        raise _unknown(checkpoint.config.where("model_type"), model_type)
     arch = ARCHITECTURES[model_type]
     check_not_quantized(checkpoint)
     spec = arch.read_spec(checkpoint.config)
@@ -83,6 +85,21 @@ def _with_stored_prefix(checkpoint: Checkpoint, arch: Architecture) -> Architect
                 sources[LM_HEAD] = replace(sources[LM_HEAD], tensor=own[0])
             return replace(arch, sources=MappingProxyType(sources))
     return arch
+
+
+def _unknown(where: str, model_type: str) -> UnsupportedError:
+    """Return the error for a family that is not supported; it says what is missing, where that is known."""
+    missing = MISSING.get(model_type)
+    if missing is None:
+        return not_one_of(where, model_type, ARCHITECTURES, "export a model of one of these families")
+    *first, last = missing
+    needs = f"{', '.join(first)} and {last}" if first else last
+    return not_one_of(
+        f"{where}: this version cannot export models with {needs}",
+        model_type,
+        ARCHITECTURES,
+        next((REMEDIES[what] for what in missing if what in REMEDIES), "export a model of one of these families"),
+    )
 
 
 def _with_stored_embedding(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -> Architecture:

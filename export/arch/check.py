@@ -36,7 +36,7 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
     unread = _unread(arch, spec)
     extra = sorted(name for name in names - expected.keys() - unread if not _is_unread(arch, name))
     misshapen = [
-        f"{name} is {list(checkpoint.shape(name))}, not {list(shape)}"
+        f"{name} is {list(checkpoint.shape(name))}, not {list(shape)}{_transposed(checkpoint.shape(name), shape)}"
         for name, shape in expected.items()
         if name in names and checkpoint.shape(name) != shape
     ]
@@ -65,6 +65,10 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
 def _is_unread(arch: Architecture, name: str) -> bool:
     """Whether a tensor is none of the language model's weights."""
     return bool(_HARMLESS.fullmatch(name) or (arch.unread and re.match(arch.unread, name)))
+
+
+def _transposed(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return ", but its transpose" if found == expected[::-1] else ""
 
 
 def _unread(arch: Architecture, spec: ModelSpec) -> set[str]:

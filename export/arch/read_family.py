@@ -13,6 +13,8 @@ from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.layer_spec import Attention, Ends, Layer, Mlp, Norm
 from shortstack.graphs.spec import ModelSpec
 
+_OTHER_FILE = "correct the field, or take the file from the model's original repository"
+_OTHER_MODEL = "export a model that does not ask for it"
 _EVEN = "an even number, for rotary embedding"
 T = TypeVar("T", bool, int, float, str)
 
@@ -24,6 +26,16 @@ def read_family(family: Family, config: Config) -> ModelSpec:
         CheckpointError: A field is missing, has the wrong type, or contradicts another one.
         UnsupportedError: The config asks for something this version cannot export.
     """
+    try:
+        return _read(family, config)
+    except CheckpointError as error:
+        if not error.has_remedy:
+            remedy = _OTHER_MODEL if isinstance(error, UnsupportedError) else _OTHER_FILE
+            raise type(error)(error.problem, remedy=remedy) from None
+        raise
+
+
+def _read(family: Family, config: Config) -> ModelSpec:
     _check_neutral(family, config)
     mlp = _mlp(family, config)
     attention, hidden = _attention(family, config)
@@ -78,7 +90,6 @@ def _check_neutral(family: Family, config: Config) -> None:
                 f"{config.where(name)} changes what the model computes",
                 found=repr(found),
                 expected=shown,
-                remedy="export another model: graphs without it would not compute what this one does",
             )
 
 

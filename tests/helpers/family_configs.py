@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.numpy import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from shortstack.export.arch import ARCHITECTURES
+from helpers.tiny_models import write_tokenizer
+from shortstack.export.arch import ARCHITECTURES, expected_tensors
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.spec import ModelSpec
 
@@ -64,3 +68,25 @@ def their_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         state.pop(head)
     stored = {head: ARCHITECTURES[fields["model_type"]].tensor_name(head)}
     return {stored.get(name, name): tuple(value.shape) for name, value in state.items()}
+
+
+def family_tensors(fields: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return random weights that fit a config."""
+    shapes = expected_tensors(ARCHITECTURES[fields["model_type"]], read(fields))
+    return {name: np.random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write_checkpoint(folder: Path, fields: dict[str, Any], shards: int = 1) -> Path:
+    """Write a checkpoint of random weights, in one file or in several."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    write_tokenizer(folder, fields["vocab_size"])
+    tensors = family_tensors(fields)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    files = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}), encoding="utf-8")
+    return folder
