@@ -25,6 +25,18 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 QKNormOver = Literal["head", "width"]
 
 
+def _above_0(**found: float) -> None:
+    for name, value in found.items():
+        if value <= 0:
+            raise ValueError(f"{name} is {value}, not a number above 0")
+
+
+def _at_least(least: int, **found: float) -> None:
+    for name, value in found.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}, not {least} or more")
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """A norm over the last dimension, computed in float32 and multiplied by a weight.
@@ -39,6 +51,9 @@ class Norm:
     kind: NormKind = "rms"
     eps: float = 1e-6
     has_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _above_0(eps=self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +93,21 @@ class RopeScaling:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        _above_0(
+            factor=self.factor,
+            attention_factor=self.attention_factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+        )
+        if self.kind in ("llama3", "yarn", "longrope"):
+            _at_least(1, original_max_position_embeddings=self.original_max_position_embeddings)
+        for divisors in (self.short_factors, self.long_factors):
+            if min(divisors, default=1.0) <= 0:
+                raise ValueError(f"short_factors or long_factors has {min(divisors)}, not a number above 0")
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -102,6 +132,12 @@ class Rope:
             raise ValueError(f"theta is {self.theta}, not above 0")
         if self.dims % 2 or self.dims > self.head_dim:
             raise ValueError(f"dims {self.dims} is not even, or more than head_dim {self.head_dim}")
+        for name in ("short_factors", "long_factors"):
+            count = len(getattr(self.scaling, name))
+            if self.scaling.kind == "longrope" and count != self.dims // 2:
+                raise ValueError(
+                    f"scaling.{name} has {count} entries, not one for each of {self.dims // 2} frequencies"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +173,8 @@ class Attention:
     def __post_init__(self) -> None:
         _at_least(1, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
         _at_least(0, window=self.window, softcap=self.softcap, rope=self.rope or 0)
+        if self.scale is not None:
+            _above_0(scale=self.scale)
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
 
@@ -217,13 +255,10 @@ class Ends:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
 
+    def __post_init__(self) -> None:
+        _at_least(0, logit_softcap=self.logit_softcap)
+
 
 def cache_head_dim(head_dim: int) -> int:
     """Round the width of a head up to what the attention kernel takes."""
     return -(-head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
-
-
-def _at_least(least: int, **found: float) -> None:
-    for name, value in found.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}, not {least} or more")

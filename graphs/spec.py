@@ -65,11 +65,14 @@ class ModelSpec:
         for number, layer in enumerate(self.layers):
             attention, producer = layer.attention, self.layers[self.kv_map[number]].attention
             if attention.rope is not None and attention.rope >= len(self.ropes):
-                raise ValueError(f"layer {number} has rope {attention.rope} of {len(self.ropes)}")
+                raise ValueError(f"layer {number} has rope {attention.rope}, and ropes has {len(self.ropes)} entries")
             if attention.rope is not None and self.ropes[attention.rope].head_dim != attention.head_dim:
-                raise ValueError(f"layer {number} has heads of another width than its rope")
+                width = self.ropes[attention.rope].head_dim
+                raise ValueError(
+                    f"layer {number} has head_dim {attention.head_dim}, and entry {attention.rope} of ropes has {width}"
+                )
             if _of_cache(attention) != _of_cache(producer):
-                raise ValueError(f"layer {number} uses K,V of layer {self.kv_map[number]}, whose heads differ")
+                raise ValueError(f"kv_map[{number}] = {self.kv_map[number]}, but the heads or ropes of these two layers differ")
 
     @property
     def num_hidden_layers(self) -> int:

@@ -20,12 +20,15 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from shortstack.graphs.errors import BundleError
+from shortstack.graphs.kv_map import validate_kv_map
 from shortstack.graphs.layer_spec import Attention, Ends, Layer, Mlp, Norm, Rope, RopeScaling
 from shortstack.graphs.spec import ModelSpec
 
 T = TypeVar("T")
+_KIND_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 NO_SCALING = RopeScaling()
 _MAX_LAYERS = 10_000  # far above any model; a number in a damaged file allocates nothing large
+_LARGEST = 2**31 - 1  # of sizes and numbers of layers, as for configs of checkpoints
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
@@ -54,17 +57,20 @@ def spec_from_json(data: Mapping[str, Any], where: str, *, is_flat: bool = False
         BundleError: A field is missing, unknown, of another type or out of range.
     """
     if not isinstance(data, Mapping):
-        raise _unusable(where, data, "an object")
+        raise _unusable(where, repr(data), "an object")
     if is_flat:
         return _from_flat(data, where)
     written = _decode(_Written, data, where)
     if len(written.layers) > _MAX_LAYERS or not written.layers:
-        raise _unusable(f"{where}.layers", len(written.layers), f"1..{_MAX_LAYERS} entries")
+        raise _unusable(f"{where}.layers", f"{len(written.layers)} entries", f"1..{_MAX_LAYERS}")
     for number in written.layers:
         if not 0 <= number < len(written.layer_kinds):
-            raise _unusable(f"{where}.layers", number, f"0..{len(written.layer_kinds) - 1}, one of layer_kinds")
+            raise _unusable(f"{where}.layers", str(number), f"0..{len(written.layer_kinds) - 1}, one of layer_kinds")
     if len(written.kv_map) != len(written.layers):
-        raise _unusable(f"{where}.kv_map", len(written.kv_map), f"{len(written.layers)} entries, one per layer")
+        raise _unusable(
+            f"{where}.kv_map", f"{len(written.kv_map)} entries", f"one for each of layers, {len(written.layers)}"
+        )
+    _checked(f"{where}.kv_map", lambda: validate_kv_map(written.kv_map, len(written.layers)))
     shared = {name: getattr(written, name) for name in (*_SIZES, "ends", "ropes", "kv_map", "masks_diagonal")}
     layers = tuple(written.layer_kinds[number] for number in written.layers)
     return _checked(where, lambda: ModelSpec(**shared, layers=layers))
@@ -198,23 +204,33 @@ def _decode(kind: Any, data: object, where: str) -> Any:
         return None if data is None else _decode(inner, data, where)
     if get_origin(kind) is tuple:
         if not isinstance(data, list):
-            raise _unusable(where, data, "a list")
+            raise _unusable(where, repr(data), "a list")
         return tuple(_decode(get_args(kind)[0], entry, f"{where}[{number}]") for number, entry in enumerate(data))
     if get_origin(kind) is Literal:
         if data not in get_args(kind):
-            raise _unusable(where, data, " or ".join(get_args(kind)))
+            raise _unusable(where, repr(data), " or ".join(get_args(kind)))
         return data
     accepted = (int, float) if kind is float else kind
     if not isinstance(data, accepted) or (isinstance(data, bool) and kind is not bool):
-        raise _unusable(where, data, kind.__name__)
-    if isinstance(data, float) and not math.isfinite(data):
-        raise _unusable(where, data, "a finite number")
-    return float(data) if kind is float and abs(data) < 2**63 else data
+        raise _unusable(where, repr(data), _KIND_NAMES[kind])
+    if kind is int and not 0 <= data <= _LARGEST:
+        raise _unusable(where, repr(data), f"0..{_LARGEST}")
+    return _finite(data, where) if kind is float else data
+
+
+def _finite(data: Any, where: str) -> float:
+    try:
+        number = float(data)
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
+        raise _unusable(where, repr(data), "a finite number")
+    return number
 
 
 def _decode_object(kind: type, data: object, where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise _unusable(where, data, "an object")
+        raise _unusable(where, repr(data), "an object")
     known = {field.name: field for field in fields(kind)}
     needed = {name for name, field in known.items() if field.default is MISSING}
     missing, extra = sorted(needed - data.keys()), sorted(map(str, data.keys() - known.keys()))
@@ -236,7 +252,6 @@ def _checked(where: str, make: Callable[[], T]) -> T:
         raise _unusable(f"{where}: {error}") from None
 
 
-def _unusable(what: str, found: object = None, expected: object = None) -> BundleError:
+def _unusable(what: str, found: str | None = None, expected: str | None = None) -> BundleError:
     """Return the error about a field with a value that export never writes."""
-    shown = repr(found) if isinstance(found, str) else found
-    return BundleError(what, found=shown, expected=expected, remedy="restore bundle.json or re-export the bundle")
+    return BundleError(what, found=found, expected=expected, remedy="restore bundle.json or re-export the bundle")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -189,14 +190,12 @@ def model_with(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda data: {"model": data["model"] | fields}
 
 
-def layers_with(part: str, **fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Change the attention, the mlp, or another part of every layer."""
-
-    def change(data: dict[str, Any]) -> dict[str, Any]:
-        kinds = [kind | {part: kind[part] | fields} for kind in data["model"]["layer_kinds"]]
+def attention_with(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def edit(data: dict[str, Any]) -> dict[str, Any]:
+        kinds = [kind | {"attention": kind["attention"] | fields} for kind in data["model"]["layer_kinds"]]
         return {"model": data["model"] | {"layer_kinds": kinds}}
 
-    return change
+    return edit
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str, ...]]] = {
@@ -242,26 +241,28 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str
         lambda data: {"exits": [e | {"sees_state": True} for e in data["exits"]]},
         ("field exits", "only a linear branch has sees_state"),
     ),
-    "layers": (model_with(layers=[0] * 5), ("model.kv_map", "found 4", "5 entries, one per layer")),
-    "layers-text": (model_with(layers=["0"] * 4), ("model.layers[0]", "'0'")),
-    "layers-none": (model_with(layers=[]), ("model.layers", "found 0")),
-    "layers-unknown": (model_with(layers=[0, 0, 7, 0]), ("model.layers", "found 7")),
-    "layers-of-billions": (model_with(layers={"count": 10**9}), ("model.layers", "a list")),
-    "heads": (layers_with("attention", kv_heads=1), ("does not match its contract", "past_key_values.3.key")),
-    "heads-0": (layers_with("attention", kv_heads=0), ("model.layer_kinds[0].attention: kv_heads is 0",)),
-    "heads-odd": (layers_with("attention", kv_heads=3), ("kv_heads 3 does not divide heads 4",)),
-    "rope-of-none": (layers_with("attention", rope=4), ("layer 0 has rope 4 of 1",)),
-    "mlp-negative": (layers_with("mlp", width=-96), ("model.layer_kinds[0].mlp: width is -96",)),
-    "activation": (layers_with("mlp", activation="tanh"), ("mlp.activation", "'tanh'", "silu or")),
-    "norm-not-finite": (layers_with("before_mlp", eps=float("inf")), ("bundle.json",)),
+    "layers": (model_with(layers=[0] * 5), ("bundle.json: model.kv_map", "one for each of layers, 5")),
+    "layers-count": (model_with(layers=10**9), ("bundle.json: model.layers", "found 1000000000", "a list")),
+    "layers-text": (model_with(layers=["0", 0, 0, 0]), ("model.layers[0]", "'0'", "an integer")),
+    "layers-flat": (model_with(num_hidden_layers=4), ("unknown: num_hidden_layers", "Re-export")),
+    "heads": (attention_with(kv_heads=1), ("does not match its contract", "past_key_values.3.key")),
+    "heads-0": (attention_with(kv_heads=0), ("bundle.json: model.layer_kinds[0].attention", "kv_heads is 0")),
+    "heads-not-divided": (attention_with(kv_heads=3), ("model.layer_kinds[0].attention", "kv_heads 3 does not divide")),
+    "heads-huge": (attention_with(heads=10**30), ("model.layer_kinds[0].attention.heads", "0..2147483647")),
+    "window": (attention_with(window=-1), ("model.layer_kinds[0].attention.window", "found -1")),
     "hidden": (model_with(hidden_size=65), ("does not match its contract", "hidden_states")),
     "hidden-negative": (model_with(hidden_size=-64), ("bundle.json", "hidden_size")),
     "vocab": (model_with(vocab_size=200), ("does not match its contract", "logits")),
-    "kv_map": (model_with(kv_map=[0, 1, 2, 9]), ("model: kv_map[3] = 9 is not a layer",)),
+    "kv_map": (model_with(kv_map=[0, 1, 2, 9]), ("model.kv_map", "9")),
     "kv_map-text": (model_with(kv_map=["0", 1, 2, 3]), ("bundle.json", "kv_map")),
     "unknown-field": (model_with(window=4), ("unknown: window", "Re-export")),
-    "rope": (model_with(ropes=[{"flavour": "sweet"}]), ("model.ropes[0]", "flavour")),
-    "rope-dims": (model_with(ropes=[{"theta": 1e4, "head_dim": 16, "dims": 17}]), ("dims 17 is not even",)),
+    "rope": (model_with(ropes=[{"flavour": "sweet"}]), ("bundle.json: model.ropes[0]", "unknown: flavour")),
+    "rope-odd": (
+        model_with(ropes=[{"theta": 1e4, "head_dim": 16, "dims": 7}]),
+        ("model.ropes[0]", "dims 7 is not even"),
+    ),
+    "rope-none": (model_with(ropes=[]), ("bundle.json: model", "ropes has 0 entries")),
+    "eps": (model_with(ends={"final_norm": {"eps": math.nan}}), ("model.ends.final_norm.eps", "a finite number")),
     "model-none": (lambda _: {"model": None}, ("bundle.json", "e-export")),
     "files-none": (lambda _: {"files": None}, ("bundle.json", "e-export")),
     "files-empty": (lambda _: {"files": {}}, ("field files does not list", "weights.data")),
