@@ -72,7 +72,9 @@ class ModelSpec:
                     f"layer {number} has head_dim {attention.head_dim}, and entry {attention.rope} of ropes has {width}"
                 )
             if _of_cache(attention) != _of_cache(producer):
-                raise ValueError(f"kv_map[{number}] = {self.kv_map[number]}, but the heads or ropes of these two layers differ")
+                raise ValueError(
+                    f"kv_map[{number}] = {self.kv_map[number]}, but the heads or ropes of these two layers differ"
+                )
 
     @property
     def num_hidden_layers(self) -> int:

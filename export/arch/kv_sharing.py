@@ -22,7 +22,7 @@ from typing import Any
 
 from shortstack.export.arch.family import FULL, SLIDING
 from shortstack.export.arch.layer_types import listed
-from shortstack.export.checkpoint.config import Config
+from shortstack.export.checkpoint.config import LARGEST_SIZE, Config
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.kv_map import identity_kv_map, validate_kv_map
 from shortstack.graphs.spec import ModelSpec
@@ -69,7 +69,7 @@ def read_sharing(config: Config, spec: ModelSpec) -> Sharing:
         windows = config.read_ints("windows")
         if len(windows) != layers:
             raise _wrong_length(config, "windows", len(windows), layers)
-        if min(windows, default=0) < 0:
+        if not 0 <= min(windows) <= max(windows) <= LARGEST_SIZE:
             raise config.wrong("windows", "numbers of positions, 0 for all")
     else:
         window = read_window(config) if SLIDING in types else 0
@@ -109,7 +109,7 @@ def read_window(config: Config, default: int | None = None) -> int:
     """Read ``sliding_window``; errors as in :func:`read_sharing`."""
     key = "sliding_window"
     window = config.read(int, key) if default is None else config.read(int, key, default)
-    if window < 1:
+    if not 1 <= window <= LARGEST_SIZE:
         raise config.wrong(key, "a positive number of positions")
     return window
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import TypeVar
 
@@ -182,7 +183,7 @@ def _scale(family: Family, config: Config) -> float | None:
 def _ends(family: Family, config: Config, norm: Norm, hidden: int, positions: int) -> Ends:
     scale = _value(config, family.logit_scale, float)
     if family.divides_logits:
-        if scale == 0:
+        if abs(scale) < sys.float_info.min:
             assert isinstance(family.logit_scale, Key)
             raise config.wrong(family.logit_scale.name, "a number other than 0, which logits are divided by")
         scale = 1.0 / scale

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
@@ -157,10 +158,12 @@ def _longrope(family: Family, config: Config, fields: Config, context: int, dims
     for key in ("short_factor", "long_factor"):
         found = fields.data.get(key)
         numbers = found if isinstance(found, list) else []
-        if len(numbers) != dims // 2 or not all(type(x) in (int, float) and 0 < x < float("inf") for x in numbers):
+        if len(numbers) != dims // 2 or not all(
+            type(x) in (int, float) and 0 < x <= sys.float_info.max for x in numbers
+        ):
             raise CheckpointError(
                 fields.where(key),
-                found=f"{len(numbers)} values" if numbers else found,
+                found=f"{len(numbers)} values" if numbers else repr(found),
                 expected=f"{dims // 2} positive numbers, one per frequency",
             )
         divisors.append(tuple(map(float, numbers)))
@@ -186,8 +189,8 @@ def _dims(family: Family, config: Config, fields: Config | None, head_dim: int) 
     spellings = [(fields, "partial_rotary_factor"), (config, key.name)]
     found = next(((place, name) for place, name in spellings if place is not None and name in place), None)
     share = key.default if found is None else found[0].read(float, found[1])
-    dims = int(head_dim * share)
-    if not 0 < share <= 1 or dims < 2 or dims % 2:
+    dims = int(head_dim * share) if 0 < share <= 1 else 0
+    if dims < 2 or dims % 2:
         place, name = found or (config, key.name)
         raise CheckpointError(
             place.where(name), found=share, expected=f"a share of {head_dim} columns that is an even number of them"

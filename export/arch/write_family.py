@@ -35,7 +35,7 @@ def write_family(family: Family, spec: ModelSpec) -> dict[str, Any]:
         (family.is_parallel, layer.is_parallel),
         (family.softcap, attention.softcap or None),
         (family.scale, attention.scale),
-        (family.scale_base, None if attention.scale is None else _whole(attention.scale**-2)),
+        (family.scale_base, _whole(attention.score_scale**-2) if family.scale_base else None),
         (family.residual_scale, layer.residual_scale),
         (family.embed_scale, ends.embed_scale),
         (family.logit_scale, scale),
