@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from helpers.family_configs import FAMILIES, LAYERS, fields_of, read, their_fields, their_shapes
 from shortstack.export.arch import ARCHITECTURES, expected_tensors
+from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.spec import ModelSpec
 
 ALTERNATING = ["full_attention", "sliding_attention"] * (LAYERS // 2)
@@ -152,6 +155,38 @@ def test_a_written_config_is_read_back_by_both(model_type: str, changes: dict[st
     written = ARCHITECTURES[model_type].write_config(spec)
     assert read(written) == spec
     assert read(their_fields(written)) == spec
+
+
+CHANGES_NOTHING = {"initializer_range", "use_cache", "pretraining_tp", "is_decoder"}
+NOT_ASKED: dict[str, set[str]] = {
+    "gemma3_text": {"attn_logit_softcapping"},  # transformers' model stores it and never uses it
+    "phi3": {"original_max_position_embeddings"},  # for longrope alone
+    "qwen2": {"max_window_layers", "sliding_window"},  # where use_sliding_window is true
+    "qwen3": {"max_window_layers", "sliding_window"},
+    "smollm3": {"sliding_window"},
+}
+
+
+class Listening(dict[str, Any]):
+    """Fields that remember which of them were asked for."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        super().__init__(fields)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_field_of_transformers_class_is_read_or_changes_nothing(model_type: str) -> None:
+    fields = Listening(fields_of(model_type))
+    ARCHITECTURES[model_type].read_spec(Config(fields, "config.json"))
+    own = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
+    of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    left = own - of_all - fields.asked - CHANGES_NOTHING - NOT_ASKED.get(model_type, set())
+    assert {name for name in left if not name.endswith(("dropout", "pdrop", "_token_id"))} == set()
 
 
 def shapes(model_type: str, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
