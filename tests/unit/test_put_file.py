@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.inspect_bundles import MakeBundle, tiny_spec
+from helpers.older_formats import as_format
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle, put_file
 from shortstack.graphs.errors import BundleError
@@ -22,15 +23,7 @@ CONTENT = b'{"a": "report"}\n'
 def rewrite(folder: Path, version: int) -> dict[str, Any]:
     """Give a bundle the bundle.json that an older format version wrote, with a field that this version ignores."""
     file = folder / names.MANIFEST_FILE
-    data: dict[str, Any] = json.loads(file.read_text())
-    del data["digest"]
-    data |= {"format_version": version, "a field of later": {"b": 1, "a": [2]}}
-    if version < 3:
-        data["exits"] = [{"draft_vocab": e["draft_vocab"], "exit_layer": e["exit_layer"]} for e in data["exits"]]
-    if version < 2:
-        del data["precision"]
-    content = json.dumps(data, sort_keys=True, ensure_ascii=True).encode()
-    data["digest"] = hashlib.sha256(content).hexdigest()
+    data = as_format(json.loads(file.read_text()) | {"a field of later": {"b": 1, "a": [2]}}, version)
     file.write_text(json.dumps(data))
     return data
 
