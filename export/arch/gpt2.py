@@ -9,7 +9,6 @@ from shortstack.export.arch.architecture import Source
 from shortstack.export.arch.family import KINDS, Family, Key
 from shortstack.export.arch.make_family import architecture
 from shortstack.export.checkpoint.config import Config
-from shortstack.graphs.errors import UnsupportedError
 
 _BLOCK = "transformer.h.{layer}"
 _STACKED = ("q_proj", "k_proj", "v_proj")
@@ -19,16 +18,6 @@ _NORMS = {"input_norm": "ln_1", "post_attention_norm": "ln_2"}
 
 def _no_rope(config: Config, types: tuple[str, ...]) -> tuple[bool, ...]:
     return (False,) * len(types)
-
-
-def _refuse(config: Config) -> None:
-    for key, expected in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        if (found := config.read(bool, key, expected)) is not expected:
-            raise UnsupportedError(config.where(key), found=found, expected=expected)
 
 
 FAMILY = Family(
@@ -72,7 +61,7 @@ FAMILY = Family(
     mlp_bias=True,
     has_rope=_no_rope,
     learns_positions=True,
-    refuse=_refuse,
+    neutral={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
 )
 
 ARCH = architecture(FAMILY)

@@ -15,6 +15,7 @@ import pytest
 from helpers import exit_nodes, gguf_files, tolerances
 from helpers.bad_input import Refused
 from helpers.exit_checks import MAX_ABS, USUAL_DEVIATION, bundle_of, check, check_inspect
+from helpers.older_formats import as_format
 from helpers.quantized import INT4, INT8, QuantizedBundles, preset, stored_tensors
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles, TinyModel
 from shortstack.__main__ import run
@@ -266,9 +267,7 @@ def test_a_bundle_in_format_2_has_plain_exits(tiny_bundles: TinyBundles, tmp_pat
     source = tiny_bundles.bundle(BASE, 1, 3, draft_vocab=64)
     old = Path(shutil.copytree(source, tmp_path / "old"))
     data = json.loads((old / names.MANIFEST_FILE).read_text(encoding="utf-8"))
-    data["format_version"] = 2
-    data["exits"] = [{"exit_layer": e["exit_layer"], "draft_vocab": e["draft_vocab"]} for e in data["exits"]]
-    data["digest"] = manifests._digest(data)
+    data = as_format(data, 2)
     (old / names.MANIFEST_FILE).write_text(json.dumps(data), encoding="utf-8")
     assert open_bundle(old, verify_hashes=True).manifest.plan == open_bundle(source).manifest.plan
     assert load(old).generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).tokens

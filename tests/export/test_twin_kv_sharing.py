@@ -268,7 +268,7 @@ def test_an_exit_next_to_an_iterated_group_sees_the_state_of_the_stack(masks_dia
     twin, ids = random_twin(kv_spec(LCKV, masks_diagonal=masks_diagonal)), random_ids()
     with torch.no_grad():
         found = twin.boundaries(ids, (1, 4, 5))
-        upto = Twin(replace(twin.spec, num_hidden_layers=4, kv_map=LCKV[:4]))
+        upto = Twin(replace(twin.spec, layers=twin.spec.layers[:4], kv_map=LCKV[:4]))
         upto.load_state_dict(twin.state_dict(), strict=False)
         assert (found[4].hidden - sequential(upto, ids).hidden).abs().max() <= SAME
         assert (found[5].hidden - sequential(twin, ids).hidden).abs().max() <= SAME
@@ -281,5 +281,5 @@ def test_an_exit_next_to_an_iterated_group_sees_the_state_of_the_stack(masks_dia
 def test_a_block_exit_has_its_own_ordinary_attention() -> None:
     spec = kv_spec(LCKV, windows=(2,) * 5, masks_diagonal=True)
     node = ExitNode(spec, ExitSpec(exit_layer=4, branch="block", head="own"))
-    assert (node.block.self_attn.window, node.block.self_attn.sees_itself) == (0, True)
+    assert (node.block.self_attn.spec.window, node.block.self_attn.sees_itself) == (0, True)
     assert node.block.self_attn.k_proj.weight.shape == (16, 32)

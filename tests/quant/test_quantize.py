@@ -8,17 +8,16 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import onnx
 import pytest
 
 from helpers.bad_input import left_behind
+from helpers.older_formats import as_format
 from helpers.progress_lines import without_progress
 from helpers.quantized import INT4, INT4_OFFSETS, INT8, PROMPT, QuantizedBundles, preset
 from helpers.tiny_models import BASE, LAYER_MATRICES, SPECULATOR, TinyBundles
 from shortstack.__main__ import run
-from shortstack.graphs import manifest as manifests
 from shortstack.graphs import names
 from shortstack.graphs.bundle import describe_files, open_bundle
 from shortstack.graphs.ir import write_bundle as bundle_writer
@@ -46,11 +45,7 @@ def first_format(source: Path, out: Path) -> Path:
                 length.value = str(int(length.value) // tensor.dims[0] * manifest.max_length)
                 tensor.dims[0] = manifest.max_length
         onnx.save(model, path)
-    data: dict[str, Any] = replace(manifest, files=describe_files(out)).to_json()
-    del data["precision"]
-    data["exits"] = [{"exit_layer": e.exit_layer, "draft_vocab": e.draft_vocab} for e in manifest.plan.exits]
-    data["format_version"] = 1
-    data["digest"] = manifests._digest(data)
+    data = as_format(replace(manifest, files=describe_files(out)).to_json(), 1)
     (out / names.MANIFEST_FILE).write_text(json.dumps(data), encoding="utf-8")
     return out
 

@@ -62,7 +62,7 @@ def test_keys_and_values_are_those_of_the_bundle(tiny_bundles: TinyBundles, tiny
     seen: list[Taps] = []
     LayerGraph(source.spec, 0, source.layer(0)).run(hidden, seen.append)
     (taps,) = seen
-    half, stored = tiny.head_dim // 2, source.spec.cache_head_dim // 2
+    half, stored = tiny.head_dim // 2, source.spec.layers[0].attention.cache_head_dim // 2
     columns = [*range(half), *range(stored, stored + half)]
     for index, row in enumerate(rows):
         ran = load(folder).activations(row.tolist())

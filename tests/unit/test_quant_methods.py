@@ -305,7 +305,7 @@ def test_awq_scales_a_layer_without_changing_what_it_computes(
 ) -> None:
     w, x = layer_weights(rng), rng.standard_normal((200, HIDDEN)) * np.exp(rng.uniform(-1, 1, HIDDEN))
     before, stats = run_layer(in_float64(w), x), seen_by(w, x)
-    scaled = awq.scale_layer(w, stats, lambda name: block_format, layer_spec())
+    scaled = awq.scale_layer(w, stats, lambda name: block_format, layer_spec(), 0)
     after = run_layer(in_float64(dict(scaled.weights)), x)
     np.testing.assert_allclose(after["out"], before["out"], rtol=1e-4, atol=1e-4 * np.abs(before["out"]).max())
     # Queries and keys go through rotary embedding and softmax: they must not change at all.
@@ -319,7 +319,7 @@ def test_awq_scales_a_layer_without_changing_what_it_computes(
 def test_awq_leaves_less_output_error_where_some_channels_are_strong(rng: np.random.Generator) -> None:
     w, x = layer_weights(rng), rng.standard_normal((200, HIDDEN))
     stats, block_format = seen_by(w, x), BlockFormat(4)
-    scaled = awq.scale_layer(w, stats, lambda name: block_format, layer_spec())
+    scaled = awq.scale_layer(w, stats, lambda name: block_format, layer_spec(), 0)
     for name in scaled.scales:
         plain = output_error(w[name], ROUNDINGS["rtn"](w[name], block_format, None).dequantize(), stats[name])
         again = ROUNDINGS["rtn"](scaled.weights[name], block_format, None).dequantize()
@@ -329,13 +329,13 @@ def test_awq_leaves_less_output_error_where_some_channels_are_strong(rng: np.ran
 def test_awq_leaves_values_alone_where_layers_share_them(rng: np.random.Generator) -> None:
     w = layer_weights(rng)
     stats = seen_by(w, rng.standard_normal((50, HIDDEN)))
-    scaled = awq.scale_layer(w, stats, lambda name: BlockFormat(4), layer_spec(kv_map=(0, 0)))
+    scaled = awq.scale_layer(w, stats, lambda name: BlockFormat(4), layer_spec(kv_map=(0, 0)), 0)
     np.testing.assert_array_equal(scaled.weights["attn.o_proj.weight"], w["attn.o_proj.weight"])
     assert "attn.o_proj.weight" not in scaled.scales
 
 
 def test_awq_leaves_a_layer_of_floats_alone(rng: np.random.Generator) -> None:
     w = layer_weights(rng)
-    scaled = awq.scale_layer(w, seen_by(w, rng.standard_normal((50, HIDDEN))), lambda name: None, layer_spec())
+    scaled = awq.scale_layer(w, seen_by(w, rng.standard_normal((50, HIDDEN))), lambda name: None, layer_spec(), 0)
     assert scaled.weights == w
     assert not scaled.scales
