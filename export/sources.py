@@ -33,6 +33,7 @@ class Piece:
         rows: Which rows of the tensor it is, in which order; None for all, as they are.
         transposed: The tensor is [in, out].
         plus: What is added to each value.
+        columns: Which columns of the tensor it is, from and to; None for all.
     """
 
     tensor: str
@@ -40,6 +41,7 @@ class Piece:
     rows: Rows | None = None
     transposed: bool = False
     plus: float = 0.0
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +70,27 @@ class MatrixSource:
     @property
     def keeps_blocks(self) -> bool:
         """Whether blocks along the columns of its tensors stay blocks of it."""
-        return not self.pads_columns and not any(piece.transposed or piece.plus for piece in self.pieces)
+        return not self.pads_columns and not any(
+            piece.transposed or piece.plus or piece.columns for piece in self.pieces
+        )
 
 
 def layer_pieces(arch: Architecture, spec: ModelSpec, layer: int) -> dict[str, Piece]:
     """Return where each role of a layer comes from, in the order in which a bundle stores them."""
     own, table = spec.layers[layer], spec.weights(layer)
     rope = None if own.attention.rope is None else spec.ropes[own.attention.rope]
-    return {
-        weight.role: Piece(
-            arch.tensor_name(weight.role, layer),
-            weight,
-            _rows(arch.source(weight.role), weight, table, own, rope, arch.rope_pairs),
-            arch.source(weight.role).transposed,
-            arch.source(weight.role).plus,
-        )
-        for weight in table
-    }
+    pieces = {}
+    for weight in table:
+        source, rows, columns = arch.source(weight.role), None, None
+        if source.layers == "rows":
+            rows = np.arange(layer * weight.shape[0], (layer + 1) * weight.shape[0])
+        elif source.layers == "columns":
+            columns = layer * weight.shape[1], (layer + 1) * weight.shape[1]
+        else:
+            rows = _rows(source, weight, table, own, rope, arch.rope_pairs)
+        name = arch.tensor_name(weight.role, layer)
+        pieces[weight.role] = Piece(name, weight, rows, source.transposed, source.plus, columns)
+    return pieces
 
 
 def matrix_sources(arch: Architecture, spec: ModelSpec) -> Mapping[str, MatrixSource]:
@@ -110,6 +116,8 @@ def rotary_order(rope: Rope, pairs: RopePairs) -> Rows:
     A bundle rotates column i with column i + head_dim / 2, also where a head is rotated in part.
     """
     half, rotated = rope.head_dim // 2, rope.dims // 2
+    if rope.scaling.kind == "proportional":  # its checkpoints have this order already
+        return np.arange(rope.head_dim)
     first, second = (
         (np.arange(rotated), np.arange(rotated, 2 * rotated))
         if pairs == "halves"
@@ -158,13 +166,22 @@ def checkpoint_tensors(
         source = arch.source(role)
         piece = Piece(arch.tensor_name(role), transposed=source.transposed, plus=source.plus)
         yield piece.tensor, _joined([piece], [value])
+    of_all: dict[str, list[Floats]] = {}
     for layer, roles in enumerate(layers):
         by_tensor: dict[str, list[str]] = {}
         pieces = layer_pieces(arch, spec, layer)
         for role, piece in pieces.items():
             by_tensor.setdefault(piece.tensor, []).append(role)
         for tensor, stacked in by_tensor.items():
+            if side := arch.source(stacked[0]).layers:
+                if side == "same" and layer:  # training makes them differ: the first layer's is taken
+                    continue
+                of_all.setdefault(f"{side} {tensor}", []).append(roles[stacked[0]])
+                continue
             yield tensor, _joined([pieces[role] for role in stacked], [roles[role] for role in stacked])
+    for name, values in of_all.items():
+        axis, tensor = name.split(" ")
+        yield tensor, np.concatenate(values, axis=int(axis == "columns"))
 
 
 def _joined(pieces: Sequence[Piece], values: Sequence[Floats]) -> Floats:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.export.arch.architecture import Architecture
-from shortstack.export.checkpoint import Checkpoint
+from shortstack.export.checkpoint import Checkpoint, read_columns
 from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, Piece, layer_pieces, matrix_sources
@@ -90,6 +90,8 @@ class ModelTensors:
 
     def piece(self, piece: Piece) -> Floats:
         """Return the floats of one role, heads not padded."""
+        if piece.columns is not None:
+            return self._columns(piece.tensor, *piece.columns)
         array = self._read(piece.tensor)
         if piece.transposed:
             array = array.T
@@ -99,6 +101,12 @@ class ModelTensors:
 
     def _read(self, tensor: str) -> Floats:
         value = self._checkpoint.tensor(tensor)
+        self._check(f"tensor {tensor}", value)
+        return value
+
+    def _columns(self, tensor: str, start: int, end: int) -> Floats:
+        """Return columns of a tensor that may be too large to be read as a whole."""
+        value = read_columns(self._checkpoint, tensor, start, end)
         self._check(f"tensor {tensor}", value)
         return value
 

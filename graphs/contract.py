@@ -143,7 +143,9 @@ def segment_contract(
     """
     hidden = ("batch", "seq", spec.hidden_size)
     state = ("batch", "rows", spec.hidden_size)
-    sees_token = exit_spec is not None and exit_spec.sees_token
+    sees_token = (exit_spec is not None and exit_spec.sees_token) or spec.reads_tokens(
+        range(segment.start, segment.end)
+    )
     sees_state = exit_spec is not None and exit_spec.sees_state
     vocab = spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab
     kv = cache_type(dtype, kv_cache)

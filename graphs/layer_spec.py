@@ -155,6 +155,8 @@ class Attention:
         qkv_bias: The q, k and v projections have biases.
         out_bias: The o projection has a bias.
         qk_norm: The norm of queries and keys; each has weights of its own.
+        v_norm: The norm of each head of the values, without weights.
+        k_equals_v: Values are what the k projection gives, before its norm and rotation; there is no v projection.
         qk_norm_over: ``head``: over each head, all with the same weights. ``width``: over all heads together.
     """
 
@@ -169,6 +171,8 @@ class Attention:
     out_bias: bool = False
     qk_norm: Norm | None = None
     qk_norm_over: QKNormOver = "head"
+    v_norm: Norm | None = None
+    k_equals_v: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
@@ -213,6 +217,31 @@ class Mlp:
 
 
 @dataclass(frozen=True, slots=True)
+class PerLayerInput:
+    """What a layer knows of each token by a table of its own, as in Gemma 3n and 4.
+
+    With e the scaled embedding of the token, x the stream above the MLP::
+
+        p = (norm(C e * hidden ** -0.5) + T[token] * width ** 0.5) * 2 ** -0.5
+        x = x + out_norm(O (act(G x) * p))
+
+    Attributes:
+        width: Of p, and the rows of C and G.
+        vocab: Rows of the table T.
+        activation: act.
+        norm: Both norms: of C e with ``width`` weights, and ``out_norm``.
+    """
+
+    width: int
+    vocab: int
+    activation: Activation
+    norm: Norm
+
+    def __post_init__(self) -> None:
+        _at_least(1, width=self.width, vocab=self.vocab)
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer.
 
@@ -225,6 +254,8 @@ class Layer:
         after_mlp: The norm of what the MLP returns.
         is_parallel: Attention and MLP read the same stream.
         residual_scale: What both branches are multiplied by before they are added.
+        per_layer_input: A third branch, on tokens.
+        has_scalar: The stream is multiplied by a learned number at the end of the layer.
     """
 
     attention: Attention
@@ -235,6 +266,8 @@ class Layer:
     after_mlp: Norm | None = None
     is_parallel: bool = False
     residual_scale: float = 1.0
+    per_layer_input: PerLayerInput | None = None
+    has_scalar: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,13 @@ gate_proj.weight            mlp.gate_proj.weight        [width, hidden]         
 up_proj.weight              mlp.up_proj.weight          [width, hidden]
 down_proj.weight            mlp.down_proj.weight        [hidden, width]
 mlp_out_norm.weight         mlp.out_norm.weight         [hidden]                                   after_mlp
+per_layer_embed.weight      per_layer.embed.weight      [its vocab, its width], rows               per_layer_input
+per_layer_context.weight    per_layer.context.weight    [its width, hidden]                        the same
+per_layer_norm.weight       per_layer.norm.weight       [its width]                                the same
+per_layer_gate.weight       per_layer.gate.weight       [its width, hidden]                        the same
+per_layer_out.weight        per_layer.out.weight        [hidden, its width]                        the same
+per_layer_out_norm.weight   per_layer.out_norm.weight   [hidden]                                   the same
+layer_scalar.weight         layer_scalar.weight         [1]                                        has_scalar
 ==========================  ==========================  =========================================  =================
 
 A projection or norm that has a bias has the role ``<name>.bias`` besides, stored after its weight. Everything that
@@ -29,7 +36,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from shortstack.graphs.layer_spec import Attention, Layer, Norm
+from shortstack.graphs.layer_spec import Attention, Layer, Norm, PerLayerInput
 
 Shape = tuple[int, ...]
 
@@ -43,7 +50,8 @@ class Weight:
         part: What a bundle calls it, after the layer's name.
         shape: Its own shape, heads not padded; matrices are [out, in].
         reads: What a matrix multiplies: ``stream`` (normalised), ``mixed`` values, ``mlp`` (the stream before the MLP)
-            or ``active``, what is between the MLP's projections. Empty for a vector.
+            or ``active``, what is between the MLP's projections; of a branch on tokens ``embedding``, ``above`` and
+            ``per_layer``. Empty for a vector, and for a table whose rows are looked up.
         row_heads: How many heads its rows are, each of which is padded; 0 if they are none.
         column_heads: The same for the columns of a matrix.
         is_rotated: Its rows are rotated by position, or multiply rows that are.
@@ -60,7 +68,7 @@ class Weight:
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix of a projection."""
-        return len(self.shape) == 2
+        return bool(self.reads)
 
     @property
     def is_norm(self) -> bool:
@@ -75,6 +83,8 @@ _MODULES = {
     "mlp_out_norm": "mlp_out_layernorm",
     **{role: f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
     **{role: f"mlp.{role}" for role in ("gate_proj", "up_proj", "down_proj")},
+    **{f"per_layer_{name}": f"per_layer.{name}" for name in ("embed", "context", "norm", "gate", "out", "out_norm")},
+    "layer_scalar": "layer_scalar",
 }
 _ROLES = {module: role for role, module in _MODULES.items()}
 
@@ -111,11 +121,31 @@ def layer_weights(layer: Layer, hidden: int, *, owns_kv: bool = True) -> tuple[W
         table += _projection(name, f"mlp.{name}", (mlp.width, hidden), "mlp", has_bias=mlp.has_bias)
     table += _projection("down_proj", "mlp.down_proj", (hidden, mlp.width), "active", has_bias=mlp.has_bias)
     table += _norm("mlp_out_norm", "mlp.out_norm", layer.after_mlp, hidden)
+    if layer.per_layer_input is not None:
+        table += _per_layer(layer.per_layer_input, hidden)
+    if layer.has_scalar:
+        table.append(Weight("layer_scalar.weight", "layer_scalar.weight", (1,)))
     return tuple(table)
 
 
+def _per_layer(own: PerLayerInput, hidden: int) -> list[Weight]:
+    shapes: dict[str, tuple[Shape, str]] = {
+        "embed": ((own.vocab, own.width), ""),
+        "context": ((own.width, hidden), "embedding"),
+        "norm": ((own.width,), ""),
+        "gate": ((own.width, hidden), "above"),
+        "out": ((hidden, own.width), "per_layer"),
+        "out_norm": ((hidden,), ""),
+    }
+    return [
+        Weight(f"per_layer_{name}.weight", f"per_layer.{name}.weight", shape, reads)
+        for name, (shape, reads) in shapes.items()
+    ]
+
+
 def _attention(attention: Attention, hidden: int, *, owns_kv: bool) -> list[Weight]:
-    heads = {"q_proj": attention.heads} | (dict.fromkeys(("k_proj", "v_proj"), attention.kv_heads) if owns_kv else {})
+    kv = ("k_proj",) if attention.k_equals_v else ("k_proj", "v_proj")
+    heads = {"q_proj": attention.heads} | (dict.fromkeys(kv, attention.kv_heads) if owns_kv else {})
     rotates = attention.rope is not None
     stacked: list[Weight] = []
     for kind in ("weight", "bias") if attention.qkv_bias else ("weight",):
@@ -172,7 +202,7 @@ def stored_shapes(weights: tuple[Weight, ...], attention: Attention) -> dict[str
     shapes: dict[str, Shape] = {}
     for weight in weights:
         rows = weight.row_heads * width or weight.shape[0]
-        columns = (weight.column_heads * width or weight.shape[1],) if weight.is_matrix else ()
+        columns = (weight.column_heads * width or weight.shape[1],) if len(weight.shape) == 2 else ()
         shapes[weight.part] = (shapes.get(weight.part, (0,))[0] + rows, *columns)
     return shapes
 

@@ -145,6 +145,7 @@ _SIDE_FACTORS = {
     "mlp.gate_proj.weight": "mlp.gate_up_proj.side.weight",
     "mlp.up_proj.weight": "mlp.gate_up_proj.side.weight",
     "mlp.down_proj.weight": "mlp.down_proj.side.weight",
+    **{f"per_layer.{name}.weight": f"per_layer.{name}.side.weight" for name in ("context", "gate", "out")},
 }
 
 

@@ -14,6 +14,7 @@ Dimensions are spelled the same everywhere, here, in comments and in ONNX symbol
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -104,6 +105,10 @@ class ModelSpec:
         """Return whether a layer makes keys and values, and keeps them in a cache of its own."""
         return self.kv_map[layer] == layer
 
+    def reads_tokens(self, layers: Iterable[int]) -> bool:
+        """Return whether one of these layers has a branch on the tokens themselves."""
+        return any(self.layers[layer].per_layer_input is not None for layer in layers)
+
     def weights(self, layer: int) -> tuple[Weight, ...]:
         """Return the weights of a layer, in the order in which a bundle stores them."""
         return layer_weights(self.layers[layer], self.hidden_size, owns_kv=self.owns_kv(layer))
@@ -119,9 +124,10 @@ class ModelSpec:
         return layer_weights(self.exit_block_layer(depth), self.hidden_size)
 
     def exit_block_layer(self, depth: int) -> Layer:
-        """Return the layer that an exit with a block has: like the one below the exit, but that it sees all."""
+        """Return the layer that an exit with a block has: like the one below it, but that it sees all."""
         below = self.layers[depth - 1]
-        return replace(below, attention=replace(below.attention, window=0))
+        attention = replace(below.attention, window=0)
+        return replace(below, attention=attention, per_layer_input=None, has_scalar=False)
 
     def with_windows(self, windows: tuple[int, ...]) -> ModelSpec:
         """Return the model with other windows, one for each layer; none for ().

@@ -16,7 +16,7 @@ from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, mlp_norm, stored_parts
 from shortstack.graphs.ir.exit import uses_unit_norm
 from shortstack.graphs.ir.read import StoredTensor
 from shortstack.graphs.layer_spec import cache_head_dim
-from shortstack.graphs.layer_weights import Shape, stored_shapes
+from shortstack.graphs.layer_weights import Shape, matrix_parts, stored_shapes
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec, Segment
 
@@ -57,7 +57,9 @@ def float_tensors(manifest: Manifest) -> dict[str, FloatTensor]:
         for layer in range(segment.start, segment.end):
             attention = spec.layers[layer].attention
             shapes = stored_shapes(spec.weights(layer), attention)
-            add(segment, {names.layer_weight(layer, part): _turned(shape) for part, shape in shapes.items()})
+            matrices = matrix_parts(spec.weights(layer))
+            for part, shape in shapes.items():
+                add(segment, {names.layer_weight(layer, part): _turned(shape) if part in matrices else shape})
             if attention.rope is not None:
                 table = (manifest.max_length, cache_head_dim(spec.ropes[attention.rope].head_dim) // 2)
                 tables = [names.rope_table(attention.rope, part) for part in names.ROPE_PARTS]

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from shortstack.graphs.ir.attention import Caches, layer_site
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.head import logits_of
-from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, residual_sum
+from shortstack.graphs.ir.layer import Residual, Tokens, decoder_layer, norm, residual_sum
 from shortstack.graphs.ir.lengths import Lengths
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import consumers
@@ -41,6 +42,7 @@ Lent = dict[int, dict[str, Floats]]
 BATCH_ROWS = 2048  # positions of one run: enough to keep the cores busy, few enough to hold every input
 
 _DTYPE: DType = "float32"
+_EMBEDDINGS = "embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,14 @@ class Taps:
 
     inputs: Mapping[str, Floats]
     cache: Mapping[str, Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What branches on tokens read: ids [texts, seq] and scaled embeddings [texts, seq, hidden]."""
+
+    ids: npt.NDArray[np.int64]
+    embeddings: Floats
 
 
 class LayerGraph:
@@ -78,8 +88,10 @@ class LayerGraph:
         hidden = ("batch", "seq", spec.hidden_size)
 
         def build(g: GraphBuilder) -> tuple[GraphContract, dict[str, ir.Value]]:
+            reads_tokens = spec.reads_tokens((layer,))
             inputs = (
                 Port(names.HIDDEN_STATES, _DTYPE, hidden),
+                *([Port(names.INPUT_IDS, "int64", ("batch", "seq")), Port(_EMBEDDINGS, _DTYPE, hidden)] * reads_tokens),
                 Port(names.SEQLENS_K, "int32", ("batch",)),
                 Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
                 *(Port(name, _DTYPE, cache) for name in self._cache.values()),
@@ -87,7 +99,9 @@ class LayerGraph:
             values = {port.name: g.input(port) for port in inputs}
             lengths = Lengths(values[names.SEQLENS_K], values[names.TOTAL_SEQUENCE_LENGTH])
             caches = Caches(g)
-            x = decoder_layer(g, spec, layer_site(spec, layer), Residual(values[names.HIDDEN_STATES]), lengths, caches)
+            tokens = Tokens(values[names.INPUT_IDS], values[_EMBEDDINGS], spec.hidden_size) if reads_tokens else None
+            below = Residual(values[names.HIDDEN_STATES])
+            x = decoder_layer(g, spec, layer_site(spec, layer), below, lengths, caches, tokens=tokens)
             outputs = {names.HIDDEN_STATES_OUT: residual_sum(g, x, "/hidden_states_out"), **caches.presents()}
             ports = [Port(names.HIDDEN_STATES_OUT, _DTYPE, hidden)]
             ports += [Port(name, _DTYPE, cache) for name in self._presents.values()]
@@ -105,13 +119,20 @@ class LayerGraph:
 
         self._session = _session(f"layer {layer}", weights, build)
 
-    def run(self, hidden: Floats, watch: Callable[[Taps], None] | None = None, lent: Lent | None = None) -> Floats:
+    def run(
+        self,
+        hidden: Floats,
+        watch: Callable[[Taps], None] | None = None,
+        lent: Lent | None = None,
+        tokens: Text | None = None,
+    ) -> Floats:
         """Return the residual stream after the layer, [texts, seq, hidden].
 
         Args:
             hidden: The residual stream before it.
             watch: Called with the taps of each batch of texts.
             lent: What the layers below lend; what this one lends to others is added. Not needed where none share.
+            tokens: The texts themselves, where the layer has a branch on tokens.
         """
         spec, seq = self._spec, hidden.shape[1]
         out = np.empty_like(hidden)
@@ -131,12 +152,15 @@ class LayerGraph:
             if self._owner != self._layer:
                 assert lent is not None, f"layer {self._layer} uses what layer {self._owner} lends"
                 caches = {part: lent[self._owner][part][start : start + step] for part in names.KV_PARTS}
-            feeds = {
+            feeds: dict[str, npt.NDArray[Any]] = {
                 names.HIDDEN_STATES: batch,
                 names.SEQLENS_K: np.full(len(batch), seq - 1, np.int32),
                 names.TOTAL_SEQUENCE_LENGTH: np.array(seq, np.int32),
                 **{name: caches[part] for part, name in self._cache.items()},
             }
+            if tokens is not None and spec.reads_tokens((self._layer,)):
+                feeds[names.INPUT_IDS] = tokens.ids[start : start + step]
+                feeds[_EMBEDDINGS] = tokens.embeddings[start : start + step]
             found = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
             out[start : start + step] = found[names.HIDDEN_STATES_OUT]
             if watch is not None:

@@ -22,7 +22,7 @@ from shortstack.graphs.layer_weights import matrix_parts
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.kv_scales import kv_scale
-from shortstack.quant.layers import LayerGraph, Lent, Taps, Weight
+from shortstack.quant.layers import LayerGraph, Lent, Taps, Text, Weight
 from shortstack.quant.method import Method
 from shortstack.quant.methods.awq import scale_layer
 from shortstack.quant.methods.k_quant import k_quant
@@ -76,6 +76,7 @@ class LayerwiseRounding:
     follows_floats: bool = False
     hidden: Floats | None = field(default=None, init=False)
     _lent: Lent = field(default_factory=dict, init=False)
+    _text: Text | None = field(default=None, init=False)
     _exit_stats: dict[int, InputStats] = field(default_factory=dict, init=False)
 
     def layers(self) -> Iterator[Rounded]:
@@ -86,6 +87,7 @@ class LayerwiseRounding:
         heads = bare & self.assignment.draft_heads.keys()
         if self.rows is not None:
             self.hidden = self.source.embedded(self.rows)
+            self._text = self.source.text(self.rows)
         for layer in range(spec.num_hidden_layers):
             yield self._layer(layer)
             if layer + 1 in heads and self.hidden is not None and self.method.uses_text:
@@ -139,7 +141,7 @@ class LayerwiseRounding:
         stats: dict[str, InputStats] = {}
         if self.hidden is not None and wanted and self.method.uses_text:
             graph = LayerGraph(spec, layer, floats, with_taps=True)
-            stats = dict(_watch_inputs(graph, self.hidden, wanted, self._lent))
+            stats = dict(_watch_inputs(graph, self.hidden, wanted, self._lent, self._text))
         if self.method.scales_layers and stats:
             floats, stats = _scale(floats, stats, self.assignment, spec, layer)
         weights = {name: np.ascontiguousarray(floats[name].T) for name in wanted}
@@ -156,7 +158,7 @@ class LayerwiseRounding:
 
             passed_on = source.layer(layer) if self.follows_floats else tensors
             watching = watch if self.kv_scales else None
-            self.hidden = LayerGraph(spec, layer, passed_on).run(self.hidden, watching, self._lent)
+            self.hidden = LayerGraph(spec, layer, passed_on).run(self.hidden, watching, self._lent, self._text)
             if self.kv_scales and layer in producers(spec.kv_map, layer, layer + 1):
                 tensors |= {names.kv_scale(layer, part): kv_scale(peak) for part, peak in largest.items()}
         for name in names.rope_tables(len(spec.ropes)):
@@ -253,7 +255,7 @@ def _scale(
 
 
 def _watch_inputs(
-    graph: LayerGraph, hidden: Floats, wanted: Mapping[str, Format], lent: Lent
+    graph: LayerGraph, hidden: Floats, wanted: Mapping[str, Format], lent: Lent, text: Text | None
 ) -> Iterator[tuple[str, InputStats]]:
     """Yield the statistics of what each wanted projection multiplies; projections of one input share them."""
     builders: dict[int, InputStatsBuilder] = {}
@@ -268,7 +270,7 @@ def _watch_inputs(
                 builders.setdefault(key, InputStatsBuilder()).add(x)
                 seen.add(key)
 
-    graph.run(hidden, watch, lent)
+    graph.run(hidden, watch, lent, text)
     finished = {key: builder.finish() for key, builder in builders.items()}
     for name in wanted:
         yield name, finished[same[name]]

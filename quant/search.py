@@ -74,10 +74,10 @@ class _Candidates:
     def prepare(self, advance: Callable[[float], None]) -> None:
         """Run the float model."""
         spec = self.source.spec
-        self.streams = [self.source.embedded(self.rows)]
+        self.streams, text = [self.source.embedded(self.rows)], self.source.text(self.rows)
         for layer in range(spec.num_hidden_layers):
             self._graphs[layer] = LayerGraph(spec, layer, self.source.layer(layer))
-            self.streams.append(self._graphs[layer].run(self.streams[-1], lent=self._lent))
+            self.streams.append(self._graphs[layer].run(self.streams[-1], lent=self._lent, tokens=text))
             advance(1)
         self.reference = self._log_probs({})
 
@@ -104,6 +104,7 @@ class _Candidates:
             lowest, embedding = 0, self.rounded[mix[names.EMBED_TOKENS]][names.EMBED_TOKENS]
             rows = embedding.rows(self.rows.reshape(-1)).dequantize()
             hidden = self.source.first_stream(rows.reshape(hidden.shape))
+        text = self.source.text(self.rows)
         lent = {layer: parts for layer, parts in self._lent.items() if layer < lowest}
         for layer in range(lowest, spec.num_hidden_layers):
             graph = self._graphs[layer]
@@ -111,7 +112,7 @@ class _Candidates:
                 floats: dict[str, Weight] = dict(self.source.layer(layer))
                 own = {n: self.rounded[mix[n]][n] for n in floats if n in mix}
                 graph = LayerGraph(spec, layer, floats | own)
-            hidden = graph.run(hidden, lent=lent)
+            hidden = graph.run(hidden, lent=lent, tokens=text)
         head = head_name(self.source)
         weight: Weight = self.rounded[mix[head]][head] if head in mix else self.source.floats(head)
         graph_of_head = HeadGraph(spec, head, {head: weight, **self.source.final_norm()})

@@ -15,6 +15,7 @@ from shortstack.graphs.ir.read import read_tensors
 from shortstack.graphs.ir.read_matrix import is_stored_as_rows
 from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.float_tensors import check_float_tensors
+from shortstack.quant.layers import Text
 
 _NOT_FINITE = "export the checkpoint again; if that is refused too, its weights are damaged"
 Floats = npt.NDArray[np.float32]
@@ -91,6 +92,13 @@ class Source:
     def embedded(self, rows: npt.NDArray[np.int64]) -> Floats:
         """Return what the first layer reads of whole texts: token ids [texts, seq] -> [texts, seq, hidden]."""
         return self.first_stream(self.floats(names.EMBED_TOKENS)[rows])
+
+    def text(self, rows: npt.NDArray[np.int64]) -> Text | None:
+        """Return what branches on tokens read of whole texts [texts, seq]; None for a model without them."""
+        if not self.spec.reads_tokens(range(self.spec.num_hidden_layers)):
+            return None
+        scale = np.float32(self.spec.ends.embed_scale)
+        return Text(rows, self.floats(names.EMBED_TOKENS)[rows] * scale)
 
     def first_stream(self, embeddings: Floats) -> Floats:
         """Return rows of the embedding [texts, seq, hidden] as the first layer reads them."""

@@ -38,6 +38,8 @@ class Source:
         by_head: The rows of the stacked roles alternate head by head, as in GPT-NeoX.
         transposed: The tensor is [in, out], as in GPT-2.
         plus: What is added to each value, such as 1 to the norms of Gemma.
+        layers: The tensor holds all layers side by side, along its ``rows`` or its ``columns``, or is the ``same`` for
+            all; empty if it is one layer's.
     """
 
     tensor: str
@@ -45,6 +47,7 @@ class Source:
     by_head: bool = False
     transposed: bool = False
     plus: float = 0.0
+    layers: Literal["", "rows", "columns", "same"] = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ class Architecture:
             KeyError: There is no such role.
             ValueError: Every layer has the role and no layer is given, or the other way round.
         """
-        pattern = self.sources[role].tensor
+        pattern, holds_all = self.sources[role].tensor, bool(self.sources[role].layers)
+        if holds_all and layer is not None:
+            return pattern
         if ("{layer}" in pattern) != (layer is not None):
             raise ValueError(f"role {role} is {'one per layer' if layer is None else 'not one per layer'}")
         return pattern if layer is None else pattern.replace("{layer}", str(layer))
@@ -121,5 +126,8 @@ def expected_tensors(arch: Architecture, spec: ModelSpec) -> dict[str, Shape]:
             source, kind = arch.source(role), role.rsplit(".", 1)[1]
             rows = sum(shapes[f"{name}.{kind}"][0] for name in source.stacked) or shape[0]
             stored = (rows, *shape[1:])
+            if source.layers in ("rows", "columns"):
+                axis = ("rows", "columns").index(source.layers)
+                stored = tuple(n * (spec.num_hidden_layers if i == axis else 1) for i, n in enumerate(stored))
             expected[arch.tensor_name(role, layer)] = stored[::-1] if source.transposed else stored
     return expected

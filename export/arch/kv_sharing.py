@@ -64,7 +64,7 @@ def read_sharing(config: Config, spec: ModelSpec) -> Sharing:
         if ours in config and theirs in config:
             raise CheckpointError(f"{config.where(ours)} and {theirs} say the same thing twice", expected="one of them")
     types = listed(config, layers)
-    kv_map = read_kv_map(config, layers) if "kv_map" in config else _gemma_kv_map(config, types)
+    kv_map = read_kv_map(config, layers) if "kv_map" in config else gemma_kv_map(config, types)
     if "windows" in config:
         windows = config.read_ints("windows")
         if len(windows) != layers:
@@ -128,7 +128,8 @@ def _check_heads(config: Config, spec: ModelSpec) -> None:
             )
 
 
-def _gemma_kv_map(config: Config, types: tuple[str, ...]) -> tuple[int, ...]:
+def gemma_kv_map(config: Config, types: tuple[str, ...]) -> tuple[int, ...]:
+    """Read ``num_kv_shared_layers`` as Gemma 3n and 4 mean it; errors as in :func:`read_sharing`."""
     layers = len(types)
     shared = config.read(int, "num_kv_shared_layers", 0)
     if not 0 <= shared < layers:

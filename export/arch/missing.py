@@ -41,7 +41,7 @@ _NAMES: Mapping[str, str] = {
     """,
     MEDIA: """
         aria audioflamingo3 aya_vision blip blip-2 chameleon cohere2_vision cohere_asr deepseek_ocr2 deepseek_vl
-        deepseek_vl_hybrid emu3 ernie4_5_vl_moe fast_vlm florence2 fuyu gemma3 gemma3n gemma4 gemma4_unified git glm4v
+        deepseek_vl_hybrid emu3 ernie4_5_vl_moe fast_vlm florence2 fuyu gemma3n gemma4_unified git glm4v
         glm4v_moe glm_ocr got_ocr2 granite4_vision granite_speech hunyuan_vl idefics idefics2 idefics3 instructblip
         internvl janus kimi_k25 kosmos-2 kosmos-2.5 lfm2_vl llama4 llava llava_next llava_next_video llava_onevision
         ministral3 mistral3 mllama molmo2 moshi musicgen ovis2 paddleocr_vl paligemma perception_lm phi4_multimodal

@@ -58,6 +58,12 @@ def read_ropes(family: Family, config: Config, context: int, head_dim: int, type
     return {kind: _rope_of_type(family, config, fields, family.local_rope, kind, context, head_dim) for kind in types}
 
 
+def rope_of_type(family: Family, config: Config, kind: str, context: int, head_dim: int) -> Rope:
+    """Read the rotary embedding of one type of layer; arguments and errors as in :func:`read_ropes`."""
+    assert family.local_rope is not None
+    return _rope_of_type(family, config, _chosen(config), family.local_rope, kind, context, head_dim)
+
+
 def _rope_of_type(
     family: Family, config: Config, fields: Config | None, local: Key | float, kind: str, context: int, head_dim: int
 ) -> Rope:

@@ -55,6 +55,13 @@ class StoredExit:
     read: Callable[[], dict[str, npt.NDArray[np.float32]]]
 
 
+def read_columns(checkpoint: Checkpoint, name: str, start: int, end: int) -> npt.NDArray[np.float32]:
+    """Read some columns of a matrix as float32, without the others if the reader can; errors as in ``tensor``."""
+    if (read := getattr(checkpoint, "columns", None)) is not None:
+        return np.asarray(read(name, start, end), np.float32)
+    return np.ascontiguousarray(checkpoint.tensor(name)[:, start:end])
+
+
 class Checkpoint(Protocol):
     """A trained model on disk.
 

@@ -107,6 +107,16 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{file}: tensor {name} cannot be read ({error})") from None
         return np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
 
+    def columns(self, name: str, start: int, end: int) -> npt.NDArray[np.float32]:
+        """Read some columns of a matrix as C-contiguous float32, without the others."""
+        if str(self._shard(name).get_slice(name).get_dtype()) not in FLOAT_TYPES:
+            return self.tensor(name)[:, start:end]  # which says what is wrong
+        try:
+            value = self._shard(name).get_slice(name)[:, start:end]
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
+            raise CheckpointError(f"{self._file_of[name]}: tensor {name} cannot be read ({error})") from None
+        return np.ascontiguousarray(value, dtype=np.float32)
+
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return None: this reader accepts only tensors that are stored as floats."""
         self._shard(name)

@@ -8,6 +8,7 @@ depends on where its keys and values come from, see :class:`Attention`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden, q_rows, bias=spec.qkv_bias)
         if not is_consumer:
             self.k_proj = nn.Linear(hidden, kv_rows, bias=spec.qkv_bias)
-            self.v_proj = nn.Linear(hidden, kv_rows, bias=spec.qkv_bias)
+            if not spec.k_equals_v:
+                self.v_proj = nn.Linear(hidden, kv_rows, bias=spec.qkv_bias)
         if spec.qk_norm is not None:
             is_wide = spec.qk_norm_over == "width"
             self.q_norm = Norm(q_rows if is_wide else self.head_dim, spec.qk_norm)
@@ -86,7 +88,11 @@ class Attention(nn.Module):
     def key_value(self, x: Tensor, rotaries: Sequence[Rotary]) -> KeyValue:
         """Return the rotated keys and the values, each [batch, kv_heads, seq, head_dim]."""
         norm = self.k_norm if self.spec.qk_norm is not None else None
-        return self._rotated(self.k_proj(x), norm, rotaries), self._split(self.v_proj(x))
+        key = self.k_proj(x)
+        value = self._split(key if self.spec.k_equals_v else self.v_proj(x))
+        if self.spec.v_norm is not None:
+            value = unit_rms(value, self.spec.v_norm.eps)
+        return self._rotated(key, norm, rotaries), value
 
     def forward(self, x: Tensor, rotaries: Sequence[Rotary], key_value: KeyValue) -> Tensor:
         """Attend to keys and values of the same positions, [batch, seq, hidden] -> the same."""
@@ -165,6 +171,46 @@ class MLP(nn.Module):
         return self.down_proj(inner)  # type: ignore[no-any-return]
 
 
+class Tokens(NamedTuple):
+    """What a branch on tokens reads: ids [batch, seq] and scaled embeddings [batch, seq, hidden]."""
+
+    ids: Tensor
+    embeddings: Tensor
+
+
+class Scalar(nn.Module):
+    """A learned number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by it."""
+        return x * self.weight
+
+
+class PerLayerInput(nn.Module):
+    """The branch on tokens that :class:`layer_spec.PerLayerInput` describes."""
+
+    def __init__(self, spec: layer_spec.PerLayerInput, hidden: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab, spec.width)
+        self.context = nn.Linear(hidden, spec.width, bias=False)
+        self.norm = Norm(spec.width, spec.norm)
+        self.gate = nn.Linear(hidden, spec.width, bias=False)
+        self.out = nn.Linear(spec.width, hidden, bias=False)
+        self.out_norm = Norm(hidden, spec.norm)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Return the stream above, [batch, seq, hidden] -> the same."""
+        context = self.norm(self.context(tokens.embeddings) * x.shape[-1] ** -0.5)
+        found = (context + self.embed(tokens.ids) * self.spec.width**0.5) * 2**-0.5
+        gated = ACTIVATIONS[self.spec.activation](self.gate(x)) * found
+        return x + self.out_norm(self.out(gated))  # type: ignore[no-any-return]
+
+
 class Layer(nn.Module):
     """One decoder layer; the arguments are those of :class:`Attention`."""
 
@@ -179,9 +225,17 @@ class Layer(nn.Module):
         self.post_attention_layernorm = _norm(spec.before_mlp, hidden)
         self.mlp = MLP(spec.mlp, hidden)
         self.mlp_out_layernorm = _norm(spec.after_mlp, hidden)
+        if spec.per_layer_input is not None:
+            self.per_layer = PerLayerInput(spec.per_layer_input, hidden)
+        if spec.has_scalar:
+            self.layer_scalar = Scalar()
 
     def forward(
-        self, x: Tensor, rotaries: Sequence[Rotary], borrowed: KeyValue | None = None
+        self,
+        x: Tensor,
+        rotaries: Sequence[Rotary],
+        borrowed: KeyValue | None = None,
+        tokens: Tokens | None = None,
     ) -> tuple[Tensor, Tensor, KeyValue]:
         """Run the layer.
 
@@ -189,22 +243,24 @@ class Layer(nn.Module):
             x: The residual stream below, [batch, seq, hidden].
             rotaries: The tables of each rotary embedding of the model.
             borrowed: The producer's keys and values, if the layer is a consumer.
+            tokens: What a branch on tokens reads, if the layer has one.
 
         Returns:
             The residual stream above, the residual stream between attention and MLP, and the keys and values used.
         """
         normed = self.input_layernorm(x)
         key_value = self.self_attn.key_value(normed, rotaries) if borrowed is None else borrowed
-        middle, above = self.above(x, normed, self.self_attn(normed, rotaries, key_value))
+        middle, above = self.above(x, normed, self.self_attn(normed, rotaries, key_value), tokens)
         return above, middle, key_value
 
-    def above(self, x: Tensor, normed: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    def above(self, x: Tensor, normed: Tensor, attended: Tensor, tokens: Tokens | None = None) -> tuple[Tensor, Tensor]:
         """Return the residual stream between attention and MLP, and the one above the layer, [..., hidden].
 
         Args:
             x: The stream below.
             normed: What attention has read.
             attended: What attention returns.
+            tokens: As in :meth:`forward`.
         """
         scale = self.spec.residual_scale
         middle = x + _scaled(self.attention_out_layernorm(attended), scale)
@@ -212,7 +268,11 @@ class Layer(nn.Module):
             read = normed if self.spec.before_mlp is None else self.post_attention_layernorm(x)
         else:
             read = self.post_attention_layernorm(middle)
-        return middle, middle + _scaled(self.mlp_out_layernorm(self.mlp(read)), scale)
+        above = middle + _scaled(self.mlp_out_layernorm(self.mlp(read)), scale)
+        if self.spec.per_layer_input is not None:
+            assert tokens is not None, "a layer with a branch on tokens"
+            above = self.per_layer(above, tokens)
+        return middle, self.layer_scalar(above) if self.spec.has_scalar else above
 
 
 def _norm(kind: layer_spec.Norm | None, hidden: int) -> nn.Module:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from shortstack.export.rope import is_long, rope_tables
-from shortstack.export.twin.layer import KeyValue, Layer, Norm, Rotary, soft_capped
+from shortstack.export.twin.layer import KeyValue, Layer, Norm, Rotary, Tokens, soft_capped
 from shortstack.graphs.kv_map import IteratedGroup, check_boundaries, iterated_groups, producers
 from shortstack.graphs.spec import ModelSpec
 
 Rotaries = Sequence[Rotary]
+Given = tuple[Rotaries, Tokens | None]
+"""What all layers read besides the stream: rotary tables, and the tokens where layers have a branch on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,9 @@ class Decoder(nn.Module):
             Layer(layer, spec.hidden_size, not spec.owns_kv(number), sees_itself=spec.sees_itself(number))
             for number, layer in enumerate(spec.layers)
         )
+        branches: list[Any] = [layer.per_layer for layer in self.layers if hasattr(layer, "per_layer")]
+        for branch in branches[1:]:  # checkpoints have one norm for all
+            branch.norm = branches[0].norm
         self.norm = Norm(spec.hidden_size, spec.ends.final_norm)
 
 
@@ -125,43 +131,41 @@ class Twin(nn.Module):
         if not all(1 <= depth <= self.spec.num_hidden_layers for depth in depths):
             raise ValueError(f"depths {sorted(depths)} of a model with {self.spec.num_hidden_layers} layers")
         check_boundaries(self.spec.kv_map, sorted(depths))
-        rotaries = self.rotaries(input_ids)
+        given = self.rotaries(input_ids), self._tokens(input_ids)
         x = self.first_stream(input_ids).float()  # the stream stays in float32 under autocast
         found: dict[int, Boundary] = {}
         lent: dict[int, KeyValue] = {}
         done = 0
         while done < max(depths):
             if group := self._groups.get(done):
-                x, middle = self._iterated(group, x, rotaries, lent, passes)
+                x, middle = self._iterated(group, x, given, lent, passes)
                 done = group.end
             else:
-                x, middle = self._layer(done, x, rotaries, lent)
+                x, middle = self._layer(done, x, given, lent)
                 done += 1
             if done in depths:
                 found[done] = Boundary(x, middle)
         return found
 
-    def _layer(self, index: int, x: Tensor, rotaries: Rotaries, lent: dict[int, KeyValue]) -> tuple[Tensor, Tensor]:
+    def _layer(self, index: int, x: Tensor, given: Given, lent: dict[int, KeyValue]) -> tuple[Tensor, Tensor]:
         """Run a layer outside the iterated groups."""
         if index in self._lent or self.spec.kv_map[index] != index:
-            return self._once(index, index + 1, x, rotaries, lent)
-        return self._maybe_skipped(index, self.model.layers[index], x, rotaries)
+            return self._once(index, index + 1, x, given, lent)
+        return self._maybe_skipped(index, self.model.layers[index], x, given)
 
-    def _once(
-        self, start: int, end: int, x: Tensor, rotaries: Rotaries, lent: dict[int, KeyValue]
-    ) -> tuple[Tensor, Tensor]:
+    def _once(self, start: int, end: int, x: Tensor, given: Given, lent: dict[int, KeyValue]) -> tuple[Tensor, Tensor]:
         """Run layers ``[start, end)`` once; their producers' keys and values replace those in ``lent``."""
         middle = x
         for index in range(start, end):
             producer = self.spec.kv_map[index]
             borrowed = lent[producer] if producer != index else None
-            x, middle, key_value = self.model.layers[index](x, rotaries, borrowed)
+            x, middle, key_value = self.model.layers[index](x, given[0], borrowed, given[1])
             if producer == index:
                 lent[index] = key_value
         return x, middle
 
     def _iterated(
-        self, group: IteratedGroup, x: Tensor, rotaries: Rotaries, lent: dict[int, KeyValue], passes: int | None
+        self, group: IteratedGroup, x: Tensor, given: Given, lent: dict[int, KeyValue], passes: int | None
     ) -> tuple[Tensor, Tensor]:
         """Run an iterated group: in training a number of passes, otherwise until nothing changes."""
         inside = producers(self.spec.kv_map, group.start, group.end)
@@ -174,30 +178,31 @@ class Twin(nn.Module):
             passes = min(self.passes.with_gradient, seq)
             with torch.no_grad():
                 for _ in range(min(self.passes.without_gradient, seq - passes)):
-                    self._once(group.start, group.end, x, rotaries, lent)
+                    self._once(group.start, group.end, x, given, lent)
         is_exact = passes is None
         result = x, x
         for number in range(seq if passes is None else passes):
             before = [lent[producer] for producer in inside]
-            result = self._once(group.start, group.end, x, rotaries, lent)
+            result = self._once(group.start, group.end, x, given, lent)
             # Not after the first pass: it starts from placeholders, whose type may differ under autocast.
             if is_exact and number and _same(before, [lent[producer] for producer in inside]):
                 break
         return result
 
-    def _maybe_skipped(self, index: int, layer: nn.Module, x: Tensor, rotaries: Rotaries) -> tuple[Tensor, Tensor]:
+    def _maybe_skipped(self, index: int, layer: nn.Module, x: Tensor, given: Given) -> tuple[Tensor, Tensor]:
         """Run a layer on the samples that do not skip it."""
         probability = self.layer_dropout[index] if self.training else 0.0
         if probability <= 0.0:
-            above, middle, _ = layer(x, rotaries)
+            above, middle, _ = layer(x, given[0], None, given[1])
             return above, middle
         kept = torch.nonzero(torch.rand(len(x), device=x.device) >= probability).flatten()
         if len(kept) == len(x):
-            above, middle, _ = layer(x, rotaries)
+            above, middle, _ = layer(x, given[0], None, given[1])
             return above, middle
         if not len(kept):
             return x, x
-        above, middle, _ = layer(x[kept], rotaries)
+        tokens = None if given[1] is None else Tokens(*(part[kept] for part in given[1]))
+        above, middle, _ = layer(x[kept], given[0], None, tokens)
         return x.index_copy(0, kept, above.to(x.dtype)), x.index_copy(0, kept, middle.to(x.dtype))
 
     def state(self, hidden: Tensor) -> Tensor:
@@ -218,6 +223,10 @@ class Twin(nn.Module):
         scale = self.spec.ends.embed_scale
         found: Tensor = self.model.embed_tokens(ids)
         return found if scale == 1.0 else found * scale
+
+    def _tokens(self, ids: Tensor) -> Tokens | None:
+        reads_tokens = self.spec.reads_tokens(range(self.spec.num_hidden_layers))
+        return Tokens(ids, self.embedded(ids)) if reads_tokens else None
 
     def first_stream(self, ids: Tensor, past: int = 0) -> Tensor:
         """Return what the first layer reads: [batch, seq] -> [batch, seq, hidden]; ``past`` positions are before."""

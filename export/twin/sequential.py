@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shortstack.export.rope import rope_tables
-from shortstack.export.twin.layer import Attention, KeyValue, Layer, Rotary, soft_capped
+from shortstack.export.twin.layer import Attention, KeyValue, Layer, Rotary, Tokens, soft_capped
 from shortstack.export.twin.model import Twin
 
 
@@ -61,6 +61,8 @@ def sequential(twin: Twin, input_ids: Tensor, caches: Mapping[int, KeyValue] | N
             for cos, sin in tables
         ]
         x = twin.first_stream(input_ids[:, position - past, None], position)  # [batch, 1, hidden]
+        here = input_ids[:, position - past, None]
+        tokens = Tokens(here, twin.embedded(here)) if spec.reads_tokens(range(spec.num_hidden_layers)) else None
         for index, layer in enumerate(twin.model.layers):
             assert isinstance(layer, Layer)
             producer = spec.kv_map[index]
@@ -70,7 +72,7 @@ def sequential(twin: Twin, input_ids: Tensor, caches: Mapping[int, KeyValue] | N
             last = position - 1 if producer > index or spec.masks_diagonal else position
             first = max(0, position - spec.window(index) + 1) if spec.window(index) else 0
             attended = _attended(layer.self_attn, normed, rotaries, grown.get(producer), first, last)
-            _, x = layer.above(x, normed, attended)
+            _, x = layer.above(x, normed, attended, tokens)
         states.append(x)
     hidden = torch.cat(states, dim=1)
     return Sequential(twin.logits(hidden), hidden, grown)

@@ -34,7 +34,7 @@ from shortstack.graphs.ir.lengths import Lengths, one_less
 from shortstack.graphs.ir.lengths import positions as positions_of
 from shortstack.graphs.ir.matrix import project
 from shortstack.graphs.ir.norm import norm_op
-from shortstack.graphs.layer_spec import Attention, Layer
+from shortstack.graphs.layer_spec import Attention, Layer, Norm
 from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import ModelSpec
 
@@ -166,8 +166,12 @@ def _split(
     :func:`padded_share`.
     """
     own = site.layer.attention
-    if own.qk_norm is None:
+    if own.qk_norm is None and own.v_norm is None and not own.k_equals_v:
         return packed, None, None
+    if own.qk_norm is None:
+        raise AssertionError(
+            "values are normalised, or made from keys, in layers that normalise queries and keys alone"
+        )
     norm = replace(own.qk_norm, eps=own.qk_norm.eps * padded_share(own))
 
     def normed(x: ir.Value, name: str) -> ir.Value:
@@ -184,9 +188,23 @@ def _split(
     if not site.owns_kv:
         return normed(packed, "q_norm"), None, None
     width, kv_width = own.heads * own.cache_head_dim, own.kv_heads * own.cache_head_dim
-    sizes = g.constant([width, kv_width, kv_width])
-    query, key, value = g.ops("Split", [packed, sizes], f"{node}/split", ("/query", "/key", "/value"), axis=-1)
+    suffixes = ("/query", "/key") if own.k_equals_v else ("/query", "/key", "/value")
+    sizes = g.constant([width, *([kv_width] * (len(suffixes) - 1))])
+    query, key, *values = g.ops("Split", [packed, sizes], f"{node}/split", suffixes, axis=-1)
+    value = values[0] if values else key
+    if own.v_norm is not None:
+        value = _v_normed(g, own, own.v_norm, value, f"{node}/v_norm")
     return normed(query, "q_norm"), normed(key, "k_norm"), value
+
+
+def _v_normed(g: GraphBuilder, own: Attention, kind: Norm, value: ir.Value, node: str) -> ir.Value:
+    """Append the norm of each head of the values [batch, seq, kv_heads * head_dim], which has no weights."""
+    heads = g.op("Reshape", [value, g.constant([0, 0, -1, own.cache_head_dim])], f"{node}/heads")
+    ones = g.op("CastLike", [g.filled(own.cache_head_dim, padded_share(own) ** 0.5), heads], f"{node}/ones")
+    eps = kind.eps * padded_share(own)
+    name = f"{node}/SimplifiedLayerNormalization"
+    heads = g.op("SimplifiedLayerNormalization", [heads, ones], name, axis=-1, epsilon=eps, stash_type=1)
+    return g.op("Reshape", [heads, g.constant([0, 0, -1])], f"{node}/flat")
 
 
 def padded_share(attention: Attention) -> float:

@@ -82,6 +82,10 @@ class GraphBuilder:
             ir.Tensor(array, name=f"const.{label}" if array.dtype == np.int64 else f"const.{array.dtype}.{label}")
         )
 
+    def filled(self, size: int, value: float) -> ir.Value:
+        """Return a vector of one number, float32 [size], kept inside the graph file."""
+        return self._initializer(ir.Tensor(np.full(size, value, np.float32), name=f"const.float32.{size}x{value!r}"))
+
     def scaled(self, x: ir.Value, factor: float, name: str) -> ir.Value:
         """Append ``x * factor``; the factor has the type of ``x``."""
         number = self._initializer(ir.Tensor(np.array(factor, np.float32), name=f"const.float32.{factor!r}"))

@@ -8,7 +8,7 @@ in PyTorch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -17,9 +17,9 @@ from shortstack.graphs.ir.attention import Caches, LayerSite, attention
 from shortstack.graphs.ir.builder import MICROSOFT, GraphBuilder
 from shortstack.graphs.ir.head import last_rows
 from shortstack.graphs.ir.lengths import Lengths
-from shortstack.graphs.ir.matrix import project
+from shortstack.graphs.ir.matrix import embed, project
 from shortstack.graphs.ir.norm import norm_op
-from shortstack.graphs.layer_spec import Activation, Mlp, Norm
+from shortstack.graphs.layer_spec import Activation, Mlp, Norm, PerLayerInput
 from shortstack.graphs.spec import ModelSpec
 
 
@@ -31,11 +31,28 @@ class Residual:
         stream: What earlier layers left.
         branch: The newest branch's output; None when there is none.
         bias: The bias [hidden] of the projection that made ``branch``; None when it has none.
+        middle: Above a layer: the stream between its attention and its MLP, which an MLP exit reads.
     """
 
     stream: ir.Value
     branch: ir.Value | None = None
     bias: ir.Value | None = None
+    middle: ir.Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of a run, for layers that have a branch on them.
+
+    Attributes:
+        ids: Token ids [batch, seq].
+        embeddings: Their scaled embeddings [batch, seq, hidden].
+        hidden: Width of these.
+    """
+
+    ids: ir.Value
+    embeddings: ir.Value
+    hidden: int
 
 
 def norm(g: GraphBuilder, kind: Norm, x: Residual, weight: str, name: str) -> tuple[ir.Value, ir.Value]:
@@ -92,6 +109,7 @@ def decoder_layer(
     lengths: Lengths,
     caches: Caches,
     num_rows: ir.Value | None = None,
+    tokens: Tokens | None = None,
 ) -> Residual:
     """Append one decoder layer.
 
@@ -104,6 +122,7 @@ def decoder_layer(
         caches: The keys and values of all; those that it writes are added.
         num_rows: How many trailing positions the layer is computed for, int64 []; None for all. Keys and values are
             written for all positions in any case.
+        tokens: What a branch on tokens reads; None where the layer has none.
 
     Returns:
         The residual after the layer, [batch, rows, hidden].
@@ -129,7 +148,34 @@ def decoder_layer(
         weight = site.weight("post_attention_norm.weight")
         normed, stream = _before(g, layer.before_mlp, branch, weight, f"{node}/post_attention_norm")
     mlp = mlp_branch(g, layer.mlp, normed, site.weight("mlp"), f"{node}/mlp")
-    return _after(g, layer.after_mlp, Residual(stream, *mlp), site.weight("mlp.out_norm.weight"), scale)
+    above = _after(g, layer.after_mlp, Residual(stream, *mlp), site.weight("mlp.out_norm.weight"), scale)
+    if layer.per_layer_input is not None:
+        assert tokens is not None, f"{node} has a branch on tokens"
+        above = _on_tokens(g, layer.per_layer_input, site, residual_sum(g, above, f"{node}/mlp"), tokens, num_rows)
+    if layer.has_scalar:
+        total = residual_sum(g, above, f"{node}/above")
+        above = Residual(g.op("Mul", [total, g.weight(site.weight("layer_scalar.weight"))], f"{node}/scalar"))
+    return replace(above, middle=stream)
+
+
+def _on_tokens(
+    g: GraphBuilder, own: PerLayerInput, site: LayerSite, x: ir.Value, tokens: Tokens, num_rows: ir.Value | None
+) -> Residual:
+    """Append the branch that :class:`PerLayerInput` describes to the stream ``x`` [batch, rows, hidden]."""
+    node = f"{site.node}/per_layer"
+    hidden = tokens.hidden
+    context = project(g, tokens.embeddings, site.weight("per_layer.context.weight"), f"{node}/context")
+    context = g.scaled(context, hidden**-0.5, f"{node}/context/scale")
+    context = norm_op(g, own.norm, context, site.weight("per_layer.norm.weight"), node)
+    found = embed(g, tokens.ids, site.weight("per_layer.embed.weight"), f"{node}/embed")
+    found = g.op("Add", [context, g.scaled(found, own.width**0.5, f"{node}/embed/scale")], f"{node}/Add")
+    found = g.scaled(found, 2**-0.5, f"{node}/scale")  # [batch, seq, width]
+    if num_rows is not None:
+        found = last_rows(g, found, num_rows, f"{node}/last_rows")
+    gate = _activated(g, own.activation, project(g, x, site.weight("per_layer.gate.weight"), f"{node}/gate"), node)
+    product = g.op("Mul", [gate, found], f"{node}/Mul")
+    out = project(g, product, site.weight("per_layer.out.weight"), f"{node}/out")
+    return Residual(x, norm_op(g, own.norm, out, site.weight("per_layer.out_norm.weight"), f"{node}/out_norm"))
 
 
 def _before(g: GraphBuilder, kind: Norm | None, x: Residual, weight: str, node: str) -> tuple[ir.Value, ir.Value]:

@@ -18,10 +18,10 @@ from shortstack.graphs.contract import segment_contract
 from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.ir.attention import Caches, layer_site
 from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.embedding import first_stream
+from shortstack.graphs.ir.embedding import embed_tokens, first_stream
 from shortstack.graphs.ir.exit import ExitInputs, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
-from shortstack.graphs.ir.layer import Residual, decoder_layer, norm, residual_sum, unit_rms
+from shortstack.graphs.ir.layer import Residual, Tokens, decoder_layer, norm, residual_sum, unit_rms
 from shortstack.graphs.ir.lengths import Lengths
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import check_boundaries
@@ -77,8 +77,13 @@ def segment_model(
         lengths = Lengths(past_end, total, spare_row=True)
     outputs: dict[str, ir.Value] = {}
     caches = Caches(g)
+    tokens = None
+    if spec.reads_tokens(layers):
+        ids = inputs[names.INPUT_IDS]
+        scaled = x.stream if segment.is_first else embed_tokens(g, spec, ids, "/model/embed_tokens")
+        tokens = Tokens(ids, scaled, spec.hidden_size)
     for layer in layers:
-        x = decoder_layer(g, spec, layer_site(spec, layer, kv_cache), x, lengths, caches)
+        x = decoder_layer(g, spec, layer_site(spec, layer, kv_cache), x, lengths, caches, tokens=tokens)
 
     num_rows = inputs[names.NUM_ROWS]
     if exit_spec is not None:
@@ -86,7 +91,7 @@ def segment_model(
             g, x, f"/exits.{exit_spec.exit_layer}/hidden_states_out"
         )
         given = ExitInputs(
-            boundary, x.stream, lengths, caches, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE)
+            boundary, x.middle or x.stream, lengths, caches, inputs.get(names.INPUT_IDS), inputs.get(names.EXIT_STATE)
         )
         outputs |= exit_node(g, spec, exit_spec, given, num_rows) | caches.presents()
         return g.finish(contract, outputs, f"shortstack {__version__}")

@@ -15,21 +15,25 @@ FOLDERS: dict[str, MadeFamily] = {}
 
 @pytest.fixture
 def made(row: FamilyRow, tmp_path_factory: pytest.TempPathFactory) -> MadeFamily:
-    if row.model_type not in FOLDERS:
+    if row.name not in FOLDERS:
         FOLDERS.clear()  # the checks of one family follow each other: only its files are kept
-        FOLDERS[row.model_type] = MadeFamily(row, tmp_path_factory.mktemp(row.model_type))
-    return FOLDERS[row.model_type]
+        FOLDERS[row.name] = MadeFamily(row, tmp_path_factory.mktemp(row.model_type))
+    return FOLDERS[row.name]
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model_type)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_family_passes_what_the_table_says(made: MadeFamily, row: FamilyRow, check: str, repository: Path) -> None:
-    said = read_table(repository)[row.model_type][check]
+    said = read_table(repository)[row.name][check]
     CHECKS[check](made)
     assert said == PASSES, "the check passes; write the table with `python -m tests.families`"
 
 
 def test_the_table_has_a_row_for_each_family_that_transformers_has(repository: Path) -> None:
-    ours = {name for name, arch in ARCHITECTURES.items() if not name.startswith(("lckv", "opt", "cla"))}
+    whole = {"gemma3", "gemma4"}  # folders of which a language model is a part: test_text_parts.py
+    ours = {name for name in ARCHITECTURES if not name.startswith(("lckv", "opt", "cla"))} - whole
     assert {row.model_type for row in ROWS} == ours
-    assert read_table(repository).keys() == ours
+    table = read_table(repository)
+    assert [(name, cells["`model_type`"]) for name, cells in table.items()] == [
+        (row.name, f"`{row.model_type}`") for row in ROWS
+    ]

@@ -84,7 +84,8 @@ class CachedGraphs:
             contract = self.bundle.manifest.contract(segment)
             feeds[names.EXIT_STATE] = state.astype(self.bundle.manifest.dtype)
             wanted = [port.name for port in contract.outputs]
-            given = {port.name: (feeds | self.caches)[port.name] for port in contract.inputs}
+            lent = {name.replace("past_key_values.", "shared."): cache for name, cache in self.caches.items()}
+            given = {port.name: (feeds | self.caches | lent)[port.name] for port in contract.inputs}
             found = dict(zip(wanted, session.run(wanted, given), strict=True))
             for owner in self.bundle.manifest.cache_types(segment):
                 for part in names.KV_PARTS:

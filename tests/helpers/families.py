@@ -88,12 +88,26 @@ class FamilyRow:
                 for name, parameter in model.named_parameters():
                     if name.endswith("bias"):
                         parameter.normal_(0.0, 0.2)
-                    elif "norm" in name or "ln_" in name:
+                    elif "norm" in name or "ln_" in name or "layer_scalar" in name:
                         parameter.add_(torch.randn_like(parameter) * 0.2)
         return model
 
 
 _SLIDES = {"sliding_window": 6}
+_GEMMA4 = {
+    "head_dim": 32,
+    "global_head_dim": 48,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "hidden_size_per_layer_input": 24,
+    "vocab_size_per_layer_input": VOCAB,
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    },
+    **_SLIDES,
+}
 ROWS: tuple[FamilyRow, ...] = (
     FamilyRow("llama", "Llama 2, 3.x, SmolLM2, TinyLlama", {"head_dim": 16}),
     FamilyRow("qwen2", "Qwen2, Qwen2.5"),
@@ -108,6 +122,11 @@ ROWS: tuple[FamilyRow, ...] = (
     ),
     FamilyRow(
         "gemma3_text", "Gemma 3", {"head_dim": 32, "query_pre_attn_scalar": 24, "num_hidden_layers": 7, **_SLIDES}
+    ),
+    FamilyRow("gemma4_text", "Gemma 4 E2B, E4B", {**_GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    FamilyRow(
+        "gemma4_text", "Gemma 4 12B, 31B",
+        {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
     ),
     FamilyRow(
         "phi3", "Phi-3, Phi-3.5, Phi-4-mini",

@@ -11,11 +11,11 @@ _BEGIN, _END = "<!-- the table, written by python -m tests.families -->", "<!-- 
 
 
 def read_table(repository: Path) -> dict[str, dict[str, str]]:
-    """Return the cells of each row, by model_type and then by the heading of the column."""
+    """Return the cells of each row, by what people call the family and then by the heading of the column."""
     lines = _parts(repository)[1].strip().splitlines()
     headings = _cells(lines[0])
     rows = [dict(zip(headings, _cells(line), strict=True)) for line in lines[2:]]
-    return {row["`model_type`"].strip("`"): row for row in rows}
+    return {row["family"]: row for row in rows}
 
 
 def write_table(repository: Path, rows: Mapping[tuple[str, str], Mapping[str, bool]]) -> None:
