@@ -127,9 +127,7 @@ class Rope:
     scaling: RopeScaling = RopeScaling()
 
     def __post_init__(self) -> None:
-        _at_least(1, head_dim=self.head_dim, dims=self.dims)
-        if self.theta <= 0:
-            raise ValueError(f"theta is {self.theta}, not above 0")
+        _at_least(1, theta=self.theta, head_dim=self.head_dim, dims=self.dims)
         if self.dims % 2 or self.dims > self.head_dim:
             raise ValueError(f"dims {self.dims} is not even, or more than head_dim {self.head_dim}")
         for name in ("short_factors", "long_factors"):

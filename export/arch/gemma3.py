@@ -18,11 +18,6 @@ FAMILY = replace(
     gemma2.FAMILY,
     model_type="gemma3_text",
     transformers_class="Gemma3ForCausalLM",
-    num_layers=Key("num_hidden_layers", 26),
-    hidden=Key("hidden_size", 2304),
-    inner=Key("intermediate_size", 9216),
-    heads=Key("num_attention_heads", 8),
-    vocab=Key("vocab_size", 262208),
     context=Key("max_position_embeddings", 131072),
     qk_norm="head",
     softcap=0.0,
@@ -33,4 +28,12 @@ FAMILY = replace(
 )
 
 ARCH = architecture(FAMILY)
-WHOLE_ARCH = text_part("gemma3", ARCH)
+_OF_A_WHOLE = replace(
+    FAMILY,
+    num_layers=Key("num_hidden_layers", 26),
+    hidden=Key("hidden_size", 2304),
+    inner=Key("intermediate_size", 9216),
+    heads=Key("num_attention_heads", 8),
+    vocab=Key("vocab_size", 262_208),
+)
+WHOLE_ARCH = text_part("gemma3", architecture(_OF_A_WHOLE))

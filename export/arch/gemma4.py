@@ -42,6 +42,8 @@ def _extend(config: Config, spec: ModelSpec) -> ModelSpec:
     by_type = {kind: _rope(config, kind, of_full.head_dim, spec) for kind in dict.fromkeys(types)}
     ropes = tuple(dict.fromkeys(by_type.values()))
     width = config.read(int, "hidden_size_per_layer_input", 256)
+    if width < 0:
+        raise config.wrong("hidden_size_per_layer_input", "0 for none, or a width")
     tokens = None
     if width:
         vocab = positive(config, "vocab_size_per_layer_input", 262_144)
@@ -152,8 +154,6 @@ FAMILY = replace(
     model_type="gemma4_text",
     transformers_class="Gemma4ForCausalLM",
     sources=llama_sources(_NORMS) | _TOKENS,
-    num_layers=Key("num_hidden_layers", 30),
-    vocab=Key("vocab_size", 262_144),
     scale_base=None,
     window=Key("sliding_window", 512),
     rope_theta=_GLOBAL,
@@ -166,4 +166,12 @@ FAMILY = replace(
 )
 
 ARCH = architecture(FAMILY)
-WHOLE_ARCH = text_part("gemma4", ARCH)
+_OF_A_WHOLE = replace(
+    FAMILY,
+    num_layers=Key("num_hidden_layers", 30),
+    hidden=Key("hidden_size", 2304),
+    inner=Key("intermediate_size", 9216),
+    heads=Key("num_attention_heads", 8),
+    vocab=Key("vocab_size", 262_144),
+)
+WHOLE_ARCH = text_part("gemma4", architecture(_OF_A_WHOLE))

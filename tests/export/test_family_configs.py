@@ -56,6 +56,7 @@ OWN: dict[str, tuple[dict[str, Any], ...]] = {
     "qwen3": (RMS, {"head_dim": 16}, NULL_HEADS, *BIAS, *SWITCHED, ALL_FULL, {"use_sliding_window": True}),
     "mistral": (RMS, *HEADS, {"sliding_window": None}, {"sliding_window": 9}),
     "ministral": (RMS, {"head_dim": 16}, {"sliding_window": None}, {"sliding_window": 9}, SLIDES, ALL_FULL),
+    "gemma": (RMS, {"head_dim": 16}, *BIAS, {"hidden_act": "gelu"}),
     "gemma2": GEMMA,
     "gemma3_text": (*GEMMA, {"rope_local_base_freq": 300.0}, {"rope_local_base_freq": 300.0, "rope_theta": 500.0}),
     "phi3": (RMS, {"head_dim": 16}, NULL_HEADS, *PARTIAL, {"sliding_window": 9}, {"sliding_window": None}),

@@ -195,7 +195,7 @@ def test_missing_shards_are_named(family: str, tmp_path: Path, refused: Refused)
         *((name, "a mixture of experts and recurrent layers") for name in ("jamba", "qwen3_next", "granitemoehybrid")),
         *((name, "an encoder") for name in ("t5", "bart", "t5gemma", "pegasus")),
         ("whisper", "an encoder and images or sound"),
-        *((name, "images or sound") for name in ("gemma3", "llava", "qwen2_vl", "mistral3", "paligemma")),
+        *((name, "images or sound") for name in ("gemma3n", "llava", "qwen2_vl", "mistral3", "paligemma")),
         *((name, "attention to later positions") for name in ("bert", "modernbert")),
     ],
 )

@@ -36,7 +36,7 @@ SPEC = ModelSpec(
     max_position_embeddings=64,
     tie_word_embeddings=True,
     layers=(LAYER, FULL, LAYER, FULL),
-    ends=Ends(NORM, 5.0, 0.5, 30.0),
+    ends=Ends(NORM, 5.0, logit_scale=0.5, logit_softcap=30.0),
     ropes=(Rope(10000.0, 16, 8, LONG), Rope(500.0, 16, 16, YARN)),
     kv_map=(0, 1, 0, 3),
 )
