@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma4Config, Gemma4ForConditionalGeneration
 
 from helpers import tolerances
 from helpers.tiny_models import write_tokenizer
@@ -73,6 +73,34 @@ def copied(whole: Path, folder: Path, rename: Any = lambda name: name, **config:
     fields = json.loads((whole / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     return folder
+
+
+def test_the_language_model_of_gemma_4_computes_what_the_whole_one_does(tmp_path: Path) -> None:
+    text = {
+        **{name: value for name, value in TEXT.items() if name not in ("query_pre_attn_scalar", "num_hidden_layers")},
+        "num_hidden_layers": 6,
+        "global_head_dim": 48,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 3.0,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
+    kinds = ("image_token_id", "boi_token_id", "eoi_token_id", "video_token_id", "audio_token_id")
+    tokens = {kind: VOCAB - 1 - number for number, kind in enumerate(kinds)}
+    config = Gemma4Config(text_config=text, vision_config={**vision, **heads}, audio_config=None, **tokens)
+    torch.manual_seed(0)
+    model = Gemma4ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "whole")
+    write_tokenizer(tmp_path / "whole", VOCAB)
+    export_bundle(ExportSpec(str(tmp_path / "whole"), tmp_path / "bundle", (2,)))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids()])).logits[0].numpy()
+    found = load(tmp_path / "bundle").activations(ids()).heads[6]
+    np.testing.assert_allclose(found, logits, rtol=0, atol=tolerances.TINY.max_abs)
 
 
 RENAMED = {
