@@ -26,8 +26,7 @@ import numpy as np
 
 from shortstack.graphs.ir.block_tensor import BlockTensor, Side, into_blocks, nearest
 from shortstack.graphs.precision import BlockFormat
-from shortstack.quant.methods.offsets import with_offsets
-from shortstack.quant.methods.rtn import rtn
+from shortstack.quant.methods.offsets import rounded_to_nearest
 from shortstack.quant.methods.stats import Floats
 
 Fate = Literal["ordinary", "kept", "at risk"]
@@ -74,7 +73,7 @@ def find_sides(weights: Sequence[Floats], formats: Sequence[BlockFormat]) -> Fin
     size = formats[0].block_size
     if width % size or any(block_format.block_size != size for block_format in formats):
         return Finding("ordinary")
-    rounded = [_rounded(w, f) for w, f in zip(weights, formats, strict=True)]
+    rounded = [rounded_to_nearest(w, f) for w, f in zip(weights, formats, strict=True)]
     errors = _stacked_errors(weights, rounded)
     before = _spread_energy(errors, size)
     expected = sum(size * float(np.square(b.scales, dtype=np.float64).sum()) for b in rounded) / 12
@@ -104,11 +103,6 @@ def beside(blocks: BlockTensor, side: Side) -> BlockTensor:
     return replace(blocks, format=replace(blocks.format, side_columns=side.left.shape[1]), side=side)
 
 
-def _rounded(weight: Floats, block_format: BlockFormat) -> BlockTensor:
-    """Round to nearest, which is what erases most."""
-    return with_offsets(rtn, weight, block_format, None) if block_format.has_offsets else nearest(weight, block_format)
-
-
 def _stacked_errors(weights: Sequence[Floats], rounded: Sequence[BlockTensor]) -> Floats:
     """Return what is left of all matrices, one below the other."""
     return np.concatenate([w - r.dequantize() for w, r in zip(weights, rounded, strict=True)])
@@ -116,7 +110,7 @@ def _stacked_errors(weights: Sequence[Floats], rounded: Sequence[BlockTensor]) -
 
 def _errors_beside(weights: Sequence[Floats], products: Sequence[Floats], formats: Sequence[BlockFormat]) -> Floats:
     """Return what is left of all matrices when the blocks hold them without their products."""
-    rounded = [_rounded(w - p, f) for w, p, f in zip(weights, products, formats, strict=True)]
+    rounded = [rounded_to_nearest(w - p, f) for w, p, f in zip(weights, products, formats, strict=True)]
     return _stacked_errors(weights, rounded)
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortstack.graphs.ir.block_tensor import nearest
 from shortstack.graphs.kv_map import identity_kv_map
 from shortstack.graphs.layer_weights import matrix_parts
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
+from shortstack.quant.methods.offsets import rounded_to_nearest
 from shortstack.quant.methods.stats import Floats, InputStats
 
 _ALPHAS = tuple(np.linspace(0.0, 1.0, 11).tolist())
@@ -122,7 +122,7 @@ def _search(
         error = 0.0
         for name, block_format in formats.items():
             times = weights[name] * scale
-            left = (nearest(times, block_format).dequantize() - times) / scale
+            left = (rounded_to_nearest(times, block_format.fitted(len(scale))).dequantize() - times) / scale
             error += float(np.einsum("nk,nk->", left @ stats[name].gram, left, dtype=np.float64))
         if error < best_error:
             best, best_error = (scale if alpha else None), error

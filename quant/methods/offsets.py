@@ -13,6 +13,7 @@ import numpy as np
 from shortstack.graphs.ir.block_tensor import BlockTensor, into_blocks, nearest
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods import Rounding
+from shortstack.quant.methods.rtn import rtn
 from shortstack.quant.methods.stats import Floats, InputStats
 
 
@@ -36,3 +37,8 @@ def with_offsets(
     base = round_matrix((x - shift[:, :, None]).reshape(weight.shape), inner, stats)
     left = (x - into_blocks(base.dequantize(), inner)).mean(axis=2)
     return BlockTensor(block_format, base.codes, base.scales, base.zero_points, nearest(left, inner))
+
+
+def rounded_to_nearest(weight: Floats, block_format: BlockFormat) -> BlockTensor:
+    """Round a matrix [out, in] to nearest, with offsets where the format has them."""
+    return with_offsets(rtn, weight, block_format, None) if block_format.has_offsets else nearest(weight, block_format)

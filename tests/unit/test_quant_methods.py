@@ -299,7 +299,9 @@ def seen_by(w: dict[str, Floats], x: npt.NDArray[np.float64]) -> dict[str, Input
     return found
 
 
-@pytest.mark.parametrize("block_format", [BlockFormat(4), BlockFormat(4, 16, True)], ids=str)
+@pytest.mark.parametrize(
+    "block_format", [BlockFormat(4), BlockFormat(4, 16, True), BlockFormat(4, has_offsets=True)], ids=str
+)
 def test_awq_scales_a_layer_without_changing_what_it_computes(
     block_format: BlockFormat, rng: np.random.Generator
 ) -> None:
