@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from shortstack.export.adapter_config import MERGE_REMEDY, LoraSettings, read_settings
-from shortstack.export.arch import resolve
+from shortstack.export.arch import ARCHITECTURES, Architecture, resolve, under_prefix
+from shortstack.export.arch.architecture import LM_HEAD
 from shortstack.export.checkpoint import Checkpoint, Config, Progress
 from shortstack.export.checkpoint.checkpoint import StoredBlocks, StoredExit, hash_files
 from shortstack.export.checkpoint.float_types import FLOAT_TYPES
@@ -53,9 +55,19 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class _Factors:
-    """The names of the two tensors of one matrix in the adapter's file, and the scale of their product."""
+class _Matrix:
+    """A matrix that an adapter may change: its tensor, its name in transformers' model, and whether it is [in, out]."""
 
+    tensor: str
+    parameter: str
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The matrix, the names of the two tensors of it in the adapter's file, and the scale of their product."""
+
+    matrix: _Matrix
     a: str
     b: str
     scale: float
@@ -70,7 +82,8 @@ class AdaptedCheckpoint:
 
     Attributes:
         source: The name of the base and that of the adapter.
-        touched: Names of the matrices that the adapter changes, sorted by module name.
+        touched: The tensor of each matrix that the adapter changes, by the name that transformers' model has for it,
+            sorted.
 
     Raises:
         CheckpointError: A file is missing, damaged or outside the folder, or the adapter's tensors do not fit the
@@ -85,7 +98,7 @@ class AdaptedCheckpoint:
         settings = read_settings(self._config_file)
         self._tensors = _open(self._weights_file)
         self._factors = self._check(_modules(self._weights_file, self._tensors), settings)
-        self.touched: tuple[str, ...] = tuple(self._factors)
+        self.touched: Mapping[str, str] = {f.matrix.parameter: name for name, f in self._factors.items()}
 
     @property
     def folder_or_file(self) -> Path:
@@ -119,10 +132,11 @@ class AdaptedCheckpoint:
         return merged
 
     def delta(self, name: str) -> Floats:
-        """Return what the adapter adds to a touched matrix, [out, in]."""
+        """Return what the adapter adds to the tensor of a touched matrix, in its shape."""
         factors = self._factors[name]
         with np.errstate(over="ignore", invalid="ignore"):
-            return (self._read(factors.b) @ self._read(factors.a)) * np.float32(factors.scale)
+            delta = (self._read(factors.b) @ self._read(factors.a)) * np.float32(factors.scale)
+        return np.ascontiguousarray(delta.T) if factors.matrix.transposed else delta
 
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return how a tensor is quantized, without reading its data; None if it is stored as floats.
@@ -155,15 +169,17 @@ class AdaptedCheckpoint:
         problems: list[str] = []
         found: dict[str, _Factors] = {}
         for module, factors in modules.items():
-            name = f"{module}.weight"
-            if name not in self._linear_layers:
+            matrix = self._linear_layers.get(module)
+            if matrix is None:
                 problems.append(f"{module} is not a linear layer of {self._base.source}")
+            elif matrix.tensor in found:
+                problems.append(f"{module} is a second name of {matrix.tensor}")
             elif absent := {"A", "B"} - factors.keys():
                 problems.append(f"{module} lacks lora_{absent.pop()}")
-            elif wrong := self._misshapen(name, factors, settings.rank_of(module)):
+            elif wrong := self._misshapen(matrix, factors, settings.rank_of(module)):
                 problems.append(f"{module}: {wrong}")
             else:
-                found[name] = _Factors(factors["A"], factors["B"], settings.scale_of(module))
+                found[matrix.tensor] = _Factors(matrix, factors["A"], factors["B"], settings.scale_of(module))
                 problems += [f"{f} is not finite" for f in factors.values() if not np.isfinite(self._read(f)).all()]
         if problems:
             listed = "; ".join(problems[:_MAX_LISTED])
@@ -176,13 +192,25 @@ class AdaptedCheckpoint:
         return found
 
     @cached_property
-    def _linear_layers(self) -> frozenset[str]:
+    def _linear_layers(self) -> Mapping[str, _Matrix]:
+        """By module: under the checkpoint's names, and under all that transformers' models of the family have."""
         arch, spec = resolve(self._base)
-        sources = matrix_sources(arch, spec)
-        return frozenset(t for name, source in sources.items() for t in source.tensors if name != names.EMBED_TOKENS)
+        usual = ARCHITECTURES[arch.model_type]
+        stored = _linear_tensors(arch, spec)
+        parameters = tuple(_linear_tensors(usual, spec))
+        matrices = [_Matrix(n, p, t) for (n, t), p in zip(stored.items(), parameters, strict=True)]
+        spellings = [stored, *(_linear_tensors(under_prefix(usual, prefix), spec) for prefix in usual.prefixes)]
+        found = {
+            name.removesuffix(".weight"): matrix
+            for spelling in reversed(spellings)
+            for name, matrix in zip(spelling, matrices, strict=True)
+        }
+        if not spec.tie_word_embeddings:  # transformers 5 calls GPT-NeoX's head so, too
+            found.setdefault("lm_head", found[arch.tensor_name(LM_HEAD).removesuffix(".weight")])
+        return found
 
-    def _misshapen(self, name: str, factors: dict[str, str], rank: int) -> str:
-        rows, columns = self._base.shape(name)
+    def _misshapen(self, matrix: _Matrix, factors: dict[str, str], rank: int) -> str:
+        rows, columns = self._base.shape(matrix.tensor)[:: -1 if matrix.transposed else 1]
         shapes = [list(self._tensors.get_slice(factors[factor]).get_shape()) for factor in "AB"]
         wanted = [[rank, columns], [rows, rank]]
         return "" if shapes == wanted else f"lora_A, lora_B found {shapes}, expected {wanted} for rank {rank}"
@@ -200,6 +228,13 @@ class AdaptedCheckpoint:
                 return np.asarray(self._tensors.get_tensor(name), dtype=np.float32)
         except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise CheckpointError(f"{self._weights_file}: tensor {name} cannot be read ({error})") from None
+
+
+def _linear_tensors(arch: Architecture, spec: ModelSpec) -> dict[str, bool]:
+    """Return the tensors of all matrices but the embedding, and whether each is stored as [in, out]."""
+    sources = matrix_sources(arch, spec)
+    pieces = [piece for name, source in sources.items() if name != names.EMBED_TOKENS for piece in source.pieces]
+    return {piece.tensor: piece.transposed for piece in pieces}
 
 
 def _no_blocks() -> NoReturn:

@@ -27,12 +27,12 @@ _WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # init_lora_weights says if they are used
+    "fan_in_fan_out",  # peft takes true for GPT-2's matrices [in, out] and false for all others, whatever it says
     *("ensure_weight_tying", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
 )
 _REMEDIES: Mapping[str, str] = {
     "alora_invocation_tokens": "train a plain LoRA: this one applies to some tokens only, and a merged model cannot",
     "arrow_config": "train a plain LoRA: this one is chosen token by token, and a merged model is not",
-    "fan_in_fan_out": "set it to false: the matrices of this model are [out, in]",
 }
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Named initializations that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move

@@ -40,7 +40,15 @@ from shortstack.export.checkpoint.config import not_one_of
 from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.spec import ModelSpec
 
-__all__ = ["ARCHITECTURES", "Architecture", "check_tensors", "expected_tensors", "layer_shapes", "resolve"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "check_tensors",
+    "expected_tensors",
+    "layer_shapes",
+    "resolve",
+    "under_prefix",
+]
 
 _ALL = (
     llama.ARCH, lckv.ARCH, lckv.OPT_ARCH, lckv.CLA_ARCH, qwen2.ARCH, qwen3.ARCH, mistral.ARCH, mistral.MINISTRAL_ARCH,
@@ -69,22 +77,28 @@ def resolve(checkpoint: Checkpoint) -> tuple[Architecture, ModelSpec]:
     return arch, spec
 
 
-def _with_stored_prefix(checkpoint: Checkpoint, arch: Architecture) -> Architecture:
-    """Return the family, its tensors under the prefix that the checkpoint has."""
-    usual, names = arch.prefixes[0], checkpoint.names()
+def under_prefix(arch: Architecture, prefix: str) -> Architecture:
+    """Return a family, its tensors under one of its prefixes instead of the first."""
+    usual = arch.prefixes[0]
 
-    def under(prefix: str, source: Source) -> Source:
+    def moved(source: Source) -> Source:
         is_prefixed = source.tensor.startswith(usual)
         return replace(source, tensor=prefix + source.tensor.removeprefix(usual)) if is_prefixed else source
 
+    return replace(arch, sources=MappingProxyType({role: moved(source) for role, source in arch.sources.items()}))
+
+
+def _with_stored_prefix(checkpoint: Checkpoint, arch: Architecture) -> Architecture:
+    """Return the family, its tensors under the prefix that the checkpoint has."""
+    names = checkpoint.names()
     for prefix in arch.prefixes:
-        if under(prefix, arch.source(EMBEDDING)).tensor in names:
-            sources = {role: under(prefix, source) for role, source in arch.sources.items()}
-            head = sources[LM_HEAD].tensor
+        found = under_prefix(arch, prefix)
+        if found.tensor_name(EMBEDDING) in names:
+            head = found.tensor_name(LM_HEAD)
             own = [name for name in names if name.endswith(f".{head}")]  # language_model.lm_head.weight
             if head not in names and len(own) == 1:
-                sources[LM_HEAD] = replace(sources[LM_HEAD], tensor=own[0])
-            return replace(arch, sources=MappingProxyType(sources))
+                return replace(found, sources=MappingProxyType({**found.sources, LM_HEAD: Source(own[0])}))
+            return found
     return arch
 
 

@@ -13,7 +13,7 @@ import torch
 
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import ARCHITECTURES, resolve
-from shortstack.export.arch.architecture import FINAL_NORM
+from shortstack.export.arch.architecture import FINAL_NORM, LM_HEAD
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.gguf import GgufCheckpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
@@ -72,8 +72,11 @@ class Reference:
         accepted = inspect.signature(self._model.forward).parameters
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         if adapted is not None:
-            for touched in adapted.touched:
-                self._model.get_parameter(touched).data += torch.from_numpy(adapted.delta(touched))
+            head = self._arch.tensor_name(LM_HEAD)  # some models have another name for it than their files
+            for parameter, tensor in adapted.touched.items():
+                own = self._model.get_output_embeddings().weight if tensor == head else None
+                own = self._model.get_parameter(parameter) if own is None else own
+                own.data += torch.from_numpy(adapted.delta(tensor))
         self.own_heads = {} if weights is None else weights.own_heads()
         self.weight_errors: list[WeightError] = []
         if weights is not None:

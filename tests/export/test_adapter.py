@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from helpers import gguf_files, tolerances
 from helpers.adapters import A, edit_tensors, lora
 from helpers.bad_input import edit_json
+from helpers.families import FamilyRow, MadeFamily
 from helpers.tiny_models import BASE, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.adapter import AdaptedCheckpoint
@@ -38,6 +39,13 @@ from shortstack.runtime import load
 QUANTIZABLE = replace(BASE, name="adapter-gguf", layers=2, attention_bias=False)
 SUM_ROUNDING = 2e-6
 """Largest difference from peft's sums: numpy and torch may add float32 products in different orders. Measured: 0."""
+
+
+STACKED = {  # projections of several at once, and matrices [in, out]
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "lm_head"],
+    "phi3": ["qkv_proj", "gate_up_proj", "o_proj"],
+}
 
 
 def merged_by_peft(checkpoint: Path, folder: Path) -> Any:
@@ -212,3 +220,36 @@ def test_only_the_blocks_that_the_adapter_does_not_change_are_kept(
     assert not isinstance(matrix, np.ndarray)
     wanted = merged.tensor("model.layers.1.mlp.down_proj.weight")
     assert np.abs(matrix.dequantize() - wanted).max() <= np.abs(wanted).max() / 127
+
+
+@pytest.mark.parametrize("says", [True, False])  # peft goes by the module, whatever the config says
+@pytest.mark.parametrize("family", STACKED)
+def test_stacked_and_transposed_projections_are_merged_as_peft_merges_them(
+    family: str, says: bool, tmp_path: Path
+) -> None:
+    checkpoint = MadeFamily(FamilyRow(family, family), tmp_path).checkpoint
+    adapter = lora(tmp_path / "adapter", checkpoint, target_modules=STACKED[family])
+    edit_json(adapter / "adapter_config.json", fan_in_fan_out=says)
+    expected = merged_by_peft(checkpoint, adapter)
+    adapted = AdaptedCheckpoint(open_checkpoint(str(checkpoint)), adapter)
+    assert adapted.touched
+    for name in sorted(adapted.names()):
+        is_head = name == "embed_out.weight"  # transformers 5 calls it lm_head
+        merged = expected.get_output_embeddings().weight if is_head else expected.get_parameter(name)
+        np.testing.assert_allclose(adapted.tensor(name), merged.detach().numpy(), rtol=0, atol=SUM_ROUNDING)
+    assert Reference(str(checkpoint), adapter=adapter)
+
+
+def test_an_adapter_for_transformers_model_fits_a_file_without_its_prefix(tmp_path: Path) -> None:
+    made = MadeFamily(FamilyRow("gpt2", "GPT-2"), tmp_path)
+    checkpoint, file = made.checkpoint, made.checkpoint / "model.safetensors"
+    adapter = lora(tmp_path / "adapter", checkpoint, target_modules=STACKED["gpt2"])
+    expected = Reference(str(checkpoint), adapter=adapter).run_text(made.text(), (4,)).heads[4]
+    assert np.abs(expected - made.reference.run_text(made.text(), (4,)).heads[4]).max() > 0.1
+    save_file({name.removeprefix("transformer."): x for name, x in load_file(file).items()}, file, {"format": "pt"})
+    export_bundle(ExportSpec(str(checkpoint), tmp_path / "bundle", (2,), adapter=adapter))
+    reference = Reference(str(checkpoint), adapter=adapter)
+    np.testing.assert_array_equal(reference.run_text(made.text(), (4,)).heads[4], expected)
+    report = compare(load(tmp_path / "bundle"), reference, [made.text(20)], greedy_tokens=8)
+    report.tolerance = tolerances.TINY
+    assert not report.problems()

@@ -36,7 +36,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "lora_bias": ({"lora_bias": True}, ("lora_bias: found True", "merge_and_unload")),
     "whole modules": ({"modules_to_save": ["lm_head"]}, ("modules_to_save: found ['lm_head']",)),
     "tokens": ({"trainable_token_indices": [1]}, ("trainable_token_indices: found [1]",)),
-    "transposed": ({"fan_in_fan_out": True}, ("fan_in_fan_out: found True", "Set it to false")),
     "not a LoRA": ({"peft_type": "IA3"}, ("adapter_config.json: peft_type: found 'IA3', expected 'LORA'",)),
     "no peft_type": ({"peft_type": None}, ("peft_type is missing",)),
     "init that moves weights": ({"init_lora_weights": "pissa_niter_4"}, ("'pissa_niter_4'", "weight_conversion")),
