@@ -53,6 +53,7 @@ FAMILY = Family(
     has_rope=_has_rope,
     extra_config=_window,
     window=Key("sliding_window", 4096),
+    has_null_window=True,
 )
 
 ARCH = architecture(FAMILY)

@@ -117,6 +117,7 @@ class Family:
             no such field.
         layer_types: Reads the type of each layer.
         window: How many positions a sliding layer sees.
+        has_null_window: A window of null says that no layer slides. Others need a number even then.
         window_switch: The field without which layers do not slide; None for none.
         has_rope: Which layers have a rotary embedding, by their types.
         embed_scale: Of the embeddings; ``root`` for the root of the hidden size.
@@ -169,6 +170,7 @@ class Family:
     original_context: int | None = None
     layer_types: Callable[[Config, int], tuple[str, ...]] = all_full
     window: Key = Key("sliding_window")
+    has_null_window: bool = False
     window_switch: str | None = None
     has_rope: Callable[[Config, tuple[str, ...]], tuple[bool, ...]] = has_rope
     embed_scale: Key | float | Literal["root"] = 1.0

@@ -31,6 +31,7 @@ FAMILY = Family(
     original_context=4096,
     rope_same_as=MappingProxyType({"yarn": "longrope"}),
     layer_types=all_slide(None, is_listed=False),
+    has_null_window=True,
 )
 
 ARCH = architecture(FAMILY)

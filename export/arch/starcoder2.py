@@ -26,6 +26,7 @@ FAMILY = Family(
     out_bias=Key("use_bias", True),
     mlp_bias=Key("use_bias", True),
     layer_types=all_slide(None, is_listed=False),
+    has_null_window=True,
 )
 
 ARCH = architecture(FAMILY)

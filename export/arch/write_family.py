@@ -46,9 +46,12 @@ def write_family(family: Family, spec: ModelSpec) -> dict[str, Any]:
     config["pad_token_id"] = None  # the default of some classes is beyond the end of a smaller vocabulary
     if family.layer_types.__name__ != "all_full":
         config["layer_types"] = [SLIDING if own.attention.window else FULL for own in spec.layers]
-        config[family.window.name] = max(own.attention.window for own in spec.layers) or None
+        if window := max(own.attention.window for own in spec.layers):
+            config[family.window.name] = window
+        elif family.has_null_window:
+            config[family.window.name] = None
         if family.window_switch is not None:
-            config[family.window_switch] = any(own.attention.window for own in spec.layers)
+            config[family.window_switch] = window > 0
     return config | _ropes(family, spec) | family.extra_config(spec)
 
 

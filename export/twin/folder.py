@@ -27,8 +27,10 @@ from shortstack.export.sources import checkpoint_tensors
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.export.twin.model import Passes, Twin
 from shortstack.graphs.bundle import staged_folder
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.kv_map import iterated_groups
 from shortstack.graphs.layer_weights import parameter_name
+from shortstack.graphs.spec import ModelSpec
 
 
 def load_twin(source: str) -> Twin:
@@ -65,6 +67,26 @@ def twin_parameter(role: str, layer: int | None = None) -> str:
     if layer is not None:
         return f"model.layers.{layer}.{parameter_name(role)}"
     return role if role == LM_HEAD else f"model.{role.replace('final_norm', 'norm')}"
+
+
+def check_sharing_is_saved(spec: ModelSpec) -> None:
+    """Check that a config of the model's family can say which layers share keys and values, and which slide.
+
+    Raises:
+        UnsupportedError: It cannot: the folder would be read as another model.
+    """
+    arch = ARCHITECTURES[spec.model_type]
+    try:
+        found = arch.read_spec(Config(arch.write_config(spec), "config.json"))
+    except CheckpointError:
+        found = None
+    if found is None or (found.kv_map, found.windows) != (spec.kv_map, spec.windows):
+        raise UnsupportedError(
+            f"no config of {spec.model_type} can say how these layers share keys and values",
+            found=f"kv_map {list(spec.kv_map)}, windows {list(spec.windows)}",
+            expected="a model of the family llama",
+            remedy="start from a Llama, or with --from-scratch from a config of one",
+        )
 
 
 def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: torch.dtype = torch.float32) -> None:

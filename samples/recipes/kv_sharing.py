@@ -38,7 +38,7 @@ import click
 import torch
 
 from shortstack.export.twin.exits import ExitNode, save_exits
-from shortstack.export.twin.folder import save_twin
+from shortstack.export.twin.folder import check_sharing_is_saved, save_twin
 from shortstack.export.twin.model import Passes, Twin
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_bytes import kv_bytes_per_token
@@ -102,6 +102,7 @@ def train(
     torch.manual_seed(loop.seed)
     original = source.twin.to(device).eval()
     twin = share_keys_values(original, recipe.kv_map, recipe.keys_values, recipe.windows)
+    check_sharing_is_saved(twin.spec)
     twin.passes = recipe.passes
     last = twin.spec.num_hidden_layers
     use_bf16 = is_bf16_fast(device)

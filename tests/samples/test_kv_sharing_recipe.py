@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from helpers.families import FamilyRow, MadeFamily
 from helpers.kv_twins import kv_spec, random_ids, random_twin
 from helpers.recipe_runs import TRAINED_LOGITS, WORDS, assert_resumes, call, options, write_words
 from helpers.tiny_models import BASE, TinyBundles
@@ -276,3 +277,15 @@ def test_a_checkpoint_that_shares_is_refused(tiny_bundles: TinyBundles, data: Pa
     assert result.exit_code == 2
     assert "share keys and values already" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt2"])
+def test_a_family_whose_config_cannot_say_it_is_refused_before_training(
+    family: str, data: Path, tmp_path: Path
+) -> None:
+    checkpoint = MadeFamily(FamilyRow(family, family), tmp_path).checkpoint
+    arguments = [str(checkpoint), str(tmp_path / "run"), *options(data), "--kv-map", "cla:2", "--steps", "2"]
+    result = CliRunner().invoke(kv_sharing.main, arguments)
+    assert result.exit_code == 2
+    assert f"no config of {family} can say how these layers share" in result.output
+    assert not (tmp_path / "run" / "model").exists()
