@@ -110,6 +110,7 @@ OWN: dict[str, tuple[dict[str, Any], ...]] = {
         SLIDES,
         ALL_FULL,
     ),
+    "helium": (RMS, {"attention_bias": True}, {"mlp_bias": True}),
     "ernie4_5": (RMS, *HEADS, NULL_HEADS, {"use_bias": True}),
     "exaone4": (
         RMS,

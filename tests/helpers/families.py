@@ -149,6 +149,7 @@ ROWS: tuple[FamilyRow, ...] = (
     FamilyRow("arcee", "Arcee AFM", {"head_dim": 16}),
     FamilyRow("seed_oss", "Seed-OSS", {"head_dim": 32}),
     FamilyRow("ernie4_5", "ERNIE 4.5", {"head_dim": 32}),
+    FamilyRow("helium", "Helium", {"head_dim": 16}),
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},  # the default, 32, does not fit so few heads
     "qwen3": {"num_key_value_heads": 2},
     "gemma": {"num_key_value_heads": 2},
+    "helium": {"num_key_value_heads": 2, "head_dim": 8},  # its o_proj is [hidden, hidden]
     "ministral": {"head_dim": 16},  # its class has no default
     "exaone4": {"num_key_value_heads": 2},
     "stablelm": {"num_key_value_heads": 2, "hidden_size": 128},  # a quarter of 8 columns is 2, too few to tell
