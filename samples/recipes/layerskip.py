@@ -39,7 +39,7 @@ from shortstack.graphs.spec import ModelSpec
 from shortstack.samples.recipes.training.command import exit_layer_option, recipe_command
 from shortstack.samples.recipes.training.data import Batches, Example
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
-from shortstack.samples.recipes.training.low_rank import adapter_tensors, add_lora, save_adapter
+from shortstack.samples.recipes.training.low_rank import add_lora, save_adapter
 from shortstack.samples.recipes.training.measure import DepthQuality, measure_depths
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast, pick_device
 from shortstack.samples.recipes.training.report import depth_lines, write_report
@@ -149,7 +149,7 @@ def train(
     history = run(twin, loss_of, lambda: depth_lines(measure(), last), loop, out, settings)
     after = measure()
     if lora is not None:
-        save_adapter(made := out / "adapter", lora, adapter_tensors(twin), source.name)
+        save_adapter(made := out / "adapter", lora, twin, source.name)
     else:
         shutil.rmtree(made := out / "model", ignore_errors=True)
         save_twin(twin, made, source.files)

@@ -33,6 +33,7 @@ from shortstack.export.parity.reference import Reference
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors
+from shortstack.export.twin.folder import load_twin
 from shortstack.graphs import names
 from shortstack.runtime import load
 
@@ -130,7 +131,7 @@ def test_a_bundle_with_an_adapter_computes_what_peft_merges(
 
 
 def test_an_adapter_trained_on_the_twin_merges_to_what_the_twin_computed(base: Path, tmp_path: Path) -> None:
-    from shortstack.export.twin.folder import load_twin, twin_of
+    from shortstack.export.twin.folder import twin_of
     from shortstack.samples.recipes.training.low_rank import adapter_tensors, add_lora, save_adapter
 
     twin = load_twin(str(base)).eval()
@@ -138,7 +139,7 @@ def test_an_adapter_trained_on_the_twin_merges_to_what_the_twin_computed(base: P
     with torch.no_grad():
         for tensor in adapter_tensors(twin).values():
             tensor.normal_(0.0, 0.1)
-        save_adapter(tmp_path / "adapter", config, adapter_tensors(twin), "tiny", torch.float32)
+        save_adapter(tmp_path / "adapter", config, twin, "tiny", torch.float32)
         merged = twin_of(AdaptedCheckpoint(open_checkpoint(str(base)), tmp_path / "adapter")).eval()
         ids = torch.randint(0, BASE.vocab, (1, 30))
         expected, plain = twin(ids), load_twin(str(base)).eval()(ids)
@@ -253,3 +254,25 @@ def test_an_adapter_for_transformers_model_fits_a_file_without_its_prefix(tmp_pa
     report = compare(load(tmp_path / "bundle"), reference, [made.text(20)], greedy_tokens=8)
     report.tolerance = tolerances.TINY
     assert not report.problems()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "cohere2", "glm4", "stablelm", "phi3", "gpt2", "gpt_neox", "starcoder2"])
+def test_an_adapter_that_a_recipe_trains_is_merged_into_each_family(family: str, tmp_path: Path) -> None:
+    """Names, rows and shapes of the twin are not those of the checkpoint: stacked, rotated in pairs, [in, out]."""
+    from shortstack.samples.recipes.training.low_rank import adapter_tensors, add_lora, save_adapter
+
+    made = MadeFamily(FamilyRow(family, family), tmp_path)
+    twin = load_twin(str(made.checkpoint))
+    config = add_lora(twin, 3, 5, 2)
+    with torch.no_grad():
+        for tensor in adapter_tensors(twin).values():
+            tensor.normal_(0.0, 0.1)
+        expected = twin.eval()(torch.tensor([made.text()]))[0].numpy()
+    save_adapter(tmp_path / "adapter", config, twin, family, torch.float32)
+    found = Reference(str(made.checkpoint), adapter=tmp_path / "adapter").run_text(made.text(), (4,)).heads[4]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerances.TINY.max_abs)
+    model = AutoModelForCausalLM.from_pretrained(made.checkpoint, dtype=torch.float32)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        by_peft = PeftModel.from_pretrained(model, tmp_path / "adapter")(torch.tensor([made.text()])).logits[0]
+    np.testing.assert_allclose(by_peft.numpy(), expected, rtol=0, atol=tolerances.TINY.max_abs)
