@@ -289,3 +289,11 @@ def test_a_family_whose_config_cannot_say_it_is_refused_before_training(
     assert result.exit_code == 2
     assert f"no config of {family} can say how these layers share" in result.output
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_layers_with_different_rotary_embeddings_cannot_share(data: Path, tmp_path: Path) -> None:
+    checkpoint = MadeFamily(FamilyRow("smollm3", "SmolLM3"), tmp_path).checkpoint  # its fourth layer has none
+    arguments = [str(checkpoint), str(tmp_path / "run"), *options(data), "--kv-map", "cla:2", "--steps", "2"]
+    result = CliRunner().invoke(kv_sharing.main, arguments)
+    assert result.exit_code == 2
+    assert "cannot share keys and values like this: kv_map[3] = 2" in result.output

@@ -99,7 +99,8 @@ def share_keys_values(
         A new model on the same device, in evaluation mode, with the passes of the old one.
 
     Raises:
-        RequestError: The model shares already: which of its layers own what would be lost.
+        RequestError: The model shares already: which of its layers own what would be lost. Or layers would share that
+            have different heads or rotary embeddings.
         ValueError: The map or the windows do not fit the model.
     """
     validate_kv_map(kv_map, twin.spec.num_hidden_layers)
@@ -110,8 +111,15 @@ def share_keys_values(
             expected="a model in which every layer owns its K,V",
             remedy="start from the checkpoint that it was made of",
         )
+    try:
+        spec = replace(twin.spec.with_windows(windows or twin.spec.windows), kv_map=kv_map)
+    except ValueError as error:
+        raise RequestError(
+            f"the model's layers cannot share keys and values like this: {error}",
+            remedy="let layers share that have the same heads and rotary embedding",
+        ) from None
     with torch.device("meta"):  # no time spent on random weights
-        shared = Twin(replace(twin.spec.with_windows(windows or twin.spec.windows), kv_map=kv_map))
+        shared = Twin(spec)
     shared = shared.to_empty(device=twin.head_weight.device)
     shared.rope_factors = twin.rope_factors
     shared.passes = twin.passes
