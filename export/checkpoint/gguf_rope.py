@@ -21,6 +21,7 @@ from shortstack.export.checkpoint.gguf_family import GgufFamily
 from shortstack.export.checkpoint.gguf_model import CONVERT_AGAIN, GgufModel, shortest
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
+ORIGINAL = "original_max_position_embeddings"
 LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 """Tensors that become fields of the config."""
 
@@ -41,6 +42,8 @@ def rope_fields(family: GgufFamily, model: GgufModel, head_dim: int, context: in
     theta = _base(model, "rope.freq_base", 10000.0)
     scaled = {**_scaling(model, context), "rope_theta": theta}
     found: dict[str, object] = {"rope_parameters": scaled}
+    if (original := scaled.get(ORIGINAL)) is not None:  # at the top it wins over the default of a class
+        found[ORIGINAL] = original
     dims = model.positive("rope.dimension_count", head_dim)
     if family.rope_share is not None:
         found[family.rope_share] = _share(model, dims, head_dim)
@@ -117,13 +120,13 @@ def _longrope(model: GgufModel, attention_factor: float) -> dict[str, object]:
         "short_factor": short,
         "long_factor": long,
         "attention_factor": attention_factor,
-        "original_max_position_embeddings": model.positive("rope.scaling.original_context_length"),
+        ORIGINAL: model.positive("rope.scaling.original_context_length"),
     }
 
 
 def _yarn(model: GgufModel, context: int) -> dict[str, object]:
     original = model.positive("rope.scaling.original_context_length", context)
-    fields: dict[str, object] = {"original_max_position_embeddings": original}
+    fields: dict[str, object] = {ORIGINAL: original}
     names = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
     for key, name in names.items():
         if model.key(f"rope.scaling.{key}") in model.metadata:

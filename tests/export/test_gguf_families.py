@@ -362,7 +362,7 @@ def test_an_architecture_is_refused_by_what_is_missing(tmp_path: Path, architect
 
 def test_a_parallel_stablelm_is_known_by_its_missing_norm(tmp_path: Path) -> None:
     _, file = written(BY_NAME["stablelm"], tmp_path, skip="post_attention_layernorm")
-    with pytest.raises(CheckpointError, match="use_parallel_residual: only StableLM models without it"):
+    with pytest.raises(CheckpointError, match="use_parallel_residual changes what the model computes: found True"):
         resolve(open_checkpoint(str(file)))
 
 
