@@ -7,49 +7,28 @@ import dataclasses
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
-from helpers.gguf_cases import CASES, VOCAB, GgufCase
-from helpers.gguf_converter import convert
-from helpers.gguf_files import Edit, Kind, byte_level
+from helpers.gguf_cases import CASES, GgufCase
+from helpers.gguf_files import Edit, Kind
+from helpers.gguf_written import TEXT, logits, written
 from shortstack.export.arch import ARCHITECTURES, resolve
-from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import gguf as gguf_reader
 from shortstack.export.checkpoint import gguf_header, open_checkpoint
 from shortstack.export.checkpoint.gguf_families import FAMILIES
 from shortstack.export.kept_blocks import KeptBlocks, choose_blocks
 from shortstack.export.parity.reference import Reference
 from shortstack.export.sources import matrix_sources
-from shortstack.export.spec import ExportSpec
 from shortstack.export.tensors import ModelTensors
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.layer_spec import RopeScaling
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime.engine.open_graphs import open_graphs
-from shortstack.runtime.engine.whole_text import run_text
-
-TEXT = [3, 17, 5, 5, 39, 0, 21, 8, 30, 11, 2, 33]  # longer than the windows of the cases
-
 
 BY_NAME = {case.name: case for case in CASES}
-
-
-def written(case: GgufCase, folder: Path, edit: Edit = lambda writer: None, **options: Any) -> tuple[Path, Path]:
-    def with_tokenizer(writer: gguf.GGUFWriter) -> None:
-        byte_level(writer)
-        few = writer.kv_data[0]["tokenizer.ggml.tokens"].value
-        writer.add_token_list([*few, *(f"[{index}]" for index in range(len(few), VOCAB))])
-        writer.add_token_types([*writer.kv_data[0]["tokenizer.ggml.token_type"].value, *[1] * (VOCAB - len(few))])
-        writer.add_pad_token_id(0)
-        edit(writer)
-
-    model = case.save(folder / "model")
-    return model, convert(model, folder / "m.gguf", case.architecture, edit=with_tokenizer, **options)
 
 
 def assert_same(ours: object, theirs: object, where: str = "spec") -> None:
@@ -71,12 +50,6 @@ def assert_same(ours: object, theirs: object, where: str = "spec") -> None:
 
 def without_scaling(spec: ModelSpec) -> ModelSpec:
     return replace(spec, ropes=tuple(replace(rope, scaling=RopeScaling()) for rope in spec.ropes))
-
-
-def logits(bundle_of: Path, out: Path) -> np.ndarray:
-    graphs = open_graphs(export_bundle(ExportSpec(str(bundle_of), out, (1,))))
-    heads = run_text(graphs, TEXT).heads
-    return np.stack([heads[depth] for depth in sorted(heads)])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

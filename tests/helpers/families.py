@@ -20,6 +20,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from helpers import tolerances
 from helpers.exit_nodes import CachedGraphs, random_exit
+from helpers.gguf_cases import CASES
+from helpers.gguf_written import logits, written
 from helpers.quantized import INT4, INT4_OFFSETS, preset
 from helpers.tiny_models import write_tokenizer
 from shortstack.export.assemble import export_bundle
@@ -299,6 +301,20 @@ def trained_exits(made: MadeFamily) -> None:
             np.testing.assert_allclose(outputs[names.LOGITS][0], expected, rtol=0, atol=tolerances.TINY.max_abs * scale)
 
 
+class NoGgufError(Exception):
+    """There are no GGUF files of a family, or this version does not read them."""
+
+
+def gguf(made: MadeFamily) -> None:
+    """The bundle of a GGUF file computes what the bundle of the folder does that the file was made from."""
+    cases = [case for case in CASES if case.config_class.model_type == made.row.model_type]
+    if not cases:
+        raise NoGgufError(made.row.model_type)
+    folder, file = written(cases[0], made.folder / "gguf")
+    ours, theirs = logits(file, made.folder / "of-gguf"), logits(folder, made.folder / "of-folder")
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
 CHECKS: dict[str, Callable[[MadeFamily], None]] = {
     "parity": parity,
     "greedy": greedy,
@@ -308,6 +324,7 @@ CHECKS: dict[str, Callable[[MadeFamily], None]] = {
     "rows": rows,
     "training": training,
     "trained exits": trained_exits,
+    "GGUF": gguf,
 }
 """By the heading of their column in docs/families.md."""
 

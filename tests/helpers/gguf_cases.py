@@ -38,9 +38,14 @@ class GgufCase:
     in_transformers: bool = False
     is_exact: bool = True
 
+    @property
+    def config_class(self) -> Any:
+        """The class of its config."""
+        return getattr(transformers, self.config or f"{self.model}Config")
+
     def save(self, folder: Path) -> Path:
         """Write the model with random weights, and a tokenizer."""
-        config = getattr(transformers, self.config or f"{self.model}Config")(**self._sizes(), **self.options)
+        config = self.config_class(**self._sizes(), **self.options)
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(self.name.encode()))
             head = "LMHeadModel" if self.model == "GPT2" else "ForCausalLM"
