@@ -51,6 +51,7 @@ class ModelTensors:
         self._arch = arch
         self._blocks = blocks
         self._sources = matrix_sources(arch, spec)
+        self._stacked_tensor: tuple[str, Floats] | None = None  # the last that holds several roles, which follow
 
     def vector(self, role: str) -> Floats:
         """Return the weight outside the layers that plays a role."""
@@ -92,7 +93,7 @@ class ModelTensors:
         """Return the floats of one role, heads not padded."""
         if piece.columns is not None:
             return self._columns(piece.tensor, *piece.columns)
-        array = self._read(piece.tensor)
+        array = self._read(piece.tensor) if piece.rows is None else self._read_stacked(piece.tensor)
         if piece.transposed:
             array = array.T
         if piece.rows is not None:
@@ -103,6 +104,12 @@ class ModelTensors:
         value = self._checkpoint.tensor(tensor)
         self._check(f"tensor {tensor}", value)
         return value
+
+    def _read_stacked(self, tensor: str) -> Floats:
+        """Read a tensor of which other rows may be asked for next."""
+        if self._stacked_tensor is None or self._stacked_tensor[0] != tensor:
+            self._stacked_tensor = tensor, self._read(tensor)
+        return self._stacked_tensor[1]
 
     def _columns(self, tensor: str, start: int, end: int) -> Floats:
         """Return columns of a tensor that may be too large to be read as a whole."""

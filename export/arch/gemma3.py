@@ -7,6 +7,7 @@ class. transformers' model does not read ``attn_logit_softcapping``. https://arx
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from shortstack.export.arch import gemma2
 from shortstack.export.arch.family import Key
@@ -28,12 +29,12 @@ FAMILY = replace(
 )
 
 ARCH = architecture(FAMILY)
-_OF_A_WHOLE = replace(
-    FAMILY,
-    num_layers=Key("num_hidden_layers", 26),
-    hidden=Key("hidden_size", 2304),
-    inner=Key("intermediate_size", 9216),
-    heads=Key("num_attention_heads", 8),
-    vocab=Key("vocab_size", 262_208),
-)
-WHOLE_ARCH = text_part("gemma3", architecture(_OF_A_WHOLE))
+DEFAULT_SIZES: dict[str, Any] = {
+    "num_layers": Key("num_hidden_layers", 26),
+    "hidden": Key("hidden_size", 2304),
+    "inner": Key("intermediate_size", 9216),
+    "heads": Key("num_attention_heads", 8),
+    "vocab": Key("vocab_size", 262_208),
+}
+"""Those that the config of a text within a whole may leave out."""
+WHOLE_ARCH = text_part("gemma3", architecture(replace(FAMILY, **DEFAULT_SIZES)))

@@ -166,12 +166,8 @@ FAMILY = replace(
 )
 
 ARCH = architecture(FAMILY)
-_OF_A_WHOLE = replace(
-    FAMILY,
-    num_layers=Key("num_hidden_layers", 30),
-    hidden=Key("hidden_size", 2304),
-    inner=Key("intermediate_size", 9216),
-    heads=Key("num_attention_heads", 8),
-    vocab=Key("vocab_size", 262_144),
-)
-WHOLE_ARCH = text_part("gemma4", architecture(_OF_A_WHOLE))
+_SIZES = gemma3.DEFAULT_SIZES | {
+    "num_layers": Key("num_hidden_layers", 30),
+    "vocab": Key("vocab_size", 262_144),
+}
+WHOLE_ARCH = text_part("gemma4", architecture(replace(FAMILY, **_SIZES)))

@@ -168,13 +168,11 @@ def _split(
     own = site.layer.attention
     if own.qk_norm is None and own.v_norm is None and not own.k_equals_v:
         return packed, None, None
-    if own.qk_norm is None:
-        raise AssertionError(
-            "values are normalised, or made from keys, in layers that normalise queries and keys alone"
-        )
-    norm = replace(own.qk_norm, eps=own.qk_norm.eps * padded_share(own))
+    norm = None if own.qk_norm is None else replace(own.qk_norm, eps=own.qk_norm.eps * padded_share(own))
 
     def normed(x: ir.Value, name: str) -> ir.Value:
+        if norm is None:
+            return x
         weight = site.weight(f"attn.{name}.weight")
         if own.qk_norm_over == "width":
             return norm_op(g, norm, x, weight, f"{node}/{name}")

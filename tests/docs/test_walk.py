@@ -27,7 +27,7 @@ SKIPPED = {
     (r"", r"^(pip|env/bin/\w+|make) "): "sets up an environment; .ci/run does that",
     (
         r"^README",
-        r"smollm2-135m-commands-exit-f3",
+        r"smollm2-135m-commands-exit-f4",
     ): "a bundle that `make demo` makes; tests/samples runs the demo's showings",
     (r"", r"model-Q4_0\.gguf"): "needs a Q4_0 file; tests/export/test_gguf_blocks.py makes one",
     (r"", r"ee-llm/"): "needs a checkpoint of EE-LLM; tests/export/test_megatron_checkpoint.py makes one",
