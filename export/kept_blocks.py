@@ -81,7 +81,7 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
         kinds = list(dict.fromkeys("floats" if blocks is None else blocks.kind for blocks in stored))
         if all(blocks is None for blocks in stored):
             floats.append(name)
-        elif len(kinds) > 1 or kinds[0] not in EXACT_FORMATS:
+        elif len(kinds) > 1 or any(blocks is None or blocks.format is None for blocks in stored):
             requantized[name] = "+".join(kinds)
         elif source.pads_columns:
             requantized[name] = f"{kinds[0]} with padded heads"

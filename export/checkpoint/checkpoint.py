@@ -15,6 +15,7 @@ from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
 
 MAX_LAYERS = 4096
@@ -33,13 +34,14 @@ class StoredBlocks:
     """A matrix that is stored in blocks of small integers.
 
     Attributes:
-        kind: The type of its blocks, by ggml's name, such as ``Q4_0``.
-        read: Reads exactly these blocks. Call it only for the kinds in
-            :data:`shortstack.export.checkpoint.gguf_blocks.EXACT_FORMATS`: no block format can hold the others.
+        kind: The type of its blocks, by the name of the tool that made them, such as ggml's ``Q4_0``.
+        read: Reads exactly these blocks. Call it only where there is a ``format``.
+        format: The format that holds exactly these blocks; None if the kernels have no such format.
     """
 
     kind: str
     read: Callable[[], BlockTensor]
+    format: BlockFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)

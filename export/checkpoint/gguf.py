@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, StoredExit, hash_files, unknown_tensor
 from shortstack.export.checkpoint.config import Config
-from shortstack.export.checkpoint.gguf_blocks import unpack_blocks
+from shortstack.export.checkpoint.gguf_blocks import EXACT_FORMATS, unpack_blocks
 from shortstack.export.checkpoint.gguf_config import family_of, hugging_face_config
 from shortstack.export.checkpoint.gguf_families import FAMILIES, unknown_architecture
 from shortstack.export.checkpoint.gguf_header import TensorInfo, read_header
@@ -98,7 +98,10 @@ class GgufCheckpoint:
         """Return how a tensor is quantized, without reading its data; None if it is stored as floats."""
         quantization = self._infos[self._stored_name(name)].quantization
         values_per_block, _ = gguf.GGML_QUANT_SIZES[quantization]
-        return None if values_per_block == 1 else StoredBlocks(quantization.name, partial(self._read_blocks, name))
+        if values_per_block == 1:
+            return None
+        read = partial(self._read_blocks, name)
+        return StoredBlocks(quantization.name, read, EXACT_FORMATS.get(quantization.name))
 
     def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
         """Return an empty tuple: the format has no exits."""
