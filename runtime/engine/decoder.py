@@ -152,8 +152,9 @@ class LeveledDecoder(Decoder, Protocol):
     def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_head: bool, with_logits: bool) -> None:
         """Run one level over a prompt that may leave early; its head, if it runs, sees the last position.
 
-        The head writes to row 0, and that of the lowest level also puts its token into row 1, as in drafting. The
-        residual stream of the prompt is kept for the next level, and dropped after the last one. Levels must be run in
-        order. The lowest one may be run again, and then the others are, too.
+        The head writes to row 0, and that of the lowest level also puts its token into row 1, as in drafting. Row 0 of
+        :meth:`hidden` is that of the last position. The residual stream of the whole prompt is kept for the next level,
+        and dropped after the last one. Levels must be run in order. The lowest one may be run again, and then the
+        others are, too.
         """
         ...

@@ -100,6 +100,8 @@ class Stack:
             )
             if level < len(self._levels) - 1:
                 self._prompt.append(above)
+                if is_end:
+                    self.hidden(level, 0)[:] = above[0, -1]
 
     def put(self, row: int, token: int) -> None:
         """See :meth:`~Decoder.put`."""

@@ -84,6 +84,7 @@ class ScriptedLevels:
             assert below is None or below[index] is text, "the levels hold different prompts"
             self.caches[level][past + index] = text
             self._prompt.append(text)
+        self._left[level][0] = text
         self._forget(self.heads[level])
         if with_head:
             self._say(level, 0, text, with_logits)

@@ -184,6 +184,17 @@ def test_a_prompt_that_may_exit_early_gives_the_same_keys_and_values(model: Mode
             assert result.stats.prefilled == (expression == "never")
 
 
+@pytest.mark.parametrize("length", [1, 9, 300])
+def test_a_rule_that_compares_residual_streams_sees_those_of_the_prompt(model: Model, length: int) -> None:
+    ids = prompt(4, length)
+    wanted = model.activations(ids).hidden
+    stack = model.exclusive_stack(EXITS)
+    stack.prefill(prompt(5, 40), 0, False)  # leaves something else in the rows
+    for level, depth in enumerate(EXITS):
+        stack.prefill_level(level, ids, 0, True, False)
+        assert np.abs(stack.hidden(level, 0) - wanted[depth][-1]).max() < 1e-4
+
+
 def test_the_next_turn_starts_from_the_flushed_cache(model: Model) -> None:
     policy = ExitPolicy(parse_criterion("always"))
     ids = prompt(2)
