@@ -37,9 +37,10 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
-    def graph_path(self, segment: Segment) -> Path:
+    def graph_path(self, segment: Segment, *, is_packed: bool = False) -> Path:
         """Return the ONNX file of one segment."""
-        return self.folder / names.segment_file(segment.start, segment.end)
+        file = names.packed_file if is_packed else names.segment_file
+        return self.folder / file(segment.start, segment.end)
 
 
 def open_bundle(folder: str | Path, *, verify_hashes: bool = False) -> Bundle:

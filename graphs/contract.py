@@ -56,7 +56,7 @@ from typing import Literal
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import ContractError
-from shortstack.graphs.kv_map import borrowed, producers
+from shortstack.graphs.kv_map import borrowed, lenders, producers
 from shortstack.graphs.plan import ExitSpec, Segment
 from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import DType, ModelSpec
@@ -130,6 +130,7 @@ def segment_contract(
     kv_cache: KVType = "float",
     *,
     has_final_state: bool = False,
+    is_packed: bool = False,
 ) -> GraphContract:
     """Return the contract of one segment.
 
@@ -140,6 +141,7 @@ def segment_contract(
         dtype: Type of activations.
         kv_cache: Type of the cache.
         has_final_state: The last segment gives states, for the exits that see them; :attr:`SplitPlan.has_state`.
+        is_packed: The form of several sequences, see :mod:`shortstack.graphs.packing`.
     """
     hidden = ("batch", "seq", spec.hidden_size)
     state = ("batch", "rows", spec.hidden_size)
@@ -155,19 +157,18 @@ def segment_contract(
         if segment.is_first
         else Port(names.HIDDEN_STATES, dtype, hidden)
     )
+    lent = borrowed(spec.kv_map, segment.start, segment.end)
     inputs = [
         first,
         *([Port(names.INPUT_IDS, "int64", ("batch", "seq"))] if sees_token and not segment.is_first else []),
-        Port(names.SEQLENS_K, "int32", ("batch",)),
+        Port(names.SEQLENS_K, "int32", ("slots" if is_packed else "batch",)),
         Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
         Port(names.NUM_ROWS, "int64", ()),
+        *(_packing_inputs(spec, segment) if is_packed else []),
         *([Port(names.EXIT_STATE, dtype, state)] if sees_state else []),
         *(Port(names.past(j, part), own, cache_shape(spec, j)) for j, own in owned.items() for part in names.KV_PARTS),
-        *(
-            Port(names.shared(j, part), kv, cache_shape(spec, j))
-            for j in borrowed(spec.kv_map, segment.start, segment.end)
-            for part in names.KV_PARTS
-        ),
+        *(Port(names.shared(j, part), kv, cache_shape(spec, j)) for j in lent for part in names.KV_PARTS),
+        *(_new_rows(spec, lent, dtype) if is_packed else []),
     ]
     outputs = [] if segment.is_last else [Port(names.HIDDEN_STATES_OUT, dtype, hidden)]
     outputs += [
@@ -185,7 +186,39 @@ def segment_contract(
             for part in names.KV_PARTS
         ),
     ]
+    if is_packed:
+        outputs += [
+            Port(names.present(j, part), kv, cache_shape(spec, spec.kv_map[j]))
+            for j in range(segment.start, segment.end)
+            if spec.kv_map[j] != j
+            for part in names.KV_PARTS
+        ]
+        outputs += _new_rows(spec, lenders(spec.kv_map, segment.start, segment.end), dtype)
     return GraphContract(tuple(inputs), tuple(outputs))
+
+
+def _packing_inputs(spec: ModelSpec, segment: Segment) -> list[Port]:
+    return [
+        Port(names.QUERY_SEQLENS, "int32", ("slots",)),
+        Port(names.TO_SLOTS, "int64", ("slots", "chunk")),
+        Port(names.TO_ROWS, "int64", ("batch", "seq")),
+        *([Port(names.ROW_POSITIONS, "int64", ("batch", "seq"))] if reads_positions(spec, segment) else []),
+    ]
+
+
+def reads_positions(spec: ModelSpec, segment: Segment) -> bool:
+    """Return whether something besides the attention kernel reads the positions of a segment's rows."""
+    return bool(spec.ends.learned_positions) and segment.is_first
+
+
+def _new_rows(spec: ModelSpec, owners: tuple[int, ...], dtype: DType) -> list[Port]:
+    found = []
+    for owner in owners:
+        kv_heads, head_dim = cache_heads(spec, owner)
+        found += [
+            Port(names.new_rows(owner, part), dtype, ("batch", "seq", kv_heads * head_dim)) for part in names.KV_PARTS
+        ]
+    return found
 
 
 def check_ports(where: str, found: GraphContract, expected: GraphContract) -> None:

@@ -177,6 +177,11 @@ def borrowed(kv_map: tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
     return tuple(sorted({kv_map[layer] for layer in range(start, end)} - set(range(start, end))))
 
 
+def lenders(kv_map: tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
+    """Return the producers in ``[start, end)`` whose K,V a layer above ``end`` attends to, ascending."""
+    return tuple(sorted(set(kv_map[end:]) & set(range(start, end))))
+
+
 def looks_up(kv_map: tuple[int, ...], layer: int) -> bool:
     """Return whether a layer uses the K,V of a layer above it, so that it cannot see its own position."""
     return kv_map[layer] > layer

@@ -65,8 +65,8 @@ class Manifest:
     tools: dict[str, str]
     precision: Precision = field(default_factory=Precision)
 
-    def contract(self, segment: Segment) -> GraphContract:
-        """Return the contract of one of the plan's segments."""
+    def contract(self, segment: Segment, *, is_packed: bool = False) -> GraphContract:
+        """Return the contract of one of the plan's segments, in the form of one sequence or of several."""
         return segment_contract(
             self.spec,
             segment,
@@ -74,7 +74,13 @@ class Manifest:
             self.dtype,
             self.precision.kv_cache,
             has_final_state=self.plan.has_state,
+            is_packed=is_packed,
         )
+
+    @property
+    def has_packed_form(self) -> bool:
+        """Whether the bundle holds its graphs in the form of several sequences too."""
+        return packed_files(self.plan) <= self.files.keys()
 
     def cache_types(self, segment: Segment) -> dict[names.CacheOwner, CacheType]:
         """Return the element types of the caches that one of the plan's segments writes, by owner."""
@@ -236,6 +242,11 @@ def _read_exit(path: Path, entry: dict[str, Any], spec: ModelSpec, version: int)
             remedy=_REEXPORT,
         )
     return ExitSpec(layer, vocab) if version < 3 else ExitSpec.from_json(entry)
+
+
+def packed_files(plan: SplitPlan) -> set[str]:
+    """Return the files of a plan's graphs in the form of several sequences."""
+    return {names.packed_file(s.start, s.end) for s in plan.segments}
 
 
 def required_files(plan: SplitPlan) -> set[str]:

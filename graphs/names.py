@@ -16,6 +16,12 @@ TOTAL_SEQUENCE_LENGTH = "total_sequence_length"
 NUM_ROWS = "num_rows"
 EXIT_STATE = "exit_state"
 
+# Graph inputs of the packed form only (graphs/packing.py)
+QUERY_SEQLENS = "query_seqlens"
+TO_SLOTS = "to_slots"
+TO_ROWS = "to_rows"
+ROW_POSITIONS = "row_positions"
+
 # Graph outputs
 HIDDEN_STATES_OUT = "hidden_states_out"
 TOKEN = "token"
@@ -68,9 +74,19 @@ def shared(layer: int, part: str) -> str:
     return f"shared.{layer}.{part}"
 
 
+def new_rows(layer: int, part: str) -> str:
+    """Return what carries the keys or values of a producer's new rows across a cut, in the packed form."""
+    return f"new_rows.{layer}.{part}"
+
+
 def segment_file(start: int, end: int) -> str:
     """Return the file of the segment that holds layers ``[start, end)``."""
     return f"layers-{start:02d}-{end:02d}.onnx"
+
+
+def packed_file(start: int, end: int) -> str:
+    """Return the file of that segment in its packed form, which runs rows of several sequences."""
+    return f"packed-{start:02d}-{end:02d}.onnx"
 
 
 def draft_vocab_file(exit_layer: int) -> str:

@@ -17,6 +17,7 @@ from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.weights import TOO_LARGE, WeightStore
 from shortstack.graphs.ir.write_bundle import tool_versions, write_bundle
+from shortstack.graphs.manifest import packed_files
 from shortstack.graphs.precision import SPARE_ROWS, Precision
 from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.progress import Stage, progress_stages
@@ -125,7 +126,7 @@ def _write(
         tools=manifest.tools | tool_versions(),
         precision=Precision(store.formats, request.preset.kv_cache),
     )
-    graphs = {names.segment_file(s.start, s.end) for s in manifest.plan.segments}
+    graphs = {names.segment_file(s.start, s.end) for s in manifest.plan.segments} | packed_files(manifest.plan)
     # A float16 copy made by `shortstack quantize` has a record and a report: on itself, not on what is made of it.
     own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE}
     files = {name: (source.bundle.folder / name).read_bytes() for name in manifest.files.keys() - graphs - own}

@@ -30,13 +30,16 @@ import onnx_ir as ir
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import BLOCK
 from shortstack.graphs.ir.builder import MICROSOFT, Attribute, GraphBuilder
-from shortstack.graphs.ir.lengths import Lengths, one_less
+from shortstack.graphs.ir.lengths import Lengths, Packing, one_less
 from shortstack.graphs.ir.lengths import positions as positions_of
 from shortstack.graphs.ir.matrix import project
 from shortstack.graphs.ir.norm import norm_op
+from shortstack.graphs.kv_map import consumers
 from shortstack.graphs.layer_spec import Attention, Layer, Norm
 from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import ModelSpec
+
+_QUERY_LENGTHS = 16  # the place of query_seqlens among the inputs of GroupQueryAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class LayerSite:
         owns_kv: It is the one that writes it.
         sees_itself: A position sees its own key. A window counts it whether it does or not.
         kv_scales: Names of the scales of an int8 cache, by :data:`names.KV_PARTS`; empty where the cache is floats.
+        is_lent: Other layers use its keys and values.
+        number: Its number in the full model; -1 for the block of an exit.
     """
 
     layer: Layer
@@ -60,6 +65,8 @@ class LayerSite:
     owns_kv: bool = True
     sees_itself: bool = True
     kv_scales: tuple[str, ...] = ()
+    is_lent: bool = False
+    number: int = -1
 
     def weight(self, part: str) -> str:
         """Return the name of a weight, by its part in :mod:`shortstack.graphs.layer_weights`."""
@@ -77,6 +84,8 @@ def layer_site(spec: ModelSpec, layer: int, kv_cache: KVType = "float") -> Layer
         owns_kv=owner == layer,
         sees_itself=spec.sees_itself(layer),
         kv_scales=tuple(names.kv_scale(owner, part) for part in names.KV_PARTS) if kv_cache == "int8" else (),
+        is_lent=bool(consumers(spec.kv_map, layer)),
+        number=layer,
     )
 
 
@@ -97,15 +106,21 @@ class Caches:
     Attributes:
         g: The graph.
         written: Keys and values by owner, of those that a layer has written already; the others are graph inputs.
+        new_rows: In the packed form: keys and values [1, seq, kv_heads * head_dim] of a producer's rows of this run.
+        rewritten: In the packed form: what a consumer has written of its producer's, by the consumer's number.
     """
 
     g: GraphBuilder
     written: dict[names.CacheOwner, list[ir.Value]] = field(default_factory=dict)
+    new_rows: dict[names.CacheOwner, list[ir.Value]] = field(default_factory=dict)
+    rewritten: dict[names.CacheOwner, list[ir.Value]] = field(default_factory=dict)
 
     def of(self, owner: names.CacheOwner) -> list[ir.Value]:
         """Return keys and values of an owner inside the graph, or borrowed from below it."""
-        if owner in self.written:
-            return self.written[owner]
+        return self.written[owner] if owner in self.written else self.before(owner)
+
+    def before(self, owner: names.CacheOwner) -> list[ir.Value]:
+        """Return keys and values of an owner as the run found them."""
         is_inside = self.g.has_input(names.past(owner, names.KV_PARTS[0]))
         if is_inside:
             return [self.g.input_named(names.past(owner, part)) for part in names.KV_PARTS]
@@ -116,9 +131,15 @@ class Caches:
         """Return all that was written, by port name."""
         return {
             names.present(owner, part): value
-            for owner, values in self.written.items()
+            for owner, values in (self.written | self.rewritten).items()
             for part, value in zip(names.KV_PARTS, values, strict=True)
         }
+
+    def rows_of(self, owner: int) -> list[ir.Value]:
+        """Return keys and values of a producer's rows of this run, inside the graph or from below it."""
+        if owner in self.new_rows:
+            return self.new_rows[owner]
+        return [self.g.input_named(names.new_rows(owner, part)) for part in names.KV_PARTS]
 
 
 def attention(g: GraphBuilder, site: LayerSite, normed: ir.Value, lengths: Lengths, caches: Caches) -> ir.Value:
@@ -141,6 +162,8 @@ def attention(g: GraphBuilder, site: LayerSite, normed: ir.Value, lengths: Lengt
     if lengths.spare_row:
         packed = g.op("Pad", [packed, g.constant([0, 0, 0, 0, 1, 0])], f"{node}/spare_row")  # [batch, seq + 1, ...]
     query, key, value = _split(g, site, packed, node)
+    if lengths.packing is not None:
+        return _attend_packed(g, site, [query, key, value], lengths, lengths.packing, caches)
     if site.owns_kv:
         mixed, *caches.written[site.owner] = _attend(
             g, site, f"{node}/GroupQueryAttention", [query, key, value], caches, lengths, adds_rows=True
@@ -155,6 +178,57 @@ def attention(g: GraphBuilder, site: LayerSite, normed: ir.Value, lengths: Lengt
         first, end, axis = g.constant([0]), g.constant([-1]), g.constant([1])
         mixed = g.op("Slice", [mixed, first, end, axis], f"{node}/drop_spare_row")  # [batch, seq, ...]
     return mixed
+
+
+def _attend_packed(
+    g: GraphBuilder,
+    site: LayerSite,
+    rows: list[ir.Value | None],
+    lengths: Lengths,
+    packing: Packing,
+    caches: Caches,
+) -> ir.Value:
+    """Append attention of rows of several sequences; returns the mixed values [1, seq, heads * head_dim].
+
+    The kernel takes a chunk of new rows for each sequence and has no form that only reads. So a consumer writes the
+    rows of its producer once more, after the same positions and into the same buffer: they are there already.
+
+    Args:
+        g: The graph.
+        site: Which layer.
+        rows: Queries, keys and values [1, seq, ...]; or all of them packed as the first.
+        lengths: How far each sequence reaches.
+        packing: Where its rows lie.
+        caches: What it reads; keys and values that it writes are added.
+    """
+    node, own = f"{site.node}/attn", site.layer.attention
+    if not site.owns_kv:
+        assert isinstance(site.owner, int)
+        rows = [rows[0], *caches.rows_of(site.owner)]
+    elif isinstance(site.owner, int) and site.is_lent:
+        rows = _unpacked(g, own, rows, node)
+        caches.new_rows[site.owner] = [value for value in rows[1:] if value is not None]
+    placed = [
+        None if value is None else packing.into_slots(g, value, f"{node}/{name}")
+        for name, value in zip(("query", "key", "value"), rows, strict=True)
+    ]
+    mixed, *written = _attend(
+        g, site, f"{node}/GroupQueryAttention", placed, caches, lengths, adds_rows=True, reads_before=not site.owns_kv
+    )
+    if site.owns_kv:
+        caches.written[site.owner] = written
+    else:
+        caches.rewritten[site.number] = written
+    return packing.into_rows(g, mixed, own.heads * own.cache_head_dim, node)
+
+
+def _unpacked(g: GraphBuilder, own: Attention, rows: list[ir.Value | None], node: str) -> list[ir.Value | None]:
+    """Append the split of queries, keys and values, if it is not made yet."""
+    if rows[1] is not None:
+        return rows
+    width, kv_width = own.heads * own.cache_head_dim, own.kv_heads * own.cache_head_dim
+    sizes = g.constant([width, kv_width, kv_width])
+    return [*g.ops("Split", [rows[0], sizes], f"{node}/split", ("/query", "/key", "/value"), axis=-1)]
 
 
 def _split(
@@ -242,6 +316,7 @@ def _attend(
     positions: ir.Value | None = None,
     *,
     adds_rows: bool = False,
+    reads_before: bool = False,
 ) -> list[ir.Value]:
     """Append the kernel: the mixed values and, where keys and values are new, also what the cache is afterwards.
 
@@ -254,6 +329,7 @@ def _attend(
         lengths: How far it reads.
         positions: The rows' own positions, where ``lengths`` count one less.
         adds_rows: There are new keys and values.
+        reads_before: The cache is read as the run found it, whatever layers below have written.
     """
     own = site.layer.attention
     tables = (
@@ -261,7 +337,7 @@ def _attend(
     )
     inputs: list[ir.Value | None] = [
         *query_key_value,
-        *caches.of(site.owner),
+        *(caches.before(site.owner) if reads_before else caches.of(site.owner)),
         lengths.past_end,
         lengths.total,
         *tables,
@@ -272,6 +348,9 @@ def _attend(
     if site.kv_scales:  # attention_bias and head_sink stay empty
         inputs += [None, None, *(g.weight(scale) for scale in site.kv_scales)]
         attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    if lengths.packing is not None:  # the last of the kernel's inputs; those between stay empty
+        inputs += [None] * (_QUERY_LENGTHS - len(inputs))
+        inputs.append(lengths.packing.query_lengths)
     if own.window:  # with lengths of one less, the kernel counts from the position before
         attributes["local_window_size"] = own.window - (positions is not None)
     if own.softcap:

@@ -11,6 +11,33 @@ from shortstack.graphs.ir.builder import GraphBuilder
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the rows of several sequences lie in a run, see :mod:`shortstack.graphs.packing`.
+
+    Attributes:
+        query_lengths: ``query_seqlens``, int32 [slots].
+        to_slots: Of each place the row, int64 [slots, chunk].
+        to_rows: Of each row the place, int64 [1, seq].
+        positions: Of each row the position in its text, int64 [1, seq]; None where nothing reads it.
+    """
+
+    query_lengths: ir.Value
+    to_slots: ir.Value
+    to_rows: ir.Value
+    positions: ir.Value | None = None
+
+    def into_slots(self, g: GraphBuilder, rows: ir.Value, node: str) -> ir.Value:
+        """Append the move of rows [1, seq, width] to their places, [slots, chunk, width]."""
+        flat = g.op("Squeeze", [rows, g.constant([0])], f"{node}/rows")  # [seq, width]
+        return g.op("Gather", [flat, self.to_slots], f"{node}/into_slots")
+
+    def into_rows(self, g: GraphBuilder, places: ir.Value, width: int, node: str) -> ir.Value:
+        """Append the move of places [slots, chunk, width] to their rows, [1, seq, width]."""
+        flat = g.op("Reshape", [places, g.constant([-1, width])], f"{node}/places")  # [slots * chunk, width]
+        return g.op("Gather", [flat, self.to_rows], f"{node}/into_rows")
+
+
+@dataclass(frozen=True, slots=True)
 class Lengths:
     """How far the positions of a run reach, as attention receives it.
 
@@ -19,11 +46,13 @@ class Lengths:
         total: ``total_sequence_length``, int32 [].
         spare_row: Both count one empty row behind the run's own, which attention adds and drops again; see
             :meth:`Precision.has_spare_row`.
+        packing: Where the rows of several sequences lie; None where a run has rows of one.
     """
 
     past_end: ir.Value
     total: ir.Value
     spare_row: bool = False
+    packing: Packing | None = None
 
 
 def positions(g: GraphBuilder, rows: ir.Value, lengths: Lengths) -> ir.Value:
@@ -34,6 +63,9 @@ def positions(g: GraphBuilder, rows: ir.Value, lengths: Lengths) -> ir.Value:
         rows: Anything with a column per row, [batch, rows, ...].
         lengths: How far the run reaches.
     """
+    if lengths.packing is not None:
+        assert lengths.packing.positions is not None, "the contract has no port for positions"
+        return lengths.packing.positions
 
     def make() -> ir.Value:
         node = "/model/lengths"

@@ -22,9 +22,9 @@ from shortstack.graphs.ir.embedding import embed_tokens, first_stream
 from shortstack.graphs.ir.exit import ExitInputs, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.layer import Residual, Tokens, decoder_layer, norm, residual_sum, unit_rms
-from shortstack.graphs.ir.lengths import Lengths
+from shortstack.graphs.ir.lengths import Lengths, Packing
 from shortstack.graphs.ir.weights import WeightStore
-from shortstack.graphs.kv_map import check_boundaries
+from shortstack.graphs.kv_map import check_boundaries, lenders
 from shortstack.graphs.plan import Segment, SplitPlan
 from shortstack.graphs.precision import KVType, Precision
 from shortstack.graphs.spec import DType, ModelSpec
@@ -37,6 +37,8 @@ def segment_model(
     dtype: DType,
     store: WeightStore,
     kv_cache: KVType = "float",
+    *,
+    is_packed: bool = False,
 ) -> ir.Model:
     """Build one segment's graph.
 
@@ -48,6 +50,7 @@ def segment_model(
         store: The weights, under the names of :mod:`shortstack.graphs.names`; an exit whose own ``head.weight`` it has
             uses that one, others the final head's.
         kv_cache: Type of the layers' cache; an exit's block has one of floats.
+        is_packed: The form of several sequences (:mod:`shortstack.graphs.packing`), which the model must have.
 
     Raises:
         RequestError: A boundary cuts layers apart that run together.
@@ -62,16 +65,26 @@ def segment_model(
             expected="2 or more",
         )
     exit_spec = plan.exit_of(segment)
-    contract = segment_contract(spec, segment, exit_spec, dtype, kv_cache, has_final_state=plan.has_state)
+    contract = segment_contract(
+        spec, segment, exit_spec, dtype, kv_cache, has_final_state=plan.has_state, is_packed=is_packed
+    )
     g = GraphBuilder(f"layers [{segment.start}, {segment.end})", store)
     inputs = {port.name: g.input(port) for port in contract.inputs}
 
-    lengths = Lengths(inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
+    packing = None
+    if is_packed:
+        packing = Packing(
+            inputs[names.QUERY_SEQLENS],
+            inputs[names.TO_SLOTS],
+            inputs[names.TO_ROWS],
+            inputs.get(names.ROW_POSITIONS),
+        )
+    lengths = Lengths(inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH], packing=packing)
     if segment.is_first:
         x = Residual(first_stream(g, spec, inputs[names.INPUT_IDS], lengths))
     else:
         x = Residual(inputs[names.HIDDEN_STATES])
-    if Precision(store.formats, kv_cache).has_spare_row(dtype):
+    if packing is None and Precision(store.formats, kv_cache).has_spare_row(dtype):
         one, ends = g.constant(1, np.int32), (lengths.past_end, lengths.total)
         past_end, total = (g.op("Add", [end, one], f"/model/with_spare_row/{end.name}") for end in ends)
         lengths = Lengths(past_end, total, spare_row=True)
@@ -85,6 +98,9 @@ def segment_model(
     for layer in layers:
         x = decoder_layer(g, spec, layer_site(spec, layer, kv_cache), x, lengths, caches, tokens=tokens)
 
+    if is_packed:
+        for owner in lenders(spec.kv_map, segment.start, segment.end):
+            outputs |= dict(zip((names.new_rows(owner, p) for p in names.KV_PARTS), caches.rows_of(owner), strict=True))
     num_rows = inputs[names.NUM_ROWS]
     if exit_spec is not None:
         outputs[names.HIDDEN_STATES_OUT] = boundary = residual_sum(

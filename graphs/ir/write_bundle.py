@@ -20,6 +20,7 @@ from shortstack.graphs.ir.lint import lint
 from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.packing import can_pack
 from shortstack.progress import Stage
 
 
@@ -46,13 +47,16 @@ def write_bundle(
     Raises:
         ContractError: A graph would not verify what it drafts.
     """
-    plan = manifest.plan
+    plan, spec = manifest.plan, manifest.spec
     advance = stage("Building graphs", len(plan.segments))
+    forms = (False, True) if can_pack(spec) else (False,)
     for segment in plan.segments:
-        model = segment_model(manifest.spec, plan, segment, manifest.dtype, store, manifest.precision.kv_cache)
-        name = names.segment_file(segment.start, segment.end)
-        lint(model, name)
-        ir.save(model, folder / name)
+        for is_packed in forms:
+            kv_cache = manifest.precision.kv_cache
+            model = segment_model(spec, plan, segment, manifest.dtype, store, kv_cache, is_packed=is_packed)
+            name = (names.packed_file if is_packed else names.segment_file)(segment.start, segment.end)
+            lint(model, name)
+            ir.save(model, folder / name)
         advance(1)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -73,9 +77,10 @@ def _check_written(folder: Path) -> None:
     """
     bundle = open_bundle(folder)
     for segment in bundle.manifest.plan.segments:
-        graph = ir.load(bundle.graph_path(segment)).graph
-        contract = bundle.manifest.contract(segment)
-        for found, wanted in ((graph.inputs, contract.inputs), (graph.outputs, contract.outputs)):
-            names_found, names_wanted = [value.name for value in found], [port.name for port in wanted]
-            if names_found != names_wanted:
-                raise ContractError(bundle.graph_path(segment).name, found=names_found, expected=names_wanted)
+        for is_packed in (False, True) if bundle.manifest.has_packed_form else (False,):
+            path = bundle.graph_path(segment, is_packed=is_packed)
+            graph, contract = ir.load(path).graph, bundle.manifest.contract(segment, is_packed=is_packed)
+            for found, wanted in ((graph.inputs, contract.inputs), (graph.outputs, contract.outputs)):
+                names_found, names_wanted = [value.name for value in found], [port.name for port in wanted]
+                if names_found != names_wanted:
+                    raise ContractError(path.name, found=names_found, expected=names_wanted)
