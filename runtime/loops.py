@@ -5,16 +5,16 @@ A new drafter needs nothing here: a request names its source (:class:`shortstack
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from shortstack.runtime.decode.choice import Choice, make_choice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.drafters import DraftSource, FromExit
 from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.runs import Loop
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
-from shortstack.runtime.decode.step import Stats, Step
+from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.adaptive import Adaptive, AdaptiveThreshold
 from shortstack.runtime.early_exit.auto import AutoCatchUp, WayCosts
 from shortstack.runtime.early_exit.catch_up import CatchUp, FlushCatchUp
@@ -22,63 +22,85 @@ from shortstack.runtime.early_exit.loop import EarlyExit, Observer
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.pipeline import PipelineCatchUp
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.engine.stack import Stack
+from shortstack.runtime.engine.decoder import LeveledDecoder
 from shortstack.runtime.request import ExitEarly, Plain, Request, Speculate
 
 
 class Loops:
-    """The loops of one model. What they learn about costs and acceptance is kept from one generation to the next.
+    """The loops of one model. What they learn about costs and acceptance is kept from one generation to the next."""
 
-    Args:
-        sequence: The text of the running generation, which every loop extends.
-    """
-
-    def __init__(self, sequence: TokenSequence) -> None:
-        self._sequence = sequence
+    def __init__(self) -> None:
         self._lengths: dict[tuple[DraftSource, DraftPolicy], DraftLength] = {}
         self._caps: dict[tuple[int | None, tuple[int, ...]], PendingCap] = {}
         self._ways: dict[tuple[int, ...], WayCosts] = {}
         self._thresholds: dict[tuple[tuple[int, ...], Adaptive], AdaptiveThreshold] = {}
 
-    def steps(self, request: Request, stack: Stack, stats: Stats, limit: int) -> Iterator[Step]:
+    def loop(
+        self,
+        request: Request,
+        stack: LeveledDecoder,
+        sequence: TokenSequence,
+        stats: Stats,
+        limit: int,
+        *,
+        is_alone: bool = True,
+    ) -> Loop:
         """Return the loop that answers a request.
 
         Args:
             request: The request.
             stack: The model, cut at the exits that the request's strategy uses.
+            sequence: The prompt; grows by each emitted token.
             stats: Counts tokens, runs and seconds.
             limit: The most tokens to emit.
+            is_alone: The stack runs nothing else, so that its levels may run in threads.
         """
         choice = make_choice(request.sampling)
         match request.strategy:
             case Plain():
-                return plain(stack, self._sequence, choice, stats, limit)
+                return plain(stack, sequence, choice, stats, limit)
             case Speculate(draft=draft) as strategy:
                 policy = draft or DraftPolicy(is_adaptive=not request.sampling.is_repeatable)
-                return self._speculative(stack, choice, stats, limit, policy, strategy.drafts_from)
+                return self._speculative(stack, sequence, choice, stats, limit, policy, strategy.drafts_from)
             case ExitEarly(policy=policy):
                 return self._early_exit(
-                    stack, choice, stats, limit, policy, is_repeatable=request.sampling.is_repeatable
+                    stack,
+                    sequence,
+                    choice,
+                    stats,
+                    limit,
+                    policy,
+                    is_repeatable=request.sampling.is_repeatable,
+                    is_alone=is_alone,
                 )
 
     def _speculative(
-        self, stack: Stack, choice: Choice, stats: Stats, limit: int, policy: DraftPolicy, source: DraftSource
-    ) -> Iterator[Step]:
+        self,
+        stack: LeveledDecoder,
+        sequence: TokenSequence,
+        choice: Choice,
+        stats: Stats,
+        limit: int,
+        policy: DraftPolicy,
+        source: DraftSource,
+    ) -> Loop:
         if isinstance(source, FromExit):  # the lowest exit is the same source whether it was named or not
             source = FromExit(stack.exit_layer)
         length = self._lengths.setdefault((source, policy), DraftLength(policy))
-        return speculative(stack, self._sequence, choice, stats, limit, length, source.drafter(stack, choice))
+        return speculative(stack, sequence, choice, stats, limit, length, source.drafter(stack, choice))
 
     def _early_exit(
         self,
-        stack: Stack,
+        stack: LeveledDecoder,
+        sequence: TokenSequence,
         choice: Choice,
         stats: Stats,
         limit: int,
         policy: ExitPolicy,
         *,
         is_repeatable: bool,
-    ) -> Iterator[Step]:
+        is_alone: bool,
+    ) -> Loop:
         used = tuple(stack.depths[:-1])
         observe: Observer | None = None
         if isinstance(wanted := policy.criterion, Adaptive):
@@ -101,10 +123,10 @@ class Loops:
             return PipelineCatchUp(stack, stats)
 
         catch_up: CatchUp
-        if stack.filling_levels == 1:  # no row is ever pending, so there is nothing to pipeline
+        if stack.filling_levels == 1 or not is_alone:  # no row is ever pending, or the levels run for others too
             catch_up = flush()
         elif policy.kv_policy == "auto":
             catch_up = AutoCatchUp({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))
         else:
             catch_up = pipeline() if policy.kv_policy == "pipeline" else flush()
-        return EarlyExit(stack, self._sequence, choice, stats, limit, policy, catch_up, cap, observe).steps()
+        return EarlyExit(stack, sequence, choice, stats, limit, policy, catch_up, cap, observe).steps()

@@ -24,6 +24,7 @@ import numpy as np
 from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
+from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.decode.stream import FinishReason, Stream, close_steps
@@ -136,7 +137,7 @@ class Model:
         self._fewest_rows = fewest_rows(self.graphs)
         self._stacks: dict[tuple[int, ...], Stack] = {}
         self._sequence = TokenSequence()
-        self._loops = Loops(self._sequence)
+        self._loops = Loops()
         self._turns = Turns()  # held by generate, and by whatever starts a generation
         self._lock = threading.RLock()  # held while the loop runs a step
         # The loop is kept apart from its stream: where a caller drops an unfinished stream, the loop must not end there
@@ -226,7 +227,7 @@ class Model:
             self._sequence.rewind(0)
         stats = Stats(prompt=len(ids), reused=self._sequence.restart(ids))
         limit = min(request.max_new_tokens, self.cache.max_length - len(ids))
-        self._steps = self._loops.steps(request, stack, stats, limit)
+        self._steps = solo(self._loops.loop(request, stack, self._sequence, stats, limit), stack)
         stream = Stream(
             self._steps,
             stats,

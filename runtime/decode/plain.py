@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-
 from shortstack.runtime.decode.choice import Choice
+from shortstack.runtime.decode.runs import Asking, Draft, Loop, Prefill, Verify
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.engine.decoder import Decoder
 
 
-def prefill(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> int:
+def prefill(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> Asking[int]:
     """Run all layers over the tokens that are not cached yet; return the next token without appending it."""
-    started = time.perf_counter()
+    started = stack.clock()
     new = sequence.tokens[sequence.cached :]
-    stack.prefill(new, sequence.cached, choice.needs_logits)
+    yield Prefill(new, sequence.cached, choice.needs_logits)
     token = choice.pick(stack.final, 0, sequence.tokens)
     sequence.commit(len(new))  # last, so that an error above leaves the sequence as it was
-    stats.prefill_s += time.perf_counter() - started
+    stats.prefill_s += stack.clock() - started
     stats.prefilled += 1
     return token
 
 
-def full_step(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> int:
+def full_step(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> Asking[int]:
     """Run all layers over the newest token; return the next one without appending it."""
-    started = time.perf_counter()
+    started = stack.clock()
     stack.put(0, sequence.tokens[-1])
-    stack.draft(0, sequence.cached, with_head=False, with_logits=False)
-    drafted = time.perf_counter()
-    stack.verify(1, sequence.cached, choice.needs_logits)
+    yield Draft(0, sequence.cached, with_head=False, with_logits=False)
+    drafted = stack.clock()
+    yield Verify(1, sequence.cached, choice.needs_logits)
     token = choice.pick(stack.final, 0, sequence.tokens)
     sequence.commit(1)
     stats.draft_s += drafted - started
-    stats.verify_s += time.perf_counter() - drafted
+    stats.verify_s += stack.clock() - drafted
     stats.draft_runs += 1
     stats.verify_runs += 1
     stats.plain += 1
     return token
 
 
-def plain(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats, max_new_tokens: int) -> Iterator[Step]:
+def plain(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats, max_new_tokens: int) -> Loop:
     """Decode token by token.
 
     Args:
@@ -52,12 +50,12 @@ def plain(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats,
         max_new_tokens: The most tokens to emit.
 
     Yields:
-        One step per token.
+        The runs that it needs, and one step per token.
     """
     for index in range(max_new_tokens):
         if index and len(sequence) >= stack.max_length:
             return
-        token = (full_step if index else prefill)(stack, sequence, choice, stats)
+        token = yield from (full_step if index else prefill)(stack, sequence, choice, stats)
         sequence.append(token)
         stats.count_emitted(stack.num_layers)
         yield Step(token, False, stack.num_layers, float(stack.final.top_prob[0]))

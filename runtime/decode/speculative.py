@@ -16,14 +16,12 @@ Whatever stops the iteration, all tokens of the sequence but the newest are cach
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-
 from shortstack.runtime.decode.choice import Choice, Proposal, Verdict
 from shortstack.runtime.decode.draft_length import DraftLength
-from shortstack.runtime.decode.drafters import Drafter
+from shortstack.runtime.decode.drafters import Drafter, Proposed
 from shortstack.runtime.decode.emission import emit
 from shortstack.runtime.decode.plain import full_step, prefill
+from shortstack.runtime.decode.runs import Asking, Draft, Loop, Verify
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.engine.decoder import Decoder
@@ -37,7 +35,7 @@ def speculative(
     max_new_tokens: int,
     length: DraftLength,
     drafter: Drafter,
-) -> Iterator[Step]:
+) -> Loop:
     """Decode in rounds.
 
     Args:
@@ -50,11 +48,11 @@ def speculative(
         drafter: Proposes the tokens.
 
     Yields:
-        One step per token.
+        The runs that it needs, and one step per token.
     """
     if max_new_tokens < 1:
         return
-    token = prefill(stack, sequence, choice, stats)
+    token = yield from prefill(stack, sequence, choice, stats)
     sequence.append(token)
     stats.count_emitted(stack.num_layers)
     yield Step(token, False, stack.num_layers, float(stack.final.top_prob[0]))
@@ -62,7 +60,7 @@ def speculative(
     while left and len(sequence) < stack.max_length:
         # Each row emits at most one token, so there are no more rows than the request and the context have room for.
         rows = min(left, stack.max_length - len(sequence), stack.window)
-        drafts, verdict = _round(stack, sequence, choice, stats, length, drafter, rows)
+        drafts, verdict = yield from _round(stack, sequence, choice, stats, length, drafter, rows)
         left -= len(verdict.tokens)
         yield from emit(stack, sequence, stats, drafts, verdict)
 
@@ -75,21 +73,22 @@ def _round(
     length: DraftLength,
     drafter: Drafter,
     max_rows: int,
-) -> tuple[list[Proposal], Verdict]:
+) -> Asking[tuple[list[Proposal], Verdict]]:
     """Draft and judge one round. Commits the newest token's position; the caller appends the emitted tokens."""
     wanted = length.choose(max_rows)
     stats.predicted_gain = length.best_gain
     if wanted == 0:
-        started = time.perf_counter()
-        token = full_step(stack, sequence, choice, stats)
-        length.observe_plain(time.perf_counter() - started)
+        started = stack.clock()
+        token = yield from full_step(stack, sequence, choice, stats)
+        length.observe_plain(stack.clock() - started)
         drafter.observe(1, 1)
         return [], Verdict((token,), 0)
 
     past = sequence.cached
-    started = time.perf_counter()
+    started = stack.clock()
     stack.put(0, sequence.tokens[-1])
-    draft = drafter.draft(past, sequence.tokens, wanted, length.least_confidence)
+    proposing = drafter.draft(past, sequence.tokens, wanted, length.least_confidence)
+    draft = proposing if isinstance(proposing, Proposed) else (yield from proposing)
     drafts = list(draft.proposals)
     assert len(drafts) <= wanted, f"the drafter proposed {len(drafts)} tokens where {wanted} were asked for"
     rows = len(drafts)
@@ -98,11 +97,11 @@ def _round(
     for row in range(draft.rows_run, rows):  # rows that the drafter has not run
         if row:
             stack.put(row, drafts[row - 1].token)
-        stack.draft(row, past, with_head=False, with_logits=False)
-    drafted = time.perf_counter()
-    stack.verify(rows, past, choice.needs_logits)
+        yield Draft(row, past, with_head=False, with_logits=False)
+    drafted = stack.clock()
+    yield Verify(rows, past, choice.needs_logits)
     verdict = choice.judge(stack.final, rows, drafts, sequence.tokens)
-    ended = time.perf_counter()
+    ended = stack.clock()
 
     emitted = len(verdict.tokens)
     sequence.commit(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 from shortstack.runtime.decode.remeasure import Remeasure
+from shortstack.runtime.decode.runs import Run
 from shortstack.runtime.early_exit.catch_up import CatchUp
 
 Way = Literal["flush", "pipeline"]
@@ -67,27 +68,27 @@ class AutoCatchUp:
         self._rows, self._elapsed_s = 0, 0.0
         self._made[self._way].begin_round(past)
 
-    def run_lowest(self, row: int, with_logits: bool) -> None:
+    def run_lowest(self, row: int, with_logits: bool) -> Iterable[Run]:
         """See :meth:`CatchUp.run_lowest`."""
         started = time.perf_counter()
-        self._made[self._way].run_lowest(row, with_logits)
+        yield from self._made[self._way].run_lowest(row, with_logits)
         self._rows = row + 1
         self._elapsed_s += time.perf_counter() - started
 
-    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> Iterable[Run]:
         """See :meth:`CatchUp.run_level`."""
         started = time.perf_counter()
-        self._made[self._way].run_level(level, row, num_rows, with_logits)
+        yield from self._made[self._way].run_level(level, row, num_rows, with_logits)
         self._elapsed_s += time.perf_counter() - started
 
     def mark_pending(self, level: int, row: int) -> None:
         """See :meth:`CatchUp.mark_pending`."""
         self._made[self._way].mark_pending(level, row)
 
-    def fill_pending(self, rows: int) -> None:
+    def fill_pending(self, rows: int) -> Iterable[Run]:
         """See :meth:`CatchUp.fill_pending`."""
         started = time.perf_counter()
-        self._made[self._way].fill_pending(rows)
+        yield from self._made[self._way].fill_pending(rows)
         self._elapsed_s += time.perf_counter() - started
 
     def close(self) -> None:

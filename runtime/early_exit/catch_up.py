@@ -18,26 +18,30 @@ up with. They run on the newest row alone, unless the outputs of their heads are
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterable
 from typing import Protocol
 
+from shortstack.runtime.decode.runs import LevelRun, Run
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.engine.decoder import LeveledDecoder
 
 
 class CatchUp(Protocol):
-    """One way to run the levels on the rows of a round."""
+    """One way to run the levels on the rows of a round.
+
+    What runs levels returns the runs that it asks for, and has done its work when the loop has yielded all of them.
+    """
 
     def begin_round(self, past: int) -> None:
         """Start a round at position ``past``; every level has run on all positions before it."""
         ...
 
-    def run_lowest(self, row: int, with_logits: bool) -> None:
+    def run_lowest(self, row: int, with_logits: bool) -> Iterable[Run]:
         """Run the lowest level and its head on a row."""
         ...
 
-    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> Iterable[Run]:
         """Run a level on all rows up to this one that it has not run on, and its head on the last ``num_rows`` rows.
 
         If ``num_rows`` is 0 and the level has run on all of them, nothing happens.
@@ -48,7 +52,7 @@ class CatchUp(Protocol):
         """Record that a row's token left at a level's exit, so that the row is pending."""
         ...
 
-    def fill_pending(self, rows: int) -> None:
+    def fill_pending(self, rows: int) -> Iterable[Run]:
         """Run the first ``rows`` rows through every level up to the last that owns a cache, without heads."""
         ...
 
@@ -92,28 +96,28 @@ class FlushCatchUp:
         self._past = past
         self._filled = [0] * (self._last + 1)
 
-    def run_lowest(self, row: int, with_logits: bool) -> None:
+    def run_lowest(self, row: int, with_logits: bool) -> Iterable[Run]:
         """See :meth:`CatchUp.run_lowest`."""
-        started = time.perf_counter()
+        started = self._stack.clock()
         start = 0 if self._recomputes else row
-        self._stack.run(0, start, row + 1, self._past, 1, with_logits)
+        yield LevelRun(0, start, row + 1, self._past, 1, with_logits)
         self._filled[0] = row + 1
         self._stats.draft_runs += row + 1 - start
-        self._stats.draft_s += time.perf_counter() - started
+        self._stats.draft_s += self._stack.clock() - started
 
-    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> Iterable[Run]:
         """See :meth:`CatchUp.run_level`."""
         if num_rows == 0 and self._filled[level] > row:
             return
-        started = time.perf_counter()
+        started = self._stack.clock()
         start = 0 if self._recomputes else self._filled[level]
         if level >= self._filling_levels:
             if num_rows == 0:
                 return
             start = 0 if self._recomputes else row + 1 - num_rows
-        self._stack.run(level, start, row + 1, self._past, num_rows, with_logits)
+        yield LevelRun(level, start, row + 1, self._past, num_rows, with_logits)
         self._filled[level] = row + 1
-        elapsed_s = time.perf_counter() - started
+        elapsed_s = self._stack.clock() - started
         self._stats.verify_s += elapsed_s
         if level == self._last:
             self._stats.verify_runs += 1
@@ -122,10 +126,10 @@ class FlushCatchUp:
     def mark_pending(self, level: int, row: int) -> None:
         """See :meth:`CatchUp.mark_pending`."""
 
-    def fill_pending(self, rows: int) -> None:
+    def fill_pending(self, rows: int) -> Iterable[Run]:
         """See :meth:`CatchUp.fill_pending`."""
         for level in range(1, self._stack.filling_levels):
-            self.run_level(level, rows - 1, 0, False)
+            yield from self.run_level(level, rows - 1, 0, False)
 
     def close(self) -> None:
         """See :meth:`CatchUp.close`."""

@@ -21,8 +21,7 @@ any exit may draft, and a draft ends at the first row where no token leaves.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +29,7 @@ import numpy as np
 from shortstack.runtime.decode.choice import Choice, Proposal, Verdict, confidence_of
 from shortstack.runtime.decode.emission import emit
 from shortstack.runtime.decode.plain import prefill
+from shortstack.runtime.decode.runs import Asking, Ended, Loop, PrefillLevel, Run
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.early_exit.catch_up import CatchUp
@@ -100,60 +100,61 @@ class EarlyExit:
         self._left: list[Reading] = []  # the exits' readings for the round's pending rows
         self._prompt: _PendingPrompt | None = None
 
-    def steps(self) -> Iterator[Step]:
-        """Yield one step per token. Whenever the caller stops, all tokens but the newest are cached afterwards."""
+    def steps(self) -> Loop:
+        """Yield runs, and one step per token. However it ends, all tokens but the newest are cached afterwards."""
         try:
             if self._max_new_tokens > 0:
-                yield self._first()
+                yield (yield from self._first())
                 yield from self._unverified() if self._policy.verify == "none" else self._verified()
-        except GeneratorExit:
-            self._fill_at_the_end()
+        except Ended:
+            yield from self._fill_at_the_end()
             raise
         else:
-            self._fill_at_the_end()
+            yield from self._fill_at_the_end()
         finally:
             self._catch_up.close()
 
-    def _first(self) -> Step:
+    def _first(self) -> Asking[Step]:
         """Decide the first token from the prompt."""
         if self._policy.prefill_exit:
-            return self._leave_from_prompt()
-        return self._emit(prefill(self._stack, self._sequence, self._choice, self._stats), self._last, 0, 0)
+            return (yield from self._leave_from_prompt())
+        token = yield from prefill(self._stack, self._sequence, self._choice, self._stats)
+        return self._emit(token, self._last, 0, 0)
 
-    def _leave_from_prompt(self) -> Step:
+    def _leave_from_prompt(self) -> Asking[Step]:
         """Run the prompt up to the first exit that is sure, or else through all levels; return the first step."""
-        started = time.perf_counter()
-        prompt = _PendingPrompt(self._stack, self._sequence.tokens[self._sequence.cached :], self._sequence.cached)
+        started = self._stack.clock()
+        prompt = _PendingPrompt(self._sequence.tokens[self._sequence.cached :], self._sequence.cached)
         below: list[Reading] = []
         for level in range(self._last):
-            prompt.raise_to(level, with_head=True, with_logits=self._choice.needs_logits)
+            yield from prompt.raise_to(level, with_head=True, with_logits=self._choice.needs_logits)
             reading = self._read(level, 0, below)
             if self._criterion.leaves(reading):
                 self._prompt = prompt
-                self._stats.prefill_s += time.perf_counter() - started
+                self._stats.prefill_s += self._stack.clock() - started
                 self._stats.exited += 1
                 token = self._choice.pick(self._stack.heads[level], 0, self._sequence.tokens)
                 return self._emit(token, level, 0, len(prompt.tokens) if self._leaves_holes else 0)
             below.append(reading)
-        prompt.raise_to(self._last, with_head=True, with_logits=self._choice.needs_logits)
+        yield from prompt.raise_to(self._last, with_head=True, with_logits=self._choice.needs_logits)
         token = self._choice.pick(self._stack.final, 0, self._sequence.tokens)
         self._sequence.commit(len(prompt.tokens))
-        self._stats.prefill_s += time.perf_counter() - started
+        self._stats.prefill_s += self._stack.clock() - started
         self._stats.prefilled += 1
         return self._emit(token, self._last, 0, 0)
 
-    def _unverified(self) -> Iterator[Step]:
+    def _unverified(self) -> Loop:
         """Emit each token as soon as it leaves."""
         while self._has_room():
             if len(self._left) >= (self._cap.rows if self._leaves_holes else self._stack.window):
-                self._fill_all()
+                yield from self._fill_all()
             row = len(self._left)
             if row == 0:
                 self._catch_up.begin_round(len(self._sequence) - 1)
             self._stack.put(row, self._sequence.tokens[-1])
-            decision = self._decide(row)
+            decision = yield from self._decide(row)
             if decision.reading is None:
-                self._run_to_the_top(row, 1 if self._observe is None else row + 1)
+                yield from self._run_to_the_top(row, 1 if self._observe is None else row + 1)
                 token = self._choice.pick(self._stack.final, row, self._sequence.tokens)
                 self._label()
                 self._left.clear()
@@ -168,7 +169,7 @@ class EarlyExit:
                 self._stats.exited += 1
                 yield self._emit(token, decision.level, row, row + 1 if self._leaves_holes else 0)
 
-    def _verified(self) -> Iterator[Step]:
+    def _verified(self) -> Loop:
         """Emit tokens only after the whole model has judged them."""
         while self._has_room():
             first = len(self._sequence)
@@ -178,7 +179,7 @@ class EarlyExit:
             self._catch_up.begin_round(first - 1)
             self._stack.put(0, context[-1])
             for row in range(rows):
-                decision = self._decide(row)
+                decision = yield from self._decide(row)
                 if decision.reading is None:
                     break
                 self._left.append(decision.reading)
@@ -186,7 +187,7 @@ class EarlyExit:
                 drafts.append(self._choice.propose(head, row, context, depth))
                 context.append(drafts[-1].token)
                 self._stack.put(row + 1, drafts[-1].token)
-            self._run_to_the_top(row, row + 1)
+            yield from self._run_to_the_top(row, row + 1)
             self._label()
             verdict = self._judge(row + 1, drafts)
             self._left.clear()
@@ -195,40 +196,40 @@ class EarlyExit:
             self._stats.count_round(len(drafts), verdict.accepted, len(verdict.tokens))
             yield from emit(self._stack, self._sequence, self._stats, drafts, verdict, pending=len(drafts))
 
-    def _decide(self, row: int) -> Decision:
+    def _decide(self, row: int) -> Asking[Decision]:
         """Run a row up to the first exit that is sure of it. If no exit is, the last level has yet to run on it."""
         with_logits = self._choice.needs_logits
         if self._prompt is not None and self._recomputes:
             self._prompt.restart()
-        self._raise_prompt(0)
-        self._catch_up.run_lowest(row, with_logits)
+        yield from self._raise_prompt(0)
+        yield from self._catch_up.run_lowest(row, with_logits)
         below: list[Reading] = []
         for level in range(self._last):
             if level:
-                self._raise_prompt(level)
-                self._catch_up.run_level(level, row, 1, with_logits)
+                yield from self._raise_prompt(level)
+                yield from self._catch_up.run_level(level, row, 1, with_logits)
             reading = self._read(level, row, below)
             if self._criterion.leaves(reading):
                 return Decision(level, reading)
             below.append(reading)
         return Decision(self._last, None)
 
-    def _run_to_the_top(self, row: int, num_rows: int) -> None:
+    def _run_to_the_top(self, row: int, num_rows: int) -> Iterable[Run]:
         """Run every level on all rows up to this one, and the final head on the last ``num_rows`` of them."""
-        self._raise_prompt(self._last)
+        yield from self._raise_prompt(self._last)
         for level in range(1, self._last):
-            self._catch_up.run_level(level, row, 0, False)
+            yield from self._catch_up.run_level(level, row, 0, False)
         with_logits = self._choice.needs_logits or self._policy.verify == "rollback"
-        self._catch_up.run_level(self._last, row, num_rows, with_logits)
+        yield from self._catch_up.run_level(self._last, row, num_rows, with_logits)
 
-    def _fill_all(self) -> None:
+    def _fill_all(self) -> Iterable[Run]:
         """Complete all pending rows in every level and end the round."""
         rows = len(self._left)
-        self._raise_prompt(self._last)
+        yield from self._raise_prompt(self._last)
         if self._observe is None:
-            self._catch_up.fill_pending(rows)
+            yield from self._catch_up.fill_pending(rows)
         else:
-            self._run_to_the_top(rows - 1, rows)
+            yield from self._run_to_the_top(rows - 1, rows)
             self._label()
         self._left.clear()
         self._sequence.commit(rows)
@@ -266,29 +267,28 @@ class EarlyExit:
     def _has_room(self) -> bool:
         return self._stats.emitted < self._max_new_tokens and len(self._sequence) < self._stack.max_length
 
-    def _raise_prompt(self, level: int) -> None:
+    def _raise_prompt(self, level: int) -> Iterable[Run]:
         """Run a prompt that left early through a level, before the rows after it run there."""
         if self._prompt is not None:
             top = self._stack.filling_levels - 1
-            self._prompt.raise_to(min(level, top))
+            yield from self._prompt.raise_to(min(level, top))
             if level >= top:
                 self._sequence.commit(len(self._prompt.tokens))
                 self._prompt = None
 
-    def _fill_at_the_end(self) -> None:
+    def _fill_at_the_end(self) -> Iterable[Run]:
         """Complete the prompt and all pending rows in every level."""
-        started = time.perf_counter()
-        self._raise_prompt(self._last)
+        started = self._stack.clock()
+        yield from self._raise_prompt(self._last)
         if self._left:
-            self._fill_all()
-        self._stats.settle_s += time.perf_counter() - started
+            yield from self._fill_all()
+        self._stats.settle_s += self._stack.clock() - started
 
 
 class _PendingPrompt:
     """A prompt that has not run through all levels yet."""
 
-    def __init__(self, stack: LeveledDecoder, tokens: Sequence[int], past: int) -> None:
-        self._stack = stack
+    def __init__(self, tokens: Sequence[int], past: int) -> None:
         self._past = past
         self._levels = 0
         self.tokens = tokens
@@ -297,10 +297,10 @@ class _PendingPrompt:
         """Let the prompt run through all levels again, as EE-LLM does for every token until one does not leave."""
         self._levels = 0
 
-    def raise_to(self, level: int, *, with_head: bool = False, with_logits: bool = False) -> None:
+    def raise_to(self, level: int, *, with_head: bool = False, with_logits: bool = False) -> Iterable[Run]:
         """Run all levels up to this one that the prompt has not been through."""
         while self._levels <= level:
-            self._stack.prefill_level(self._levels, self.tokens, self._past, with_head, with_logits)
+            yield PrefillLevel(self._levels, self.tokens, self._past, with_head, with_logits)
             self._levels += 1
 
 

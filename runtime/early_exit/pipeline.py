@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 
+from shortstack.runtime.decode.runs import Run
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.catch_up import reserve_round
 from shortstack.runtime.engine.decoder import LeveledDecoder
@@ -64,7 +66,7 @@ class PipelineCatchUp:
             self._ready = [0] * len(self._ready)
             self._done = [0] * len(self._done)
 
-    def run_lowest(self, row: int, with_logits: bool) -> None:
+    def run_lowest(self, row: int, with_logits: bool) -> Iterable[Run]:
         """See :meth:`CatchUp.run_lowest`."""
         with self._changed:
             self._raise_error()
@@ -72,13 +74,14 @@ class PipelineCatchUp:
         self._stack.run(0, row, row + 1, self._past, 1, with_logits)
         self._stats.draft_s += time.perf_counter() - started
         self._stats.draft_runs += 1
+        return ()
 
-    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> None:
+    def run_level(self, level: int, row: int, num_rows: int, with_logits: bool) -> Iterable[Run]:
         """See :meth:`CatchUp.run_level`; returns when the level's thread has done it."""
         with self._changed:
             if level >= self._filling:  # pending rows below this one leave no hole here
                 if not num_rows:
-                    return
+                    return ()
                 self._done[level] = row + 1 - num_rows
             if num_rows:
                 self._wanted[level] = (row, num_rows, with_logits)
@@ -86,6 +89,7 @@ class PipelineCatchUp:
             self._changed.notify_all()
             self._wait_for(level, row + 1)
             self._wanted[level] = None
+        return ()
 
     def mark_pending(self, level: int, row: int) -> None:
         """See :meth:`CatchUp.mark_pending`."""
@@ -95,10 +99,11 @@ class PipelineCatchUp:
                 self._ready[level + 1] = max(self._ready[level + 1], row + 1)
                 self._changed.notify_all()
 
-    def fill_pending(self, rows: int) -> None:
+    def fill_pending(self, rows: int) -> Iterable[Run]:
         """See :meth:`CatchUp.fill_pending`."""
         for level in range(1, self._filling):
             self.run_level(level, rows - 1, 0, False)
+        return ()
 
     def close(self) -> None:
         """See :meth:`CatchUp.close`; waits for runs that have begun."""

@@ -95,6 +95,10 @@ class Decoder(Protocol):
         """Outputs of the drafting exit, by row."""
         ...
 
+    def clock(self) -> float:
+        """Return the seconds, from any point in time, that this sequence has used; loops measure costs with it."""
+        ...
+
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
         """Run all layers over ``tokens``, the first at position ``past``; the final head sees the last token only."""
         ...

@@ -19,6 +19,7 @@ its results are not read.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -69,6 +70,7 @@ class Stack:
         self._bindings: dict[tuple[int, int, int, int, bool], Binding] = {}
         self._generation = -1  # of the cache buffers that the bindings hold
         self._prompt: list[np.ndarray] = []  # for prompts that may leave early: each chunk's residual stream so far
+        self.clock = time.perf_counter
         self.window = WINDOW_ROWS
         self.max_length = manifest.max_length
         self.num_layers = spec.num_hidden_layers

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from helpers.scripted_levels import ScriptedLevels
 from helpers.scripted_texts import GREEDY
 from shortstack.runtime.decode.choice import make_choice
+from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
+from shortstack.runtime.decode.stream import close_steps
 from shortstack.runtime.early_exit.auto import AutoCatchUp, WayCosts
 from shortstack.runtime.early_exit.catch_up import CatchUp, FlushCatchUp
 from shortstack.runtime.early_exit.loop import EarlyExit, Observer
@@ -75,7 +77,8 @@ def run(
     catch_up = catch_up_of(policy.kv_policy, levels, stats, cap)
     steps: list[Step] = []
     choice = make_choice(sampling)
-    iterator = EarlyExit(levels, sequence, choice, stats, count, policy, catch_up, cap, observe).steps()
+    loop = EarlyExit(levels, sequence, choice, stats, count, policy, catch_up, cap, observe).steps()
+    iterator = solo(loop, levels)
     for step in iterator:
         steps.append(step)
         assert stats.is_balanced
@@ -84,7 +87,7 @@ def run(
         if policy.kv_policy in ("flush", "recompute"):  # in a pipeline the rows are being filled meanwhile
             levels_hold(levels, sequence)
         if len(steps) == stop_after:
-            iterator.close()
+            close_steps(iterator)
     assert sequence.cached == len(sequence) - 1, "rows are still pending"
     levels_hold(levels, sequence)
     return Run(steps, stats, levels, sequence)

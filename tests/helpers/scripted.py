@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal, NamedTuple
 from unittest import mock
@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.runtime.decode import plain, speculative, stream
+from shortstack.runtime.decode import stream
 from shortstack.runtime.engine.decoder import Head
 
 _SPREAD = 2.5  # logits lie in -2.5..2.5: the best of eight tokens has about 0.4 on average
@@ -179,6 +179,9 @@ class ScriptedClock:
 
     def __init__(self) -> None:
         self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
     def perf_counter(self) -> float:
         return self.now_s
@@ -352,8 +355,6 @@ def _summary(logits_bytes: bytes) -> tuple[int, float, float, float]:
 
 @contextmanager
 def scripted_time(decoder: ScriptedDecoder) -> Iterator[ScriptedClock]:
-    """Make loops and streams read the decoder's clock, so that the script sets their seconds and adaptive lengths."""
-    with ExitStack() as stack:
-        for module in (plain, speculative, stream):
-            stack.enter_context(mock.patch.object(module, "time", decoder.clock))
+    """Make streams read the decoder's clock, as the loops do, so that the script sets their seconds."""
+    with mock.patch.object(stream, "time", decoder.clock):
         yield decoder.clock

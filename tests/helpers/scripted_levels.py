@@ -49,6 +49,7 @@ class ScriptedLevels:
         has_gate: bool = False,
     ) -> None:
         self.model = model
+        self.clock = time.perf_counter
         self.window = window
         self.max_length = max_length
         self.filling_levels = exits + 1

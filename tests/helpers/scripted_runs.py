@@ -13,6 +13,7 @@ from shortstack.runtime.decode.choice import Choice, make_choice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.drafters import ExitDrafter
 from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
@@ -23,7 +24,8 @@ def self_speculative(
     decoder: ScriptedDecoder, sequence: TokenSequence, choice: Choice, stats: Stats, count: int, length: DraftLength
 ) -> Iterator[Step]:
     """Decode speculatively with drafts from the decoder's exit."""
-    return speculative(decoder, sequence, choice, stats, count, length, ExitDrafter(decoder, choice))
+    loop = speculative(decoder, sequence, choice, stats, count, length, ExitDrafter(decoder, choice))
+    return solo(loop, decoder)
 
 
 class ScriptedLength(DraftLength):
@@ -50,7 +52,7 @@ class Wanted:
     def start(self, decoder: ScriptedDecoder, sequence: TokenSequence, stats: Stats, count: int) -> Iterator[Step]:
         choice = make_choice(self.sampling)
         if self.length is None:
-            return plain(decoder, sequence, choice, stats, count)
+            return solo(plain(decoder, sequence, choice, stats, count), decoder)
         scripted = isinstance(self.length, tuple)
         length = ScriptedLength(self.length, self.has_bonus) if scripted else DraftLength(self.length)
         return self_speculative(decoder, sequence, choice, stats, count, length)

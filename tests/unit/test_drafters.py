@@ -13,7 +13,8 @@ from helpers.scripted_runs import assert_consistent
 from helpers.scripted_texts import VOCAB, examples, models, prompts
 from shortstack.runtime.decode.choice import GreedyChoice, Proposal
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
-from shortstack.runtime.decode.drafters import Draft, ExitDrafter
+from shortstack.runtime.decode.drafters import ExitDrafter, Proposed
+from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats, Step
@@ -30,13 +31,13 @@ class LookUp:
         self._tokens = tokens
         self.observed: list[tuple[int, int]] = []
 
-    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft:
+    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Proposed:
         assert past == len(tokens) - 1
         found = self._tokens
         if found is None:
             before = [i for i, token in enumerate(tokens[:-1]) if token == tokens[-1]]
             found = tokens[before[-1] + 1 :] if before else ()
-        return Draft([Proposal(token, 1.0, 0) for token in found[:most]])
+        return Proposed([Proposal(token, 1.0, 0) for token in found[:most]])
 
     def observe(self, emitted: int, rows: int) -> None:
         self.observed.append((emitted, rows))
@@ -47,7 +48,8 @@ def decode(
 ) -> tuple[list[Step], Stats, ScriptedDecoder]:
     decoder = ScriptedDecoder(model, is_cut=is_cut)
     sequence, stats, steps = TokenSequence(prompt), Stats(prompt=len(prompt)), []
-    for step in speculative(decoder, sequence, GreedyChoice(), stats, count, DraftLength(policy), drafter):
+    loop = speculative(decoder, sequence, GreedyChoice(), stats, count, DraftLength(policy), drafter)
+    for step in solo(loop, decoder):
         steps.append(step)
         assert_consistent(decoder, sequence, stats)
     return steps, stats, decoder
@@ -108,6 +110,12 @@ def test_the_exit_stops_after_a_token_below_the_least_confidence(least: float, d
         decoder.exit.top_prob[row] = 0.5
 
     decoder.draft = draft  # type: ignore[method-assign]
-    found = ExitDrafter(decoder, GreedyChoice()).draft(2, [1, 2, 3], 3, least)
+    proposing = ExitDrafter(decoder, GreedyChoice()).draft(2, [1, 2, 3], 3, least)
+    found = None
+    while found is None:
+        try:
+            next(proposing).on(decoder)  # type: ignore[arg-type]
+        except StopIteration as returned:
+            found = returned.value
     assert len(found.proposals) == found.rows_run == drafted
     assert {proposal.depth for proposal in found.proposals} == {decoder.exit_layer}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from helpers.scripted_levels import ScriptedLevels
 from helpers.scripted_texts import GREEDY, SAMPLINGS, VOCAB, examples, models, prompts
 from shortstack.runtime.decode.choice import Proposal, make_choice
 from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
@@ -140,7 +142,8 @@ def full_depth(levels: ScriptedLevels, prompt: Sequence[int], choice: object, st
             for level in range(len(levels.heads)):
                 levels.run(level, 0, rows, past, rows, with_logits)
 
-    return list(plain(Uncut(), TokenSequence(prompt), choice, stats, 20))  # type: ignore[arg-type]
+    uncut: Any = Uncut()
+    return list(solo(plain(uncut, TokenSequence(prompt), choice, stats, 20), uncut))
 
 
 @pytest.mark.parametrize("kv_policy", ["flush", "pipeline", "auto", "recompute"])
@@ -263,14 +266,14 @@ def test_a_failing_run_reaches_the_caller_and_the_sequence_can_be_continued(leve
     catch_up = catch_up_of(kv_policy, levels, stats, cap)
     loop = EarlyExit(levels, sequence, make_choice(GREEDY), stats, 30, policy, catch_up, cap).steps()
     with pytest.raises(ScriptedError):
-        list(loop)
+        list(solo(loop, levels))
     levels_hold(levels, sequence)
     levels.fails = lambda *_: False
     text = list(sequence.tokens)
     again = TokenSequence(text)
     again.commit(sequence.cached)
     catch_up = catch_up_of(kv_policy, levels, stats, cap)
-    list(EarlyExit(levels, again, make_choice(GREEDY), Stats(), 10, policy, catch_up, cap).steps())
+    list(solo(EarlyExit(levels, again, make_choice(GREEDY), Stats(), 10, policy, catch_up, cap).steps(), levels))
     assert again.cached == len(again) - 1
     levels_hold(levels, again)
 

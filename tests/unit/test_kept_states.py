@@ -13,6 +13,7 @@ from helpers.scripted_runs import self_speculative
 from shortstack.runtime.decode.choice import make_choice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats
@@ -72,7 +73,7 @@ def test_a_generation_stopped_anywhere_drafts_from_the_right_state_in_its_next_t
 
 def test_plain_steps_leave_the_state_for_a_draft_after_them() -> None:
     decoder = ScriptedDecoder(ScriptedModel(seed=2, agreement=0.8))
-    list(plain(decoder, TokenSequence(PROMPT), make_choice(GREEDY), Stats(), 5))
+    list(solo(plain(decoder, TokenSequence(PROMPT), make_choice(GREEDY), Stats(), 5), decoder))
     assert not decoder.kept_rows  # one judged row is row 0 already
     past = len(PROMPT) + 4
     newest = decoder.model.continuation(PROMPT, 5, 99)[-1]

@@ -26,6 +26,7 @@ from helpers.scripted_runs import self_speculative
 from shortstack.runtime.decode.choice import Choice, Proposal, SampledChoice, Verdict
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sampling import Distribution, SamplingParams, distribution
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats
@@ -71,7 +72,7 @@ def drawn(
         sequence.restart(PROMPT)
         stats = Stats()
         if policy is None:
-            steps = plain(decoder, sequence, choice, stats, count + 1)
+            steps = solo(plain(decoder, sequence, choice, stats, count + 1), decoder)
         else:
             steps = self_speculative(decoder, sequence, choice, stats, count + 1, DraftLength(policy))
         counts[tuple(step.token for step in steps)[1:]] += 1

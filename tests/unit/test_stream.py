@@ -17,6 +17,7 @@ from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.choice import GreedyChoice
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.plain import plain
+from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.decode.stream import Stream, Token
@@ -62,7 +63,7 @@ class Talk:
         stats = Stats(prompt=len(prompt))
         limit = min(count, self.decoder.max_length - len(prompt))
         if policy is None:
-            steps = plain(self.decoder, self.sequence, GreedyChoice(), stats, limit)
+            steps = solo(plain(self.decoder, self.sequence, GreedyChoice(), stats, limit), self.decoder)
         else:
             steps = self_speculative(self.decoder, self.sequence, GreedyChoice(), stats, limit, DraftLength(policy))
         return Stream(
