@@ -22,7 +22,7 @@ from shortstack.runtime.early_exit.loop import EarlyExit, Observer
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.pipeline import PipelineCatchUp
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.engine.decoder import LeveledDecoder
+from shortstack.runtime.engine.decoder import LeveledDecoder, LeveledState
 from shortstack.runtime.request import ExitEarly, Plain, Request, Speculate
 
 
@@ -38,12 +38,12 @@ class Loops:
     def loop(
         self,
         request: Request,
-        stack: LeveledDecoder,
+        stack: LeveledState,
         sequence: TokenSequence,
         stats: Stats,
         limit: int,
         *,
-        is_alone: bool = True,
+        runner: LeveledDecoder | None = None,
     ) -> Loop:
         """Return the loop that answers a request.
 
@@ -53,7 +53,7 @@ class Loops:
             sequence: The prompt; grows by each emitted token.
             stats: Counts tokens, runs and seconds.
             limit: The most tokens to emit.
-            is_alone: The stack runs nothing else, so that its levels may run in threads.
+            runner: The same stack, if nothing else runs on it: then its levels may run in threads.
         """
         choice = make_choice(request.sampling)
         match request.strategy:
@@ -71,12 +71,12 @@ class Loops:
                     limit,
                     policy,
                     is_repeatable=request.sampling.is_repeatable,
-                    is_alone=is_alone,
+                    runner=runner,
                 )
 
     def _speculative(
         self,
-        stack: LeveledDecoder,
+        stack: LeveledState,
         sequence: TokenSequence,
         choice: Choice,
         stats: Stats,
@@ -91,7 +91,7 @@ class Loops:
 
     def _early_exit(
         self,
-        stack: LeveledDecoder,
+        stack: LeveledState,
         sequence: TokenSequence,
         choice: Choice,
         stats: Stats,
@@ -99,7 +99,7 @@ class Loops:
         policy: ExitPolicy,
         *,
         is_repeatable: bool,
-        is_alone: bool,
+        runner: LeveledDecoder | None,
     ) -> Loop:
         used = tuple(stack.depths[:-1])
         observe: Observer | None = None
@@ -120,10 +120,11 @@ class Loops:
             )
 
         def pipeline() -> CatchUp:
-            return PipelineCatchUp(stack, stats)
+            assert runner is not None
+            return PipelineCatchUp(runner, stats)
 
         catch_up: CatchUp
-        if stack.filling_levels == 1 or not is_alone:  # no row is ever pending, or the levels run for others too
+        if stack.filling_levels == 1 or runner is None:  # no row is ever pending, or the levels run for others too
             catch_up = flush()
         elif policy.kv_policy == "auto":
             catch_up = AutoCatchUp({"flush": flush, "pipeline": pipeline}, self._ways.setdefault(used, WayCosts()))

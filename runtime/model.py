@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,14 +25,17 @@ import numpy as np
 from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
+from shortstack.runtime.batch.engine import Engine
+from shortstack.runtime.batch.generations import Generations
 from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.decode.stream import FinishReason, Stream, close_steps
 from shortstack.runtime.decode.turns import Turns
+from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.open_graphs import open_graphs
 from shortstack.runtime.engine.passes import PrefillPasses, check_passes
-from shortstack.runtime.engine.row_classes import fewest_rows
+from shortstack.runtime.engine.row_classes import fewest_packed_rows, fewest_rows
 from shortstack.runtime.engine.session import Placement
 from shortstack.runtime.engine.stack import Stack
 from shortstack.runtime.engine.whole_text import Activations, Array, run_text
@@ -66,6 +70,7 @@ def load(
     upper: Placement | None = None,
     prefill_passes: PrefillPasses = "converged",
     verify_hashes: bool = False,
+    slots: int = 1,
 ) -> Model:
     """Load a bundle.
 
@@ -80,6 +85,8 @@ def load(
             of times, as in training with that number, or until the layers have ``converged``, or ``sequential``:
             position by position.
         verify_hashes: Whether to check every file's sha256 first.
+        slots: How many sequences may run at once. With more than one, generations share runs, see
+            :meth:`Model.generate_batch`; that needs onnxruntime 1.32 or later.
 
     Raises:
         BundleError: The folder is not a valid bundle.
@@ -90,7 +97,12 @@ def load(
     expect(isinstance(path, str | Path), "path of a bundle", path, "text or a pathlib.Path")
     expect(isinstance(verify_hashes, bool), "verify_hashes", verify_hashes, "True or False")
     bundle = open_bundle(path, verify_hashes=verify_hashes)
-    return Model(bundle, providers=providers, threads=threads, upper=upper, prefill_passes=prefill_passes)
+    return Model(bundle, providers=providers, threads=threads, upper=upper, prefill_passes=prefill_passes, slots=slots)
+
+
+def _result(stream: Stream) -> Result:
+    assert stream.finish_reason is not None
+    return Result(stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats)
 
 
 class Model:
@@ -109,11 +121,12 @@ class Model:
         threads: See :func:`load`.
         upper: See :func:`load`.
         prefill_passes: See :func:`load`.
+        slots: See :func:`load`.
 
     Attributes:
         bundle: The bundle.
         tokenizer: Its tokenizer.
-        cache: Its KV buffers.
+        slots: How many sequences may run at once.
         graphs: Its graphs, open.
     """
 
@@ -125,19 +138,28 @@ class Model:
         threads: int | None = None,
         upper: Placement | None = None,
         prefill_passes: PrefillPasses = "converged",
+        slots: int = 1,
     ) -> None:
+        expect(is_whole(slots, 1), "slots", slots, "a whole number, 1 or more")
         expect(isinstance(bundle, Bundle), "bundle", bundle, "what open_bundle returns; load() takes a path")
         self.bundle = bundle
         self._prefill_passes = check_passes(prefill_passes)
         with ThreadPoolExecutor(1) as pool:  # onnxruntime packs weights meanwhile
             tokenizer = pool.submit(Tokenizer.load, bundle.folder, bundle.manifest.files)
-            self.graphs = open_graphs(bundle, providers, threads, upper)
+            self.graphs = open_graphs(bundle, providers, threads, upper, is_packed=slots > 1)
             self.tokenizer = tokenizer.result()
-        self.cache = self.graphs.new_cache(bundle.manifest.max_length)
-        self._fewest_rows = fewest_rows(self.graphs)
+        self.slots = slots
+        self._loops = Loops()
+        self._batch: Generations | None = None
+        self._cache: KVCache | None = None
+        if slots > 1:
+            engine = Engine(self.graphs, slots, fewest_packed_rows(self.graphs))
+            self._batch = Generations(engine, self._loops)
+        else:
+            self._cache = self.graphs.new_cache(bundle.manifest.max_length)
+            self._fewest_rows = fewest_rows(self.graphs)
         self._stacks: dict[tuple[int, ...], Stack] = {}
         self._sequence = TokenSequence()
-        self._loops = Loops()
         self._turns = Turns()  # held by generate, and by whatever starts a generation
         self._lock = threading.RLock()  # held while the loop runs a step
         # The loop is kept apart from its stream: where a caller drops an unfinished stream, the loop must not end there
@@ -171,6 +193,24 @@ class Model:
         """The exits of the bundle, each by the number of layers run before it."""
         return self.bundle.manifest.plan.boundaries
 
+    @property
+    def cache(self) -> KVCache:
+        """Its KV buffers.
+
+        Raises:
+            RequestError: The model has several slots.
+        """
+        self._check_open()
+        self._check_one_slot()
+        assert self._cache is not None
+        return self._cache
+
+    def _check_one_slot(self) -> None:
+        if self._batch is not None:
+            raise RequestError(
+                f"the model has {self.slots} slots, and this works with one sequence", remedy="load it with slots=1"
+            )
+
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Stream:
         """Start generating.
 
@@ -199,48 +239,103 @@ class Model:
         """Generate to the end; see :meth:`stream` for the arguments and errors."""
         request = make_request(prompt, **options)
         self._check_not_stepping()
+        with self._turns if self._batch is None else nullcontext():
+            stream = self.start(request)
+            for _ in stream:
+                pass
+        return _result(stream)
+
+    def stream_batch(
+        self, prompts: Iterable[Prompt | Request], **options: Unpack[RequestOptions]
+    ) -> Iterator[tuple[int, Result]]:
+        """Generate for many prompts, as many at once as the model has slots.
+
+        With an int8 cache, or with floats, each text is the one that the prompt gets alone in this model, whatever else
+        runs with it: greedy for every strategy, sampled for a seed.
+
+        Args:
+            prompts: Prompts, or requests with options of their own; read as they are needed.
+            options: Those of :meth:`stream`, for the prompts that are not requests.
+
+        Yields:
+            The number of a prompt, counted from 0, and its result, in the order in which they end.
+
+        Raises:
+            RequestError: See :meth:`stream`. The other generations are ended.
+        """
+        requests = (p if isinstance(p, Request) else make_request(p, **options) for p in prompts)
+        if self._batch is None:
+            yield from ((number, self._finished(request)) for number, request in enumerate(requests))
+            return
+        prepared = ((request, *self._prepared(request)) for request in requests)
+        for number, stream in self._batch.run_all(prepared, self._make_stream, ahead=self.slots):
+            yield number, _result(stream)
+
+    def generate_batch(self, prompts: Iterable[Prompt | Request], **options: Unpack[RequestOptions]) -> list[Result]:
+        """Generate for many prompts to their ends; see :meth:`stream_batch`.
+
+        Returns:
+            The results, in the order of the prompts.
+        """
+        found = dict(self.stream_batch(prompts, **options))
+        return [found[number] for number in sorted(found)]
+
+    def _finished(self, request: Request) -> Result:
         with self._turns:
             stream = self.start(request)
             for _ in stream:
                 pass
-        assert stream.finish_reason is not None
-        return Result(stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats)
+        return _result(stream)
 
     def start(self, request: Request) -> Stream:
         """Start the generation that a request describes; :meth:`stream` makes the request and calls this."""
         expect(isinstance(request, Request), "request", request, "a Request(...); stream() and generate() make one")
-        ids = self.encode(request.prompt, tools=request.tools, template_variables=request.template_variables)
-        stop_strings = StopStrings(request.stop)
-        self._check_vocabulary("stop_token_ids", request.stop_token_ids)
+        ids, exit_layers = self._prepared(request)
+        if self._batch is not None:
+            return self._batch.start(request, ids, exit_layers, self._make_stream)
         self._check_not_stepping()
         with self._turns:
             self._check_not_in_use()
             with self._lock:
                 self._check_open()
-                stack = self._stack(request.strategy.exits_in(self.bundle.manifest.plan))
+                stack = self._stack(exit_layers)
                 # All checks have passed; from here on the previous generation is over.
                 self._end_previous()
-                return self._begin(request, ids, stack, stop_strings)
+                return self._begin(request, ids, stack)
 
-    def _begin(self, request: Request, ids: Sequence[int], stack: Stack, stop_strings: StopStrings) -> Stream:
+    def _prepared(self, request: Request) -> tuple[list[int], tuple[int, ...]]:
+        """Check a request; return its prompt's token ids and the exits that its strategy uses."""
+        ids = self.encode(request.prompt, tools=request.tools, template_variables=request.template_variables)
+        StopStrings(request.stop)
+        self._check_vocabulary("stop_token_ids", request.stop_token_ids)
+        return ids, request.strategy.exits_in(self.bundle.manifest.plan)
+
+    def _begin(self, request: Request, ids: Sequence[int], stack: Stack) -> Stream:
         if not request.reuse_cache:
             self._sequence.rewind(0)
         stats = Stats(prompt=len(ids), reused=self._sequence.restart(ids))
-        limit = min(request.max_new_tokens, self.cache.max_length - len(ids))
-        self._steps = solo(self._loops.loop(request, stack, self._sequence, stats, limit), stack)
-        stream = Stream(
-            self._steps,
+        limit = self._limit(request, ids)
+        loop = self._loops.loop(request, stack, self._sequence, stats, limit, runner=stack)
+        self._steps = solo(loop, stack)
+        stream = self._make_stream(request, self._steps, stats, limit)
+        self._stream = weakref.ref(stream)
+        return stream
+
+    def _limit(self, request: Request, ids: Sequence[int]) -> int:
+        return min(request.max_new_tokens, self.bundle.manifest.max_length - len(ids))
+
+    def _make_stream(self, request: Request, steps: Iterator[Step], stats: Stats, limit: int) -> Stream:
+        return Stream(
+            steps,
             stats,
             self.tokenizer,
             eos_ids=() if request.ignore_eos else self.tokenizer.eos_token_ids,
-            stop=stop_strings,
+            stop=StopStrings(request.stop),
             stop_ids=[int(token) for token in request.stop_token_ids],
             limit=limit,
             limit_reason="length" if limit == request.max_new_tokens else "context",
-            lock=self._lock,
+            lock=self._lock if self._batch is None else None,
         )
-        self._stream = weakref.ref(stream)
-        return stream
 
     def encode(
         self,
@@ -299,6 +394,7 @@ class Model:
         items = [int(item) for item in given or ()]
         with self._lock:
             self._check_open()
+            self._check_one_slot()
             graphs = self.graphs
         manifest = self.bundle.manifest
         self._check_ids(items)
@@ -342,7 +438,8 @@ class Model:
             self._is_closed = True
             self._steps = None
             self._stacks.clear()
-            del self.graphs, self.cache  # bindings, sessions and buffers go with them
+            self._cache = self._batch = None
+            del self.graphs  # bindings, sessions and buffers go with them
 
     def _current(self) -> Stream | None:
         """Return the newest generation, unless its caller has dropped it."""

@@ -4,7 +4,7 @@ The loop (:mod:`shortstack.runtime.decode.speculative`) knows only the protocol.
 level left in each row, so every row must have run through that level. A drafter reports how many rows of the round it
 has run there already, and the loop runs the others. The exit has run the rows that it drafted from; a drafter that does
 not run the model reports 0. A drafter that needs to see prompts wraps the
-:class:`~shortstack.runtime.engine.decoder.Decoder` that the loop receives.
+:class:`~shortstack.runtime.engine.decoder.State` that the loop receives.
 
 A request names a drafter by a value, its :class:`DraftSource`. :class:`FromExit` is the one that ships: the lowest exit
 of the stack drafts, which makes decoding self-speculative (LayerSkip, arXiv 2404.16710). A new drafter is one file in
@@ -21,7 +21,7 @@ from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.choice import Choice, Proposal
 from shortstack.runtime.decode.runs import Asking, Draft
-from shortstack.runtime.engine.decoder import Decoder
+from shortstack.runtime.engine.decoder import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class DraftSource(Protocol):
         """
         ...
 
-    def drafter(self, stack: Decoder, choice: Choice) -> Drafter:
+    def drafter(self, stack: State, choice: Choice) -> Drafter:
         """Return the drafter for one generation over a stack that is cut so."""
         ...
 
@@ -111,7 +111,7 @@ class FromExit:
             )
         return (exits[0] if self.exit_layer is None else self.exit_layer,)
 
-    def drafter(self, stack: Decoder, choice: Choice) -> Drafter:
+    def drafter(self, stack: State, choice: Choice) -> Drafter:
         """See :meth:`DraftSource.drafter`."""
         return ExitDrafter(stack, choice)
 
@@ -124,7 +124,7 @@ class ExitDrafter:
         choice: How tokens are chosen.
     """
 
-    def __init__(self, stack: Decoder, choice: Choice) -> None:
+    def __init__(self, stack: State, choice: Choice) -> None:
         self._stack = stack
         self._choice = choice
 

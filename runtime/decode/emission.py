@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from shortstack.runtime.decode.choice import Proposal, Verdict
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
-from shortstack.runtime.engine.decoder import Decoder
+from shortstack.runtime.engine.decoder import State
 
 
 def emit(
-    stack: Decoder,
+    stack: State,
     sequence: TokenSequence,
     stats: Stats,
     drafts: Sequence[Proposal],

@@ -6,10 +6,10 @@ from shortstack.runtime.decode.choice import Choice
 from shortstack.runtime.decode.runs import Asking, Draft, Loop, Prefill, Verify
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
-from shortstack.runtime.engine.decoder import Decoder
+from shortstack.runtime.engine.decoder import State
 
 
-def prefill(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> Asking[int]:
+def prefill(stack: State, sequence: TokenSequence, choice: Choice, stats: Stats) -> Asking[int]:
     """Run all layers over the tokens that are not cached yet; return the next token without appending it."""
     started = stack.clock()
     new = sequence.tokens[sequence.cached :]
@@ -21,7 +21,7 @@ def prefill(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stat
     return token
 
 
-def full_step(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats) -> Asking[int]:
+def full_step(stack: State, sequence: TokenSequence, choice: Choice, stats: Stats) -> Asking[int]:
     """Run all layers over the newest token; return the next one without appending it."""
     started = stack.clock()
     stack.put(0, sequence.tokens[-1])
@@ -38,7 +38,7 @@ def full_step(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: St
     return token
 
 
-def plain(stack: Decoder, sequence: TokenSequence, choice: Choice, stats: Stats, max_new_tokens: int) -> Loop:
+def plain(stack: State, sequence: TokenSequence, choice: Choice, stats: Stats, max_new_tokens: int) -> Loop:
     """Decode token by token.
 
     Args:

@@ -24,11 +24,11 @@ from shortstack.runtime.decode.plain import full_step, prefill
 from shortstack.runtime.decode.runs import Asking, Draft, Loop, Verify
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
-from shortstack.runtime.engine.decoder import Decoder
+from shortstack.runtime.engine.decoder import State
 
 
 def speculative(
-    stack: Decoder,
+    stack: State,
     sequence: TokenSequence,
     choice: Choice,
     stats: Stats,
@@ -66,7 +66,7 @@ def speculative(
 
 
 def _round(
-    stack: Decoder,
+    stack: State,
     sequence: TokenSequence,
     choice: Choice,
     stats: Stats,

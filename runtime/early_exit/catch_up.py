@@ -24,7 +24,7 @@ from typing import Protocol
 from shortstack.runtime.decode.runs import LevelRun, Run
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.pending import PendingCap
-from shortstack.runtime.engine.decoder import LeveledDecoder
+from shortstack.runtime.engine.decoder import LeveledState
 
 
 class CatchUp(Protocol):
@@ -74,7 +74,7 @@ class FlushCatchUp:
 
     def __init__(
         self,
-        stack: LeveledDecoder,
+        stack: LeveledState,
         stats: Stats,
         cap: PendingCap,
         *,
@@ -135,6 +135,6 @@ class FlushCatchUp:
         """See :meth:`CatchUp.close`."""
 
 
-def reserve_round(stack: LeveledDecoder, past: int) -> None:
+def reserve_round(stack: LeveledState, past: int) -> None:
     """Make room for a whole round at position ``past``, so that no buffer is replaced during the round."""
     stack.reserve(min(past + stack.window, stack.max_length), past)

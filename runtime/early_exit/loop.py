@@ -37,7 +37,7 @@ from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.early_exit.reading import Reading, read
-from shortstack.runtime.engine.decoder import Head, LeveledDecoder
+from shortstack.runtime.engine.decoder import Head, LeveledState
 
 Observer = Callable[[Reading, bool], None]
 
@@ -73,7 +73,7 @@ class EarlyExit:
 
     def __init__(
         self,
-        stack: LeveledDecoder,
+        stack: LeveledState,
         sequence: TokenSequence,
         choice: Choice,
         stats: Stats,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortstack.runtime.engine.decoder import LeveledDecoder
+from shortstack.runtime.engine.decoder import LeveledState
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Reading:
 
 
 def read(
-    stack: LeveledDecoder,
+    stack: LeveledState,
     level: int,
     row: int,
     below: Sequence[Reading],

@@ -43,6 +43,18 @@ class Binding:
             self._binding.bind_ortvalue_output(name, _value(tensor))
         self._renew = [] if device.is_host else [(n, values[n]) for n, t in inputs.items() if isinstance(t, np.ndarray)]
 
+    def run_with(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Run the graph with further tensors, in place of those of the run before.
+
+        Raises:
+            BundleError: onnxruntime fails to run the graph.
+        """
+        for name, tensor in inputs.items():
+            self._binding.bind_ortvalue_input(name, _value(tensor))
+        for name, tensor in outputs.items():
+            self._binding.bind_ortvalue_output(name, _value(tensor))
+        self.run()
+
     def run(self) -> None:
         """Run the graph.
 

@@ -62,8 +62,8 @@ class Head:
         return views
 
 
-class Decoder(Protocol):
-    """What plain and speculative decoding need from a stack."""
+class State(Protocol):
+    """What plain and speculative decoding see of a model: the rows of a round. Who runs it, they do not see."""
 
     @property
     def window(self) -> int:
@@ -87,7 +87,7 @@ class Decoder(Protocol):
 
     @property
     def final(self) -> Head:
-        """Outputs of the final head in the last :meth:`prefill` (in row 0) or :meth:`verify`."""
+        """Outputs of the final head in the last :meth:`Decoder.prefill` (in row 0) or :meth:`Decoder.verify`."""
         ...
 
     @property
@@ -99,29 +99,17 @@ class Decoder(Protocol):
         """Return the seconds, from any point in time, that this sequence has used; loops measure costs with it."""
         ...
 
-    def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
-        """Run all layers over ``tokens``, the first at position ``past``; the final head sees the last token only."""
-        ...
-
     def put(self, row: int, token: int) -> None:
         """Set the token of a row."""
         ...
 
-    def draft(self, row: int, past: int, with_head: bool, with_logits: bool) -> None:
-        """Run the lowest level on one row; with its head, the drafted token becomes the token of the next row."""
-        ...
-
-    def verify(self, rows: int, past: int, with_logits: bool) -> None:
-        """Run the highest level on rows 0..rows-1, and the final head on each of them."""
-        ...
-
     def keep_state(self, row: int) -> None:
-        """Keep the state in the row of the last :meth:`verify` that predicted the newest token; row 0 if not called."""
+        """Keep the state in the row of the last verification that predicted the newest token; row 0 if not called."""
         ...
 
 
-class LeveledDecoder(Decoder, Protocol):
-    """What early exit needs besides: any number of exits, and levels that run separately."""
+class LeveledState(State, Protocol):
+    """What early exit sees besides: any number of exits, and levels that run separately."""
 
     @property
     def heads(self) -> Sequence[Head]:
@@ -138,19 +126,39 @@ class LeveledDecoder(Decoder, Protocol):
         """How many levels, from the bottom, must run on a position to complete its keys and values; 1 or more."""
         ...
 
-    def run(self, level: int, start: int, end: int, past: int, num_rows: int, with_logits: bool) -> None:
-        """Run a level on rows ``[start, end)``, and its head on the last ``num_rows`` of them.
-
-        Levels may run at the same time in different threads, each on rows that the level below has finished.
-        """
-        ...
-
     def reserve(self, positions: int, keep: int) -> None:
         """Make room in the cache and keep ``keep`` positions; nothing else may run in the meantime."""
         ...
 
     def hidden(self, level: int, row: int) -> np.ndarray:
         """Return the residual stream [hidden] that a level, any but the last, left in a row."""
+        ...
+
+
+class Decoder(State, Protocol):
+    """Performs the runs that plain and speculative decoding ask for."""
+
+    def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
+        """Run all layers over ``tokens``, the first at position ``past``; the final head sees the last token only."""
+        ...
+
+    def draft(self, row: int, past: int, with_head: bool, with_logits: bool) -> None:
+        """Run the lowest level on one row; with its head, the drafted token becomes the token of the next row."""
+        ...
+
+    def verify(self, rows: int, past: int, with_logits: bool) -> None:
+        """Run the highest level on rows 0..rows-1, and the final head on each of them."""
+        ...
+
+
+class LeveledDecoder(Decoder, LeveledState, Protocol):
+    """Performs the runs that early exit asks for besides."""
+
+    def run(self, level: int, start: int, end: int, past: int, num_rows: int, with_logits: bool) -> None:
+        """Run a level on rows ``[start, end)``, and its head on the last ``num_rows`` of them.
+
+        Levels may run at the same time in different threads, each on rows that the level below has finished.
+        """
         ...
 
     def prefill_level(self, level: int, tokens: Sequence[int], past: int, with_head: bool, with_logits: bool) -> None:

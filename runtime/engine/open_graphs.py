@@ -9,8 +9,10 @@ import onnxruntime as ort
 
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import cache_heads
+from shortstack.graphs.names import CacheOwner
 from shortstack.runtime.engine.cache import CachePlace, KVCache
 from shortstack.runtime.engine.session import Device, Placement, open_sessions
+from shortstack.runtime.engine.slot_cache import SlotCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,21 +23,29 @@ class OpenGraphs:
         bundle: The bundle.
         sessions: Its graphs, bottom to top.
         devices: Where each graph's cache lives.
+        is_packed: They are in the form of several sequences.
     """
 
     bundle: Bundle
     sessions: tuple[ort.InferenceSession, ...]
     devices: tuple[Device, ...]
+    is_packed: bool = False
 
     def new_cache(self, max_length: int) -> KVCache:
         """Return a cache for one sequence of at most ``max_length`` positions; it has no room until it is reserved."""
+        return KVCache(self._owners(), max_length)
+
+    def new_slots(self, slots: int, most_rows: int) -> SlotCache:
+        """Return a cache for several sequences, each as long as the context; see :class:`SlotCache`."""
+        return SlotCache(self._owners(), slots, self.bundle.manifest.max_length, most_rows)
+
+    def _owners(self) -> dict[CacheOwner, CachePlace]:
         manifest = self.bundle.manifest
-        owners = {
+        return {
             owner: CachePlace(cache_type, self.devices[segment.index], *cache_heads(manifest.spec, owner))
             for segment in manifest.plan.segments
             for owner, cache_type in manifest.cache_types(segment).items()
         }
-        return KVCache(owners, max_length)
 
 
 def open_graphs(
@@ -43,7 +53,9 @@ def open_graphs(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     upper: Placement | None = None,
+    *,
+    is_packed: bool = False,
 ) -> OpenGraphs:
     """Open a bundle's graphs; see :func:`~shortstack.runtime.engine.session.open_sessions` for arguments and errors."""
-    sessions, devices = open_sessions(bundle, providers, threads, upper)
-    return OpenGraphs(bundle, tuple(sessions), tuple(devices))
+    sessions, devices = open_sessions(bundle, providers, threads, upper, is_packed=is_packed)
+    return OpenGraphs(bundle, tuple(sessions), tuple(devices), is_packed)

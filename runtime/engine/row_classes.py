@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from shortstack.graphs.manifest import Manifest
 from shortstack.runtime.engine.open_graphs import OpenGraphs
+from shortstack.runtime.engine.packed_segment import PackedSegment
+from shortstack.runtime.engine.slot import Slot
 from shortstack.runtime.engine.whole_text import run_text
 
 _TOKENS = (1, 2, 3)  # any will do: a different order of addition shows in nearly every value
@@ -25,12 +28,9 @@ def fewest_rows(graphs: OpenGraphs) -> int:
 
     Bundles without codes of less than 8 bits are not measured, since no such dependence is known for their products.
     """
-    manifest = graphs.bundle.manifest
-    spec = manifest.spec
-    if not any(block_format.bits < 8 for block_format in manifest.precision.weights.values()):
+    if not _may_depend(graphs.bundle.manifest):
         return 1
-    if manifest.max_length <= len(_TOKENS) or spec.vocab_size <= max(_TOKENS):
-        return 1  # only tests have models this small
+    spec = graphs.bundle.manifest.spec
     # If a layer does not see its own position, the first position runs separately, and the second is measured.
     sees_itself = all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
     alone = 1 if sees_itself else 2
@@ -38,3 +38,30 @@ def fewest_rows(graphs: OpenGraphs) -> int:
     row = alone - 1
     is_same = all(np.array_equal(short.heads[depth][row], long.heads[depth][row]) for depth in short.heads)
     return 1 if is_same else 2
+
+
+def fewest_packed_rows(graphs: OpenGraphs) -> int:
+    """Return the same for graphs in the packed form."""
+    if not _may_depend(graphs.bundle.manifest):
+        return 1
+    alone, among = _packed_logits(graphs, 1), _packed_logits(graphs, 2)
+    return 1 if all(np.array_equal(*both) for both in zip(alone, among, strict=True)) else 2
+
+
+def _may_depend(manifest: Manifest) -> bool:
+    is_fine = not any(block_format.bits < 8 for block_format in manifest.precision.weights.values())
+    is_tiny = manifest.max_length <= len(_TOKENS) or manifest.spec.vocab_size <= max(_TOKENS)  # as only tests have them
+    return not (is_fine or is_tiny)
+
+
+def _packed_logits(graphs: OpenGraphs, rows: int) -> list[np.ndarray]:
+    """Return the logits of every head in the first of some rows that run together."""
+    manifest = graphs.bundle.manifest
+    slot = Slot(graphs.bundle, 0, manifest.plan.boundaries)
+    cache = graphs.new_slots(1, rows)
+    for row in range(rows):
+        slot.put(row, _TOKENS[row])
+    for segment in range(len(manifest.plan.segments)):
+        part = slot.part(segment, range(rows), 0, rows, with_logits=True)
+        PackedSegment(graphs, segment, cache, fewest_rows=1).run([part])
+    return [head.logits[0] for head in slot.heads]

@@ -12,10 +12,12 @@ from typing import Any
 
 import onnxruntime as ort
 
+from shortstack.graphs import names
 from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.graphs.errors import BundleError, RequestError
+from shortstack.graphs.packing import LEAST_ONNXRUNTIME, can_pack
 from shortstack.threads import describe_threads, make_thread_pool, session_options, usable_cores, use_own_pools
 
 log = logging.getLogger(__name__)
@@ -115,6 +117,8 @@ def open_sessions(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     upper: Placement | None = None,
+    *,
+    is_packed: bool = False,
 ) -> tuple[list[ort.InferenceSession], list[Device]]:
     """Open one session per segment.
 
@@ -124,6 +128,7 @@ def open_sessions(
         threads: Threads of the process's pool. The first load of a process decides; later ones leave it out or repeat
             the number. None: as decided, at first one for each usable core.
         upper: Where all segments but the lowest compute; None: where the lowest does.
+        is_packed: Open the graphs in the form of several sequences.
 
     Returns:
         The sessions, bottom to top, and the device of each one's cache.
@@ -135,11 +140,13 @@ def open_sessions(
         ContractError: A graph does not match the contract.
     """
     started_s = time.monotonic()
+    if is_packed:
+        check_packed(bundle)
     expect(upper is None or isinstance(upper, Placement), "upper", upper, "a Placement(...) or None")
     lower_names = resolve_providers(providers)
     upper_names = resolve_providers(upper.providers) if upper is not None else lower_names
-    for names in (lower_names, upper_names):
-        _check_dtype(bundle, names[0])
+    for wanted in (lower_names, upper_names):
+        _check_dtype(bundle, wanted[0])
     lower_threads, upper_threads = threads, None
     if upper is not None and upper.threads is not None:
         use_own_pools()
@@ -152,16 +159,16 @@ def open_sessions(
     # pages after packing, while the bottom one keeps them for the embedding. In the other order a weight that both use
     # (a tied embedding) would be in memory twice at the peak.
     for segment in reversed(bundle.manifest.plan.segments):
-        path = bundle.graph_path(segment)
-        names = lower_names if segment.is_first else upper_names
+        path = bundle.graph_path(segment, is_packed=is_packed)
+        wanted = lower_names if segment.is_first else upper_names
         options = session_options(lower_threads if segment.is_first else upper_threads)
         options.log_severity_level = 3
         graph_started_s = time.monotonic()
-        session = _open(path, options, names)
-        check_ports(str(path), _contract(path, session), bundle.manifest.contract(segment))
+        session = _open(path, options, wanted)
+        check_ports(str(path), _contract(path, session), bundle.manifest.contract(segment, is_packed=is_packed))
         sessions.insert(0, session)
-        devices.insert(0, Device("cuda" if names[0].startswith(("CUDA", "NvTensorRT")) else "cpu"))
-        log.debug("%s opened on %s in %.2f s", path.name, names[0], time.monotonic() - graph_started_s)
+        devices.insert(0, Device("cuda" if wanted[0].startswith(("CUDA", "NvTensorRT")) else "cpu"))
+        log.debug("%s opened on %s in %.2f s", path.name, wanted[0], time.monotonic() - graph_started_s)
     log.info(
         "%s opened in %.2f s: %d graphs on %s, threads: %s",
         bundle.folder,
@@ -171,6 +178,35 @@ def open_sessions(
         describe_threads(lower_threads, upper_threads),
     )
     return sessions, devices
+
+
+def check_packed(bundle: Bundle) -> None:
+    """Check that a bundle can run several sequences at once here.
+
+    Raises:
+        RequestError: It has no graphs for that, or onnxruntime is too old for them.
+    """
+    spec = bundle.manifest.spec
+    if not can_pack(spec):
+        raise RequestError(
+            f"{bundle.folder} runs one sequence at a time",
+            found="layers that use keys and values of layers above them, or do not see their own position",
+            remedy="load it with slots=1",
+        )
+    if not bundle.manifest.has_packed_form:
+        raise RequestError(
+            f"{bundle.folder} has no graphs for several sequences: an older version of shortstack wrote it",
+            expected=f"files such as {names.packed_file(0, bundle.manifest.plan.segments[0].end)}",
+            remedy="export it again, or load it with slots=1",
+        )
+    found = tuple(int(part) for part in re.findall(r"\d+", ort.__version__)[:2])
+    if found < LEAST_ONNXRUNTIME:
+        raise RequestError(
+            "several sequences at once need a newer onnxruntime",
+            found=ort.__version__,
+            expected=f"{'.'.join(map(str, LEAST_ONNXRUNTIME))} or later",
+            remedy="upgrade onnxruntime, or load the bundle with slots=1",
+        )
 
 
 def _open(path: Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
@@ -212,8 +248,8 @@ def one_line(error: Exception) -> str:
 
 
 def _check_providers(providers: object) -> None:
-    names = (providers,) if isinstance(providers, str) else providers
-    is_right = names is None or (isinstance(names, Sequence) and all(isinstance(name, str) for name in names))
+    given = (providers,) if isinstance(providers, str) else providers
+    is_right = given is None or (isinstance(given, Sequence) and all(isinstance(name, str) for name in given))
     expect(is_right, "providers", providers, 'a list of names such as ["cuda", "cpu"]')
 
 

@@ -50,6 +50,7 @@ WINGS = (
     {"early_exit"},
     {"request"},
     {"loops"},
+    {"batch"},
     {"model"},
     {"calibration", "inspection"},
     {"commands"},

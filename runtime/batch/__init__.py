@@ -1,0 +1,1 @@
+"""Several sequences at once: their loops ask for runs, and an engine performs the runs of all in few."""

@@ -1,0 +1,154 @@
+"""The rows of one sequence among several: what its decoding loop sees, and the parts that it has in packed runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.contract import cache_heads
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.kv_map import consumers
+from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.levels import Levels, levels_of
+from shortstack.runtime.engine.packed_segment import Part
+from shortstack.runtime.engine.round_buffers import RoundBuffers
+from shortstack.runtime.engine.stack import WINDOW_ROWS
+
+NewRows = dict[str, np.ndarray]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A part of a prompt on its way up.
+
+    Attributes:
+        ids: Its token ids [1, rows].
+        past: Position of the first one.
+        is_end: The prompt ends with it.
+        hidden: The residual stream [1, rows, hidden] that the segment below left.
+        new_rows: Keys and values of its rows that segments above need, by port name.
+    """
+
+    ids: np.ndarray
+    past: int
+    is_end: bool
+    hidden: np.ndarray
+    new_rows: NewRows = field(default_factory=dict)
+
+    def last(self) -> Chunk:
+        """Return its last position alone."""
+        rows = {name: array[:, -1:] for name, array in self.new_rows.items()}
+        return Chunk(self.ids[:, -1:], self.past + self.ids.shape[1] - 1, self.is_end, self.hidden[:, -1:], rows)
+
+
+class Slot:
+    """The :class:`~shortstack.runtime.engine.decoder.LeveledState` of one sequence.
+
+    Args:
+        bundle: The bundle.
+        number: Its slot of the cache.
+        exit_layers: The exits in use, ascending.
+    """
+
+    def __init__(self, bundle: Bundle, number: int, exit_layers: Sequence[int]) -> None:
+        manifest = bundle.manifest
+        spec = manifest.spec
+        self.number = number
+        self.levels: Levels = levels_of(manifest, exit_layers)
+        self._buffers = RoundBuffers(bundle, self.levels, WINDOW_ROWS)
+        self._dtype = np.dtype(manifest.dtype)
+        self._used_s = 0.0
+        self._widths = {
+            names.new_rows(owner, part): kv_heads * head_dim
+            for owner in set(spec.kv_map)
+            if consumers(spec.kv_map, owner)
+            for kv_heads, head_dim in [cache_heads(spec, owner)]
+            for part in names.KV_PARTS
+        }
+        self._new_rows = self._new_rows_of(WINDOW_ROWS + 1)
+        self.window = WINDOW_ROWS
+        self.max_length = manifest.max_length
+        self.num_layers = spec.num_hidden_layers
+        self.exit_layer = exit_layers[0] if exit_layers else 0
+        self.depths = self.levels.depths
+        self.filling_levels = self.levels.filling
+        self.heads: Sequence[Head] = self._buffers.heads
+        self.exit = self._buffers.exit
+        self.final = self._buffers.heads[-1]
+
+    def clock(self) -> float:
+        """Return the seconds that the sequence has been charged."""
+        return self._used_s
+
+    def charge(self, seconds: float) -> None:
+        """Add the sequence's share of a run."""
+        self._used_s += seconds
+
+    def put(self, row: int, token: int) -> None:
+        """See :meth:`~State.put`."""
+        self._buffers.put(row, token)
+
+    def keep_state(self, row: int) -> None:
+        """See :meth:`~State.keep_state`."""
+        self._buffers.keep_state(row)
+
+    def hidden(self, level: int, row: int) -> np.ndarray:
+        """See :meth:`~LeveledState.hidden`."""
+        return self._buffers.hidden[self.levels.segments[level][-1]][0, row]  # type: ignore[no-any-return]
+
+    def reserve(self, positions: int, keep: int) -> None:
+        """See :meth:`~LeveledState.reserve`; a slot has room for the longest context from the start."""
+        if positions > self.max_length:
+            raise RequestError(
+                "the text is longer than the bundle's context",
+                found=f"{positions} positions",
+                expected=f"at most {self.max_length}",
+                remedy="shorten the prompt, or export with a larger --max-length",
+            )
+
+    def part(self, segment: int, rows: range, past: int, num_rows: int, with_logits: bool) -> Part:
+        """Return the part for a segment on rows of a round.
+
+        Args:
+            segment: Which segment.
+            rows: The rows.
+            past: Position of the round's row 0.
+            num_rows: How many of them, the last ones, the head sees, if the segment ends a level.
+            with_logits: Whether it returns logits.
+        """
+        level = self.levels.level_of(segment)
+        seen = num_rows if segment == self.levels.segments[level][-1] else 0
+        start, end = rows.start, rows.stop
+        tensors = self._buffers.round_rows(segment, start, end, seen, self.heads[level], with_logits and seen > 0)
+        new_rows = {name: array[:, start:end] for name, array in self._new_rows.items()}
+        return Part(self.number, past + start, tensors, seen, new_rows)
+
+    def prompt_part(
+        self, segment: int, chunk: Chunk, *, with_head: bool, with_logits: bool
+    ) -> tuple[Part, Chunk] | None:
+        """Return the part for a segment on a chunk of a prompt, and the chunk as it is above the segment.
+
+        Segments above the last one that owns a cache run on the prompt's last position only: None for other chunks.
+        """
+        if segment >= self.levels.first_without_cache:
+            if not chunk.is_end:
+                return None
+            chunk = chunk.last()
+        level = self.levels.level_of(segment)
+        has_head = with_head and chunk.is_end and segment == self.levels.segments[level][-1]
+        head = self.heads[level] if has_head else None
+        tensors, above = self._buffers.prompt_rows(segment, chunk.ids, chunk.hidden, head, with_logits)
+        new_rows = self._new_rows_of(chunk.ids.shape[1]) | chunk.new_rows
+        part = Part(self.number, chunk.past, tensors, int(has_head), new_rows)
+        return part, Chunk(chunk.ids, chunk.past, chunk.is_end, above, new_rows)
+
+    def _new_rows_of(self, rows: int) -> NewRows:
+        return {name: np.zeros((1, rows, width), self._dtype) for name, width in self._widths.items()}
+
+    def keep_hidden(self, level: int, chunk: Chunk) -> None:
+        """Keep the residual stream that a level left at the end of a prompt where loops look for it."""
+        self.hidden(level, 0)[:] = chunk.hidden[0, -1]
