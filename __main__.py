@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "shortstack.runtime.commands.generate:generate",
         "Decode plainly, self-speculatively or with early exit.",
     ),
+    "batch": ("shortstack.runtime.commands.batch:batch", "Answer the prompts of a file, several at once."),
     "completion": ("shortstack.completion:completion", "Print the script that completes commands in a shell."),
 }
 

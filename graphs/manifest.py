@@ -10,7 +10,8 @@ Layout of the JSON object::
     dtype            float32 | float16: activations, and weights and cache where precision does not say otherwise
     precision        {weights: {name: {bits, block_size, is_symmetric, has_offsets}}, kv_cache: float | int8}
     max_length       positions that the rotary tables cover: the longest context
-    segments         [{file, start, end, inputs, outputs}]: the contract, for readers without this package
+    segments         [{file, start, end, inputs, outputs}]: the contract, for readers without this package; with
+                     packed: {file, inputs, outputs, onnxruntime}, where there is a form of several sequences
     files            {name: {bytes, sha256}}: every file but bundle.json and exit-profile.json
     source           {name, sha256}: the checkpoint
     tools            {package: version}: what wrote it
@@ -29,6 +30,7 @@ from typing import Any
 from shortstack.graphs import names
 from shortstack.graphs.contract import CacheType, GraphContract, Port, cache_type, cache_types, segment_contract
 from shortstack.graphs.errors import BundleError, RequestError
+from shortstack.graphs.packing import LEAST_ONNXRUNTIME
 from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.read_file import read_json_object
@@ -113,14 +115,26 @@ class Manifest:
         return {"format_version": FORMAT_VERSION, "digest": _digest(body), **body}
 
     def _segment_json(self, segment: Segment) -> dict[str, Any]:
-        contract = self.contract(segment)
-        return {
+        found = {
             "file": names.segment_file(segment.start, segment.end),
             "start": segment.start,
             "end": segment.end,
-            "inputs": [_port_json(p) for p in contract.inputs],
-            "outputs": [_port_json(p) for p in contract.outputs],
+            **_contract_json(self.contract(segment)),
         }
+        if self.has_packed_form:
+            found["packed"] = {
+                "file": names.packed_file(segment.start, segment.end),
+                **_contract_json(self.contract(segment, is_packed=True)),
+                "onnxruntime": ".".join(map(str, LEAST_ONNXRUNTIME)),
+            }
+        return found
+
+
+def _contract_json(contract: GraphContract) -> dict[str, Any]:
+    return {
+        "inputs": [_port_json(p) for p in contract.inputs],
+        "outputs": [_port_json(p) for p in contract.outputs],
+    }
 
 
 def _port_json(port: Port) -> dict[str, Any]:

@@ -24,9 +24,9 @@ import numpy as np
 
 from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle, open_bundle
-from shortstack.graphs.errors import RequestError
-from shortstack.runtime.batch.engine import Engine
-from shortstack.runtime.batch.generations import Generations
+from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.runtime.batch.engine import Engine, EngineStats
+from shortstack.runtime.batch.generations import Generations, Prepared
 from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
@@ -54,12 +54,14 @@ class Result:
         tokens: The generated token ids, including the one that ended the text.
         finish_reason: Why the generation ended.
         stats: Its counts and times.
+        error: Why it failed, of :meth:`Model.stream_batch` with ``keep_going``; None otherwise.
     """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     stats: Stats
+    error: Exception | None = None
 
 
 def load(
@@ -98,6 +100,10 @@ def load(
     expect(isinstance(verify_hashes, bool), "verify_hashes", verify_hashes, "True or False")
     bundle = open_bundle(path, verify_hashes=verify_hashes)
     return Model(bundle, providers=providers, threads=threads, upper=upper, prefill_passes=prefill_passes, slots=slots)
+
+
+def _failed(error: Exception) -> Result:
+    return Result("", (), "error", Stats(), error)
 
 
 def _result(stream: Stream) -> Result:
@@ -194,6 +200,11 @@ class Model:
         return self.bundle.manifest.plan.boundaries
 
     @property
+    def engine_stats(self) -> EngineStats | None:
+        """What the runs of several sequences were; None in a model with one slot."""
+        return None if self._batch is None else self._batch.stats
+
+    @property
     def cache(self) -> KVCache:
         """Its KV buffers.
 
@@ -246,7 +257,7 @@ class Model:
         return _result(stream)
 
     def stream_batch(
-        self, prompts: Iterable[Prompt | Request], **options: Unpack[RequestOptions]
+        self, prompts: Iterable[Prompt | Request], *, keep_going: bool = False, **options: Unpack[RequestOptions]
     ) -> Iterator[tuple[int, Result]]:
         """Generate for many prompts, as many at once as the model has slots.
 
@@ -255,21 +266,40 @@ class Model:
 
         Args:
             prompts: Prompts, or requests with options of their own; read as they are needed.
+            keep_going: Yield a result with an ``error`` for a generation that cannot start or fails, and go on with
+                the others.
             options: Those of :meth:`stream`, for the prompts that are not requests.
 
         Yields:
             The number of a prompt, counted from 0, and its result, in the order in which they end.
 
         Raises:
-            RequestError: See :meth:`stream`. The other generations are ended.
+            RequestError: See :meth:`stream`, without ``keep_going``. The other generations are ended.
         """
         requests = (p if isinstance(p, Request) else make_request(p, **options) for p in prompts)
-        if self._batch is None:
-            yield from ((number, self._finished(request)) for number, request in enumerate(requests))
-            return
-        prepared = ((request, *self._prepared(request)) for request in requests)
-        for number, stream in self._batch.run_all(prepared, self._make_stream, ahead=self.slots):
-            yield number, _result(stream)
+        found = self._one_by_one(requests) if self._batch is None else self._in_slots(self._batch, requests)
+        for number, result in found:
+            if result.error is not None and not keep_going:
+                raise result.error
+            yield number, result
+
+    def _one_by_one(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
+        for number, request in enumerate(requests):
+            try:
+                yield number, self._finished(request)
+            except ShortstackError as error:
+                yield number, _failed(error)
+
+    def _in_slots(self, batch: Generations, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
+        prepared = (self._prepared_or_refused(request) for request in requests)
+        for number, ended in batch.run_all(prepared, self._make_stream, ahead=self.slots):
+            yield number, _failed(ended) if isinstance(ended, Exception) else _result(ended)
+
+    def _prepared_or_refused(self, request: Request) -> Prepared | ShortstackError:
+        try:
+            return request, *self._prepared(request)
+        except ShortstackError as error:
+            return error
 
     def generate_batch(self, prompts: Iterable[Prompt | Request], **options: Unpack[RequestOptions]) -> list[Result]:
         """Generate for many prompts to their ends; see :meth:`stream_batch`.

@@ -60,7 +60,7 @@ class Job:
     stats: Stats
     reuses: bool = True
     is_done: bool = False
-    error: BaseException | None = None
+    error: Exception | None = None
     slot: Slot | None = None
     loop: Loop | None = None
     work: Work | None = None
@@ -202,7 +202,7 @@ class Engine:
         rows = int(_CHUNK_ROUNDS * self._usual_round_s / self._prompt_row_s)
         return min(max(rows, _FEWEST_CHUNK_ROWS), PREFILL_ROWS)
 
-    def _resume(self, job: Job, error: BaseException | None) -> None:
+    def _resume(self, job: Job, error: Exception | None) -> None:
         """Let a loop go on until it asks for the next run; an error of its run is thrown into it."""
         assert job.loop is not None
         assert job.slot is not None

@@ -6,7 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from shortstack.runtime.batch.engine import Engine, Job
+from shortstack.graphs.errors import ShortstackError
+from shortstack.runtime.batch.engine import Engine, EngineStats, Job
 from shortstack.runtime.decode.runs import Loop
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
@@ -17,6 +18,8 @@ from shortstack.runtime.request import Request
 
 MakeStream = Callable[[Request, Iterator[Step], Stats, int], Stream]
 """Makes the stream of a request from its steps, its counts and the most tokens that it emits."""
+Prepared = tuple[Request, Sequence[int], tuple[int, ...]]
+"""A request, the token ids of its prompt, and the exits that its strategy uses."""
 
 
 class Generation(Iterator[Step]):
@@ -71,6 +74,11 @@ class Generations:
         self._loops = loops
         self._lock = threading.RLock()
 
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine did."""
+        return self._engine.stats
+
     def start(self, request: Request, ids: Sequence[int], exit_layers: tuple[int, ...], make: MakeStream) -> Stream:
         """Start a generation whose tokens the caller takes one by one.
 
@@ -89,56 +97,60 @@ class Generations:
         return stream
 
     def run_all(
-        self, requests: Iterator[tuple[Request, Sequence[int], tuple[int, ...]]], make: MakeStream, ahead: int
-    ) -> Iterator[tuple[int, Stream]]:
+        self, requests: Iterator[Prepared | ShortstackError], make: MakeStream, ahead: int
+    ) -> Iterator[tuple[int, Stream | Exception]]:
         """Run many generations to their ends.
 
         Args:
-            requests: Requests with prompts and exits; read as they are needed.
+            requests: Requests with prompts and exits, or why one cannot start; read as they are needed.
             make: Makes the stream of each.
             ahead: How many may wait for a slot.
 
         Yields:
-            The number of a generation, and its stream, in the order in which they end.
+            The number of a generation, and its stream or its error, in the order in which they end.
         """
-        ended: deque[tuple[int, Stream]] = deque()
-        running: dict[int, Stream] = {}
-        count = 0
-
-        def submit(request: Request, ids: Sequence[int], exit_layers: tuple[int, ...], number: int) -> None:
-            steps = Generation(self._engine, self._lock)
-            stats = Stats(prompt=len(ids))
-            stream = running[number] = make(request, steps, stats, self._limit(request, ids))
-
-            def receive(step: Step) -> bool:
-                steps.receive(step)
-                next(stream)
-                return stream.finish_reason is None
-
-            steps.job = self._job(request, ids, exit_layers, stats, receive)
-            self._engine.submit(steps.job)
-            jobs[number] = steps.job
-
-        jobs: dict[int, Job] = {}
+        running: dict[int, tuple[Job, Stream]] = {}
+        numbered = enumerate(requests)
         try:
             while True:
+                ended: list[tuple[int, Stream | Exception]] = []
                 with self._lock:
-                    while len(jobs) < self._engine.cache.slots + ahead and (found := next(requests, None)) is not None:
-                        submit(*found, count)
-                        count += 1
-                    if not jobs:
+                    while len(running) + len(ended) < self._engine.cache.slots + ahead:
+                        number, found = next(numbered, (-1, None))
+                        if found is None:
+                            break
+                        if isinstance(found, ShortstackError):
+                            ended.append((number, found))
+                        else:
+                            running[number] = self._submit(found, make)
+                    if not running and not ended:
                         return
-                    self._engine.run_once()
-                    for number in [number for number, job in jobs.items() if job.is_done]:
-                        if (error := jobs.pop(number).error) is not None:
-                            raise error
-                        ended.append((number, running.pop(number)))
-                while ended:
-                    yield ended.popleft()
+                    if running:
+                        self._engine.run_once()
+                    for number in [number for number, (job, _) in running.items() if job.is_done]:
+                        job, stream = running.pop(number)
+                        ended.append((number, job.error or stream))
+                yield from ended
         finally:
             with self._lock:
-                for job in jobs.values():
+                for job, _ in running.values():
                     self._engine.cancel(job)
+
+    def _submit(self, prepared: Prepared, make: MakeStream) -> tuple[Job, Stream]:
+        """Start a generation whose tokens its stream takes as they come."""
+        request, ids, exit_layers = prepared
+        steps = Generation(self._engine, self._lock)
+        stats = Stats(prompt=len(ids))
+        stream = make(request, steps, stats, self._limit(request, ids))
+
+        def receive(step: Step) -> bool:
+            steps.receive(step)
+            next(stream)
+            return stream.finish_reason is None
+
+        steps.job = self._job(request, ids, exit_layers, stats, receive)
+        self._engine.submit(steps.job)
+        return steps.job, stream
 
     def _limit(self, request: Request, ids: Sequence[int]) -> int:
         return min(request.max_new_tokens, self._engine.cache.max_length - len(ids))

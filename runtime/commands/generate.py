@@ -155,7 +155,7 @@ def generate(
         stop_token_ids=stop_ids,
         template_variables=template_variables or None,
     )
-    requests = {name: replace(asked, strategy=_strategy(name, exit_layers, draft, policy)) for name in names}
+    requests = {name: replace(asked, strategy=make_strategy(name, exit_layers, draft, policy)) for name in names}
     for request in requests.values():  # all are checked before the first one runs
         request.strategy.exits_in(model.bundle.manifest.plan)
     runs: list[FinishedRun] = []
@@ -187,7 +187,7 @@ def _strategies(strategy: StrategyName | None, compare: bool, exiting: Exiting) 
     return ("plain", "self-speculative", "early-exit") if exiting.is_asked else ("plain", "self-speculative")
 
 
-def _strategy(
+def make_strategy(
     name: StrategyName, exit_layers: tuple[int, ...], draft: DraftPolicy, policy: ExitPolicy | None
 ) -> Strategy:
     """Return the strategy of this name that the options describe; ``--exit-layer`` names its exits."""

@@ -12,6 +12,7 @@ import pytest
 from helpers.kv_bundles import KVBundles
 from helpers.quantized import QuantizedBundles, preset
 from helpers.tiny_models import SPECULATOR, TinyBundles
+from shortstack import Stream
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.runtime import (
@@ -79,7 +80,7 @@ def any_request(model: Model, rng: random.Random) -> Request:
 
 def test_a_text_is_the_one_that_its_prompt_gets_alone(model: Model, seed: int) -> None:
     rng = random.Random(seed)
-    requests = [any_request(model, rng) for _ in range(40)]
+    requests = [any_request(model, rng) for _ in range(16)]
     together = model.generate_batch(requests)
     for request, result in zip(requests, together, strict=True):
         alone = model.generate_batch([request])[0]
@@ -87,9 +88,38 @@ def test_a_text_is_the_one_that_its_prompt_gets_alone(model: Model, seed: int) -
         assert result.stats.is_balanced
 
 
+def run_schedule(model: Model, rng: random.Random, requests: list[Request], wanted: list[tuple[int, ...]]) -> None:
+    """Start, advance and close generations in a random order; check every token that comes."""
+    live: dict[int, Stream] = {}
+    left = list(range(len(requests)))
+    while left or live:
+        act = rng.random()
+        if left and (act < 0.3 or not live):
+            number = left.pop()
+            live[number] = model.start(requests[number])
+        elif act < 0.35:
+            live.pop(rng.choice(list(live))).close()
+        else:
+            number = rng.choice(list(live))
+            if next(live[number], None) is None:
+                assert tuple(live.pop(number).token_ids) == wanted[number], requests[number]
+            else:
+                found = tuple(live[number].token_ids)
+                assert found == wanted[number][: len(found)], requests[number]
+
+
+@pytest.mark.parametrize("schedules", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_no_token_depends_on_who_joins_and_who_leaves(model: Model, seed: int, schedules: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(schedules):
+        requests = [any_request(model, rng) for _ in range(10)]
+        wanted = [model.generate_batch([request])[0].tokens for request in requests]
+        run_schedule(model, rng, requests, wanted)
+
+
 def test_greedy_texts_are_those_of_plain_decoding(model: Model, seed: int) -> None:
     rng = random.Random(seed)
-    requests = [any_request(model, rng) for _ in range(30)]
+    requests = [any_request(model, rng) for _ in range(12)]
     exact = [
         r
         for r in requests
@@ -107,7 +137,7 @@ def test_greedy_texts_are_those_of_plain_decoding(model: Model, seed: int) -> No
 def test_one_slot_and_several_give_the_same_tokens(paths: dict[str, Path], name: str, seed: int) -> None:
     rng = random.Random(seed)
     with load(paths[name], slots=3) as several, load(paths[name]) as one:
-        requests = [any_request(one, rng) for _ in range(20)]
+        requests = [any_request(one, rng) for _ in range(10)]
         wanted = one.generate_batch(requests)
         for request, found, alone in zip(requests, several.generate_batch(requests), wanted, strict=True):
             assert found.tokens == alone.tokens, request

@@ -1,0 +1,239 @@
+"""`shortstack batch`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import onnxruntime as ort
+
+from shortstack.command_options import Command, option_group, provider_option, refuse_given, threads_option
+from shortstack.command_paths import BundlePath
+from shortstack.graphs.errors import RequestError
+from shortstack.graphs.packing import LEAST_ONNXRUNTIME, can_pack
+from shortstack.progress import progress_stages
+from shortstack.runtime.batch.answers import answer, answered, failure, open_answers, write
+from shortstack.runtime.batch.lines import Line, read_lines
+from shortstack.runtime.commands.generate import make_strategy
+from shortstack.runtime.commands.options import (
+    Drafting,
+    Exiting,
+    Showing,
+    drafting_options,
+    exiting_options,
+    refuse_options_without_effect,
+    sampling_options,
+)
+from shortstack.runtime.decode.sampling import SamplingParams
+from shortstack.runtime.decode.step import Stats
+from shortstack.runtime.model import Model, Result, load
+from shortstack.runtime.request import Request, StrategyName
+
+_SLOTS = 8
+_ALONE = ("upper_providers", "upper_threads")
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a batch did.
+
+    Attributes:
+        answers: Lines that were answered.
+        failed: Lines that were not.
+        tokens: Tokens of all answers.
+        drafted: Tokens drafted.
+        accepted: Those of them that the whole model agreed with.
+        exits: Tokens by the number of layers run to predict them.
+        elapsed_s: Seconds from the first prompt to the last token.
+        rows_per_run: Rows in a run of the uppermost layers; None where sequences run one by one.
+    """
+
+    answers: int = 0
+    failed: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    exits: dict[int, int] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+    rows_per_run: float | None = None
+
+    def count(self, stats: Stats) -> None:
+        """Count one finished generation."""
+        self.answers += 1
+        self.tokens += stats.emitted
+        self.drafted += stats.drafted
+        self.accepted += stats.accepted
+        for depth, count in stats.exits.items():
+            self.exits[depth] = self.exits.get(depth, 0) + count
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them as JSON-ready data."""
+        return {
+            "answers": self.answers,
+            "failed": self.failed,
+            "tokens": self.tokens,
+            "elapsed_s": self.elapsed_s,
+            "tokens_per_s": self.tokens / self.elapsed_s if self.elapsed_s else 0.0,
+            "rows_per_run": self.rows_per_run,
+            "acceptance": self.accepted / self.drafted if self.drafted else None,
+            "exits": {str(depth): count for depth, count in sorted(self.exits.items())},
+        }
+
+    def line(self) -> str:
+        """Return them as one line."""
+        speed = self.tokens / self.elapsed_s if self.elapsed_s else 0.0
+        parts = [f"{self.answers} answers, {self.tokens} tokens, {speed:.1f} tokens/s"]
+        if self.rows_per_run:
+            parts.append(f"{self.rows_per_run:.1f} rows per run")
+        if self.drafted:
+            parts.append(f"acceptance {self.accepted / self.drafted:.0%}")
+        if len(self.exits) > 1:
+            shares = ", ".join(f"{depth}: {count / self.tokens:.0%}" for depth, count in sorted(self.exits.items()))
+            parts.append(f"decided after layers {shares}")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        return "; ".join(parts)
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=BundlePath())
+@click.argument("prompts", type=click.Path(path_type=Path))
+@option_group(
+    "Batch",
+    click.option(
+        "--out",
+        "-o",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        required=True,
+        help="Where answers go, a line each, as they come. Lines whose id is there already are not run again.",
+    ),
+    click.option(
+        "--slots",
+        type=int,
+        metavar="N",
+        help=f"How many sequences run at once.  [default: {_SLOTS}, and 1 where bundle or onnxruntime cannot]",
+    ),
+    click.option("--overwrite", is_flag=True, help="Begin FILE anew."),
+)
+@option_group(
+    "Decoding",
+    click.option("--strategy", type=click.Choice(get_args(StrategyName)), help="How to decode.  [default: plain]"),
+    click.option(
+        "--exit-layer",
+        "-e",
+        "exit_layers",
+        type=int,
+        multiple=True,
+        metavar="E",
+        help="The exit that drafts [default: the lowest]. With early exit: where tokens may leave; may be given more "
+        "than once [default: all].",
+    ),
+    click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Most tokens to generate."),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End before TEXT, which may be a special token's; may be given more than once.",
+    ),
+)
+@sampling_options
+@drafting_options
+@exiting_options
+@option_group("Machine", provider_option, threads_option)
+@option_group("Output", click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON."))
+def batch(
+    bundle: str,
+    prompts: Path,
+    out: Path,
+    slots: int | None,
+    overwrite: bool,
+    strategy: StrategyName | None,
+    exit_layers: tuple[int, ...],
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    sampling: SamplingParams,
+    drafting: Drafting,
+    exiting: Exiting,
+    providers: tuple[str, ...],
+    threads: int | None,
+    as_json: bool,
+) -> int:
+    """Answer the PROMPTS of a jsonl file with the model in BUNDLE, several at once.
+
+    A line is {"prompt": ...}, {"messages": [...]} or {"text": ...}, with an "id" and options of its own if it likes, or
+    a line of OpenAI's batch format. Each text is the one that the prompt gets alone. A stopped batch goes on where it
+    stopped. Exits with 2 where lines failed; FILE says why.
+    """
+    showing = Showing(show_exits=False, report=None, no_sweep=False, as_json=as_json)
+    refuse_options_without_effect(strategy, False, exit_layers, exiting, sampling.temperature, showing)
+    refuse_given(_ALONE, "in a batch all segments share the machine", "leave it out")
+    if strategy == "early-exit":
+        exiting.check()
+    if out.resolve() == prompts.resolve():
+        raise RequestError(f"--out {out} is the file of the prompts", remedy="choose another file")
+    if not out.parent.is_dir() or out.is_dir():
+        raise RequestError(f"--out {out} cannot be written", remedy="name a file in a folder that exists")
+    if overwrite:
+        out.unlink(missing_ok=True)
+    done = answered(out)
+    model = _load(bundle, slots, providers, threads)
+    policy = None
+    if strategy == "early-exit":
+        policy = exiting.policy(model, exit_layers, exiting.load_profile(model))
+    chosen = make_strategy(strategy or "plain", exit_layers, drafting.policy(sampling), policy)
+    defaults = Request("any", chosen, sampling, max_new_tokens=max_new_tokens, stop=stop)
+    lines = read_lines(prompts, defaults, model.tokenizer)
+    for number, line in enumerate(lines, 1):
+        try:
+            line.request.strategy.exits_in(model.bundle.manifest.plan)
+        except RequestError as error:
+            raise RequestError(f"{prompts}, prompt {number} ({line.id}): {error}") from None
+    left = [line for line in lines if line.id not in done]
+    if done:
+        click.echo(f"{out}: {len(lines) - len(left)} of {len(lines)} answers are there already", err=True)
+    totals = _run(model, left, out)
+    click.echo(json.dumps(totals.to_json()) if as_json else totals.line())
+    return 2 if totals.failed else 0
+
+
+def _load(bundle: str, slots: int | None, providers: Iterable[str], threads: int | None) -> Model:
+    """Load the bundle; with several slots unless it or onnxruntime cannot and nobody asked for them."""
+    from shortstack.graphs.bundle import open_bundle
+
+    if slots is None:
+        manifest = open_bundle(bundle).manifest
+        version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+        slots = _SLOTS if can_pack(manifest.spec) and manifest.has_packed_form and version >= LEAST_ONNXRUNTIME else 1
+        if slots == 1:
+            click.echo("note: this bundle or this onnxruntime runs one sequence at a time", err=True)
+    return load(bundle, providers=list(providers) or None, threads=threads, slots=slots)
+
+
+def _run(model: Model, lines: list[Line], out: Path) -> Totals:
+    totals = Totals()
+    started = time.perf_counter()
+    with open_answers(out) as file, progress_stages() as stage:
+        advance = stage("Generating", len(lines))
+        for number, result in model.stream_batch((line.request for line in lines), keep_going=True):
+            write(file, _entry(lines[number], result))
+            if result.error is None:
+                totals.count(result.stats)
+            else:
+                totals.failed += 1
+            advance(1)
+    totals.elapsed_s = time.perf_counter() - started
+    if (found := model.engine_stats) is not None and found.runs[-1]:
+        totals.rows_per_run = found.rows[-1] / found.runs[-1]
+    return totals
+
+
+def _entry(line: Line, result: Result) -> dict[str, Any]:
+    if result.error is not None:
+        return failure(line, result.error)
+    return answer(line, result.text, result.tokens, result.finish_reason, result.stats)
