@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from shortstack.runtime.early_exit.policy import ExitPolicy as ExitPolicy
     from shortstack.runtime.engine.session import Placement as Placement
     from shortstack.runtime.model import Model as Model
-    from shortstack.runtime.model import Result as Result
     from shortstack.runtime.model import load as load
     from shortstack.runtime.request import ExitEarly as ExitEarly
     from shortstack.runtime.request import Plain as Plain
     from shortstack.runtime.request import Request as Request
     from shortstack.runtime.request import Speculate as Speculate
+    from shortstack.runtime.result import Result as Result
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ _HOMES = {
     "Placement": "runtime.engine.session",
     "Plain": "runtime.request",
     "Request": "runtime.request",
-    "Result": "runtime.model",
+    "Result": "runtime.result",
     "SamplingParams": "runtime.decode.sampling",
     "ShortstackError": "graphs.errors",
     "Speculate": "runtime.request",

@@ -10,12 +10,9 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -24,44 +21,26 @@ import numpy as np
 
 from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle, open_bundle
-from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.graphs.errors import RequestError
 from shortstack.runtime.batch.engine import Engine, EngineStats
-from shortstack.runtime.batch.generations import Generations, Prepared
-from shortstack.runtime.decode.runs import solo
-from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.batch.generations import Generations
+from shortstack.runtime.batch.many import in_slots, one_by_one
 from shortstack.runtime.decode.step import Stats, Step
-from shortstack.runtime.decode.stream import FinishReason, Stream, close_steps
-from shortstack.runtime.decode.turns import Turns
+from shortstack.runtime.decode.stream import Stream
+from shortstack.runtime.encode import PromptEncoder
 from shortstack.runtime.engine.cache import KVCache
 from shortstack.runtime.engine.open_graphs import open_graphs
 from shortstack.runtime.engine.passes import PrefillPasses, check_passes
-from shortstack.runtime.engine.row_classes import fewest_packed_rows, fewest_rows
+from shortstack.runtime.engine.row_classes import fewest_packed_rows
 from shortstack.runtime.engine.session import Placement
 from shortstack.runtime.engine.stack import Stack
 from shortstack.runtime.engine.whole_text import Activations, Array, run_text
 from shortstack.runtime.loops import Loops
+from shortstack.runtime.one_slot import OneSlot
 from shortstack.runtime.request import Prompt, Request, RequestOptions, make_request, prompt_items
+from shortstack.runtime.result import Result, result_of
 from shortstack.runtime.text.stop import StopStrings
 from shortstack.runtime.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One finished generation.
-
-    Attributes:
-        text: The generated text, without the prompt, special tokens and stop string.
-        tokens: The generated token ids, including the one that ended the text.
-        finish_reason: Why the generation ended.
-        stats: Its counts and times.
-        error: Why it failed, of :meth:`Model.stream_batch` with ``keep_going``; None otherwise.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
-    stats: Stats
-    error: Exception | None = None
 
 
 def load(
@@ -102,15 +81,6 @@ def load(
     return Model(bundle, providers=providers, threads=threads, upper=upper, prefill_passes=prefill_passes, slots=slots)
 
 
-def _failed(error: Exception) -> Result:
-    return Result("", (), "error", Stats(), error)
-
-
-def _result(stream: Stream) -> Result:
-    assert stream.finish_reason is not None
-    return Result(stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats)
-
-
 class Model:
     """A bundle with its sessions, its cache and its tokenizer. One generation at a time.
 
@@ -149,30 +119,21 @@ class Model:
         expect(is_whole(slots, 1), "slots", slots, "a whole number, 1 or more")
         expect(isinstance(bundle, Bundle), "bundle", bundle, "what open_bundle returns; load() takes a path")
         self.bundle = bundle
-        self._prefill_passes = check_passes(prefill_passes)
+        check_passes(prefill_passes)
         with ThreadPoolExecutor(1) as pool:  # onnxruntime packs weights meanwhile
             tokenizer = pool.submit(Tokenizer.load, bundle.folder, bundle.manifest.files)
             self.graphs = open_graphs(bundle, providers, threads, upper, is_packed=slots > 1)
             self.tokenizer = tokenizer.result()
         self.slots = slots
-        self._loops = Loops()
-        self._batch: Generations | None = None
-        self._cache: KVCache | None = None
-        if slots > 1:
-            engine = Engine(self.graphs, slots, fewest_packed_rows(self.graphs))
-            self._batch = Generations(engine, self._loops)
-        else:
-            self._cache = self.graphs.new_cache(bundle.manifest.max_length)
-            self._fewest_rows = fewest_rows(self.graphs)
-        self._stacks: dict[tuple[int, ...], Stack] = {}
-        self._sequence = TokenSequence()
-        self._turns = Turns()  # held by generate, and by whatever starts a generation
-        self._lock = threading.RLock()  # held while the loop runs a step
-        # The loop is kept apart from its stream: where a caller drops an unfinished stream, the loop must not end there
-        # and then, on a thread that does not hold the lock.
-        self._steps: Iterator[Step] | None = None
-        self._stream: weakref.ref[Stream] | None = None
+        self._encoder = PromptEncoder(bundle.manifest, self.tokenizer)
         self._is_closed = False
+        loops = Loops()
+        self._one: OneSlot | None = None
+        self._batch: Generations | None = None
+        if slots > 1:
+            self._batch = Generations(Engine(self.graphs, slots, fewest_packed_rows(self.graphs)), loops)
+        else:
+            self._one = OneSlot(self.graphs, loops, check_passes(prefill_passes), self._check_open)
 
     def __repr__(self) -> str:
         manifest = self.bundle.manifest
@@ -211,16 +172,15 @@ class Model:
         Raises:
             RequestError: The model has several slots.
         """
-        self._check_open()
-        self._check_one_slot()
-        assert self._cache is not None
-        return self._cache
+        return self._alone().cache
 
-    def _check_one_slot(self) -> None:
-        if self._batch is not None:
+    def _alone(self) -> OneSlot:
+        self._check_open()
+        if self._one is None:
             raise RequestError(
                 f"the model has {self.slots} slots, and this works with one sequence", remedy="load it with slots=1"
             )
+        return self._one
 
     def stream(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Stream:
         """Start generating.
@@ -248,13 +208,7 @@ class Model:
 
     def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Result:
         """Generate to the end; see :meth:`stream` for the arguments and errors."""
-        request = make_request(prompt, **options)
-        self._check_not_stepping()
-        with self._turns if self._batch is None else nullcontext():
-            stream = self.start(request)
-            for _ in stream:
-                pass
-        return _result(stream)
+        return self._finished(make_request(prompt, **options))
 
     def stream_batch(
         self, prompts: Iterable[Prompt | Request], *, keep_going: bool = False, **options: Unpack[RequestOptions]
@@ -277,29 +231,14 @@ class Model:
             RequestError: See :meth:`stream`, without ``keep_going``. The other generations are ended.
         """
         requests = (p if isinstance(p, Request) else make_request(p, **options) for p in prompts)
-        found = self._one_by_one(requests) if self._batch is None else self._in_slots(self._batch, requests)
+        if self._batch is None:
+            found = one_by_one(requests, self._finished)
+        else:
+            found = in_slots(self._batch, requests, self._prepared, self._make_stream, ahead=self.slots)
         for number, result in found:
             if result.error is not None and not keep_going:
                 raise result.error
             yield number, result
-
-    def _one_by_one(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
-        for number, request in enumerate(requests):
-            try:
-                yield number, self._finished(request)
-            except ShortstackError as error:
-                yield number, _failed(error)
-
-    def _in_slots(self, batch: Generations, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
-        prepared = (self._prepared_or_refused(request) for request in requests)
-        for number, ended in batch.run_all(prepared, self._make_stream, ahead=self.slots):
-            yield number, _failed(ended) if isinstance(ended, Exception) else _result(ended)
-
-    def _prepared_or_refused(self, request: Request) -> Prepared | ShortstackError:
-        try:
-            return request, *self._prepared(request)
-        except ShortstackError as error:
-            return error
 
     def generate_batch(self, prompts: Iterable[Prompt | Request], **options: Unpack[RequestOptions]) -> list[Result]:
         """Generate for many prompts to their ends; see :meth:`stream_batch`.
@@ -311,48 +250,27 @@ class Model:
         return [found[number] for number in sorted(found)]
 
     def _finished(self, request: Request) -> Result:
-        with self._turns:
+        if self._one is not None:
+            self._one.check_not_stepping()
+        with nullcontext() if self._one is None else self._one.turns:
             stream = self.start(request)
             for _ in stream:
                 pass
-        return _result(stream)
+        return result_of(stream)
 
     def start(self, request: Request) -> Stream:
         """Start the generation that a request describes; :meth:`stream` makes the request and calls this."""
         expect(isinstance(request, Request), "request", request, "a Request(...); stream() and generate() make one")
         ids, exit_layers = self._prepared(request)
-        if self._batch is not None:
-            return self._batch.start(request, ids, exit_layers, self._make_stream)
-        self._check_not_stepping()
-        with self._turns:
-            self._check_not_in_use()
-            with self._lock:
-                self._check_open()
-                stack = self._stack(exit_layers)
-                # All checks have passed; from here on the previous generation is over.
-                self._end_previous()
-                return self._begin(request, ids, stack)
+        runner = self._batch or self._alone()
+        return runner.start(request, ids, exit_layers, self._make_stream)
 
     def _prepared(self, request: Request) -> tuple[list[int], tuple[int, ...]]:
         """Check a request; return its prompt's token ids and the exits that its strategy uses."""
         ids = self.encode(request.prompt, tools=request.tools, template_variables=request.template_variables)
         StopStrings(request.stop)
-        self._check_vocabulary("stop_token_ids", request.stop_token_ids)
+        self._encoder.check_vocabulary("stop_token_ids", request.stop_token_ids)
         return ids, request.strategy.exits_in(self.bundle.manifest.plan)
-
-    def _begin(self, request: Request, ids: Sequence[int], stack: Stack) -> Stream:
-        if not request.reuse_cache:
-            self._sequence.rewind(0)
-        stats = Stats(prompt=len(ids), reused=self._sequence.restart(ids))
-        limit = self._limit(request, ids)
-        loop = self._loops.loop(request, stack, self._sequence, stats, limit, runner=stack)
-        self._steps = solo(loop, stack)
-        stream = self._make_stream(request, self._steps, stats, limit)
-        self._stream = weakref.ref(stream)
-        return stream
-
-    def _limit(self, request: Request, ids: Sequence[int]) -> int:
-        return min(request.max_new_tokens, self.bundle.manifest.max_length - len(ids))
 
     def _make_stream(self, request: Request, steps: Iterator[Step], stats: Stats, limit: int) -> Stream:
         return Stream(
@@ -364,7 +282,7 @@ class Model:
             stop_ids=[int(token) for token in request.stop_token_ids],
             limit=limit,
             limit_reason="length" if limit == request.max_new_tokens else "context",
-            lock=self._lock if self._batch is None else None,
+            lock=None if self._one is None else self._one.lock,
         )
 
     def encode(
@@ -386,28 +304,7 @@ class Model:
                 the chat template refuses it.
         """
         self._check_open()
-        items = prompt_items(prompt)
-        if items is None:
-            ids = self.tokenizer.encode(str(prompt))
-        elif items and isinstance(items[0], Mapping):
-            ids = self.tokenizer.encode_chat(items, tools=tools, variables=template_variables)
-        else:
-            ids = [int(item) for item in items]
-        self._check_ids(ids)
-        max_length = self.bundle.manifest.max_length
-        if len(ids) >= max_length:
-            raise RequestError(
-                "the prompt is too long for this bundle",
-                found=f"{len(ids)} tokens",
-                expected=f"fewer than {max_length}, to leave room for at least one new token",
-                remedy="shorten the prompt, or export with a larger --max-length",
-            )
-        return ids
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise RequestError("the prompt is empty", remedy="give at least one token")
-        self._check_vocabulary("the prompt", ids)
+        return self._encoder.encode(prompt, tools=tools, template_variables=template_variables)
 
     def activations(self, tokens: Sequence[int], states: Array | None = None) -> Activations:
         """Run one text and return the logits of every head, the hidden states, the keys and the values.
@@ -422,12 +319,11 @@ class Model:
         is_right = given is not None and not any(isinstance(item, Mapping) for item in given)
         expect(is_right, "tokens of a text", tokens, "token ids", "call encode(...) first")
         items = [int(item) for item in given or ()]
-        with self._lock:
+        with self._alone().lock:
             self._check_open()
-            self._check_one_slot()
             graphs = self.graphs
         manifest = self.bundle.manifest
-        self._check_ids(items)
+        self._encoder.check_ids(items)
         expect(len(items) <= manifest.max_length, "tokens of a text", len(items), f"at most {manifest.max_length}")
         if states is not None:
             found, wanted = np.shape(states), (len(items), manifest.spec.hidden_size)
@@ -446,69 +342,22 @@ class Model:
         wanted = () if exit_layers is None else exit_layers if isinstance(exit_layers, Sequence) else (exit_layers,)
         is_right = all(is_whole(layer) and layer in self.exit_layers for layer in wanted)
         expect(is_right, "exit_layers", exit_layers, f"some of {list(self.exit_layers)}, or None")
-        self._check_not_stepping()
-        with self._turns:
-            self._check_not_in_use()
-            with self._lock:
-                self._check_open()
-                self._end_previous()
-                self._sequence.rewind(0)
-                return self._stack(tuple(sorted(set(wanted))))
+        return self._alone().exclusive_stack(wanted)
 
     def close(self) -> None:
-        """End a generation that is still running, and release sessions and buffers. Any thread may call it."""
-        stream = self._current()
-        if stream is not None:
-            stream.cancel()  # first: the thread that takes its tokens may not let go of the lock for long
-        with self._lock:
-            if self._is_closed:
-                return
-            if stream is not None:
-                stream.close()
-            self._is_closed = True
-            self._steps = None
-            self._stacks.clear()
-            self._cache = self._batch = None
-            del self.graphs  # bindings, sessions and buffers go with them
+        """End generations that are still running, and release sessions and buffers. Any thread may call it."""
+        runner = self._batch or self._one
+        if runner is not None:
+            runner.close(self._set_closed)
 
-    def _current(self) -> Stream | None:
-        """Return the newest generation, unless its caller has dropped it."""
-        return None if self._stream is None else self._stream()
-
-    def _check_not_stepping(self) -> None:
-        """Refuse a new generation in the middle of a step of this thread, which would wait for itself."""
-        stream = self._current()
-        if stream is not None:
-            stream.check_not_stepping()
-
-    def _check_not_in_use(self) -> None:
-        """Refuse a new generation while another thread has a stream; without the lock, so as not to wait for it."""
-        stream = self._current()
-        if stream is not None:
-            stream.check_may_be_superseded()
-
-    def _end_previous(self) -> None:
-        """End the generation before, if it is still running; the caller holds the lock."""
-        stream = self._current()
-        if stream is not None:
-            stream.supersede()
-        elif self._steps is not None:
-            close_steps(self._steps)
-        self._steps = None
-
-    def _check_vocabulary(self, what: str, ids: Sequence[int]) -> None:
-        vocab_size = self.bundle.manifest.spec.vocab_size
-        if outside := [token for token in ids if not 0 <= token < vocab_size]:
-            raise RequestError(
-                f"{what}: a token id outside the vocabulary", found=outside[0], expected=f"0..{vocab_size - 1}"
-            )
+    def _set_closed(self) -> bool:
+        if self._is_closed:
+            return False
+        self._is_closed = True
+        self._one = self._batch = None
+        del self.graphs  # bindings, sessions and buffers go with them
+        return True
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise RequestError(f"the model of {self.bundle.folder} is closed", remedy="load it again")
-
-    def _stack(self, used: tuple[int, ...]) -> Stack:
-        """Return the stack that uses these exits. It is made once, since it holds the prebuilt bindings."""
-        if used not in self._stacks:
-            self._stacks[used] = Stack(self.graphs, self.cache, used, self._prefill_passes, self._fewest_rows)
-        return self._stacks[used]

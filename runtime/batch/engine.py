@@ -130,6 +130,11 @@ class Engine:
         elif not job.is_done:
             self._finish(job)
 
+    def cancel_all(self) -> None:
+        """End all jobs now, between two runs."""
+        for job in [*self._waiting, *self._active]:
+            self.cancel(job)
+
     def run_once(self) -> None:
         """Admit jobs, and perform one merged run or one chunk of a prompt."""
         self._admit()

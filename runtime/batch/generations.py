@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -73,6 +74,19 @@ class Generations:
         self._engine = engine
         self._loops = loops
         self._lock = threading.RLock()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+    def close(self, set_closed: Callable[[], bool]) -> None:
+        """End all generations; any thread may call it.
+
+        Args:
+            set_closed: Closes the model, and returns whether it was open.
+        """
+        for stream in list(self._streams):
+            stream.cancel()
+        with self._lock:
+            self._engine.cancel_all()
+            set_closed()
 
     @property
     def stats(self) -> EngineStats:
@@ -92,6 +106,7 @@ class Generations:
         stats = Stats(prompt=len(ids))
         stream = make(request, steps, stats, self._limit(request, ids))
         steps.job = self._job(request, ids, exit_layers, stats, steps.receive)
+        self._streams.add(stream)
         with self._lock:
             self._engine.submit(steps.job)
         return stream

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from shortstack.runtime.decode.runs import Draft, LevelRun, Prefill, PrefillLevel, Run, Verify
+from shortstack.runtime.decode.runs import DraftRow, LevelRun, Prefill, PrefillLevel, Run, Verify
 from shortstack.runtime.engine.packed_segment import Part
 from shortstack.runtime.engine.slot import Chunk, Slot
 
@@ -119,7 +119,7 @@ def work_of(run: Run, slot: Slot, kept: list[Chunk]) -> Work | None:
     match run:
         case Prefill() | PrefillLevel():
             return PromptWork(slot, run, kept)
-        case Draft(row, past, with_head, with_logits):
+        case DraftRow(row, past, with_head, with_logits):
             if levels == 1:
                 return None
             return RoundWork(slot, LevelRun(0, row, row + 1, past, int(with_head), with_logits))

@@ -22,8 +22,9 @@ from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.early_exit.criteria import Fixed
 from shortstack.runtime.early_exit.policy import ExitPolicy
-from shortstack.runtime.model import Model, Result
+from shortstack.runtime.model import Model
 from shortstack.runtime.request import ExitEarly, Plain
+from shortstack.runtime.result import Result
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,9 @@ from shortstack.runtime.commands.options import (
 )
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.step import Stats
-from shortstack.runtime.model import Model, Result, load
+from shortstack.runtime.model import Model, load
 from shortstack.runtime.request import Request, StrategyName
+from shortstack.runtime.result import Result
 
 _SLOTS = 8
 _ALONE = ("upper_providers", "upper_threads")

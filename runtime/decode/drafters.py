@@ -20,12 +20,12 @@ from typing import Protocol
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.choice import Choice, Proposal
-from shortstack.runtime.decode.runs import Asking, Draft
+from shortstack.runtime.decode.runs import Asking, DraftRow
 from shortstack.runtime.engine.decoder import State
 
 
 @dataclass(frozen=True, slots=True)
-class Proposed:
+class Draft:
     """A drafter's proposal for one round.
 
     Attributes:
@@ -40,9 +40,7 @@ class Proposed:
 class Drafter(Protocol):
     """Proposes tokens."""
 
-    def draft(
-        self, past: int, tokens: Sequence[int], most: int, least_confidence: float
-    ) -> Proposed | Asking[Proposed]:
+    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft | Asking[Draft]:
         """Propose up to ``most`` tokens.
 
         A drafter that runs the model is a generator: it yields the runs that it needs, and returns the proposals.
@@ -128,21 +126,21 @@ class ExitDrafter:
         self._stack = stack
         self._choice = choice
 
-    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Asking[Proposed]:
+    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Asking[Draft]:
         """See :meth:`Drafter.draft`."""
         stack, choice = self._stack, self._choice
         # A greedy choice does not look at the text, and the graph has already put its token in the next row.
         drawn = list(tokens) if choice.needs_logits else []
         proposals: list[Proposal] = []
         for row in range(most):
-            yield Draft(row, past, with_head=True, with_logits=choice.needs_logits)
+            yield DraftRow(row, past, with_head=True, with_logits=choice.needs_logits)
             proposals.append(choice.propose(stack.exit, row, drawn or tokens, stack.exit_layer))
             if choice.needs_logits:
                 stack.put(row + 1, proposals[-1].token)
                 drawn.append(proposals[-1].token)
             if proposals[-1].confidence < least_confidence:
                 break
-        return Proposed(proposals, rows_run=len(proposals))
+        return Draft(proposals, rows_run=len(proposals))
 
     def observe(self, emitted: int, rows: int) -> None:
         """See :meth:`Drafter.observe`; the exit shares the model's cache and state, so there is nothing to do."""

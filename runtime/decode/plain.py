@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shortstack.runtime.decode.choice import Choice
-from shortstack.runtime.decode.runs import Asking, Draft, Loop, Prefill, Verify
+from shortstack.runtime.decode.runs import Asking, DraftRow, Loop, Prefill, Verify
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.engine.decoder import State
@@ -25,7 +25,7 @@ def full_step(stack: State, sequence: TokenSequence, choice: Choice, stats: Stat
     """Run all layers over the newest token; return the next one without appending it."""
     started = stack.clock()
     stack.put(0, sequence.tokens[-1])
-    yield Draft(0, sequence.cached, with_head=False, with_logits=False)
+    yield DraftRow(0, sequence.cached, with_head=False, with_logits=False)
     drafted = stack.clock()
     yield Verify(1, sequence.cached, choice.needs_logits)
     token = choice.pick(stack.final, 0, sequence.tokens)

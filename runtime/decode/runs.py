@@ -3,7 +3,7 @@
 A loop is a generator. It yields a run where it needs the model, and goes on when the run has been performed; in between
 it yields the steps that it emits. It knows neither who performs its runs nor whether others are performed with them::
 
-    loop        yields Draft, Draft, Verify, Step, Step, Draft, ...
+    loop        yields DraftRow, DraftRow, Verify, Step, Step, DraftRow ...
     solo        performs each run on a stack of its own
     engine      performs the runs of several loops in one (runtime/batch)
 
@@ -31,7 +31,7 @@ class Prefill(NamedTuple):
         stack.prefill(*self)
 
 
-class Draft(NamedTuple):
+class DraftRow(NamedTuple):
     """See :meth:`~shortstack.runtime.engine.decoder.Decoder.draft`."""
 
     row: int
@@ -85,7 +85,7 @@ class PrefillLevel(NamedTuple):
         stack.prefill_level(*self)
 
 
-Run: TypeAlias = Prefill | Draft | Verify | LevelRun | PrefillLevel
+Run: TypeAlias = Prefill | DraftRow | Verify | LevelRun | PrefillLevel
 Loop: TypeAlias = Generator[Run | Step, None, None]
 Result = TypeVar("Result")
 Asking: TypeAlias = Generator[Run, None, Result]

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from shortstack.runtime.decode.choice import Choice, Proposal, Verdict
 from shortstack.runtime.decode.draft_length import DraftLength
-from shortstack.runtime.decode.drafters import Drafter, Proposed
+from shortstack.runtime.decode.drafters import Draft, Drafter
 from shortstack.runtime.decode.emission import emit
 from shortstack.runtime.decode.plain import full_step, prefill
-from shortstack.runtime.decode.runs import Asking, Draft, Loop, Verify
+from shortstack.runtime.decode.runs import Asking, DraftRow, Loop, Verify
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.engine.decoder import State
@@ -88,7 +88,7 @@ def _round(
     started = stack.clock()
     stack.put(0, sequence.tokens[-1])
     proposing = drafter.draft(past, sequence.tokens, wanted, length.least_confidence)
-    draft = proposing if isinstance(proposing, Proposed) else (yield from proposing)
+    draft = proposing if isinstance(proposing, Draft) else (yield from proposing)
     drafts = list(draft.proposals)
     assert len(drafts) <= wanted, f"the drafter proposed {len(drafts)} tokens where {wanted} were asked for"
     rows = len(drafts)
@@ -97,7 +97,7 @@ def _round(
     for row in range(draft.rows_run, rows):  # rows that the drafter has not run
         if row:
             stack.put(row, drafts[row - 1].token)
-        yield Draft(row, past, with_head=False, with_logits=False)
+        yield DraftRow(row, past, with_head=False, with_logits=False)
     drafted = stack.clock()
     yield Verify(rows, past, choice.needs_logits)
     verdict = choice.judge(stack.final, rows, drafts, sequence.tokens)

@@ -11,7 +11,7 @@ from helpers.quantized import QuantizedBundles, preset
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack import DraftPolicy, ExitEarly, ExitPolicy, Model, Plain, Speculate, load, parse_criterion
 from shortstack.graphs.precision import BlockFormat, KVType
-from shortstack.runtime import model as model_module
+from shortstack.runtime import model as one_slot
 from shortstack.runtime.commands.row_check import check_rows
 from shortstack.runtime.engine.row_classes import fewest_rows
 from shortstack.runtime.engine.stack import PREFILL_ROWS
@@ -32,7 +32,7 @@ STRATEGIES = (
 @pytest.fixture
 def spare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bundle that is loaded in the test runs no row alone, on every machine."""
-    monkeypatch.setattr(model_module, "fewest_rows", lambda graphs: 2)
+    monkeypatch.setattr(one_slot, "fewest_rows", lambda graphs: 2)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -50,7 +50,7 @@ def test_a_spare_row_changes_no_token(
 ) -> None:
     bundle = tiny_bundles.bundle(BASE, 1, 3)
     expected = decode(load(bundle), prompt(length), strategy)
-    monkeypatch.setattr(model_module, "fewest_rows", lambda graphs: 2)
+    monkeypatch.setattr(one_slot, "fewest_rows", lambda graphs: 2)
     model = load(bundle)
     assert decode(model, prompt(length), strategy) == expected
     assert decode(model, prompt(length), strategy, reuse_cache=True) == expected
@@ -74,7 +74,7 @@ def test_layers_that_share_keys_and_values_take_spare_rows_too(
     bundle = kv_bundles.bundle(kv_map, 1)
     ids = np.random.default_rng(1).integers(3, 60, 9).tolist()
     expected = [decode(load(bundle), ids, strategy) for strategy in (Plain(), Speculate(1, DraftPolicy(3)))]
-    monkeypatch.setattr(model_module, "fewest_rows", lambda graphs: 2)
+    monkeypatch.setattr(one_slot, "fewest_rows", lambda graphs: 2)
     model = load(bundle)
     assert [decode(model, ids, strategy) for strategy in (Plain(), Speculate(1, DraftPolicy(3)))] == expected
 
@@ -87,8 +87,8 @@ def test_what_is_measured_at_load_makes_rows_of_4_bit_bundles_exact(
     model = load(quantized(tiny_bundles.bundle(BASE, 1, 3), preset(BlockFormat(4), kv_cache)))
     assert all(check.is_exact for check in check_rows(model, prompt(40)))
     if fewest_rows(model.graphs) == 2:
-        model._fewest_rows = 1
-        model._stacks.clear()
+        model._one._fewest_rows = 1
+        model._one._stacks.clear()
         assert not all(check.is_exact for check in check_rows(model, prompt(40)))
 
 

@@ -13,7 +13,7 @@ from helpers.scripted_runs import assert_consistent
 from helpers.scripted_texts import VOCAB, examples, models, prompts
 from shortstack.runtime.decode.choice import GreedyChoice, Proposal
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
-from shortstack.runtime.decode.drafters import ExitDrafter, Proposed
+from shortstack.runtime.decode.drafters import Draft, ExitDrafter
 from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
@@ -31,13 +31,13 @@ class LookUp:
         self._tokens = tokens
         self.observed: list[tuple[int, int]] = []
 
-    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Proposed:
+    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft:
         assert past == len(tokens) - 1
         found = self._tokens
         if found is None:
             before = [i for i, token in enumerate(tokens[:-1]) if token == tokens[-1]]
             found = tokens[before[-1] + 1 :] if before else ()
-        return Proposed([Proposal(token, 1.0, 0) for token in found[:most]])
+        return Draft([Proposal(token, 1.0, 0) for token in found[:most]])
 
     def observe(self, emitted: int, rows: int) -> None:
         self.observed.append((emitted, rows))

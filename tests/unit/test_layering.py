@@ -43,14 +43,16 @@ ROOMS = {
 PRODUCT_ROOMS = tuple(room for room in ROOMS if room != "samples")
 
 # The wings of runtime, from the ground up: each may import those above it in this list, and itself. The modules of
-# runtime itself (request.py, loops.py, model.py) stand between wings.
+# runtime itself (request.py, loops.py, model.py and others) stand between wings.
 WINGS = (
     {"engine", "text"},
     {"decode"},
     {"early_exit"},
     {"request"},
+    {"encode", "result"},
     {"loops"},
     {"batch"},
+    {"one_slot"},
     {"model"},
     {"calibration", "inspection"},
     {"commands"},
