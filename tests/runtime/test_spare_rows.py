@@ -11,7 +11,7 @@ from helpers.quantized import QuantizedBundles, preset
 from helpers.tiny_models import BASE, TinyBundles
 from shortstack import DraftPolicy, ExitEarly, ExitPolicy, Model, Plain, Speculate, load, parse_criterion
 from shortstack.graphs.precision import BlockFormat, KVType
-from shortstack.runtime import model as one_slot
+from shortstack.runtime import one_slot
 from shortstack.runtime.commands.row_check import check_rows
 from shortstack.runtime.engine.row_classes import fewest_rows
 from shortstack.runtime.engine.stack import PREFILL_ROWS
