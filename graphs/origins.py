@@ -12,6 +12,7 @@ Standard library only.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -119,7 +120,10 @@ def origins_from_json(data: Mapping[str, Any], formats: Mapping[str, BlockFormat
         if name not in formats:
             raise ValueError(f"origins.{name} is not a matrix in blocks")
         kind, is_kept, error = entry["kind"], entry["is_kept"], entry["error"]
-        if type(kind) is not str or type(is_kept) is not bool or type(error) not in (int, float):
+        is_number = (
+            type(error) in (int, float) and 0 <= error <= sys.float_info.max
+        )  # Python's JSON has NaN and 10**400
+        if type(kind) is not str or type(is_kept) is not bool or not is_number:
             raise ValueError(f"origins.{name} is {entry!r}")
         found[name] = Origin(kind, is_kept, float(error))
     return found
