@@ -30,11 +30,10 @@ def from_grid(kind: str) -> Callable[[Bytes], Unpacked]:
         scales = GRID_SCALES[kind](raw)  # [rows, blocks, scales of a block]
         flat = scales.reshape(len(raw), -1)
         quantization = gguf.GGMLQuantizationType[kind]
-        with np.errstate(over="ignore", invalid="ignore"):  # scales of a damaged file: refused by whoever reads on
-            values: Floats = gguf.dequantize(raw.reshape(len(raw), -1), quantization)
-            spread = np.repeat(flat, values.shape[1] // flat.shape[1], axis=1)
-            codes = np.divide(values, spread, out=np.zeros_like(values), where=spread != 0)
-            return Unpacked(np.rint(codes).astype(np.int16), flat)
+        values: Floats = gguf.dequantize(raw.reshape(len(raw), -1), quantization)
+        spread = np.repeat(flat, values.shape[1] // flat.shape[1], axis=1)
+        codes = np.divide(values, spread, out=np.zeros_like(values), where=spread != 0)
+        return Unpacked(np.rint(codes).astype(np.int16), flat)
 
     return unpack
 

@@ -156,6 +156,13 @@ def test_scales_or_minima_that_are_not_finite_never_become_finite_numbers(kind: 
         assert not np.isfinite(read(damaged, kind).all_scales()).all()
 
 
+@pytest.mark.parametrize("kind", sorted(BLOCK_TYPES))
+def test_damaged_bytes_are_read_without_a_warning(kind: str) -> None:
+    raw = np.random.randint(0, 256, (64, 4 * block_bytes(kind)), np.uint8)
+    raw[:32, ::2] |= 0x7C  # many exponents of infinity
+    assert read(raw, kind).shape == (64, 4 * gguf.GGML_QUANT_SIZES[Kind[kind]][0])
+
+
 def test_joint_formats_are_the_narrowest_that_hold_all() -> None:
     int4, int8 = BlockFormat(4, 32, is_symmetric=True), BlockFormat(8, 32, is_symmetric=True)
     assert joint_format([int4, int4]) == int4

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
+from helpers.bad_input import Refused, left_behind
 from helpers.block_kinds import Kind
 from helpers.gguf_files import byte_level, of_checkpoint, write
 from helpers.tiny_models import SPECULATOR, TinyBundles
@@ -163,6 +165,28 @@ def test_in_half_precision_the_error_of_rounded_scales_is_told(
         assert origin.fate == "near"
         measured = np.square(found - expected).sum() / np.square(expected).sum()
         assert origin.error == pytest.approx(measured**0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("mix", "tensor", "place"),
+    [
+        ("Q6_K", "blk.1.ffn_down.weight", 208),
+        ("Q4_K", "blk.0.attn_k.weight", 2),  # dmin, of one type in a stack
+        ("Q4_K_M", "blk.0.attn_q.weight", 0),
+        ("IQ4_XS", "token_embd.weight", 208),
+    ],
+)
+@pytest.mark.parametrize("half", [0x7C00, 0x7E00], ids=["inf", "nan"])
+def test_a_scale_that_is_not_a_number_is_refused_and_nothing_is_written(
+    tiny_bundles: TinyBundles, tmp_path: Path, refused: Refused, mix: str, tensor: str, place: int, half: int
+) -> None:
+    file = file_of(tiny_bundles, tmp_path, mix)
+    start = next(entry.data_offset for entry in gguf.GGUFReader(file).tensors if entry.name == tensor)
+    content = bytearray(file.read_bytes())
+    content[start + place : start + place + 2] = half.to_bytes(2, "little")
+    file.write_bytes(content)
+    refused(["export", file, tmp_path / "out", "--keep-blocks"], f"{file}: ", "tensor model.", "NaN or infinity")
+    assert left_behind(tmp_path) == ["m.gguf"]
 
 
 class WithBlocks(HuggingFaceCheckpoint):
