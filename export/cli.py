@@ -69,7 +69,8 @@ from shortstack.graphs.errors import RequestError
     click.option(
         "--keep-blocks",
         is_flag=True,
-        help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
+        help="Keep the blocks of a GGUF file, bit for bit or, for types with minima (Q4_K), nearly. Matrices whose "
+        "blocks cannot be kept become int8.",
     ),
     click.option(
         "--max-length",
