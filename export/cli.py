@@ -69,7 +69,8 @@ from shortstack.graphs.errors import RequestError
     click.option(
         "--keep-blocks",
         is_flag=True,
-        help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
+        help="Keep the blocks of a quantized checkpoint bit for bit: Q4_0 and Q8_0 of a GGUF file, the integers of "
+        "GPTQ, AWQ and compressed-tensors. Its other quantized matrices become int8. Without it, all become floats.",
     ),
     click.option(
         "--max-length",

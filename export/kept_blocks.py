@@ -1,14 +1,15 @@
 """Which matrices keep the blocks of their checkpoint, which are rounded anew, and which are floats.
 
-==================================================  ==========================================================
-what the checkpoint holds                           what the bundle gets
-==================================================  ==========================================================
-one type of blocks that the kernels compute with    the same blocks, bit for bit
-another quantized type                              int8, rounded to nearest: nearly exact
-several types in one stack (q, k and v)             the same
-o_proj where heads are padded, in blocks            the same: its columns move, and blocks lie along columns
-floats                                              floats
-==================================================  ==========================================================
+=====================================================  ==========================================================
+what the checkpoint holds                              what the bundle gets
+=====================================================  ==========================================================
+one format of blocks that the kernels compute with     the same blocks, bit for bit
+another quantized type                                 int8, rounded to nearest: nearly exact
+several formats in one stack (q, k and v)              the same
+columns in several orders for one input (act-order)    the same
+o_proj where heads are padded, in blocks               the same: its columns move, and blocks lie along columns
+floats                                                 floats
+=====================================================  ==========================================================
 
 The choice is made from names and types alone, before anything is read or written.
 """
@@ -19,10 +20,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from shortstack.export.checkpoint import Checkpoint
 from shortstack.export.checkpoint.gguf_blocks import EXACT_FORMATS
 from shortstack.export.sources import MatrixSource
+from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.ir.block_tensor import Order
 from shortstack.graphs.precision import BlockFormat
 
 REQUANTIZED_FORMAT = BlockFormat(8)
@@ -67,36 +72,70 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
     """Decide for each matrix of a bundle.
 
     Args:
-        checkpoint: Where the tensors are; only their types are looked at.
+        checkpoint: Where the tensors are; only their types and orders are looked at.
         sources: What each matrix is made of, by name.
 
     Raises:
         RequestError: No matrix could keep its blocks.
     """
+    chosen = _choose(checkpoint, sources)
+    if not chosen.kept:
+        raise RequestError(
+            f"--keep-blocks: {checkpoint.source} has no matrix whose blocks can be kept",
+            found=", ".join(_by_kind(chosen.requantized)) or "floats only",
+            expected=f"a GGUF file with matrices in {' or '.join(EXACT_FORMATS)}, or integers of GPTQ, AWQ or "
+            "compressed-tensors",
+            remedy="leave out --keep-blocks, and shrink the bundle with `shortstack quantize`",
+        )
+    return chosen
+
+
+def dequantized_line(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> str | None:
+    """Return one sentence about the matrices that could keep their blocks and become floats; None without any."""
+    kept = _choose(checkpoint, sources).kept
+    if not kept:
+        return None
+    kinds = ", ".join(_by_kind(kept))
+    return f"dequantizing {_matrices(list(kept))} to floats ({kinds}); --keep-blocks keeps the blocks bit for bit"
+
+
+def _choose(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> KeptBlocks:
     kept: dict[str, str] = {}
     requantized: dict[str, str] = {}
     floats: list[str] = []
+    orders: dict[str, Order] = {}
     for name, source in sources.items():
         stored = [checkpoint.blocks(tensor) for tensor in source.tensors]
         kinds = list(dict.fromkeys("floats" if blocks is None else blocks.kind for blocks in stored))
         if all(blocks is None for blocks in stored):
             floats.append(name)
-        elif len(kinds) > 1 or any(blocks is None or blocks.format is None for blocks in stored):
+        elif len(formats := {None if blocks is None else blocks.format for blocks in stored}) > 1 or None in formats:
             requantized[name] = "+".join(kinds)
         elif source.pads_columns:
             requantized[name] = f"{kinds[0]} with padded heads"
         elif not source.keeps_blocks:
             requantized[name] = f"{kinds[0]}, turned"
+        elif not _reads_one_order(name, [blocks.order for blocks in stored if blocks is not None], orders):
+            requantized[name] = f"{kinds[0]} with other orders for one input"
         else:
-            kept[name] = kinds[0]
-    if not kept:
-        raise RequestError(
-            f"--keep-blocks: {checkpoint.source} has no matrix whose blocks can be kept",
-            found=", ".join(_by_kind(requantized)) or "floats only",
-            expected=f"a GGUF file with matrices in {' or '.join(EXACT_FORMATS)}",
-            remedy="leave out --keep-blocks, and shrink the bundle with `shortstack quantize`",
-        )
+            kept[name] = "+".join(kinds)
     return KeptBlocks(kept, requantized, tuple(floats))
+
+
+def _reads_one_order(name: str, found: Sequence[Order | None], known: dict[str, Order]) -> bool:
+    """Whether all tensors of a matrix read its input in one order, and in that of the matrices before.
+
+    Args:
+        name: The matrix.
+        found: The order of each of its tensors.
+        known: The order of each input, by :func:`names.input_order`; that of this one is added.
+    """
+    first = found[0]
+    if first is None:
+        return all(order is None for order in found)
+    usual = known.setdefault(names.input_order(name), first)
+    is_one = all(order is not None and np.array_equal(order, usual) for order in found)
+    return is_one and not names.is_looked_up(name)
 
 
 def _by_kind(matrices: Mapping[str, str]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ embedding pairs column i with column i + head_dim / 2, so each half of a head is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -52,6 +53,7 @@ class ModelTensors:
         self._blocks = blocks
         self._sources = matrix_sources(arch, spec)
         self._stacked_tensor: tuple[str, Floats] | None = None  # the last that holds several roles, which follow
+        self._last_blocks: tuple[str, BlockTensor] | None = None
 
     def vector(self, role: str) -> Floats:
         """Return the weight outside the layers that plays a role."""
@@ -121,18 +123,40 @@ class ModelTensors:
         check_finite(f"{self._checkpoint.source}: {what}", value, CheckpointError, _NOT_FINITE)
 
     def _kept(self, source: MatrixSource) -> BlockTensor:
-        codes, scales, block_format = [], [], None
-        for piece in source.pieces:
-            stored = self._checkpoint.blocks(piece.tensor)
-            assert stored is not None, f"{piece.tensor} should be kept in blocks, but is stored as floats"
+        parts = [self._padded_blocks(piece, source.attention) for piece in source.pieces]
+        if len(parts) == 1:
+            return parts[0]
+        zeros = [part.zero_points for part in parts if part.zero_points is not None]
+        return BlockTensor(
+            parts[0].format,
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(zeros) if zeros else None,
+            order=parts[0].order,
+        )
+
+    def _padded_blocks(self, piece: Piece, attention: Attention | None) -> BlockTensor:
+        """Return the blocks of one role; padded rows have the scale 0, and codes that are their zero points."""
+        part = self._stored_blocks(piece.tensor)
+        if piece.rows is not None:
+            part = part.rows(piece.rows)
+        middle, zeros = part.format.middle_code, part.zero_points
+        return replace(
+            part,
+            codes=_padded(part.codes, piece.weight, attention, middle),
+            scales=_padded(part.scales, piece.weight, attention),
+            zero_points=None if zeros is None else _padded(zeros, piece.weight, attention, middle),
+        )
+
+    def _stored_blocks(self, tensor: str) -> BlockTensor:
+        """Read the blocks of a tensor, of which other rows may be asked for next."""
+        if self._last_blocks is None or self._last_blocks[0] != tensor:
+            stored = self._checkpoint.blocks(tensor)
+            assert stored is not None, f"{tensor} should be kept in blocks, but is stored as floats"
             part = stored.read()
-            self._check(f"the scales of tensor {piece.tensor}", part.scales)
-            block_format = part.format
-            rows = slice(None) if piece.rows is None else piece.rows
-            codes.append(_padded(part.codes[rows], piece.weight, source.attention, block_format.middle_code))
-            scales.append(_padded(part.scales[rows], piece.weight, source.attention))
-        assert block_format is not None
-        return BlockTensor(block_format, np.concatenate(codes), np.concatenate(scales), None)
+            self._check(f"the scales of tensor {tensor}", part.scales)
+            self._last_blocks = tensor, part
+        return self._last_blocks[1]
 
 
 def packed(part: str, table: Sequence[Weight], roles: Mapping[str, Floats], attention: Attention) -> Floats:

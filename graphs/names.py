@@ -81,10 +81,16 @@ def draft_vocab_file(exit_layer: int) -> str:
 # Weights, as they are called in the graphs and in the manifest
 EMBED_TOKENS = "model.embed_tokens.weight"
 EMBED_POSITIONS = "model.embed_positions.weight"  # of a model with learned positions
+_EMBED_PER_LAYER = "per_layer.embed.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 UNIT_NORM = "unit_norm.weight"  # ones: where something is divided by its root mean square and nothing else
 FINAL_NORM_BIAS = "model.norm.bias"  # of a final norm that has one
+
+
+def is_looked_up(weight: str) -> bool:
+    """Whether rows of a matrix are looked up by token ids, so that it must not be reordered."""
+    return weight == EMBED_TOKENS or weight.endswith(f".{_EMBED_PER_LAYER}")
 
 
 def rope_table(rope: int, part: str) -> str:

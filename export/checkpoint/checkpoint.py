@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
-from shortstack.graphs.ir.block_tensor import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor, Order
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
@@ -37,11 +37,13 @@ class StoredBlocks:
         kind: The type of its blocks, by the name of the tool that made them, such as ggml's ``Q4_0``.
         read: Reads exactly these blocks. Call it only where there is a ``format``.
         format: The format that holds exactly these blocks; None if the kernels have no such format.
+        order: The input that each column of these blocks multiplies; None where columns stand as their inputs do.
     """
 
     kind: str
     read: Callable[[], BlockTensor]
     format: BlockFormat | None = None
+    order: Order | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,11 @@ def read_columns(checkpoint: Checkpoint, name: str, start: int, end: int) -> npt
     if (read := getattr(checkpoint, "columns", None)) is not None:
         return np.asarray(read(name, start, end), np.float32)
     return np.ascontiguousarray(checkpoint.tensor(name)[:, start:end])
+
+
+def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what a user should know about how a checkpoint is read, one sentence each."""
+    return tuple(getattr(checkpoint, "notes", ()))
 
 
 class Checkpoint(Protocol):

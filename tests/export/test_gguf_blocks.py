@@ -318,14 +318,16 @@ def test_matrices_that_cannot_be_kept_are_named_on_stderr_and_in_json(
     assert model.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).tokens
 
 
-def test_without_the_option_blocks_are_dequantized_without_a_message(
+def test_without_the_option_blocks_are_dequantized_and_a_warning_names_the_option(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0")
     assert run(["export", str(file), str(tmp_path / "out"), "--json"]) == 0
     printed, told = capsys.readouterr()
     assert json.loads(printed).keys() == {"bundle", "segments", "bytes", "max_length"}
-    assert told == ""
+    count = 5 * SPECULATOR.layers + 2
+    expected = f"dequantizing {count} matrices to floats (Q4_0); --keep-blocks keeps the blocks bit for bit"
+    assert told == f"warning: {expected}\n"
     assert load(tmp_path / "out").bundle.manifest.precision.is_float
 
 
@@ -337,7 +339,8 @@ def test_a_file_without_such_blocks_is_refused_and_nothing_is_written(
 ) -> None:
     file = tiny_file(tiny_bundles, BASE, tmp_path / "m.gguf", kind)
     error = refused(["export", file, tmp_path / "out", "--keep-blocks"], f"--keep-blocks: {file}", says)
-    assert "expected a GGUF file with matrices in Q4_0 or Q8_0. Leave out --keep-blocks, and shrink" in error
+    assert "expected a GGUF file with matrices in Q4_0 or Q8_0, or integers of GPTQ, AWQ or compressed-tensors" in error
+    assert "Leave out --keep-blocks, and shrink" in error
     assert left_behind(tmp_path) == ["m.gguf"]
 
 
