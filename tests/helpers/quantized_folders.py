@@ -159,8 +159,8 @@ def _groups(width: int, group: int) -> np.ndarray:
 
 def _act_order(width: int, group: int, layer: str, orders: Mapping[str, int]) -> np.ndarray:
     """The group of each column, after ranking columns by how large their inputs are; layers of one input agree."""
-    input_name = next((name for part, name in SHARED_INPUTS.items() if layer.endswith(part)), layer)
-    seed = sum(map(ord, f"{layer.rsplit('.', 1)[0]}{input_name}")) + orders.get(layer.rsplit(".", 1)[1], 0)
+    above, own = layer.rpartition(".")[::2]
+    seed = sum(map(ord, f"{above}{SHARED_INPUTS.get(own, own)}")) + orders.get(own, 0)
     ranked = np.random.default_rng(seed).permutation(width)
     found = np.empty(width, np.int64)
     found[ranked] = _groups(width, group)
@@ -185,7 +185,7 @@ def gptq(
     own = own_bits or {}
 
     def pack(weight: np.ndarray, layer: str) -> Packed:
-        width, own_width = weight.shape[1], own.get(layer.rsplit(".", 1)[1], bits)
+        width, own_width = weight.shape[1], own.get(layer.rpartition(".")[2], bits)
         group_of = _act_order(width, group, layer, orders or {}) if act_order else _groups(width, group)
         codes, scales, zeros, floats = on_grid(weight, group_of, own_width, symmetric=symmetric)
         tensors = {
