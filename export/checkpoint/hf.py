@@ -133,6 +133,11 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{file}: tensor {name} cannot be read ({error})") from None
         return value
 
+    def json_file(self, name: str) -> Config | None:
+        """Return another JSON file of the folder; None if there is no such file."""
+        file = member(self.folder_or_file, name, follow_links=self._follow_links)
+        return None if file is None else Config(parse_json_object(_read(file), file), str(file))
+
     def where(self, name: str) -> str:
         """Return a tensor and its file, for messages."""
         self._shard(name)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.bad_input import Refused, left_behind
-from helpers.quantized_folders import Scheme, awq, bitsandbytes, compressed, fp8, gptq, write_quantized
+from helpers.quantized_float_folders import bitsandbytes, fp8
+from helpers.quantized_folders import Scheme, awq, compressed, gptq, write_quantized
 from helpers.tiny_models import TinyModel
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.quantized import METHODS

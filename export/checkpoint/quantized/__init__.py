@@ -45,6 +45,10 @@ METHODS: Mapping[str, Callable[[StoredTensors, Config], Quantized]] = MappingPro
 """The readers, by ``quant_method``."""
 
 
+_OLD_FILES: Mapping[str, str] = MappingProxyType({"quantize_config.json": "gptq", "quant_config.json": "awq"})
+"""Where the first versions of AutoGPTQ and AutoAWQ describe a model, instead of in its config, and ``quant_method``."""
+
+
 def dequantizable(folder: HuggingFaceCheckpoint) -> Checkpoint:
     """Return a folder as a checkpoint of plain weights if its config names a tool that is read; else itself.
 
@@ -52,12 +56,23 @@ def dequantizable(folder: HuggingFaceCheckpoint) -> Checkpoint:
         CheckpointError: Tensors are missing, misshapen or out of range, or contradict the config.
         UnsupportedError: The tool is read, but not this kind of its files.
     """
+    section = _description(folder)
+    if section is None:
+        return folder
+    method = section.data.get("quant_method")
+    if not isinstance(method, str) or method not in METHODS:
+        return folder
+    return QuantizedCheckpoint(folder, METHODS[method](folder, section))
+
+
+def _description(folder: HuggingFaceCheckpoint) -> Config | None:
+    """Return what says how a folder is quantized, None for a folder of floats."""
     for key in SECTIONS:
         section = folder.config.section(key)
         if section is not None and section.data:
-            method = section.data.get("quant_method")
-            if isinstance(method, str) and method in METHODS:
-                described = Config(section.data, section.file, section.prefix, SAME_REVISION)
-                return QuantizedCheckpoint(folder, METHODS[method](folder, described))
-            return folder
-    return folder
+            return Config(section.data, section.file, section.prefix, SAME_REVISION)
+    if any(name.endswith(".qweight") for name in folder.names()):
+        for file, method in _OLD_FILES.items():
+            if (found := folder.json_file(file)) is not None:
+                return Config({"quant_method": method, **found.data}, found.file, remedy=SAME_REVISION)
+    return None
