@@ -25,6 +25,8 @@ from helpers.quantized_cases import (
     Folders,
 )
 from helpers.quantized_folders import (
+    INT8_INPUTS,
+    Packed,
     QuantizedFolder,
     Scheme,
     compressed,
@@ -285,3 +287,25 @@ def test_a_quantized_embedding_is_looked_up_in_its_blocks_and_is_the_head(folder
     text = np.random.randint(3, TIED.vocab, 40).tolist()
     ours, theirs = kept.activations(text).heads[3], floats.activations(text).heads[3]
     assert 0 < np.sqrt(np.square(ours - theirs).mean()) < tolerances.QUANTIZED_SAME_WEIGHTS * theirs.std()
+
+
+def test_compressed_tensors_may_describe_several_kinds_of_matrices(folders: Folders) -> None:
+    parts = {"down_proj": compressed(8, -1), "o_proj": compressed(4, 64, symmetric=False)}
+    usual, groups = compressed(4, 64), {}
+
+    def pack(weight: np.ndarray, layer: str) -> Packed:
+        return parts.get(layer.rpartition(".")[2], usual).pack(weight, layer)
+
+    for number, scheme in enumerate((usual, *parts.values(), usual)):
+        groups[f"group_{number}"] = scheme.config["config_groups"]["group_0"]
+    groups["group_3"] = {**groups["group_3"], "targets": ["re:.*gate_proj"], "input_activations": INT8_INPUTS}
+    folder = folders(LLAMA, Scheme(pack, {**usual.config, "config_groups": groups}), "several groups")
+    bundle = open_bundle(folders.bundle(folder, keep=True))
+    formats = bundle.manifest.precision.weights
+    down = names.layer_weight(0, "mlp.down_proj.weight")
+    assert formats[QKV] == BlockFormat(4, is_symmetric=True)
+    assert formats[O_PROJ] == BlockFormat(4)
+    assert formats[down] == BlockFormat(8, is_symmetric=True)
+    stored = StoredMatrices(bundle)
+    same_bits(stored.matrix(down, (128, 256)), folder.floats["model.layers.0.mlp.down_proj.weight"])
+    same_bits(stored.matrix(O_PROJ, (128, 128)), folder.floats["model.layers.0.self_attn.o_proj.weight"])

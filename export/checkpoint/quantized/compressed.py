@@ -23,7 +23,7 @@ from functools import partial
 import numpy as np
 
 from shortstack.export.checkpoint.config import Config
-from shortstack.export.checkpoint.quantized.codes import WORD_BITS, Grid, group_count, named, unpack
+from shortstack.export.checkpoint.quantized.codes import WORD_BITS, Grid, named, unpack
 from shortstack.export.checkpoint.quantized.compressed_schemes import Scheme, read_schemes
 from shortstack.export.checkpoint.quantized.fp8 import FP8_TYPES, FloatScale, fp8_matrix
 from shortstack.export.checkpoint.quantized.input_order import read_order
@@ -55,15 +55,18 @@ def read_compressed_tensors(stored: StoredTensors, section: Config) -> Quantized
     if not packed and not scaled:
         raise nothing_quantized(stored, section, TOOL, "X.weight_packed, or X.weight with X.weight_scale")
     _check_complete(stored, packed, scaled)
-    found, used = {}, set()
+    found: dict[str, QuantizedMatrix] = {}
+    used: list[Scheme] = []
+    are_packed = frozenset(packed)
     for layer in scaled:
-        if layer in packed:
+        if layer in are_packed:
             scheme, matrix = _packed(stored, schemes, layer)
         else:
             scheme, matrix = _whole(stored, section, schemes, layer)
         found[f"{layer}.weight"] = matrix
-        used.add(scheme.where)
-    if absent := [scheme.where for scheme in schemes if scheme.where not in used]:
+        used.append(scheme)
+    weights = {scheme.weights for scheme in used}
+    if absent := [scheme.where for scheme in schemes if scheme.weights not in weights]:
         raise CheckpointError(
             f"{absent[0]} describes weights that no tensor of {stored.folder_or_file} is",
             expected="a matrix of that type, those bits and that strategy",
@@ -110,7 +113,7 @@ def _packed(stored: StoredTensors, schemes: list[Scheme], layer: str) -> tuple[S
         bits = words * WORD_BITS / width
         expected = f"{bits:g} bits, as {stored.where(packed)} of shape {[rows, words]} has for {said}"
         raise _unlike(schemes, expected)
-    scheme = _fitting(stored, fitting, scale, (rows, width))
+    scheme = _fitting(stored, fitting, layer, (rows, width))
     zero_point, g_idx = f"{layer}.weight_zero_point", f"{layer}.weight_g_idx"
     order = _order(stored, scheme, g_idx, width)
     is_symmetric = _check_zero_points(stored, scheme, zero_point, stored.shape(scale), rows)
@@ -133,7 +136,7 @@ def _whole(stored: StoredTensors, section: Config, schemes: list[Scheme], layer:
         shapes = [FloatScale(s.blocks, is_row=s.strategy == "channel") for s in fitting]
         matrix, number = fp8_matrix(stored, section, layer, "weight_scale", shapes, TOOL)
         return fitting[number], matrix
-    scheme = _fitting(stored, fitting, scale, (rows, width))
+    scheme = _fitting(stored, fitting, layer, (rows, width))
     zero_point = f"{layer}.weight_zero_point"
     is_symmetric = _check_zero_points(stored, scheme, zero_point, stored.shape(scale), rows)
     return scheme, _matrix(stored, scheme, layer, (rows, width), is_symmetric, None)
@@ -141,24 +144,21 @@ def _whole(stored: StoredTensors, section: Config, schemes: list[Scheme], layer:
 
 def _unlike(schemes: list[Scheme], expected: str) -> CheckpointError:
     found = ", ".join(f"{scheme.kind}{scheme.bits}" for scheme in schemes)
-    return CheckpointError(
-        f"{schemes[0].where}.num_bits", found=found, expected=expected,
-        remedy=SAME_REVISION,
-    )  # fmt: skip
+    where = f"{schemes[0].where}.num_bits"
+    return CheckpointError(where, found=found, expected=expected, remedy=SAME_REVISION)
 
 
-def _fitting(stored: StoredTensors, schemes: list[Scheme], scale: str, shape: tuple[int, int]) -> Scheme:
-    """Return the scheme whose scales have the shape that is stored."""
+def _fitting(stored: StoredTensors, schemes: list[Scheme], layer: str, shape: tuple[int, int]) -> Scheme:
+    """Return the scheme whose scales have the shape that is stored; of several, the one with the parts that are."""
+    scale, names = f"{layer}.weight_scale", stored.names()
     check_type(stored, scale, SCALE_TYPES)
-    rows, width = shape
     found = stored.shape(scale)
-    for scheme in schemes:
-        if scheme.strategy == "tensor" and found in ((), (1,), (1, 1)):
-            return scheme
-        if scheme.strategy != "tensor" and found == (rows, group_count(width, scheme.group)):
-            return scheme
+    fitting = [scheme for scheme in schemes if scheme.has_scales(found, shape)]
+    if fitting:
+        is_symmetric, is_reordered = f"{layer}.weight_zero_point" not in names, f"{layer}.weight_g_idx" in names
+        return max(fitting, key=lambda s: (s.symmetric == is_symmetric) + (s.is_reordered == is_reordered))
     scheme = schemes[0]
-    expected = f"scales of shape {list(found)}, as {stored.where(scale)} has for a matrix {rows} x {width}"
+    expected = f"scales of shape {list(found)}, as {stored.where(scale)} has for a matrix {shape[0]} x {shape[1]}"
     raise CheckpointError(
         f"{scheme.where}.{'group_size' if scheme.strategy == 'group' else 'strategy'}",
         found=f"groups of {scheme.group}" if scheme.strategy == "group" else scheme.strategy,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shortstack.export.checkpoint.config import Config, not_one_of
-from shortstack.export.checkpoint.quantized.codes import is_group_size
+from shortstack.export.checkpoint.quantized.codes import group_count, is_group_size
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
@@ -39,6 +39,17 @@ class Scheme:
     symmetric: bool
     is_reordered: bool
     rounds_inputs: bool
+
+    def has_scales(self, found: tuple[int, ...], shape: tuple[int, int]) -> bool:
+        """Whether scales of integers have this shape for a matrix."""
+        if self.strategy == "tensor":
+            return found in ((), (1,), (1, 1))
+        return found == (shape[0], group_count(shape[1], self.group))
+
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What it says of weights alone."""
+        return self.kind, self.bits, self.strategy, self.group, self.blocks, self.symmetric, self.is_reordered
 
 
 def read_schemes(section: Config) -> list[Scheme]:

@@ -178,7 +178,7 @@ def _matrix(stored: StoredTensors, section: Config, settings: Settings, layer: s
         order = read_order(stored, g_idx, width, group)
     elif settings.act_order == (True,):
         require(stored, [g_idx], "the group of each column, as desc_act is true")
-    if order is not None and True not in settings.act_order:
+    if order is not None and settings.act_order and True not in settings.act_order:
         raise contradiction(section, "desc_act", f"true, as {stored.where(g_idx)} is not in ascending order")
     is_symmetric = _check_zero_points(stored, qzeros, bits, settings)
     grid = Grid(bits, is_symmetric, width if group == -1 else group, order)
