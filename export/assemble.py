@@ -42,7 +42,7 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
 
     Args:
         request: What to export, and how.
-        tell: Called with what becomes of each matrix, if the checkpoint's blocks are to be kept.
+        tell: Called with what became of each matrix, if the checkpoint's blocks were to be kept.
 
     Returns:
         The finished bundle.
@@ -62,7 +62,6 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
         blocks = KeptBlocks()
         if request.keep_blocks:
             blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
-            tell(blocks)
         elif (line := dequantized_line(checkpoint, matrix_sources(arch, spec))) is not None:
             log.warning(line)
         for note in notes(checkpoint):
@@ -70,13 +69,14 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
         files = checkpoint.files()
         check_text_files(checkpoint.source, files)
         exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)
-        tensors = ModelTensors(checkpoint, arch, spec, blocks)
+        tensors = ModelTensors(checkpoint, arch, spec, blocks, request.dtype)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
             with WeightStore(folder) as store:
                 advance = stage("Writing weights", spec.num_hidden_layers)
                 store_weights(tensors, request.dtype, max_length, store, advance)
                 own_format = REQUANTIZED_FORMAT if store.formats else None
                 store_exits(tensors, plan, exit_weights, request.dtype, store, own_format)
+            blocks = blocks.measured(tensors.errors)
             advance = stage("Hashing the checkpoint", 1)
             manifest = Manifest(
                 spec=spec,
@@ -88,9 +88,12 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
                 source_sha256=checkpoint.digest(),
                 tools=tool_versions(),
                 precision=Precision(store.formats),
+                origins=blocks.origins(),
             )
             advance(1)
             write_bundle(folder, manifest, store, {**files, **_id_maps(plan, exit_weights)}, stage)
+    if request.keep_blocks:
+        tell(blocks)
     return open_bundle(request.out)
 
 

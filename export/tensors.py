@@ -7,7 +7,7 @@ embedding pairs column i with column i + head_dim / 2, so each half of a head is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,13 +18,15 @@ from shortstack.export.checkpoint import Checkpoint, read_columns
 from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, Piece, layer_pieces, matrix_sources
+from shortstack.export.stacked_blocks import concatenated, relative_error, with_padded_rows
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.ir.attention import padded_share
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.layer_spec import Attention
 from shortstack.graphs.layer_weights import Weight
-from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.precision import BlockFormat
+from shortstack.graphs.spec import DType, ModelSpec
 
 Floats = npt.NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
@@ -41,19 +43,30 @@ class ModelTensors:
         arch: The model's family, which names the tensors.
         spec: The model.
         blocks: Which matrices are wanted in blocks.
+        dtype: Type in which a bundle stores the scales of blocks.
 
     Attributes:
         spec: The model.
+        errors: How far each matrix that was read in blocks is from the checkpoint's, as
+            :func:`~shortstack.export.stacked_blocks.relative_error` measures it, by name in the bundle.
     """
 
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec, blocks: KeptBlocks) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arch: Architecture,
+        spec: ModelSpec,
+        blocks: KeptBlocks,
+        dtype: DType = "float32",
+    ) -> None:
         self.spec = spec
+        self.errors: dict[str, float] = {}
+        self._dtype = dtype
         self._checkpoint = checkpoint
         self._arch = arch
         self._blocks = blocks
         self._sources = matrix_sources(arch, spec)
         self._stacked_tensor: tuple[str, Floats] | None = None  # the last that holds several roles, which follow
-        self._last_blocks: tuple[str, BlockTensor] | None = None
 
     def vector(self, role: str) -> Floats:
         """Return the weight outside the layers that plays a role."""
@@ -86,10 +99,16 @@ class ModelTensors:
         """
         source = self._sources[name]
         if name in self._blocks.kept:
-            return self._kept(source)
-        weights = [piece.weight for piece in source.pieces]
-        floats = _stacked([self.piece(piece) for piece in source.pieces], weights, source.attention)
-        return nearest(floats, REQUANTIZED_FORMAT) if name in self._blocks.requantized else floats
+            blocks = self._kept(source, self._blocks.formats[name])
+            if name not in self.errors:
+                self.errors[name] = relative_error(blocks, self._floats(source), self._dtype)
+            return blocks
+        floats = self._floats(source)
+        if name not in self._blocks.requantized:
+            return floats
+        blocks = nearest(floats, REQUANTIZED_FORMAT)
+        self.errors[name] = relative_error(blocks, floats, self._dtype)
+        return blocks
 
     def piece(self, piece: Piece) -> Floats:
         """Return the floats of one role, heads not padded."""
@@ -122,41 +141,22 @@ class ModelTensors:
     def _check(self, what: str, value: npt.NDArray[np.generic]) -> None:
         check_finite(f"{self._checkpoint.source}: {what}", value, CheckpointError, _NOT_FINITE)
 
-    def _kept(self, source: MatrixSource) -> BlockTensor:
-        parts = [self._padded_blocks(piece, source.attention) for piece in source.pieces]
-        if len(parts) == 1:
-            return parts[0]
-        zeros = [part.zero_points for part in parts if part.zero_points is not None]
-        return BlockTensor(
-            parts[0].format,
-            np.concatenate([part.codes for part in parts]),
-            np.concatenate([part.scales for part in parts]),
-            np.concatenate(zeros) if zeros else None,
-            order=parts[0].order,
-        )
+    def _floats(self, source: MatrixSource) -> Floats:
+        weights = [piece.weight for piece in source.pieces]
+        return _stacked([self.piece(piece) for piece in source.pieces], weights, source.attention)
 
-    def _padded_blocks(self, piece: Piece, attention: Attention | None) -> BlockTensor:
-        """Return the blocks of one role; padded rows have the scale 0, and codes that are their zero points."""
-        part = self._stored_blocks(piece.tensor)
-        if piece.rows is not None:
-            part = part.rows(piece.rows)
-        middle, zeros = part.format.middle_code, part.zero_points
-        return replace(
-            part,
-            codes=_padded(part.codes, piece.weight, attention, middle),
-            scales=_padded(part.scales, piece.weight, attention),
-            zero_points=None if zeros is None else _padded(zeros, piece.weight, attention, middle),
-        )
-
-    def _stored_blocks(self, tensor: str) -> BlockTensor:
-        """Read the blocks of a tensor, of which other rows may be asked for next."""
-        if self._last_blocks is None or self._last_blocks[0] != tensor:
-            stored = self._checkpoint.blocks(tensor)
-            assert stored is not None, f"{tensor} should be kept in blocks, but is stored as floats"
-            part = stored.read()
-            self._check(f"the scales of tensor {tensor}", part.scales)
-            self._last_blocks = tensor, part
-        return self._last_blocks[1]
+    def _kept(self, source: MatrixSource, block_format: BlockFormat) -> BlockTensor:
+        parts = []
+        for piece in source.pieces:
+            stored = self._checkpoint.blocks(piece.tensor)
+            assert stored is not None, f"{piece.tensor} should be kept in blocks, but is stored as floats"
+            part = stored.in_format(block_format)
+            self._check(f"the scales of tensor {piece.tensor}", part.all_scales())
+            if piece.rows is not None:
+                part = part.rows(piece.rows)
+            pad = partial(_padded, weight=piece.weight, attention=source.attention)
+            parts.append(with_padded_rows(part, pad))
+        return concatenated(parts)
 
 
 def packed(part: str, table: Sequence[Weight], roles: Mapping[str, Floats], attention: Attention) -> Floats:

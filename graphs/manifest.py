@@ -15,6 +15,7 @@ Layout of the JSON object::
     files            {name: {bytes, sha256}}: every file but bundle.json and exit-profile.json
     source           {name, sha256}: the checkpoint
     tools            {package: version}: what wrote it
+    origins          {name: {kind, is_kept, error}}: what matrices were in blocks of the checkpoint; absent without
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 from shortstack.graphs import names
 from shortstack.graphs.contract import CacheType, GraphContract, Port, cache_type, cache_types, segment_contract
 from shortstack.graphs.errors import BundleError, RequestError
+from shortstack.graphs.origins import Origin, origins_from_json, origins_to_json
 from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.read_file import read_json_object
@@ -65,6 +67,7 @@ class Manifest:
     source_sha256: str
     tools: dict[str, str]
     precision: Precision = field(default_factory=Precision)
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def contract(self, segment: Segment) -> GraphContract:
         """Return the contract of one of the plan's segments."""
@@ -105,6 +108,8 @@ class Manifest:
             "source": {"name": self.source_name, "sha256": self.source_sha256},
             "tools": dict(sorted(self.tools.items())),
         }
+        if self.origins:
+            body["origins"] = origins_to_json(self.origins)
         return {"format_version": FORMAT_VERSION, "digest": _digest(body), **body}
 
     def _segment_json(self, segment: Segment) -> dict[str, Any]:
@@ -198,6 +203,7 @@ def _parse(path: Path, data: dict[str, Any]) -> Manifest:
             expected=f"2..{spec.max_position_embeddings}, the model's max_position_embeddings",
             remedy=_REEXPORT,
         )
+    precision = Precision.from_json(data["precision"]) if data["format_version"] > 1 else Precision()
     manifest = Manifest(
         spec=spec,
         plan=SplitPlan(spec.num_hidden_layers, exits),
@@ -207,7 +213,8 @@ def _parse(path: Path, data: dict[str, Any]) -> Manifest:
         source_name=str(data["source"]["name"]),
         source_sha256=str(data["source"]["sha256"]),
         tools={str(k): str(v) for k, v in data["tools"].items()},
-        precision=Precision.from_json(data["precision"]) if data["format_version"] > 1 else Precision(),
+        precision=precision,
+        origins=origins_from_json(data.get("origins", {}), precision.weights),
     )
     missing = sorted(required_files(manifest.plan) - files.keys())
     if missing:

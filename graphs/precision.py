@@ -44,6 +44,7 @@ KV_TYPES: tuple[KVType, ...] = ("float", "int8")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MOST_SIDE_COLUMNS = 256
 EXACT_BLOCK_SIZE = 32  # rows of one run equal rows run one by one, bit for bit (onnxruntime 1.31 and 1.32, x86)
+EXACT_BLOCK_SIZES = (16, EXACT_BLOCK_SIZE)  # all of which that is known
 SPARE_ROWS = 1  # positions beyond the context that graphs may write, see Precision.has_spare_row
 ACCURACY_LEVEL = 4  # the only level with integer kernels: 8 bits are 60-130 times slower at any other
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.export.checkpoint.config import Config
+from shortstack.export.stacked_blocks import widened
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.ir.block_tensor import BlockTensor, Order
 from shortstack.graphs.plan import ExitSpec
@@ -35,15 +36,32 @@ class StoredBlocks:
 
     Attributes:
         kind: The type of its blocks, by the name of the tool that made them, such as ggml's ``Q4_0``.
-        read: Reads exactly these blocks. Call it only where there is a ``format``.
-        format: The format that holds exactly these blocks; None if the kernels have no such format.
+        read: Reads these blocks in ``format``. Call it only where there is one.
+        format: The narrowest format that holds these blocks, exactly or nearly; None if the kernels have none.
+        plain_format: Where ``format`` has offsets, the narrowest one without; None if there is none.
+        read_as: Reads these blocks in ``plain_format`` or a wider one. None where moving what ``read`` returns to a
+            wider format is as good.
         order: The input that each column of these blocks multiplies; None where columns stand as their inputs do.
     """
 
     kind: str
     read: Callable[[], BlockTensor]
     format: BlockFormat | None = None
+    plain_format: BlockFormat | None = None
+    read_as: Callable[[BlockFormat], BlockTensor] | None = None
     order: Order | None = None
+
+    @property
+    def without_offsets(self) -> BlockFormat | None:
+        """The narrowest format without offsets that holds these blocks."""
+        has_offsets = self.format is not None and self.format.has_offsets
+        return self.plain_format if has_offsets else self.format
+
+    def in_format(self, block_format: BlockFormat) -> BlockTensor:
+        """Read these blocks in ``format``, or in one that is as wide as ``without_offsets``."""
+        if block_format == self.format:
+            return self.read()
+        return widened(self.read(), block_format) if self.read_as is None else self.read_as(block_format)
 
 
 @dataclass(frozen=True, slots=True)

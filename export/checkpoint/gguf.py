@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, StoredExit, hash_files, unknown_tensor
 from shortstack.export.checkpoint.config import Config
-from shortstack.export.checkpoint.gguf_blocks import EXACT_FORMATS, unpack_blocks
+from shortstack.export.checkpoint.gguf_blocks import BLOCK_TYPES, unpack_blocks
 from shortstack.export.checkpoint.gguf_config import family_of, hugging_face_config
 from shortstack.export.checkpoint.gguf_families import FAMILIES, unknown_architecture
 from shortstack.export.checkpoint.gguf_header import TensorInfo, read_header
@@ -29,6 +29,7 @@ from shortstack.export.checkpoint.gguf_transforms import Rows, Transform, row_or
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.ir.block_tensor import BlockTensor
+from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
 
 
@@ -101,7 +102,9 @@ class GgufCheckpoint:
         if values_per_block == 1:
             return None
         read = partial(self._read_blocks, name)
-        return StoredBlocks(quantization.name, read, EXACT_FORMATS.get(quantization.name))
+        if (block_type := BLOCK_TYPES.get(quantization.name)) is None:
+            return StoredBlocks(quantization.name, read)
+        return StoredBlocks(quantization.name, read, block_type.format, block_type.plain_format, read)
 
     def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
         """Return an empty tuple: the format has no exits."""
@@ -122,11 +125,12 @@ class GgufCheckpoint:
         except OSError as error:
             raise CheckpointError(f"{self.folder_or_file} cannot be read ({error.strerror})") from None
 
-    def _read_blocks(self, name: str) -> BlockTensor:
+    def _read_blocks(self, name: str, block_format: BlockFormat | None = None) -> BlockTensor:
         stored = self._stored_name(name)
         assert self._transform(stored) not in ("minus_one", "turned"), f"{stored}: its values change, not its rows"
         info = self._infos[stored]
-        value = unpack_blocks(self._bytes(info), info.quantization.name)
+        _, block_bytes = gguf.GGML_QUANT_SIZES[info.quantization]
+        value = unpack_blocks(self._bytes(info), info.quantization.name, block_bytes, block_format)
         rows = self._rows(stored)
         return value if rows is None else value.rows(rows)
 
@@ -134,7 +138,8 @@ class GgufCheckpoint:
         """Return a tensor as the file has it, by its GGUF name."""
         info = self._infos[stored]
         try:
-            value: npt.NDArray[np.float32] = gguf.dequantize(self._bytes(info), info.quantization)
+            with np.errstate(over="ignore", invalid="ignore"):  # scales of a damaged file: whoever asks, checks
+                value: npt.NDArray[np.float32] = gguf.dequantize(self._bytes(info), info.quantization)
         except NotImplementedError:
             raise UnsupportedError(
                 f"{self.folder_or_file}: tensor {stored}",

@@ -12,7 +12,8 @@ import onnxruntime as ort
 from shortstack import __version__
 from shortstack.command_options import Command, provider_option, threads_option
 from shortstack.command_paths import BundlePath
-from shortstack.graphs.precision import EXACT_BLOCK_SIZE
+from shortstack.graphs.origins import grouped
+from shortstack.graphs.precision import EXACT_BLOCK_SIZES
 from shortstack.runtime.commands.machine import processor
 from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
 from shortstack.runtime.model import Model, load
@@ -50,10 +51,12 @@ def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, 
     if bundle is not None:
         model = load(bundle, providers=providers or None, threads=threads)
         checks = check_rows(model, _tokens(model))
-        odd = sorted({f.block_size for f in model.bundle.manifest.precision.weights.values()} - {EXACT_BLOCK_SIZE})
+        manifest = model.bundle.manifest
+        odd = sorted({f.block_size for f in manifest.precision.weights.values()} - {*EXACT_BLOCK_SIZES})
         facts |= {
             "bundle": str(bundle),
             "other_block_sizes": odd,
+            "blocks_kept": [group.words for group in grouped(manifest.origins, manifest.precision.weights)],
             "rows": [
                 {"rows": c.rows, "max_difference": c.max_difference, "same_tokens": c.same_tokens} for c in checks
             ],
@@ -80,7 +83,10 @@ def _print(facts: dict[str, Any], checks: list[RowCheck]) -> None:
         click.echo(f"rows {check.rows:<6} {words}; {'same tokens' if check.same_tokens else 'OTHER TOKENS'}")
     if facts["other_block_sizes"]:
         sizes = ", ".join(map(str, facts["other_block_sizes"]))
-        click.echo(f"note        blocks of {sizes} are rounded differently in longer runs; {EXACT_BLOCK_SIZE} is not")
+        exact = " and ".join(map(str, EXACT_BLOCK_SIZES))
+        click.echo(f"note        blocks of {sizes} are rounded differently in longer runs; {exact} are not")
+    for words in facts["blocks_kept"]:
+        click.echo(f"blocks      {words}")
     is_same = all(check.same_tokens for check in checks)
     click.echo(
         "verdict     a run of several rows picks the tokens of single runs: drafts are verified exactly here"

@@ -15,6 +15,7 @@ call it c). Bytes are those that the bundle's precision stores. Only a measureme
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import Port
 from shortstack.graphs.kv_map import IteratedGroup, borrowed, consumers, is_kv_complete, iterated_groups, producers
 from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.origins import Origin
 from shortstack.graphs.plan import ExitSpec, Segment
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
@@ -190,6 +192,7 @@ class Report:
         tools: What wrote it, package to version.
         dtype: Of activations, and of weights and cache where ``precision`` does not say otherwise.
         precision: What is stored in blocks, and the type of the cache.
+        origins: What matrices were in blocks of the checkpoint, by name.
         max_length: Longest context, in tokens.
         spec: The model.
         parameters: Of the whole model.
@@ -210,6 +213,7 @@ class Report:
     tools: dict[str, str]
     dtype: DType
     precision: Precision
+    origins: Mapping[str, Origin]
     max_length: int
     spec: ModelSpec
     parameters: ModelParameters
@@ -230,6 +234,10 @@ class Report:
         """Return the report as JSON-ready data, computed totals included."""
         data = asdict(self)
         data["precision"] = self.precision.to_json()
+        data["origins"] = {
+            name: {"kind": o.kind, "fate": o.fate, "stored_as": str(self.precision.weights[name]), "error": o.error}
+            for name, o in self.origins.items()
+        }
         data["parameters"]["total"] = self.parameters.total
         data["weights"] |= {"predicted": self.weights.predicted, "as_predicted": self.weights.as_predicted}
         for layer, report in zip(data["layers"], self.layers, strict=True):
@@ -258,6 +266,7 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
         tools=dict(sorted(manifest.tools.items())),
         dtype=manifest.dtype,
         precision=manifest.precision,
+        origins=manifest.origins,
         max_length=manifest.max_length,
         spec=spec,
         parameters=model_parameters(spec),

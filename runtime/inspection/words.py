@@ -12,6 +12,7 @@ from shortstack.graphs.contract import Port
 from shortstack.graphs.exit_parts import exit_matrices
 from shortstack.graphs.kv_map import IteratedGroup
 from shortstack.graphs.layer_weights import matrix_parts
+from shortstack.graphs.origins import grouped
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.inspection.report import HeadReport, Report, SegmentReport
 
@@ -149,6 +150,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     return [
         ("model", model_words(report)),
         ("precision", precision_words(report)),
+        *origin_facts(report),
         ("max length", f"{report.max_length:,} tokens"),
         ("cache", f"{size(per_token)} per token, {size(per_token * report.max_length)} at max length"),
         *attention_facts(report),
@@ -157,6 +159,12 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("hashes", hashes),
         ("on disk", f"{size(report.total_bytes)} in {len(report.files)} files"),
     ]
+
+
+def origin_facts(report: Report) -> list[tuple[str, str]]:
+    """Return what became of the checkpoint's blocks, if any were kept."""
+    groups = grouped(report.origins, report.precision.weights)
+    return [("blocks kept", "; ".join(printable(group.words) for group in groups))] if groups else []
 
 
 def attention_facts(report: Report) -> list[tuple[str, str]]:

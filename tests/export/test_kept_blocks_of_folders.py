@@ -243,11 +243,14 @@ def test_matrices_that_are_left_as_floats_need_no_list_of_names(folders: Folders
     )
 
 
-def test_a_stack_of_several_widths_becomes_int8(folders: Folders) -> None:
+def test_a_stack_of_several_widths_is_kept_in_the_widest(folders: Folders) -> None:
     folder = folders(LLAMA, gptq(4, 64, own_bits={"v_proj": 8}), "v in 8 bits")
-    formats = open_bundle(folders.bundle(folder, keep=True)).manifest.precision.weights
-    assert formats[QKV] == BlockFormat(8)
+    bundle = open_bundle(folders.bundle(folder, keep=True))
+    formats = bundle.manifest.precision.weights
+    assert formats[QKV] == BlockFormat(8, is_symmetric=True)
     assert formats[O_PROJ] == BlockFormat(4, is_symmetric=True)
+    stacked = [folder.floats[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"]
+    same_bits(StoredMatrices(bundle).matrix(QKV, (256, 128)), np.concatenate(stacked))
 
 
 def test_an_adapter_is_added_to_the_dequantized_weights_and_its_matrices_become_int8(

@@ -119,7 +119,7 @@ def test_a_plain_export_says_that_blocks_can_be_kept(
     assert run(["export", str(folder.path), str(tmp_path / "out"), "--json"]) == 0
     assert capsys.readouterr().err == (
         f"warning: dequantizing {5 * LLAMA.layers} matrices to floats (AWQ int4, groups of 64); "
-        "--keep-blocks keeps the blocks bit for bit\n"
+        "--keep-blocks keeps the blocks\n"
     )
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import gguf
 import numpy as np
 
+from helpers.block_kinds import quantize
 from helpers.tiny_models import TinyModel
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.gguf_names import LLAMA_NAMES, to_hugging_face
@@ -107,7 +108,7 @@ def write(
             stored = permute(value, tiny.kv_heads)
         kind = kinds.get(name, quantization)
         if kind is not None and value.ndim == 2:
-            writer.add_tensor(name, gguf.quantize(stored, kind), raw_dtype=kind)
+            writer.add_tensor(name, quantize(stored, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, stored)
     writer.write_header_to_file()

@@ -61,7 +61,7 @@ class ScriptedStack:
 def scripted_model(noise: float = 0.0, flips: bool = False, block_size: int = 32, max_length: int = 64) -> Any:
     stack = ScriptedStack(noise, flips)
     manifest = SimpleNamespace(
-        precision=Precision({"a": BlockFormat(4, block_size)}), spec=SimpleNamespace(vocab_size=VOCAB)
+        precision=Precision({"a": BlockFormat(4, block_size)}), origins={}, spec=SimpleNamespace(vocab_size=VOCAB)
     )
     return SimpleNamespace(
         bundle=SimpleNamespace(manifest=manifest),
@@ -149,7 +149,7 @@ def test_with_a_bundle_it_judges_its_rows(
     found, out = doctor(capsys, "somewhere", "--json")
     facts = json.loads(out)
     assert found == code
-    assert facts.keys() == FACTS | {"bundle", "other_block_sizes", "rows"}
+    assert facts.keys() == FACTS | {"bundle", "blocks_kept", "other_block_sizes", "rows"}
     assert facts["bundle"] == "somewhere"
     assert facts["other_block_sizes"] == [128] * ("blocks of 128" in " ".join(says))
     assert [row["rows"] for row in facts["rows"]] == list(range(1, MOST_ROWS + 1))

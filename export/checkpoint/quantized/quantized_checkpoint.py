@@ -71,7 +71,7 @@ class QuantizedCheckpoint:
         matrix = self._matrices.get(name)
         if matrix is None:
             return self._folder.blocks(self._known(name))
-        return StoredBlocks(matrix.kind, matrix.blocks or _no_blocks, matrix.format, matrix.order)
+        return StoredBlocks(matrix.kind, matrix.blocks or _no_blocks, matrix.format, order=matrix.order)
 
     def exits(self, spec: ModelSpec) -> tuple[StoredExit, ...]:
         """Return an empty tuple: the format has no exits."""
