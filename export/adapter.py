@@ -30,7 +30,7 @@ from shortstack.export.adapter_config import MERGE_REMEDY, LoraSettings, read_se
 from shortstack.export.arch import ARCHITECTURES, Architecture, resolve, under_prefix
 from shortstack.export.arch.architecture import LM_HEAD
 from shortstack.export.checkpoint import Checkpoint, Config, Progress
-from shortstack.export.checkpoint.checkpoint import StoredBlocks, StoredExit, hash_files
+from shortstack.export.checkpoint.checkpoint import StoredBlocks, StoredExit, hash_files, notes
 from shortstack.export.checkpoint.float_types import FLOAT_TYPES
 from shortstack.export.checkpoint.hf import member  # its import of ml_dtypes lets safetensors return bfloat16
 from shortstack.export.sources import matrix_sources
@@ -109,6 +109,11 @@ class AdaptedCheckpoint:
     def config(self) -> Config:
         """The base's config."""
         return self._base.config
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the base is read."""
+        return notes(self._base)
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors: those of the base."""

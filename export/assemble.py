@@ -13,9 +13,10 @@ import numpy.typing as npt
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
+from shortstack.export.checkpoint.checkpoint import notes
 from shortstack.export.draft_vocab import choose_draft_vocab
 from shortstack.export.exit_plan import plan_exits
-from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks, choose_blocks
+from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks, choose_blocks, dequantized_line
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import DEFAULT_LONGEST, ExportSpec
 from shortstack.export.tensors import ModelTensors
@@ -61,6 +62,10 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
         blocks = KeptBlocks()
         if request.keep_blocks:
             blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
+        elif (line := dequantized_line(checkpoint, matrix_sources(arch, spec))) is not None:
+            log.warning(line)
+        for note in notes(checkpoint):
+            log.warning(note)
         files = checkpoint.files()
         check_text_files(checkpoint.source, files)
         exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)

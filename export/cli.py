@@ -69,8 +69,9 @@ from shortstack.graphs.errors import RequestError
     click.option(
         "--keep-blocks",
         is_flag=True,
-        help="Keep the blocks of a GGUF file, bit for bit or, for types with minima (Q4_K), nearly. Matrices whose "
-        "blocks cannot be kept become int8.",
+        help="Keep the blocks of a quantized checkpoint: of a GGUF file bit for bit or, for types with minima (Q4_K), "
+        "nearly; the integers of GPTQ, AWQ and compressed-tensors bit for bit. Quantized matrices whose blocks cannot be "
+        "kept become int8. Without it, all become floats.",
     ),
     click.option(
         "--max-length",

@@ -1,11 +1,22 @@
 """Which matrices keep the blocks of their checkpoint, which are rounded anew, and which are floats.
 
+what the checkpoint holds                              what the bundle gets
+=====================================================  ==========================================================
+one format of blocks that the kernels compute with     the same blocks, bit for bit
+another quantized type                                 int8, rounded to nearest: nearly exact
+several formats in one stack (q, k and v)              the same
+columns in several orders for one input (act-order)    the same
+o_proj where heads are padded, in blocks               the same: its columns move, and blocks lie along columns
+floats                                                 floats
+=====================================================  ==========================================================
+=======
 ==================================================  ==========================================================
 what the checkpoint holds                           what the bundle gets
 ==================================================  ==========================================================
 one type of blocks                                  the same blocks, in the narrowest format that holds them
 several types in one stack (q, k and v)             the same blocks, in the narrowest format that holds all
 blocks and floats in one stack                      int8, rounded to nearest: nearly exact
+columns in several orders for one input             the same (act-order of GPTQ)
 blocks that are turned, or of which columns move    the same (o_proj, where heads are padded)
 floats                                              floats
 ==================================================  ==========================================================
@@ -22,12 +33,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from shortstack.export.checkpoint import Checkpoint
 from shortstack.export.checkpoint.checkpoint import StoredBlocks
 from shortstack.export.sources import MatrixSource
 from shortstack.export.stacked_blocks import joint_format
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.ir.block_tensor import Order
 from shortstack.graphs.origins import Origin, OriginGroup, grouped
 from shortstack.graphs.precision import BlockFormat
 
@@ -97,16 +111,40 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
     """Decide for each matrix of a bundle.
 
     Args:
-        checkpoint: Where the tensors are; only their types are looked at.
+        checkpoint: Where the tensors are; only their types and orders are looked at.
         sources: What each matrix is made of, by name.
 
     Raises:
         RequestError: No matrix could keep its blocks.
     """
+    chosen = _choose(checkpoint, sources)
+    if not chosen.kept:
+        raise RequestError(
+            f"--keep-blocks: {checkpoint.source} has no matrix whose blocks can be kept",
+            found=", ".join(dict.fromkeys(chosen.requantized.values())) or "floats only",
+            expected="a GGUF file with quantized matrices, such as Q4_K_M or Q8_0, or integers of GPTQ, AWQ or "
+            "compressed-tensors",
+            remedy="leave out --keep-blocks, and shrink the bundle with `shortstack quantize`",
+        )
+    return chosen
+
+
+def dequantized_line(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> str | None:
+    """Return one sentence about the matrices that could keep their blocks and become floats; None without any."""
+    kept = _choose(checkpoint, sources).kept
+    if not kept:
+        return None
+    count = "1 matrix" if len(kept) == 1 else f"{len(kept)} matrices"
+    kinds = ", ".join(dict.fromkeys(kept.values()))
+    return f"dequantizing {count} to floats ({kinds}); --keep-blocks keeps the blocks"
+
+
+def _choose(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> KeptBlocks:
     kept: dict[str, str] = {}
     formats: dict[str, BlockFormat] = {}
     requantized: dict[str, str] = {}
     floats: list[str] = []
+    orders: dict[str, Order] = {}
     for name, source in sources.items():
         stored = [checkpoint.blocks(tensor) for tensor in source.tensors]
         kinds = "+".join(dict.fromkeys("floats" if blocks is None else blocks.kind for blocks in stored))
@@ -119,16 +157,27 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
             requantized[name] = f"{kinds}, turned"
         elif len(in_blocks) < len(stored) or (chosen := _format(name, source, in_blocks)) is None:
             requantized[name] = kinds
+        elif not _reads_one_order(name, [blocks.order for blocks in in_blocks], orders):
+            requantized[name] = f"{kinds} with other orders for one input"
         else:
             kept[name], formats[name] = kinds, chosen
-    if not kept:
-        raise RequestError(
-            f"--keep-blocks: {checkpoint.source} has no matrix whose blocks can be kept",
-            found=", ".join(dict.fromkeys(requantized.values())) or "floats only",
-            expected="a GGUF file with quantized matrices, such as Q4_K_M or Q8_0",
-            remedy="leave out --keep-blocks, and shrink the bundle with `shortstack quantize`",
-        )
     return KeptBlocks(kept, requantized, tuple(floats), formats)
+
+
+def _reads_one_order(name: str, found: Sequence[Order | None], known: dict[str, Order]) -> bool:
+    """Whether all tensors of a matrix read its input in one order, and in that of the matrices before.
+
+    Args:
+        name: The matrix.
+        found: The order of each of its tensors.
+        known: The order of each input, by :func:`names.input_order`; that of this one is added.
+    """
+    first = found[0]
+    if first is None:
+        return all(order is None for order in found)
+    usual = known.setdefault(names.input_order(name), first)
+    is_one = all(order is not None and np.array_equal(order, usual) for order in found)
+    return is_one and not names.is_looked_up(name)
 
 
 def _format(name: str, source: MatrixSource, stored: Sequence[StoredBlocks]) -> BlockFormat | None:
@@ -138,7 +187,8 @@ def _format(name: str, source: MatrixSource, stored: Sequence[StoredBlocks]) -> 
         return stored[0].format
     plain = [blocks.without_offsets for blocks in stored]
     found = [block_format for block_format in plain if block_format is not None]
-    return joint_format(found) if len(found) == len(plain) else None
+    is_mixed = len({block_format.is_reordered for block_format in found}) > 1
+    return joint_format(found) if len(found) == len(plain) and not is_mixed else None
 
 
 def _needs_plain(name: str, source: MatrixSource) -> bool:

@@ -30,6 +30,7 @@ def joint_format(formats: Sequence[BlockFormat]) -> BlockFormat:
         max(block_format.bits for block_format in formats),
         min(block_format.block_size for block_format in formats),
         is_symmetric=all(block_format.is_symmetric for block_format in formats),
+        is_reordered=formats[0].is_reordered,
     )
 
 
@@ -49,12 +50,12 @@ def widened(tensor: BlockTensor, block_format: BlockFormat) -> BlockTensor:
     blocks, times = block_format.blocks(width), own.block_size // block_format.block_size
     scales = np.repeat(tensor.scales, times, axis=1)[:, :blocks]
     if block_format.is_symmetric:
-        return BlockTensor(block_format, tensor.codes + shift, scales, None)
+        return BlockTensor(block_format, tensor.codes + shift, scales, None, order=tensor.order)
     zero_points = tensor.zero_points
     if zero_points is None:
         zero_points = np.full(tensor.scales.shape, own.middle_code, np.uint8)
     moved = np.repeat(zero_points + shift, times, axis=1)[:, :blocks]
-    return BlockTensor(block_format, tensor.codes + shift, scales, moved)
+    return BlockTensor(block_format, tensor.codes + shift, scales, moved, order=tensor.order)
 
 
 def concatenated(parts: Sequence[BlockTensor]) -> BlockTensor:
@@ -71,6 +72,7 @@ def _joined(parts: Sequence[BlockTensor]) -> BlockTensor:
         np.concatenate([part.scales for part in parts]),
         np.concatenate(zero_points) if zero_points else None,
         _joined(offsets) if offsets else None,
+        order=parts[0].order,
     )
 
 
@@ -87,6 +89,7 @@ def with_padded_rows(tensor: BlockTensor, pad: Callable[..., npt.NDArray[Any]]) 
         pad(tensor.scales),
         None if tensor.zero_points is None else pad(tensor.zero_points),
         None if tensor.offsets is None else with_padded_rows(tensor.offsets, pad),
+        order=tensor.order,
     )
 
 

@@ -8,7 +8,8 @@ Layout of the JSON object::
     model            ModelSpec, as in spec_json.py
     exits            [every field of ExitSpec], ascending
     dtype            float32 | float16: activations, and weights and cache where precision does not say otherwise
-    precision        {weights: {name: {bits, block_size, is_symmetric, has_offsets}}, kv_cache: float | int8}
+    precision        {weights: {name: {bits, block_size, is_symmetric, has_offsets}}, kv_cache: float | int8};
+                     side_columns and is_reordered besides, where a matrix has them
     max_length       positions that the rotary tables cover: the longest context
     segments         [{file, start, end, inputs, outputs}]: the contract, for readers without this package; with
                      packed: {file, inputs, outputs, onnxruntime}, where there is a form of several sequences

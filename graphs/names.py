@@ -97,10 +97,16 @@ def draft_vocab_file(exit_layer: int) -> str:
 # Weights, as they are called in the graphs and in the manifest
 EMBED_TOKENS = "model.embed_tokens.weight"
 EMBED_POSITIONS = "model.embed_positions.weight"  # of a model with learned positions
+_EMBED_PER_LAYER = "per_layer.embed.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 UNIT_NORM = "unit_norm.weight"  # ones: where something is divided by its root mean square and nothing else
 FINAL_NORM_BIAS = "model.norm.bias"  # of a final norm that has one
+
+
+def is_looked_up(weight: str) -> bool:
+    """Whether rows of a matrix are looked up by token ids, so that it must not be reordered."""
+    return weight == EMBED_TOKENS or weight.endswith(f".{_EMBED_PER_LAYER}")
 
 
 def rope_table(rope: int, part: str) -> str:
@@ -155,20 +161,30 @@ def kv_scale(layer: int, part: str) -> str:
 
 # Parts of a layer that other modules name, for :func:`layer_weight`; the whole list is graphs/layer_weights.py
 QKV_PROJ = "attn.qkv_proj.weight"
-_SIDE_FACTORS = {
-    QKV_PROJ: "attn.qkv_proj.side.weight",
-    "attn.o_proj.weight": "attn.o_proj.side.weight",
-    "mlp.gate_proj.weight": "mlp.gate_up_proj.side.weight",
-    "mlp.up_proj.weight": "mlp.gate_up_proj.side.weight",
-    "mlp.down_proj.weight": "mlp.down_proj.side.weight",
-    **{f"per_layer.{name}.weight": f"per_layer.{name}.side.weight" for name in ("context", "gate", "out")},
+_INPUTS = {
+    QKV_PROJ: "attn.qkv_proj",
+    "attn.o_proj.weight": "attn.o_proj",
+    "mlp.gate_proj.weight": "mlp.gate_up_proj",
+    "mlp.up_proj.weight": "mlp.gate_up_proj",
+    "mlp.down_proj.weight": "mlp.down_proj",
+    **{f"per_layer.{name}.weight": f"per_layer.{name}" for name in ("context", "gate", "out")},
 }
 
 
 def side_factor(weight: str) -> str:
     """Return the right factor of the side product of a layer's matrix: one for all matrices with the same input."""
-    prefix, part = next((weight[: -len(part)], part) for part in _SIDE_FACTORS if weight.endswith(f".{part}"))
-    return f"{prefix}{_SIDE_FACTORS[part]}"
+    return f"{_of_input(weight)}.side.weight"
+
+
+def input_order(weight: str) -> str:
+    """Return the order in which a matrix reads its input, int64 [in]: one for all matrices with the same input."""
+    return f"{_of_input(weight)}.order"
+
+
+def _of_input(weight: str) -> str:
+    """Return a name for the input of a matrix; matrices outside the layers have one each."""
+    found = next(((weight[: -len(part)], name) for part, name in _INPUTS.items() if weight.endswith(f".{part}")), None)
+    return weight.removesuffix(".weight") if found is None else "".join(found)
 
 
 def layer_weights(layer: int) -> str:

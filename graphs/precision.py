@@ -20,6 +20,11 @@ columns of the same matrix, between the weights and the offsets::
 
     y = W x + B (A x) + offsets
 
+A *reordered* matrix reads its input in another order: column j of what is stored multiplies input ``order[j]``. So
+weights that share a scale are neighbours, also where a tool chose them by other reasons than their place. The order is
+a tensor of its own (:func:`names.input_order`), one for all matrices of one input, and is applied to the input before
+the product.
+
 What differs between widths of codes stands in one table, :data:`CODE_TYPES`; rounding, packing, the search for a mix
 and the command line read it. Standard library only.
 """
@@ -95,6 +100,7 @@ class BlockFormat:
         is_symmetric: Without stored zero points.
         has_offsets: With an offset column per block.
         side_columns: Columns of the side product, whole blocks; 0 where there is none.
+        is_reordered: Its columns multiply the input in another order.
 
     Raises:
         RequestError: A value that the kernels do not have.
@@ -105,6 +111,7 @@ class BlockFormat:
     is_symmetric: bool = False
     has_offsets: bool = False
     side_columns: int = 0
+    is_reordered: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in CODE_TYPES:
@@ -126,7 +133,8 @@ class BlockFormat:
         kind = (" symmetric" if self.is_symmetric else "") + (" with offsets" if self.has_offsets else "")
         if self.side_columns:
             kind += f"{' and' if self.has_offsets else ' with'} a side product of rank {self.side_columns}"
-        return f"{self.code_type.name}{kind}, blocks of {self.block_size}"
+        order = ", inputs in another order" if self.is_reordered else ""
+        return f"{self.code_type.name}{kind}, blocks of {self.block_size}{order}"
 
     @property
     def code_type(self) -> CodeType:
@@ -221,14 +229,16 @@ class Precision:
         weights = {}
         for name, entry in data["weights"].items():
             numbers, flags = (entry["bits"], entry["block_size"]), (entry["is_symmetric"], entry["has_offsets"])
-            side_columns = entry.get("side_columns", 0)
-            if any(type(n) is not int for n in (*numbers, side_columns)) or any(type(f) is not bool for f in flags):
+            side_columns, is_reordered = entry.get("side_columns", 0), entry.get("is_reordered", False)
+            if any(type(n) is not int for n in (*numbers, side_columns)) or any(
+                type(flag) is not bool for flag in (*flags, is_reordered)
+            ):
                 raise ValueError(f"precision.weights.{name} is {entry!r}")
-            weights[name] = BlockFormat(*numbers, *flags, side_columns)
+            weights[name] = BlockFormat(*numbers, *flags, side_columns, is_reordered)
         return cls(weights, data["kv_cache"])
 
 
 def _to_json(block_format: BlockFormat) -> dict[str, Any]:
-    """Return a format as JSON-ready data; without the side product where there is none, as older versions wrote it."""
+    """Return a format as JSON-ready data; without a side product or an order where there is none, as always before."""
     data = asdict(block_format)
-    return data if block_format.side_columns else {name: data[name] for name in data if name != "side_columns"}
+    return {name: value for name, value in data.items() if value or name not in ("side_columns", "is_reordered")}

@@ -35,6 +35,7 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
     missing = [name for name in expected if name not in names]
     unread = _unread(arch, spec)
     extra = sorted(name for name in names - expected.keys() - unread if not _is_unread(arch, name))
+    extra = [name for name in extra if not _is_bias_of_nothing(checkpoint, name)]
     misshapen = [
         f"{name} is {list(checkpoint.shape(name))}, not {list(shape)}{_transposed(checkpoint.shape(name), shape)}"
         for name, shape in expected.items()
@@ -65,6 +66,13 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
 def _is_unread(arch: Architecture, name: str) -> bool:
     """Whether a tensor is none of the language model's weights."""
     return bool(_HARMLESS.fullmatch(name) or (arch.unread and re.match(arch.unread, name)))
+
+
+def _is_bias_of_nothing(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a bias of zeros beside a quantized matrix, which old versions of AutoGPTQ always stored."""
+    weight = f"{name.removesuffix('bias')}weight"
+    is_beside = name.endswith(".bias") and weight in checkpoint.names() and checkpoint.blocks(weight) is not None
+    return is_beside and not checkpoint.tensor(name).any()
 
 
 def _transposed(found: tuple[int, ...], expected: tuple[int, ...]) -> str:

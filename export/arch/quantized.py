@@ -1,13 +1,16 @@
-"""Recognizes checkpoints that another tool has quantized, so that the refusal names the tool and not its tensors."""
+"""Recognizes checkpoints that another tool has quantized, so that the refusal names the tool and not its tensors.
+
+Those that are read (:mod:`shortstack.export.checkpoint.quantized`) look like checkpoints of floats here.
+"""
 
 from __future__ import annotations
 
 import re
 
 from shortstack.export.checkpoint.checkpoint import Checkpoint
+from shortstack.export.checkpoint.quantized.stored import SECTIONS
 from shortstack.graphs.errors import UnsupportedError
 
-_SECTIONS = ("quantization_config", "compression_config")
 _BITS = ("bits", "w_bit", "weight_bits", "nbits")
 _TENSORS: tuple[tuple[str, str], ...] = (
     (r"\.(absmax|quant_map|quant_state\.\w+|SCB)$", "bitsandbytes"),
@@ -36,7 +39,7 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _said_by_config(checkpoint: Checkpoint) -> str | None:
-    for key in _SECTIONS:
+    for key in SECTIONS:
         section = checkpoint.config.section(key)
         if section is not None and section.data:
             method = section.data.get("quant_method") or section.data.get("quant_algo") or f"what {key} describes"

@@ -86,5 +86,6 @@ def _megatron(folder: Path, source: str, follow_links: bool) -> Checkpoint:
 
 def _hugging_face(folder: Path, source: str, follow_links: bool = False) -> Checkpoint:
     from shortstack.export.checkpoint.hf import HuggingFaceCheckpoint
+    from shortstack.export.checkpoint.quantized import dequantizable
 
-    return HuggingFaceCheckpoint(folder, source, follow_links=follow_links)
+    return dequantizable(HuggingFaceCheckpoint(folder, source, follow_links=follow_links))

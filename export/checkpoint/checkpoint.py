@@ -14,7 +14,7 @@ import numpy.typing as npt
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.stacked_blocks import widened
 from shortstack.graphs.errors import CheckpointError
-from shortstack.graphs.ir.block_tensor import BlockTensor
+from shortstack.graphs.ir.block_tensor import BlockTensor, Order
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
@@ -41,6 +41,7 @@ class StoredBlocks:
         plain_format: Where ``format`` has offsets, the narrowest one without; None if there is none.
         read_as: Reads these blocks in ``plain_format`` or a wider one. None where moving what ``read`` returns to a
             wider format is as good.
+        order: The input that each column of these blocks multiplies; None where columns stand as their inputs do.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class StoredBlocks:
     format: BlockFormat | None = None
     plain_format: BlockFormat | None = None
     read_as: Callable[[BlockFormat], BlockTensor] | None = None
+    order: Order | None = None
 
     @property
     def without_offsets(self) -> BlockFormat | None:
@@ -80,6 +82,11 @@ def read_columns(checkpoint: Checkpoint, name: str, start: int, end: int) -> npt
     if (read := getattr(checkpoint, "columns", None)) is not None:
         return np.asarray(read(name, start, end), np.float32)
     return np.ascontiguousarray(checkpoint.tensor(name)[:, start:end])
+
+
+def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what a user should know about how a checkpoint is read, one sentence each."""
+    return tuple(getattr(checkpoint, "notes", ()))
 
 
 class Checkpoint(Protocol):

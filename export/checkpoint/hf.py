@@ -27,6 +27,7 @@ from shortstack.export.checkpoint.checkpoint import (
 from shortstack.export.checkpoint.config import Config, parse_json_object
 from shortstack.export.checkpoint.float_types import FLOAT_TYPES
 from shortstack.export.checkpoint.resolved_tokenizer import MORE_FILES
+from shortstack.export.checkpoint.safetensors_bytes import read_bytes
 from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.links import stays_inside
@@ -116,6 +117,31 @@ class HuggingFaceCheckpoint:
         except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise CheckpointError(f"{self._file_of[name]}: tensor {name} cannot be read ({error})") from None
         return np.ascontiguousarray(value, dtype=np.float32)
+
+    def stored_type(self, name: str) -> str:
+        """Return a tensor's type by the name that safetensors has for it, such as ``I32``."""
+        return str(self._shard(name).get_slice(name).get_dtype())
+
+    def raw(self, name: str) -> npt.NDArray[Any]:
+        """Read a tensor in its stored type; 8-bit floats, which NumPy has no types for, as bytes."""
+        shard, file = self._shard(name), self._file_of[name]
+        try:
+            if self.stored_type(name).startswith("F8_"):
+                return read_bytes(file, name)
+            value: npt.NDArray[Any] = shard.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, KeyError, AttributeError, MemoryError) as error:
+            raise CheckpointError(f"{file}: tensor {name} cannot be read ({error})") from None
+        return value
+
+    def json_file(self, name: str) -> Config | None:
+        """Return another JSON file of the folder; None if there is no such file."""
+        file = member(self.folder_or_file, name, follow_links=self._follow_links)
+        return None if file is None else Config(parse_json_object(_read(file), file), str(file))
+
+    def where(self, name: str) -> str:
+        """Return a tensor and its file, for messages."""
+        self._shard(name)
+        return f"{self._file_of[name]}: tensor {name}"
 
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return None: this reader accepts only tensors that are stored as floats."""

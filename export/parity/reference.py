@@ -17,6 +17,7 @@ from shortstack.export.arch.architecture import FINAL_NORM, LM_HEAD
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.gguf import GgufCheckpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
+from shortstack.export.checkpoint.quantized import QuantizedCheckpoint
 from shortstack.export.kept_blocks import KeptBlocks
 from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, compare_with, put_into_transformers
 from shortstack.export.sources import rotary_order
@@ -158,11 +159,12 @@ def _is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
     """Return whether transformers does not read a checkpoint, or not right.
 
     It reads GGUF files of few architectures, and of those it leaves out one thing or another: the scaling of rotary
-    embeddings, the share of a head that is rotated, the width of heads.
+    embeddings, the share of a head that is rotated, the width of heads. Of quantized folders the reference holds the
+    dequantized weights, in float32 and without the kernels of the tool.
     """
     if isinstance(checkpoint, GgufCheckpoint):
         return checkpoint.architecture != "llama"
-    return isinstance(checkpoint, MegatronCheckpoint)
+    return isinstance(checkpoint, MegatronCheckpoint | QuantizedCheckpoint)
 
 
 def _load(source: str, revision: str | None, path: Path, arguments: dict[str, Any]) -> Any:

@@ -10,6 +10,8 @@
 The left factor of a side product and offsets (graphs/precision.py) are matrices of their own here, [rows, side columns]
 and [rows, blocks], in blocks of the same kind; packed, their blocks stand behind those of the weights, in this order.
 
+The columns of a reordered matrix stand in the order in which it reads its input (graphs/precision.py).
+
 Rows are outputs (N), width is the input dimension (K); a last, shorter block is padded with the code of zero.
 """
 
@@ -24,6 +26,7 @@ from shortstack.graphs.precision import BlockFormat
 
 Codes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Order = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class BlockTensor:
         zero_points: uint8 [rows, blocks]; None when symmetric.
         offsets: A matrix [rows, blocks]; None where the format has none.
         side: The side product; None where the format has none.
+        order: The input that each column multiplies, int64 [width]; None where columns stand as their inputs do.
     """
 
     format: BlockFormat
@@ -62,6 +66,7 @@ class BlockTensor:
     zero_points: Codes | None
     offsets: BlockTensor | None = None
     side: Side | None = None
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.codes.shape
@@ -76,6 +81,8 @@ class BlockTensor:
             assert self.side.left.shape == (rows, self.format.side_columns)
             assert width % self.format.block_size == 0
             assert self.side.right.shape == (self.format.side_columns, width)
+        assert (self.order is not None) == self.format.is_reordered
+        assert self.order is None or self.order.shape == (width,)
 
     @property
     def further(self) -> list[BlockTensor]:
@@ -89,7 +96,10 @@ class BlockTensor:
         return self.codes.shape
 
     def dequantize(self) -> Floats:
-        """Return scale * (code - zero_point) + offset, and the side product on top, float32 [rows, width]."""
+        """Return scale * (code - zero_point) + offset, and the side product on top, float32 [rows, width].
+
+        Columns stand as the inputs do.
+        """
         width = self.codes.shape[1]
         codes = self.codes.astype(np.float32)
         if self.zero_points is None:
@@ -101,7 +111,7 @@ class BlockTensor:
             codes += _spread(self.offsets.dequantize(), self.format, width)
         if self.side is not None:
             codes += self.side.dequantize()
-        return codes
+        return codes if self.order is None else in_place(codes, self.order)
 
     def packed_codes(self) -> Codes:
         """Return the codes as the kernels read them, uint8 [rows, blocks, block_size * bits / 8], all blocks."""
@@ -137,7 +147,14 @@ class BlockTensor:
         zeros = None if self.zero_points is None else self.zero_points[index]
         offsets = None if self.offsets is None else self.offsets.rows(index)
         side = None if self.side is None else Side(self.side.left.rows(index), self.side.right)
-        return BlockTensor(self.format, self.codes[index], self.scales[index], zeros, offsets, side)
+        return BlockTensor(self.format, self.codes[index], self.scales[index], zeros, offsets, side, self.order)
+
+
+def in_place(columns: Floats, order: Order) -> Floats:
+    """Return a matrix [rows, width] whose columns stand in some order with each where its input is."""
+    found = np.empty_like(columns)
+    found[:, order] = columns
+    return found
 
 
 def encode(weight: Floats, scales: Floats, zero_points: Codes | None, block_format: BlockFormat) -> BlockTensor:

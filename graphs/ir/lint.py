@@ -2,6 +2,8 @@
 
 - MatMulNBits at another accuracy level than 4: 8-bit codes would be dequantized on every call, and 4-bit products
   would not be the ones that decoding one by one makes.
+- MatMulNBits with ``g_idx``, an order of its inputs: with zero points its results are wrong (onnxruntime 1.32). A
+  Gather before it does the same.
 - Operators that quantize activations by a scale over all rows (``quantize_dynamic``): a row's result would depend on
   the other rows of the run, so verifying several drafts at once would not equal decoding them one by one.
 """
@@ -27,6 +29,7 @@ BANNED = frozenset(
         "ConvInteger",
     }
 )
+_GROUP_INDEX = 4  # the place of g_idx among the inputs
 
 
 def lint_findings(model: ir.Model) -> list[str]:
@@ -40,6 +43,8 @@ def lint_findings(model: ir.Model) -> list[str]:
             level = node.attributes.get_int("accuracy_level", 0)
             if level != ACCURACY_LEVEL:
                 findings.append(f"{node.name} has accuracy_level {level} instead of {ACCURACY_LEVEL}")
+            if len(node.inputs) > _GROUP_INDEX and node.inputs[_GROUP_INDEX] is not None:
+                findings.append(f"{node.name} has g_idx, which gives wrong products with zero points")
     return findings
 
 

@@ -7,6 +7,7 @@ projection              MatMul with [in, out]           MatMulNBits with [out, b
 head                    Gemm with [vocab, hidden]       MatMulNBits with [vocab, blocks of hidden]
 embedding               Gather from [vocab, hidden]     GatherBlockQuantized from the same bytes
 side product of those                                   a MatMulNBits whose result is appended to x
+order of inputs                                         a Gather of the columns of x, before all else
 ======================  ==============================  =========================================
 
 A tied embedding and head are the same bytes either way. A vocabulary matrix in blocks may have its first rows in
@@ -65,6 +66,7 @@ def embed(g: GraphBuilder, ids: ir.Value, weight: str, node: str) -> ir.Value:
 def _block_rows(g: GraphBuilder, ids: ir.Value, weight: str, matrix: BlockMatrix, node: str) -> ir.Value:
     """Append the look-up of rows [batch, seq] in a matrix stored in blocks; returns [batch, seq, width]."""
     block_format = matrix.format
+    assert not block_format.is_reordered, f"{weight} is looked up in, and has no input"
     blocks = block_format.blocks(matrix.width)
     flat = (matrix.rows, blocks * block_format.code_bytes)
     inputs = [g.reshaped_weight(names.block_codes(weight), flat), ids, g.weight(names.block_scales(weight))]
@@ -109,7 +111,15 @@ def _extended(g: GraphBuilder, x: ir.Value, weight: str, matrix: BlockMatrix) ->
     return g.once((x.name, size, factor, matrix.format.has_offsets), extend)
 
 
+def _reordered(g: GraphBuilder, x: ir.Value, weight: str, node: str) -> ir.Value:
+    """Append the columns of ``x`` [..., width] in the order of a matrix; made once for all products of one input."""
+    order = names.input_order(weight)
+    return g.once((x.name, order), lambda: g.op("Gather", [x, g.weight(order)], f"{node}/input_order/Gather", axis=-1))
+
+
 def _block_product(g: GraphBuilder, x: ir.Value, weight: str, matrix: BlockMatrix, node: str) -> ir.Value:
+    if matrix.format.is_reordered:
+        x = _reordered(g, x, weight, node)
     if matrix.format.has_offsets or matrix.format.side_columns:
         x = _extended(g, x, weight, matrix)
     inputs = [x, g.weight(names.block_codes(weight)), g.weight(names.block_scales(weight))]

@@ -11,6 +11,7 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import ROWS
+from shortstack.graphs.ir.block_tensor import in_place
 from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.ir.read import StoredTensor, read_tensors
 from shortstack.graphs.layer_weights import Shape
@@ -83,7 +84,7 @@ class StoredMatrices:
         return found
 
     def _blocks(self, name: str, width: int, block_format: BlockFormat) -> Floats:
-        """Return scale * (code - zero point), plus offsets and the side product, [rows, width]."""
+        """Return scale * (code - zero point), plus offsets and the side product, [rows, width], as the inputs stand."""
         columns, size = block_format.stored_width(width), block_format.block_size
         blocks = block_format.blocks(columns)
         stored = self.array(names.block_scales(name)).shape
@@ -104,7 +105,17 @@ class StoredMatrices:
             found = found + whole[:, width:behind] @ self.matrix(
                 names.side_factor(name), (block_format.side_columns, width)
             )
+        if block_format.is_reordered:
+            found = in_place(np.asarray(found, np.float32), self._order(names.input_order(name), width))
         return np.ascontiguousarray(found)
+
+    def _order(self, name: str, width: int) -> npt.NDArray[np.int64]:
+        """Return the order in which a matrix reads its input, each input once."""
+        order = self.array(name)
+        self._check(name, (str(order.dtype), order.shape), ("int64", (width,)))
+        if not np.array_equal(np.sort(order), np.arange(width)):
+            self._check(name, "an input twice", "each input once")
+        return np.asarray(order, np.int64)
 
     def _codes_name(self, name: str) -> str:
         """Return the tensor of a matrix's codes; a graph that looks rows up calls the same bytes by their shape."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from shortstack.graphs import names
@@ -54,6 +55,7 @@ class WeightStore:
         self._tensors: dict[str, ir.ExternalTensor] = {}
         self._blocks: dict[str, BlockMatrix] = {}
         self._sides: dict[str, BlockTensor] = {}
+        self._orders: dict[bytes, str] = {}
 
     def __enter__(self) -> WeightStore:
         return self
@@ -104,12 +106,12 @@ class WeightStore:
 
         Args:
             name: Its name in every graph.
-            tensor: Its codes, scales and zero points. The right factor of a side product is stored with the first
-                matrix that has it.
+            tensor: Its codes, scales and zero points. The right factor of a side product and the order of inputs are
+                stored with the first matrix that has them.
             dtype: Float type of the scales: that of the activations.
 
         Raises:
-            ValueError: A tensor of that name, or another right factor, is already stored.
+            ValueError: A tensor of that name, another right factor or another order is already stored.
             UnsupportedError: Its values are too large for a grid, or its scales for ``dtype``.
         """
         for part, array in tensor.packed_parts().items():
@@ -125,6 +127,20 @@ class WeightStore:
                 raise ValueError(f"{factor} is stored already, and another one")
             if factor not in self:
                 self.add_blocks(factor, tensor.side.right, dtype)
+        if tensor.order is not None:
+            self._add_order(names.input_order(name), np.ascontiguousarray(tensor.order, np.int64))
+
+    def _add_order(self, name: str, order: npt.NDArray[np.int64]) -> None:
+        """Append an order of inputs; equal ones are stored once."""
+        first = self._orders.get(order.tobytes())
+        if name in self:
+            if first is None or self._tensors[name].offset != self._tensors[first].offset:
+                raise ValueError(f"{name} is stored already, and another one")
+        elif first is not None:
+            self.alias(name, first)
+        else:
+            self.add(name, order)
+            self._orders[order.tobytes()] = name
 
     def blocks(self, name: str) -> BlockMatrix | None:
         """Return the layout of a matrix stored in blocks; None if it is stored as floats."""
@@ -145,6 +161,8 @@ class WeightStore:
         """Give a stored tensor a second name, for a graph that calls it so."""
         if existing in self._blocks:
             self._blocks[name] = self._blocks[existing]
+            if self._blocks[name].format.is_reordered:
+                self.alias(names.input_order(name), names.input_order(existing))
             for part in names.BLOCK_PARTS:
                 if (stored := names.block_part(existing, part)) in self._tensors:
                     self.alias(names.block_part(name, part), stored)

@@ -66,15 +66,15 @@ def layer_bytes(manifest: Manifest, layer: int) -> LayerBytes:
     table = spec.weights(layer)
     matrices = matrix_parts(table)
     taken = dict.fromkeys(("attn.qkv_proj", "attn.o_proj", "mlp", "norm"), 0)
-    factors: dict[str, tuple[str, int]] = {}
+    shared: dict[str, tuple[str, int]] = {}
     for part, shape in stored_shapes(table, spec.layers[layer].attention).items():
         kind = "norm" if "norm" in part else next(kind for kind in taken if part.startswith(kind))
         if part in matrices:
             taken[kind] += matrix_bytes(manifest, names.layer_weight(layer, part), *shape)
-            factors |= _side_factor(manifest, names.layer_weight(layer, part), shape[1], kind)
+            shared |= _of_input(manifest, names.layer_weight(layer, part), shape[1], kind)
         else:
             taken[kind] += math.prod(shape) * BYTES_PER_VALUE[manifest.dtype]
-    for kind, size in factors.values():
+    for kind, size in shared.values():
         taken[kind] += size
     if manifest.precision.kv_cache == "int8" and owns_kv:
         # An int8 cache has a scale for each number of a position's key and value.
@@ -82,13 +82,15 @@ def layer_bytes(manifest: Manifest, layer: int) -> LayerBytes:
     return LayerBytes(*taken.values())
 
 
-def _side_factor(manifest: Manifest, name: str, width: int, kind: str) -> dict[str, tuple[str, int]]:
-    """Return the right factor of a matrix's side product, by name, with its part of the layer and its bytes."""
-    stored = manifest.precision.weights.get(name)
-    if stored is None or not stored.side_columns:
-        return {}
-    factor = names.side_factor(name)
-    return {factor: (kind, matrix_bytes(manifest, factor, stored.side_columns, width))}
+def _of_input(manifest: Manifest, name: str, width: int, kind: str) -> dict[str, tuple[str, int]]:
+    """Return what a matrix shares with others of its input, by name, with its part of the layer and its bytes."""
+    stored, found = manifest.precision.weights.get(name), {}
+    if stored is not None and stored.side_columns:
+        factor = names.side_factor(name)
+        found[factor] = kind, matrix_bytes(manifest, factor, stored.side_columns, width)
+    if stored is not None and stored.is_reordered:
+        found[names.input_order(name)] = kind, width * ID_BYTES
+    return found
 
 
 def layers_bytes(manifest: Manifest) -> int:

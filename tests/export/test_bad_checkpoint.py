@@ -241,14 +241,15 @@ def test_weights_that_are_not_finite_are_counted_and_named(
 
 
 QUANTIZED: dict[str, tuple[dict[str, Any], str]] = {
-    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes to 4 bit"),
-    "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes to 8 bit"),
-    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq to 4 bit"),
-    "awq": ({"quant_method": "awq", "w_bit": 4}, "awq to 4 bit"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4"),
+    "hqq": ({"quant_method": "hqq", "nbits": 4}, "hqq to 4 bit"),
+    "quanto": ({"quant_method": "quanto", "weights": "int8"}, "quanto"),
+    "torchao": ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "torchao"),
+    "exl2": ({"quant_method": "exl2", "bits": 4}, "exl2 to 4 bit"),
+    "auto-round": ({"quant_method": "auto-round", "bits": 4}, "auto-round to 4 bit"),
     "modelopt": ({"quant_algo": "NVFP4"}, "NVFP4"),
     "no name": ({"bits": 3}, "what quantization_config describes to 3 bit"),
+    "a name that is a number": ({"quant_method": 7}, "7"),
 }
 
 

@@ -309,14 +309,16 @@ def test_what_became_of_each_type_is_said_on_stderr_and_in_json(
     assert model.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).tokens
 
 
-def test_without_the_option_blocks_are_dequantized_without_a_message(
+def test_without_the_option_blocks_are_dequantized_and_a_warning_names_the_option(
     tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tiny_file(tiny_bundles, SPECULATOR, tmp_path / "m.gguf", "Q4_0")
     assert run(["export", str(file), str(tmp_path / "out"), "--json"]) == 0
     printed, told = capsys.readouterr()
     assert json.loads(printed).keys() == {"bundle", "segments", "bytes", "max_length"}
-    assert told == ""
+    count = 5 * SPECULATOR.layers + 2
+    expected = f"dequantizing {count} matrices to floats (Q4_0); --keep-blocks keeps the blocks"
+    assert told == f"warning: {expected}\n"
     assert load(tmp_path / "out").bundle.manifest.precision.is_float
 
 
@@ -326,7 +328,8 @@ def test_a_file_without_blocks_is_refused_and_nothing_is_written(
 ) -> None:
     file = tiny_file(tiny_bundles, BASE, tmp_path / "m.gguf", kind)
     error = refused(["export", file, tmp_path / "out", "--keep-blocks"], f"--keep-blocks: {file}", "found floats only")
-    assert "expected a GGUF file with quantized matrices, such as Q4_K_M or Q8_0. Leave out --keep-blocks" in error
+    assert "expected a GGUF file with quantized matrices, such as Q4_K_M or Q8_0, or integers of GPTQ" in error
+    assert "Leave out --keep-blocks, and shrink" in error
     assert left_behind(tmp_path) == ["m.gguf"]
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import adapters, exit_nodes, gguf_files, megatron
+from helpers import adapters, exit_nodes, gguf_files, megatron, quantized_folders
 from helpers.tiny_models import CHAT_TEMPLATE, END, TURN_END, TURN_START, TinyModel
 from shortstack.__main__ import run
 from shortstack.graphs.plan import ExitSpec
@@ -32,6 +32,9 @@ class Sound:
         for name in ("token_embd.weight", "output.weight"):
             tensors[name] = tensors[name][:11]  # as many as the tokenizer of `byte_level` has
         gguf_files.write(self["model.gguf"], tensors, edit=gguf_files.byte_level, tiny=TINY)
+        reordered = quantized_folders.gptq(4, 32, symmetric=False, act_order=True)
+        quantized_folders.write_quantized(checkpoint, self["gptq"], reordered)
+        quantized_folders.write_quantized(checkpoint, self["compressed"], quantized_folders.compressed(4, 32))
         exits = (ExitSpec(1, branch="linear", linear_mlp=16), ExitSpec(2, norm="own", head="own", has_gate=True))
         exit_nodes.write_random_exits(checkpoint, self["exits"], *exits)
         embedding = ExitSpec(1, norm="none")

@@ -184,6 +184,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "tokenizer": Target("checkpoint", _json_file(*_TOKENIZER_FILES), _export(), oracle.as_tokenizer),
         "template": Target("checkpoint", _template, _export(), oracle.as_template),
         "gguf": Target("model.gguf", _one_file, _export(), oracle.decodes_alike),
+        "gptq": Target("gptq", _any_file, _export("--keep-blocks"), oracle.decodes_alike),
+        "compressed": Target("compressed", _any_file, _export("--keep-blocks"), oracle.decodes_alike),
         "megatron": Target("megatron", _any_file, _export(), oracle.decodes_alike),
         "exits": Target("exits", _any_file, _export_with("--exits"), oracle.decodes_alike),
         "adapter": Target("adapter", _any_file, _export_with("--adapter"), oracle.decodes_alike),

@@ -99,3 +99,11 @@ def test_all_findings_are_listed_at_once() -> None:
         lint(model, "graph.onnx")
     message = str(caught.value)
     assert all(name in message for name in ("first has", "second has", "third has", "shortstack quantize"))
+
+
+def test_an_order_inside_a_product_is_found() -> None:
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales", "", "order"], ["y"], "/q", domain=MICROSOFT,
+        K=32, N=4, bits=4, block_size=32, accuracy_level=ACCURACY_LEVEL,
+    )  # fmt: skip
+    assert lint_findings(model_of(node)) == ["/q has g_idx, which gives wrong products with zero points"]
