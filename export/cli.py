@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, follow_links_option, option_group
+from shortstack.command_options import Command, follow_links_option, genai_option, option_group
 from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
 
@@ -80,6 +80,7 @@ from shortstack.graphs.errors import RequestError
 )
 @option_group(
     "Output",
+    genai_option,
     click.option("--overwrite", is_flag=True, help="Replace an existing bundle."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
 )
@@ -96,6 +97,7 @@ def export(
     max_length: int | None,
     revision: str | None,
     follow_links: bool,
+    genai: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -122,6 +124,7 @@ def export(
             max_length=max_length,
             revision=revision,
             follow_links=follow_links,
+            genai=genai,
             overwrite=overwrite,
             adapter=adapter,
             exits=exits,
