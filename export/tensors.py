@@ -121,7 +121,7 @@ class ModelTensors:
         check_finite(f"{self._checkpoint.source}: {what}", value, CheckpointError, _NOT_FINITE)
 
     def _kept(self, source: MatrixSource) -> BlockTensor:
-        codes, scales, block_format = [], [], None
+        codes, scales, zero_points, block_format = [], [], [], None
         for piece in source.pieces:
             stored = self._checkpoint.blocks(piece.tensor)
             assert stored is not None, f"{piece.tensor} should be kept in blocks, but is stored as floats"
@@ -131,8 +131,12 @@ class ModelTensors:
             rows = slice(None) if piece.rows is None else piece.rows
             codes.append(_padded(part.codes[rows], piece.weight, source.attention, block_format.middle_code))
             scales.append(_padded(part.scales[rows], piece.weight, source.attention))
+            if part.zero_points is not None:
+                zeros = _padded(part.zero_points[rows], piece.weight, source.attention, block_format.middle_code)
+                zero_points.append(zeros)
         assert block_format is not None
-        return BlockTensor(block_format, np.concatenate(codes), np.concatenate(scales), None)
+        zero_array = np.concatenate(zero_points) if zero_points else None
+        return BlockTensor(block_format, np.concatenate(codes), np.concatenate(scales), zero_array)
 
 
 def packed(part: str, table: Sequence[Weight], roles: Mapping[str, Floats], attention: Attention) -> Floats:
