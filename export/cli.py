@@ -69,7 +69,8 @@ from shortstack.graphs.errors import RequestError
     click.option(
         "--keep-blocks",
         is_flag=True,
-        help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
+        help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit, or the MatMulNBits blocks of a folder of "
+        "onnxruntime-genai; other quantized matrices become int8.",
     ),
     click.option(
         "--max-length",
@@ -103,7 +104,7 @@ def export(
 ) -> None:
     """Cut CHECKPOINT at its exits into the ONNX bundle OUT.
 
-    CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id.
+    CHECKPOINT is a folder of Hugging Face, Megatron, EE-LLM or onnxruntime-genai, a GGUF file or a hub id.
     """
     from shortstack.export.assemble import export_bundle
     from shortstack.export.kept_blocks import KeptBlocks

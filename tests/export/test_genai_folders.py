@@ -26,6 +26,7 @@ from shortstack.export.spec import ExportSpec
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.ir.block_tensor import nearest
+from shortstack.graphs.ir.read_matrix import StoredMatrices
 from shortstack.graphs.precision import BlockFormat
 
 SMALL = TinyModel("genai", layers=3)
@@ -97,6 +98,8 @@ def test_blocks_are_kept_bit_for_bit_and_long_ones_become_several_of_32(
     own = nearest(open_checkpoint(str(checkpoint)).tensor(name), block_format)
     kept = open_checkpoint(str(folder)).blocks(name)
     assert kept is not None
+    in_bundle = StoredMatrices(bundle).matrix(name, own.shape)
+    np.testing.assert_array_equal(in_bundle, own.dequantize())
     np.testing.assert_array_equal(kept.read().codes, own.codes)
     np.testing.assert_array_equal(kept.read().dequantize(), own.dequantize())
     np.testing.assert_array_equal(open_checkpoint(str(folder)).tensor(name), own.dequantize())
@@ -264,3 +267,8 @@ def test_the_base_model_is_lifted_into_the_same_config_whatever_type_the_folder_
     config["model"]["type"] = "decoder"
     (damaged / CONFIG).write_text(json.dumps(config))
     assert open_checkpoint(str(damaged)).config.read(str, "model_type") == "llama"
+
+
+def test_parity_compares_the_bundle_with_the_weights_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    export_bundle(ExportSpec(str(folder), tmp_path / "bundle", (1,)))
+    assert run(["parity", str(folder), str(tmp_path / "bundle")]) == 0
