@@ -93,7 +93,7 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
         raise RequestError(
             f"--keep-blocks: {checkpoint.source} has no matrix whose blocks can be kept",
             found=", ".join(_by_kind(requantized)) or "floats only",
-            expected=f"a GGUF file with matrices in {' or '.join(EXACT_FORMATS)}, or MatMulNBits of 4 or 8 bits",
+            expected=f"a GGUF file with matrices in {' or '.join(EXACT_FORMATS)}",
             remedy="leave out --keep-blocks, and shrink the bundle with `shortstack quantize`",
         )
     return KeptBlocks(kept, requantized, tuple(floats))

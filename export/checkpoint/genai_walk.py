@@ -63,8 +63,12 @@ class Walk:
             )
         count = sum(node.op == "GroupQueryAttention" for node in self._graph.nodes)
         if not count:
-            self._at.refuse(
-                self._graph.nodes[0] if self._graph.nodes else None, "a graph with GroupQueryAttention nodes"
+            kinds = sorted({node.op for node in self._graph.nodes if "Attention" in node.op or node.op == "Softmax"})
+            raise UnsupportedError(
+                f"{self._graph.path} has no GroupQueryAttention node",
+                found=", ".join(kinds) or f"{len(self._graph.nodes)} nodes without attention",
+                expected="a graph as the builder of onnxruntime-genai makes it for a CPU in fp32, int4 or int8",
+                remedy=REMEDY,
             )
         stream, embedding = self._embedding()
         stream, embed_scale = self._at.constant_factor(stream)

@@ -163,6 +163,12 @@ def other_stream(model: onnx.ModelProto) -> None:
     skips[2].input[0] = skips[0].output[3]
 
 
+def without_fused_attention(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.op_type = "MultiHeadAttention"
+
+
 def with_sink(model: onnx.ModelProto) -> None:
     node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
     node.input.extend(["", "", node.input[7]])
@@ -192,6 +198,7 @@ def other_shape(model: onnx.ModelProto) -> None:
         (add_node, ["node /odd/Neg, a Neg does not fit the pattern"]),
         (exchange_op, ["does not fit the pattern", "one activation"]),
         (other_stream, ["a SkipSimplifiedLayerNormalization does not fit", "the residual stream"]),
+        (without_fused_attention, ["has no GroupQueryAttention node", "found MultiHeadAttention"]),
         (with_sink, ["a GroupQueryAttention does not fit", "attention without head_sink"]),
         (no_heads, ["a GroupQueryAttention does not fit", "whole number of heads"]),
         (external("location", "../other.data"), ["tensor head", "plain file name"]),
