@@ -146,6 +146,13 @@ follow_links_option = click.option(
     help="Read files of CHECKPOINT that are links out of its folder. Those of the hub's cache always are read.",
 )
 
+genai_option = click.option(
+    "--genai",
+    is_flag=True,
+    help="Also write model.onnx, the uncut model, and genai_config.json, with which onnxruntime-genai runs it from the "
+    "same weights.",
+)
+
 threads_option = click.option(
     "--threads",
     type=int,

@@ -20,12 +20,13 @@ from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks, choose
 from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import DEFAULT_LONGEST, ExportSpec
 from shortstack.export.tensors import ModelTensors
-from shortstack.export.text_files import check_text_files
+from shortstack.export.text_files import check_text_files, text_ends
 from shortstack.export.weights import store_exits, store_weights
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import HEAD_IDS
+from shortstack.graphs.genai_config import check_uncut
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.ir.write_bundle import tool_versions, write_bundle
 from shortstack.graphs.manifest import Manifest
@@ -57,6 +58,8 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
     with progress_stages() as stage:
         checkpoint = _open(request)
         arch, spec = resolve(checkpoint)
+        if request.genai:
+            check_uncut(spec)
         plan, exit_weights = plan_exits(request, checkpoint, spec)
         max_length = _max_length(request, spec)
         blocks = KeptBlocks()
@@ -68,6 +71,7 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
             log.warning(note)
         files = checkpoint.files()
         check_text_files(checkpoint.source, files)
+        ends = text_ends(checkpoint.source, files) if request.genai else None
         exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)
         tensors = ModelTensors(checkpoint, arch, spec, blocks, request.dtype)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
@@ -91,7 +95,7 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
                 origins=blocks.origins(),
             )
             advance(1)
-            write_bundle(folder, manifest, store, {**files, **_id_maps(plan, exit_weights)}, stage)
+            write_bundle(folder, manifest, store, {**files, **_id_maps(plan, exit_weights)}, stage, ends)
     if request.keep_blocks:
         tell(blocks)
     return open_bundle(request.out)

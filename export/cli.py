@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, follow_links_option, option_group
+from shortstack.command_options import Command, follow_links_option, genai_option, option_group
 from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
 
@@ -70,8 +70,8 @@ from shortstack.graphs.errors import RequestError
         "--keep-blocks",
         is_flag=True,
         help="Keep the blocks of a quantized checkpoint: of a GGUF file bit for bit or, for types with minima (Q4_K), "
-        "nearly; the integers of GPTQ, AWQ and compressed-tensors bit for bit. Quantized matrices whose blocks cannot be "
-        "kept become int8. Without it, all become floats.",
+        "nearly; those of GPTQ, AWQ, compressed-tensors and onnxruntime-genai bit for bit. Quantized matrices whose "
+        "blocks cannot be kept become int8. Without it, all become floats.",
     ),
     click.option(
         "--max-length",
@@ -82,6 +82,7 @@ from shortstack.graphs.errors import RequestError
 )
 @option_group(
     "Output",
+    genai_option,
     click.option("--overwrite", is_flag=True, help="Replace an existing bundle."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
 )
@@ -98,12 +99,13 @@ def export(
     max_length: int | None,
     revision: str | None,
     follow_links: bool,
+    genai: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Cut CHECKPOINT at its exits into the ONNX bundle OUT.
 
-    CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id.
+    CHECKPOINT is a folder of Hugging Face, Megatron, EE-LLM or onnxruntime-genai, a GGUF file or a hub id.
     """
     from shortstack.export.assemble import export_bundle
     from shortstack.export.kept_blocks import KeptBlocks
@@ -124,6 +126,7 @@ def export(
             max_length=max_length,
             revision=revision,
             follow_links=follow_links,
+            genai=genai,
             overwrite=overwrite,
             adapter=adapter,
             exits=exits,

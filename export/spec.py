@@ -41,6 +41,7 @@ class ExportSpec:
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.
         adapter: The folder of a LoRA adapter to merge, as peft saves it.
+        genai: Also write what onnxruntime-genai needs to run the uncut model from the same weights.
         follow_links: Follow links that lead out of the checkpoint's folder. Those of the hub's cache always are.
     """
 
@@ -57,6 +58,7 @@ class ExportSpec:
     adapter: Path | None = None
     exits: Path | None = None
     follow_links: bool = False
+    genai: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:

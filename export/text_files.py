@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from shortstack.export.checkpoint.config import parse_json_object
 from shortstack.export.checkpoint.resolved_tokenizer import CHAT, Reference, reference_of
 from shortstack.graphs import names
 from shortstack.graphs.errors import BundleError, CheckpointError, RequestError
+from shortstack.graphs.genai_config import TextEnds
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,21 +36,33 @@ def check_text_files(source: str, files: Mapping[str, bytes]) -> None:
             f"{source} has no {names.TOKENIZER_FILE}",
             remedy="save it next to the weights: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+    tokenizer = _load(source, files)
+    reference = reference_of(files)
+    if reference is not None and (difference := _first_difference(tokenizer, reference)):
+        log.warning("%s: the bundle's tokenizer differs from transformers': %s", source, difference)
+
+
+def text_ends(source: str, files: Mapping[str, bytes]) -> TextEnds:
+    """Return the tokens around a text, as the runtime has them; arguments and errors as :func:`check_text_files`."""
+    tokenizer = _load(source, files)
+    name = names.GENERATION_CONFIG_FILE
+    sampling = parse_json_object(files[name], f"{source}/{name}") if name in files else {}
+    return TextEnds(tokenizer.eos_token_ids, tokenizer.bos_token_id, sampling)
+
+
+def _load(source: str, files: Mapping[str, bytes]) -> Tokenizer:
     with tempfile.TemporaryDirectory(prefix="shortstack-") as name:
         folder = Path(name)
         for file in names.TEXT_FILES:
             if file in files:
                 (folder / file).write_bytes(files[file])
         try:
-            tokenizer = Tokenizer.load(folder)
+            return Tokenizer.load(folder)
         except BundleError as error:
             raise CheckpointError(
                 f"{source} would become a bundle that does not load: {error.problem.replace(f'{folder}/', '')}",
                 remedy="mend the file in the checkpoint",
             ) from None
-    reference = reference_of(files)
-    if reference is not None and (difference := _first_difference(tokenizer, reference)):
-        log.warning("%s: the bundle's tokenizer differs from transformers': %s", source, difference)
 
 
 def _first_difference(tokenizer: Tokenizer, reference: Reference) -> str | None:

@@ -15,6 +15,7 @@ SEQLENS_K = "seqlens_k"
 TOTAL_SEQUENCE_LENGTH = "total_sequence_length"
 NUM_ROWS = "num_rows"
 EXIT_STATE = "exit_state"
+ATTENTION_MASK = "attention_mask"  # of the uncut graph
 
 # Graph inputs of the packed form only (graphs/packing.py)
 QUERY_SEQLENS = "query_seqlens"
@@ -44,6 +45,9 @@ TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, GENERAT
 SPECIAL_TOKENS_FIELD = "special_tokens_map"  # of tokenizer_config.json: special tokens by name, as templates see them
 QUANTIZATION_FILE = "quantization.json"  # how a quantized bundle was made from its source
 QUALITY_FILE = "quality.json"  # how a quantized bundle compares with its source
+GENAI_GRAPH_FILE = "model.onnx"  # the uncut model, for onnxruntime-genai
+GENAI_CONFIG_FILE = "genai_config.json"
+GENAI_FILES = (GENAI_GRAPH_FILE, GENAI_CONFIG_FILE)
 
 KV_PARTS = ("key", "value")
 CacheOwner: TypeAlias = int | str  # a producer layer, or the block of an exit: what :func:`exit_block` returns

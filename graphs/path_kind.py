@@ -18,7 +18,14 @@ from pathlib import Path
 from shortstack.graphs import names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CHECKPOINT_FILES = ("config.json", "model*.safetensors", "*.gguf", "pytorch_model*.bin", "consolidated.*.pth")
+_CHECKPOINT_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "*.gguf",
+    "pytorch_model*.bin",
+    "consolidated.*.pth",
+    names.GENAI_CONFIG_FILE,
+)
 _MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "release/mp_rank_*")
 _MOST_NEIGHBOURS = 1000  # of a path that does not exist are looked at
 

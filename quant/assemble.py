@@ -13,6 +13,7 @@ import numpy as np
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
 from shortstack.graphs.errors import RequestError, UnsupportedError
+from shortstack.graphs.genai_config import check_uncut
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.cast import cast
 from shortstack.graphs.ir.weights import TOO_LARGE, WeightStore
@@ -31,7 +32,7 @@ from shortstack.quant.search import search
 from shortstack.quant.side_product import Fate
 from shortstack.quant.source import Source
 from shortstack.quant.spec import QuantizeSpec
-from shortstack.quant.texts import Rows, open_tokenizer, read_rows, row_length
+from shortstack.quant.texts import Rows, open_tokenizer, read_rows, row_length, text_ends
 
 
 def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle:
@@ -55,6 +56,8 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
     if request.out.resolve() == request.bundle.resolve():
         raise RequestError(f"{request.out} is the bundle to be quantized", remedy="choose another output folder")
     source = Source(open_bundle(request.bundle))
+    if _has_genai(request, source.bundle):
+        check_uncut(source.spec)
     method = find_method(request.preset.method)
     is_int8_cache = request.preset.kv_cache == "int8"
     is_weighed = method.uses_text or request.max_kl is not None
@@ -128,9 +131,14 @@ def _write(
     )
     graphs = {names.segment_file(s.start, s.end) for s in manifest.plan.segments} | packed_files(manifest.plan)
     # A float16 copy made by `shortstack quantize` has a record and a report: on itself, not on what is made of it.
-    own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE}
+    own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE, *names.GENAI_FILES}
     files = {name: (source.bundle.folder / name).read_bytes() for name in manifest.files.keys() - graphs - own}
-    write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage)
+    ends = text_ends(source.bundle) if _has_genai(request, source.bundle) else None
+    write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage, ends)
+
+
+def _has_genai(request: QuantizeSpec, source: Bundle) -> bool:
+    return request.genai or names.GENAI_CONFIG_FILE in source.manifest.files
 
 
 def _readable(name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, option_group, refuse_given
+from shortstack.command_options import Command, genai_option, option_group, refuse_given
 from shortstack.command_paths import BundlePath
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.spec import DType
@@ -44,6 +44,7 @@ _DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
 @reporting_options
 @option_group(
     "Output",
+    genai_option,
     click.option("--overwrite", is_flag=True, help="Replace an existing bundle."),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )
@@ -54,6 +55,7 @@ def quantize(
     dtype: str | None,
     calibrating: Calibrating,
     reporting: Reporting,
+    genai: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -74,7 +76,7 @@ def quantize(
     if reporting.report_only:
         assert report is not None
         options = [field.name for group in (Mixing, Calibrating) for field in fields(group)]
-        refuse_given((*options, "dtype", "overwrite"), "OUT is quantized already", "drop it, or --report-only")
+        refuse_given((*options, "dtype", "genai", "overwrite"), "OUT is quantized already", "drop it, or --report-only")
         quality = measure_report(report)
     else:
         request = QuantizeSpec(
@@ -87,6 +89,7 @@ def quantize(
             max_kl=calibrating.max_kl,
             tuning=mixing.tuning,
             overwrite=overwrite,
+            genai=genai,
         )
         texts = None if report is None else read_report_texts(report)  # a bad file is refused before long work
         with progress_stages() as stage:

@@ -31,6 +31,7 @@ class QuantizeSpec:
             None takes the preset as it is.
         tuning: What to do about a fine-tuning that rounding would erase.
         overwrite: Replace an existing bundle.
+        genai: Also write what onnxruntime-genai needs to run the uncut model; a bundle that has it passes it on anyway.
 
     Raises:
         RequestError: A number out of range.
@@ -45,6 +46,7 @@ class QuantizeSpec:
     max_kl: float | None = None
     tuning: Tuning = "keep"
     overwrite: bool = False
+    genai: bool = False
 
     def __post_init__(self) -> None:
         if self.max_kl is not None and not 0 < self.max_kl < float("inf"):

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
-from shortstack.graphs.errors import RequestError
-from shortstack.graphs.read_file import parse_json, read_text
+from shortstack.graphs.errors import BundleError, RequestError
+from shortstack.graphs.genai_config import TextEnds
+from shortstack.graphs.read_file import parse_json, read_json_object, read_text
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 _ROW_TOKENS = 256
@@ -47,6 +49,18 @@ def row_length(max_length: int) -> int:
 def open_tokenizer(bundle: Bundle) -> Tokenizer:
     """Return the tokenizer of a bundle."""
     return Tokenizer.load(bundle.folder, bundle.manifest.files)
+
+
+def text_ends(bundle: Bundle) -> TextEnds:
+    """Return the tokens around a text, as the runtime has them.
+
+    Raises:
+        BundleError: A text file is malformed.
+    """
+    tokenizer, name = open_tokenizer(bundle), names.GENERATION_CONFIG_FILE
+    is_there = name in bundle.manifest.files
+    sampling = read_json_object(bundle.folder / name, BundleError, "copy the bundle again") if is_there else {}
+    return TextEnds(tokenizer.eos_token_ids, tokenizer.bos_token_id, sampling)
 
 
 def read_prompts(path: Path, option: str, tokenizer: Tokenizer, count: int) -> tuple[tuple[int, ...], ...]:

@@ -195,8 +195,8 @@ def smollm2_bundle(smollm2_gguf: Path, kept: Kept) -> Path:
     return kept(
         "smollm2-float",
         ("graphs/", "export/"),
-        (smollm2_gguf.name, exits),
-        lambda out: export_bundle(ExportSpec(str(smollm2_gguf), out, exits, overwrite=True)),
+        (smollm2_gguf.name, exits, "genai"),
+        lambda out: export_bundle(ExportSpec(str(smollm2_gguf), out, exits, overwrite=True, genai=True)),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress, read_columns
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.names import GENAI_CONFIG_FILE
 from shortstack.graphs.path_kind import PathKind, is_hub_id, looks_like_megatron, path_kind
 
 __all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint", "read_columns"]
@@ -16,9 +17,10 @@ def open_checkpoint(source: str, *, revision: str | None = None, follow_links: b
     """Open a checkpoint without reading its tensors.
 
     Args:
-        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, or a
-            folder that Megatron or EE-LLM saved to. Otherwise a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``,
-            which is downloaded into the hub's cache. A path that exists on disk is never looked up on the hub.
+        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, a
+            folder that Megatron or EE-LLM saved to, or one that onnxruntime-genai runs. Otherwise a hub id such as
+            ``HuggingFaceTB/SmolLM2-135M-Instruct``, which is downloaded into the hub's cache. A path that exists on
+            disk is never looked up on the hub.
         revision: Branch, tag or commit of a hub id.
         follow_links: Follow links that lead out of a folder. Those of the hub's cache are always followed.
 
@@ -64,6 +66,8 @@ def _open_folder(path: Path, source: str, follow_links: bool) -> Checkpoint:
     is_complete = has_safetensors and (path / "config.json").exists()  # else they may be the exits of a checkpoint
     if not gguf_files and not is_complete and looks_like_megatron(path):
         return _megatron(path, source, follow_links)
+    if (path / GENAI_CONFIG_FILE).exists() and not has_safetensors and not gguf_files:
+        return _genai(path, source, follow_links)
     if not gguf_files or has_safetensors:
         return _hugging_face(path, source, follow_links)
     if len(gguf_files) > 1:
@@ -76,6 +80,12 @@ def _gguf(file: Path, source: str) -> Checkpoint:
     from shortstack.export.checkpoint.gguf import GgufCheckpoint
 
     return GgufCheckpoint(file, source)
+
+
+def _genai(folder: Path, source: str, follow_links: bool) -> Checkpoint:
+    from shortstack.export.checkpoint.genai import GenaiCheckpoint
+
+    return GenaiCheckpoint(folder, source, follow_links=follow_links)
 
 
 def _megatron(folder: Path, source: str, follow_links: bool) -> Checkpoint:

@@ -99,7 +99,7 @@ def parity(
         if exits_folder is not None or is_trained:
             exits = load_twin_exits(checkpoint, exits_folder, revision, adapter, follow_links, weights)
         check_exits(model.bundle.manifest, exits)
-        kind = TwinReference if needs_twin(model.bundle.manifest.spec) else Reference
+        kind = TwinReference if needs_twin(model.bundle.manifest.spec, checkpoint) else Reference
         reference = kind(checkpoint, revision, adapter, follow_links, weights)
         if threads is not None:
             torch.set_num_threads(threads)

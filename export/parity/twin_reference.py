@@ -19,13 +19,15 @@ from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, 
 from shortstack.export.tensors import ModelTensors
 from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.sequential import sequential
+from shortstack.graphs import names
 from shortstack.graphs.spec import ModelSpec
 from shortstack.runtime.engine.whole_text import Activations
 
 
-def needs_twin(spec: ModelSpec) -> bool:
-    """Whether transformers has no model of this kind."""
-    return not ARCHITECTURES[spec.model_type].is_in_transformers(spec)
+def needs_twin(spec: ModelSpec, source: str = "") -> bool:
+    """Whether transformers has no model of this kind, or does not read the folder ``source``."""
+    has_model = ARCHITECTURES[spec.model_type].is_in_transformers(spec)
+    return not has_model or (Path(source) / names.GENAI_CONFIG_FILE).is_file()
 
 
 class TwinReference:

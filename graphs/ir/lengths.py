@@ -91,3 +91,10 @@ def one_less(g: GraphBuilder, lengths: Lengths) -> Lengths:
         return g.once(key, lambda: g.op("Max", [g.op("Sub", [value, one], f"{node}/Sub"), bound], node))
 
     return Lengths(less(lengths.past_end, least - 1, "past_before"), less(lengths.total, least, "total_before"))
+
+
+def with_spare_row(g: GraphBuilder, lengths: Lengths) -> Lengths:
+    """Append lengths that count one empty row behind the run's own."""
+    one, ends = g.constant(1, np.int32), (lengths.past_end, lengths.total)
+    past_end, total = (g.op("Add", [end, one], f"/model/with_spare_row/{end.name}") for end in ends)
+    return Lengths(past_end, total, spare_row=True)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from shortstack import __version__
@@ -22,7 +21,7 @@ from shortstack.graphs.ir.embedding import embed_tokens, first_stream
 from shortstack.graphs.ir.exit import ExitInputs, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.layer import Residual, Tokens, decoder_layer, norm, residual_sum, unit_rms
-from shortstack.graphs.ir.lengths import Lengths, Packing
+from shortstack.graphs.ir.lengths import Lengths, Packing, with_spare_row
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import check_boundaries, lenders
 from shortstack.graphs.plan import Segment, SplitPlan
@@ -85,9 +84,7 @@ def segment_model(
     else:
         x = Residual(inputs[names.HIDDEN_STATES])
     if packing is None and Precision(store.formats, kv_cache).has_spare_row(dtype):
-        one, ends = g.constant(1, np.int32), (lengths.past_end, lengths.total)
-        past_end, total = (g.op("Add", [end, one], f"/model/with_spare_row/{end.name}") for end in ends)
-        lengths = Lengths(past_end, total, spare_row=True)
+        lengths = with_spare_row(g, lengths)
     outputs: dict[str, ir.Value] = {}
     caches = Caches(g)
     tokens = None

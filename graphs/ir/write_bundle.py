@@ -16,9 +16,11 @@ from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.bundle import describe_files, open_bundle, write_manifest
 from shortstack.graphs.errors import ContractError
+from shortstack.graphs.genai_config import TextEnds, genai_config
 from shortstack.graphs.ir.lint import lint
 from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
+from shortstack.graphs.ir.whole import whole_model
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.packing import can_pack
 from shortstack.progress import Stage
@@ -30,7 +32,12 @@ def tool_versions() -> dict[str, str]:
 
 
 def write_bundle(
-    folder: Path, manifest: Manifest, store: WeightStore, files: Mapping[str, bytes], stage: Stage
+    folder: Path,
+    manifest: Manifest,
+    store: WeightStore,
+    files: Mapping[str, bytes],
+    stage: Stage,
+    genai: TextEnds | None = None,
 ) -> Manifest:
     """Write all of a bundle but its weights, which are there already.
 
@@ -40,15 +47,17 @@ def write_bundle(
         store: Its weights, in ``folder``; complete.
         files: The content of its other files, by name: tokenizer, chat template, id maps.
         stage: Starts a stage of the progress bar.
+        genai: The tokens around a text: writes what onnxruntime-genai needs, too. None does not.
 
     Returns:
         The manifest as it was written.
 
     Raises:
         ContractError: A graph would not verify what it drafts.
+        UnsupportedError: onnxruntime-genai cannot run the model.
     """
     plan, spec = manifest.plan, manifest.spec
-    advance = stage("Building graphs", len(plan.segments))
+    advance = stage("Building graphs", len(plan.segments) + (genai is not None))
     forms = (False, True) if can_pack(spec) else (False,)
     for segment in plan.segments:
         for is_packed in forms:
@@ -57,6 +66,13 @@ def write_bundle(
             name = (names.packed_file if is_packed else names.segment_file)(segment.start, segment.end)
             lint(model, name)
             ir.save(model, folder / name)
+        advance(1)
+    if genai is not None:
+        whole = whole_model(manifest.spec, plan, manifest.dtype, store, manifest.precision.kv_cache)
+        lint(whole, names.GENAI_GRAPH_FILE)
+        ir.save(whole, folder / names.GENAI_GRAPH_FILE)
+        content = genai_config(manifest.spec, manifest.max_length, genai)
+        (folder / names.GENAI_CONFIG_FILE).write_bytes(content)
         advance(1)
     for name, content in files.items():
         (folder / name).write_bytes(content)
