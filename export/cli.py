@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, follow_links_option, option_group
+from shortstack.command_options import Command, allow_pickle_option, follow_links_option, option_group
 from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
 
@@ -52,6 +52,7 @@ from shortstack.graphs.errors import RequestError
     "Model",
     click.option("--revision", help="Branch, tag or commit of a hub id."),
     follow_links_option,
+    allow_pickle_option,
     click.option(
         "--adapter",
         type=click.Path(path_type=Path),
@@ -96,12 +97,14 @@ def export(
     max_length: int | None,
     revision: str | None,
     follow_links: bool,
+    allow_pickle: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Cut CHECKPOINT at its exits into the ONNX bundle OUT.
 
-    CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id.
+    CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id. With --allow-pickle it may be a
+    file of torch.save next to its config.json.
     """
     from shortstack.export.assemble import export_bundle
     from shortstack.export.kept_blocks import KeptBlocks
@@ -122,6 +125,7 @@ def export(
             max_length=max_length,
             revision=revision,
             follow_links=follow_links,
+            allow_pickle=allow_pickle,
             overwrite=overwrite,
             adapter=adapter,
             exits=exits,

@@ -42,6 +42,7 @@ class ExportSpec:
         overwrite: Replace an existing bundle.
         adapter: The folder of a LoRA adapter to merge, as peft saves it.
         follow_links: Follow links that lead out of the checkpoint's folder. Those of the hub's cache always are.
+        allow_pickle: Read tensors from pickles, where there are no safetensors. Code in them is never run.
     """
 
     checkpoint: str
@@ -57,6 +58,7 @@ class ExportSpec:
     adapter: Path | None = None
     exits: Path | None = None
     follow_links: bool = False
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:

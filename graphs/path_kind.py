@@ -19,6 +19,8 @@ from shortstack.graphs import names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CHECKPOINT_FILES = ("config.json", "model*.safetensors", "*.gguf", "pytorch_model*.bin", "consolidated.*.pth")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""How the names of torch.save files end."""
 _MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "release/mp_rank_*")
 _MOST_NEIGHBOURS = 1000  # of a path that does not exist are looked at
 
@@ -65,6 +67,11 @@ def _folder_kind(folder: Path) -> PathKind:
 def looks_like_megatron(folder: Path) -> bool:
     """Whether a folder is a checkpoint that Megatron saved, or one iteration of it, complete or not."""
     return any(any(folder.glob(pattern)) for pattern in _MEGATRON_FILES)
+
+
+def is_pickle(path: str | Path) -> bool:
+    """Whether a file's name is that of a torch.save file."""
+    return Path(path).suffix.lower() in PICKLE_SUFFIXES
 
 
 def is_hub_id(source: str) -> bool:

@@ -7,20 +7,25 @@ from pathlib import Path
 from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress, read_columns
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
-from shortstack.graphs.path_kind import PathKind, is_hub_id, looks_like_megatron, path_kind
+from shortstack.graphs.path_kind import PathKind, is_hub_id, is_pickle, looks_like_megatron, path_kind
 
 __all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint", "read_columns"]
 
 
-def open_checkpoint(source: str, *, revision: str | None = None, follow_links: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: str, *, revision: str | None = None, follow_links: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
     Args:
         source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, or a
-            folder that Megatron or EE-LLM saved to. Otherwise a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``,
-            which is downloaded into the hub's cache. A path that exists on disk is never looked up on the hub.
+            folder that Megatron or EE-LLM saved to. With ``allow_pickle`` also a folder with ``pytorch_model.bin``, its
+            shards, or one other file of torch.save, or that file itself, next to its ``config.json``. Otherwise a hub
+            id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``, which is downloaded into the hub's cache. A path that
+            exists on disk is never looked up on the hub.
         revision: Branch, tag or commit of a hub id.
         follow_links: Follow links that lead out of a folder. Those of the hub's cache are always followed.
+        allow_pickle: Read tensors from pickles, where there are no safetensors. Code in them is never run.
 
     Raises:
         CheckpointError: There is no such checkpoint, it cannot be fetched, or it is damaged.
@@ -32,9 +37,9 @@ def open_checkpoint(source: str, *, revision: str | None = None, follow_links: b
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
         raise CheckpointError(f"{source!r} cannot be read ({error})", remedy="check the path") from None
     if is_file:
-        return _open_file(path, source)
+        return _open_file(path, source, follow_links, allow_pickle)
     if is_folder:
-        return _open_folder(path, source, follow_links)
+        return _open_folder(path, source, follow_links, allow_pickle)
     if not is_hub_id(source):
         raise CheckpointError(
             f"{source!r} does not exist and is not a hub id",
@@ -43,10 +48,16 @@ def open_checkpoint(source: str, *, revision: str | None = None, follow_links: b
         )
     from shortstack.export.checkpoint.hub import download
 
-    return _hugging_face(download(source, revision), source)
+    return _hugging_face(download(source, revision, allow_pickle=allow_pickle), source, allow_pickle=allow_pickle)
 
 
-def _open_file(path: Path, source: str) -> Checkpoint:
+def _open_file(path: Path, source: str, follow_links: bool, allow_pickle: bool) -> Checkpoint:
+    if is_pickle(path):
+        if not allow_pickle:
+            from shortstack.export.checkpoint.hf import only_pickles
+
+            raise only_pickles(f"{path} is a pickle")
+        return _hugging_face(path.parent, source, follow_links, allow_pickle, path.name)
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{path} is a file", expected="a .gguf file or a folder", remedy="name the folder that holds config.json"
@@ -54,7 +65,7 @@ def _open_file(path: Path, source: str) -> Checkpoint:
     return _gguf(path, source)
 
 
-def _open_folder(path: Path, source: str, follow_links: bool) -> Checkpoint:
+def _open_folder(path: Path, source: str, follow_links: bool, allow_pickle: bool) -> Checkpoint:
     if path_kind(path) is PathKind.BUNDLE:
         raise CheckpointError(
             f"{path} is a bundle", expected="a checkpoint", remedy="name the checkpoint that it was made from"
@@ -65,7 +76,7 @@ def _open_folder(path: Path, source: str, follow_links: bool) -> Checkpoint:
     if not gguf_files and not is_complete and looks_like_megatron(path):
         return _megatron(path, source, follow_links)
     if not gguf_files or has_safetensors:
-        return _hugging_face(path, source, follow_links)
+        return _hugging_face(path, source, follow_links, allow_pickle)
     if len(gguf_files) > 1:
         listed = ", ".join(file.name for file in gguf_files[:5])
         raise CheckpointError(f"{path} holds {len(gguf_files)} .gguf files ({listed})", remedy="name one of them")
@@ -84,7 +95,15 @@ def _megatron(folder: Path, source: str, follow_links: bool) -> Checkpoint:
     return MegatronCheckpoint(folder, source, follow_links=follow_links)
 
 
-def _hugging_face(folder: Path, source: str, follow_links: bool = False) -> Checkpoint:
+def _hugging_face(
+    folder: Path,
+    source: str,
+    follow_links: bool = False,
+    allow_pickle: bool = False,
+    weights_name: str | None = None,
+) -> Checkpoint:
     from shortstack.export.checkpoint.hf import HuggingFaceCheckpoint
 
-    return HuggingFaceCheckpoint(folder, source, follow_links=follow_links)
+    return HuggingFaceCheckpoint(
+        folder, source, follow_links=follow_links, allow_pickle=allow_pickle, weights_name=weights_name
+    )

@@ -1,4 +1,7 @@
-"""Fetches a model from the Hugging Face hub: its config, its tokenizer's files and its safetensors, nothing else."""
+"""Fetches a model from the Hugging Face hub: its config, its tokenizer's files and its safetensors, nothing else.
+
+Only where pickles may be read and there are no safetensors, the pickles are fetched, too.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,27 @@ from shortstack.graphs.names import TEXT_FILES
 
 # `*` also matches `/`: the prefix keeps copies in subfolders, such as original/model.safetensors, from being fetched.
 _PATTERNS = ("config.json", *TEXT_FILES, *MORE_FILES, "model*.safetensors", "model.safetensors.index.json")
+_PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
+def download(repo_id: str, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
     """Return the folder of a snapshot in the hub's cache, fetching what is not there yet.
 
     Args:
         repo_id: ``organisation/name``.
         revision: Branch, tag or commit; the default branch without it.
+        allow_pickle: Fetch pickles if there are no safetensors.
 
     Raises:
         CheckpointError: There is no such model or revision, it is gated, or the hub cannot be reached.
     """
     what = f"{repo_id} at {revision}" if revision else repo_id
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_PATTERNS)))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_PATTERNS)))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            patterns = [*_PATTERNS, *_PICKLE_PATTERNS]
+            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return folder
     except GatedRepoError:
         raise CheckpointError(
             f"{what} is gated on the hub",

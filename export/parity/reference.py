@@ -16,6 +16,7 @@ from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.arch.architecture import FINAL_NORM, LM_HEAD
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.gguf import GgufCheckpoint
+from shortstack.export.checkpoint.hf import HuggingFaceCheckpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
 from shortstack.export.kept_blocks import KeptBlocks
 from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, compare_with, put_into_transformers
@@ -36,6 +37,7 @@ class Reference:
         adapter: A LoRA adapter to add to its weights, as peft saves it.
         follow_links: Follow links that lead out of its folder.
         weights: Those of a quantized bundle, which the model then holds; None leaves it the checkpoint's.
+        allow_pickle: Read tensors from pickles.
 
     Attributes:
         spec: What shortstack reads from the same config.
@@ -53,12 +55,13 @@ class Reference:
         adapter: Path | None = None,
         follow_links: bool = False,
         weights: BundleWeights | None = None,
+        allow_pickle: bool = False,
     ) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         # Our own reader comes first: it says what is wrong with a folder, refuses pickles, and checks names and shapes.
-        checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
+        checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links, allow_pickle=allow_pickle)
         self._arch, self.spec = resolve(checkpoint)
         adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()
@@ -162,6 +165,8 @@ def _is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
     """
     if isinstance(checkpoint, GgufCheckpoint):
         return checkpoint.architecture != "llama"
+    if isinstance(checkpoint, HuggingFaceCheckpoint):
+        return checkpoint.is_pickled  # transformers finds few of the files that we do
     return isinstance(checkpoint, MegatronCheckpoint)
 
 
