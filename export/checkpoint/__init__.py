@@ -1,4 +1,4 @@
-"""Opens any checkpoint: a Hugging Face or Megatron folder, a hub id or a GGUF file, all behind one interface."""
+"""Opens any checkpoint, a folder of one of several kinds, a hub id or a GGUF file, behind one interface."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress, read_columns
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
-from shortstack.graphs.path_kind import PathKind, is_hub_id, is_pickle, looks_like_megatron, path_kind
+from shortstack.graphs.path_kind import PathKind, is_consolidated, is_hub_id, is_pickle, looks_like_megatron, path_kind
 
 __all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint", "read_columns"]
 
@@ -18,11 +18,11 @@ def open_checkpoint(
     """Open a checkpoint without reading its tensors.
 
     Args:
-        source: A folder with ``config.json`` and safetensors, a ``.gguf`` file, a folder with one ``.gguf`` file, or a
-            folder that Megatron or EE-LLM saved to. With ``allow_pickle`` also a folder with ``pytorch_model.bin``, its
-            shards, or one other file of torch.save, or that file itself, next to its ``config.json``. Otherwise a hub
-            id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``, which is downloaded into the hub's cache. A path that
-            exists on disk is never looked up on the hub.
+        source: A folder with ``config.json`` and safetensors, a folder with Mistral's ``params.json`` and safetensors,
+            a ``.gguf`` file, a folder with one, or a folder that Megatron or EE-LLM saved to. With ``allow_pickle``
+            also a folder with ``pytorch_model.bin``, its shards, or one other file of torch.save, or that file itself,
+            next to its ``config.json``. Otherwise a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``, which is
+            downloaded into the hub's cache. A path that exists on disk is never looked up on the hub.
         revision: Branch, tag or commit of a hub id.
         follow_links: Follow links that lead out of a folder. Those of the hub's cache are always followed.
         allow_pickle: Read tensors from pickles, where there are no safetensors. Code in them is never run.
@@ -48,16 +48,19 @@ def open_checkpoint(
         )
     from shortstack.export.checkpoint.hub import download
 
-    return _hugging_face(download(source, revision, allow_pickle=allow_pickle), source, allow_pickle=allow_pickle)
+    folder = download(source, revision, allow_pickle=allow_pickle)
+    if is_consolidated(folder):
+        return _consolidated(folder, source)
+    return _hugging_face(folder, source, allow_pickle=allow_pickle)
 
 
 def _open_file(path: Path, source: str, follow_links: bool, allow_pickle: bool) -> Checkpoint:
     if is_pickle(path):
-        if not allow_pickle:
-            from shortstack.export.checkpoint.hf import only_pickles
+        from shortstack.export.checkpoint.hf import PICKLED_INDEX_FILE, only_pickles
 
+        if not allow_pickle:
             raise only_pickles(f"{path} is a pickle")
-        return _hugging_face(path.parent, source, follow_links, allow_pickle, path.name)
+        return _hugging_face(path.parent, source, follow_links, allow_pickle, (path.name, PICKLED_INDEX_FILE))
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{path} is a file", expected="a .gguf file or a folder", remedy="name the folder that holds config.json"
@@ -75,6 +78,8 @@ def _open_folder(path: Path, source: str, follow_links: bool, allow_pickle: bool
     is_complete = has_safetensors and (path / "config.json").exists()  # else they may be the exits of a checkpoint
     if not gguf_files and not is_complete and looks_like_megatron(path):
         return _megatron(path, source, follow_links)
+    if is_consolidated(path):
+        return _consolidated(path, source, follow_links)
     if not gguf_files or has_safetensors:
         return _hugging_face(path, source, follow_links, allow_pickle)
     if len(gguf_files) > 1:
@@ -95,15 +100,19 @@ def _megatron(folder: Path, source: str, follow_links: bool) -> Checkpoint:
     return MegatronCheckpoint(folder, source, follow_links=follow_links)
 
 
+def _consolidated(folder: Path, source: str, follow_links: bool = False) -> Checkpoint:
+    from shortstack.export.checkpoint.consolidated import ConsolidatedCheckpoint
+
+    return ConsolidatedCheckpoint(folder, source, follow_links=follow_links)
+
+
 def _hugging_face(
     folder: Path,
     source: str,
     follow_links: bool = False,
     allow_pickle: bool = False,
-    weights_name: str | None = None,
+    weights: tuple[str, str] | None = None,
 ) -> Checkpoint:
     from shortstack.export.checkpoint.hf import HuggingFaceCheckpoint
 
-    return HuggingFaceCheckpoint(
-        folder, source, follow_links=follow_links, allow_pickle=allow_pickle, weights_name=weights_name
-    )
+    return HuggingFaceCheckpoint(folder, source, follow_links=follow_links, allow_pickle=allow_pickle, weights=weights)

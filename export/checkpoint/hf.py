@@ -51,7 +51,8 @@ class HuggingFaceCheckpoint:
         source: The name that the user gave, if it is not the folder itself, such as a hub id.
         follow_links: Follow links that lead out of the folder.
         allow_pickle: Read pickles, if there are no safetensors.
-        weights_name: The one file of the folder that holds the weights; None finds it.
+        weights: The names of the file with the weights, and of the index of their shards; None finds them.
+        config: The config, where it is not in ``config.json``.
 
     Attributes:
         is_pickled: The weights are pickles.
@@ -68,19 +69,14 @@ class HuggingFaceCheckpoint:
         *,
         follow_links: bool = False,
         allow_pickle: bool = False,
-        weights_name: str | None = None,
+        weights: tuple[str, str] | None = None,
+        config: Config | None = None,
     ) -> None:
         self.source = str(folder) if source is None else source
         self.folder_or_file = folder
         self._follow_links = follow_links
-        config_file = member(folder, "config.json", follow_links=follow_links)
-        if config_file is None:
-            raise CheckpointError(
-                f"{folder} has no config.json",
-                remedy="name a folder that transformers' save_pretrained wrote, or a .gguf",
-            )
-        self.config = Config(parse_json_object(_read(config_file), config_file), str(config_file))
-        promised = find_weight_files(folder, weights_name, follow_links=follow_links, allow_pickle=allow_pickle)
+        self.config = read_config(folder, follow_links=follow_links) if config is None else config
+        promised = find_weight_files(folder, weights, follow_links=follow_links, allow_pickle=allow_pickle)
         self.is_pickled = allow_pickle and any(map(is_pickle, promised))
         self._shards = {file: _open_pickle(file) if self.is_pickled else _open(file) for file in promised}
         self._file_of: dict[str, Path] = {}
@@ -98,6 +94,11 @@ class HuggingFaceCheckpoint:
                     remedy="remove the file that does not belong to this model",
                 )
             self._file_of |= dict.fromkeys(stored, file)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files with the weights, sorted by name."""
+        return tuple(self._shards)
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
@@ -146,10 +147,14 @@ class HuggingFaceCheckpoint:
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that exist, and always a generation config."""
+        found = self.stored_files()
+        return complete_files(found, self.config, str(self.folder_or_file), is_resolved=False)
+
+    def stored_files(self) -> dict[str, bytes]:
+        """Return the content of the tokenizer's files as they are."""
         folder, follow = self.folder_or_file, self._follow_links
         paths = {name: member(folder, name, follow_links=follow) for name in (*TEXT_FILES, *MORE_FILES)}
-        found = {name: _read(path) for name, path in paths.items() if path is not None}
-        return complete_files(found, self.config, str(self.folder_or_file), is_resolved=False)
+        return {name: _read(path) for name, path in paths.items() if path is not None}
 
     def digest(self, progress: Progress | None = None) -> str:
         """Return the SHA-256 over ``config.json`` and the weight files, each preceded by its name and size."""
@@ -161,8 +166,18 @@ class HuggingFaceCheckpoint:
         return self._shards[self._file_of[name]]
 
 
+def read_config(folder: Path, name: str = "config.json", *, follow_links: bool = False) -> Config:
+    """Read the JSON file of a folder that describes the model; errors as for the other files."""
+    file = member(folder, name, follow_links=follow_links)
+    if file is None:
+        raise CheckpointError(
+            f"{folder} has no {name}", remedy="name a folder that transformers' save_pretrained wrote, or a .gguf"
+        )
+    return Config(parse_json_object(_read(file), file), str(file))
+
+
 def find_weight_files(
-    folder: Path, name: str | None = None, *, follow_links: bool = False, allow_pickle: bool = False
+    folder: Path, usual: tuple[str, str] | None = None, *, follow_links: bool = False, allow_pickle: bool = False
 ) -> dict[Path, frozenset[str]]:
     """Return the weight files of a folder, sorted by name, each with the names of the tensors that an index lists.
 
@@ -171,7 +186,7 @@ def find_weight_files(
 
     Args:
         folder: The folder.
-        name: The one file to use; None finds it.
+        usual: The names of the one file, and of an index of shards; None finds them.
         follow_links: Follow links that lead out of the folder.
         allow_pickle: Accept pickles.
 
@@ -181,15 +196,15 @@ def find_weight_files(
         UnsupportedError: There are only pickles, and they are not accepted.
     """
     find = partial(member, folder, follow_links=follow_links)
-    if name is not None and (weights_file := find(name)) is not None:
-        return {weights_file: frozenset()}
+    if usual is not None and (found := _usual_files(folder, *usual, find)) is not None:
+        return found
     if (found := _usual_files(folder, WEIGHTS_FILE, INDEX_FILE, find)) is not None:
         return found
     candidates = sorted(file.name for file in folder.glob("*.safetensors"))
     if len(candidates) == 1 and (weights_file := find(candidates[0])) is not None:
         return {weights_file: frozenset()}
     if candidates:
-        raise _several(folder, candidates, "safetensors files", INDEX_FILE)
+        raise _several(folder, candidates, "safetensors files", INDEX_FILE if usual is None else usual[1])
     pickles = sorted(file.name for file in folder.glob("*") if is_pickle(file) and not _NOT_WEIGHTS.match(file.name))
     if not pickles:
         raise CheckpointError(

@@ -1,6 +1,7 @@
 """Fetches a model from the Hugging Face hub: its config, its tokenizer's files and its safetensors, nothing else.
 
-Only where pickles may be read and there are no safetensors, the pickles are fetched, too.
+Where there are no safetensors under transformers' names, those under Mistral's are fetched. Where there are none at all
+and pickles may be read, these are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from shortstack.graphs.names import TEXT_FILES
 
 # `*` also matches `/`: the prefix keeps copies in subfolders, such as original/model.safetensors, from being fetched.
 _PATTERNS = ("config.json", *TEXT_FILES, *MORE_FILES, "model*.safetensors", "model.safetensors.index.json")
+_MISTRAL_PATTERNS = ("params.json", "consolidated*.safetensors", "consolidated.safetensors.index.json")
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -39,9 +41,10 @@ def download(repo_id: str, revision: str | None = None, *, allow_pickle: bool = 
     what = f"{repo_id} at {revision}" if revision else repo_id
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_PATTERNS)))
-        if allow_pickle and not any(folder.glob("*.safetensors")):
-            patterns = [*_PATTERNS, *_PICKLE_PATTERNS]
-            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        for more in (_MISTRAL_PATTERNS, _PICKLE_PATTERNS if allow_pickle else ()):
+            if more and not any(folder.glob("*.safetensors")):
+                patterns = [*_PATTERNS, *more]
+                folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
         return folder
     except GatedRepoError:
         raise CheckpointError(

@@ -15,6 +15,7 @@ from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.arch.architecture import FINAL_NORM, LM_HEAD
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
+from shortstack.export.checkpoint.consolidated import ConsolidatedCheckpoint
 from shortstack.export.checkpoint.gguf import GgufCheckpoint
 from shortstack.export.checkpoint.hf import HuggingFaceCheckpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
@@ -167,7 +168,7 @@ def _is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
         return checkpoint.architecture != "llama"
     if isinstance(checkpoint, HuggingFaceCheckpoint):
         return checkpoint.is_pickled  # transformers finds few of the files that we do
-    return isinstance(checkpoint, MegatronCheckpoint)
+    return isinstance(checkpoint, MegatronCheckpoint | ConsolidatedCheckpoint)
 
 
 def _load(source: str, revision: str | None, path: Path, arguments: dict[str, Any]) -> Any:

@@ -121,7 +121,7 @@ def test_a_tied_head_may_be_stored_under_both_names(tiny_bundles: TinyBundles, t
 def test_parity_compares_a_bundle_with_pickles(tiny_bundles: TinyBundles, tmp_path: Path, way: str) -> None:
     source = pickled(BASE, tiny_bundles, tmp_path, way)
     bundle = tiny_bundles.bundle(BASE, 2)
-    options = ["--allow-pickle", "--prompts", "1", "--greedy-tokens", "4", "--threads", "1"]
+    options = ["--allow-pickle", "--prompts", "1", "--greedy-tokens", "4"]
     assert run(["parity", str(source), str(bundle), *options]) == 0
 
 
@@ -130,7 +130,7 @@ def test_parity_finds_that_pickles_are_of_another_model(tiny_bundles: TinyBundle
     state = state_of(folder)
     state["model.layers.1.mlp.up_proj.weight"] += 0.1
     _whole(folder, state)
-    options = ["--allow-pickle", "--prompts", "1", "--greedy-tokens", "0", "--threads", "1"]
+    options = ["--allow-pickle", "--prompts", "1", "--greedy-tokens", "0"]
     assert run(["parity", str(folder), str(tiny_bundles.bundle(BASE, 2)), *options]) == 1
 
 
@@ -197,5 +197,4 @@ def test_pickles_of_a_hub_id_are_fetched_only_if_they_may_be_read(
 
     monkeypatch.setattr("shortstack.export.checkpoint.hub.snapshot_download", fetch)
     open_checkpoint("org/name", allow_pickle=True)
-    assert "pytorch_model*.bin" not in asked[0]
-    assert "pytorch_model*.bin" in asked[1]
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, False, True]
