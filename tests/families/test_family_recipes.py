@@ -39,7 +39,7 @@ def cases() -> Iterator[object]:
             yield pytest.param(row, recipe, id=f"{row.name}-{recipe}", marks=marks)
 
 
-@pytest.mark.parametrize(("row", "recipe"), cases())
+@pytest.mark.parametrize(("row", "recipe"), [*cases()])
 def test_a_recipe_trains_a_family_and_the_bundle_computes_what_was_trained(
     made: MadeFamily, row: FamilyRow, recipe: str, tmp_path: Path, one_torch_thread: Callable[[], None]
 ) -> None:
