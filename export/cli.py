@@ -103,8 +103,8 @@ def export(
 ) -> None:
     """Cut CHECKPOINT at its exits into the ONNX bundle OUT.
 
-    CHECKPOINT is a folder of Hugging Face, Megatron or EE-LLM, a GGUF file or a hub id. With --allow-pickle it may be a
-    file of torch.save next to its config.json.
+    CHECKPOINT is a folder of Hugging Face, Mistral, Megatron or EE-LLM, a GGUF file or a hub id. With
+    --allow-pickle it may be a file of torch.save next to its config.json.
     """
     from shortstack.export.assemble import export_bundle
     from shortstack.export.kept_blocks import KeptBlocks

@@ -155,7 +155,9 @@ def _check_archive(path: Path) -> None:
                     remedy=_AGAIN,
                 )
             content = archive.read(pickles[0])
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, RuntimeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive can make zipfile raise nearly anything
         raise CheckpointError(
             f"{path} is not a complete torch.save file ({_first_line(error)})", remedy=_AGAIN
         ) from None
