@@ -145,6 +145,12 @@ follow_links_option = click.option(
     is_flag=True,
     help="Read files of CHECKPOINT that are links out of its folder. Those of the hub's cache always are read.",
 )
+allow_pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Where CHECKPOINT has no safetensors, which are the better way, read the tensors of pytorch_model.bin or "
+    "another file of torch.save. Code in it is never run.",
+)
 
 genai_option = click.option(
     "--genai",

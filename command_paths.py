@@ -25,6 +25,7 @@ from shortstack.graphs.path_kind import (
     bundle_name,
     export_command,
     is_hub_id,
+    is_pickle,
     not_a_bundle,
     path_kind,
     shell_line,
@@ -283,7 +284,7 @@ def _made_from(bundle: str) -> str | None:
 def _misspelled_checkpoint(context: click.Context, argument: click.Argument, value: str, kind: PathKind) -> str | None:
     """Say which checkpoint was meant by a path that is none; None where the reader of checkpoints knows better."""
     path = Path(value)
-    if kind is PathKind.FILE and path_kind(path.parent) is PathKind.CHECKPOINT:
+    if kind is PathKind.FILE and path_kind(path.parent) is PathKind.CHECKPOINT and not is_pickle(path):
         folder = command_line(context, {argument.name: str(path.parent)})
         return f"{value} is a file in a checkpoint: give the folder. Run: {folder}"
     if kind is PathKind.ABSENT and (similar := _similar(context, argument, _MODEL_FILES)):

@@ -130,7 +130,12 @@ def _id_maps(plan: SplitPlan, exit_weights: Mapping[str, npt.NDArray[np.generic]
 
 
 def _open(request: ExportSpec) -> Checkpoint:
-    checkpoint = open_checkpoint(request.checkpoint, revision=request.revision, follow_links=request.follow_links)
+    checkpoint = open_checkpoint(
+        request.checkpoint,
+        revision=request.revision,
+        follow_links=request.follow_links,
+        allow_pickle=request.allow_pickle,
+    )
     return checkpoint if request.adapter is None else AdaptedCheckpoint(checkpoint, request.adapter)
 
 

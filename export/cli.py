@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, follow_links_option, genai_option, option_group
+from shortstack.command_options import Command, allow_pickle_option, follow_links_option, genai_option, option_group
 from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
 
@@ -52,6 +52,7 @@ from shortstack.graphs.errors import RequestError
     "Model",
     click.option("--revision", help="Branch, tag or commit of a hub id."),
     follow_links_option,
+    allow_pickle_option,
     click.option(
         "--adapter",
         type=click.Path(path_type=Path),
@@ -100,12 +101,14 @@ def export(
     revision: str | None,
     follow_links: bool,
     genai: bool,
+    allow_pickle: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Cut CHECKPOINT at its exits into the ONNX bundle OUT.
 
-    CHECKPOINT is a folder of Hugging Face, Megatron, EE-LLM or onnxruntime-genai, a GGUF file or a hub id.
+    CHECKPOINT is a folder of Hugging Face, Mistral, Megatron, EE-LLM or onnxruntime-genai, a GGUF file or a hub id.
+    With --allow-pickle it may be a file of torch.save next to its config.json.
     """
     from shortstack.export.assemble import export_bundle
     from shortstack.export.kept_blocks import KeptBlocks
@@ -127,6 +130,7 @@ def export(
             revision=revision,
             follow_links=follow_links,
             genai=genai,
+            allow_pickle=allow_pickle,
             overwrite=overwrite,
             adapter=adapter,
             exits=exits,

@@ -134,16 +134,15 @@ def _rows(
     if source.stacked:
         role, kind = weight.role.rsplit(".", 1)
         sizes = {own.role: own.shape[0] for own in table}
-        place = source.stacked.index(role)
+        stacked = [name for name in source.stacked if f"{name}.{kind}" in sizes]  # queries alone, if K,V are another's
+        place = stacked.index(role)
         if source.by_head:
             heads = layer.attention.heads
             count = sizes[f"{role}.{kind}"] // heads
-            rows = (
-                rows.reshape(heads, count) + (count * ((len(source.stacked) - 1) * np.arange(heads) + place))[:, None]
-            )
+            rows = rows.reshape(heads, count) + (count * ((len(stacked) - 1) * np.arange(heads) + place))[:, None]
             rows = rows.reshape(-1)
         else:
-            rows = rows + sum(sizes[f"{name}.{kind}"] for name in source.stacked[:place])
+            rows = rows + sum(sizes[f"{name}.{kind}"] for name in stacked[:place])
     if weight.is_rotated and rope is not None:
         order = rotary_order(rope, pairs)
         is_whole = is_whole and bool(np.array_equal(order, np.arange(len(order))))

@@ -43,6 +43,7 @@ class ExportSpec:
         adapter: The folder of a LoRA adapter to merge, as peft saves it.
         genai: Also write what onnxruntime-genai needs to run the uncut model from the same weights.
         follow_links: Follow links that lead out of the checkpoint's folder. Those of the hub's cache always are.
+        allow_pickle: Read tensors from pickles, where there are no safetensors. Code in them is never run.
     """
 
     checkpoint: str
@@ -59,6 +60,7 @@ class ExportSpec:
     exits: Path | None = None
     follow_links: bool = False
     genai: bool = False
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:

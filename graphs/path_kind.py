@@ -21,11 +21,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CHECKPOINT_FILES = (
     "config.json",
     "model*.safetensors",
+    "consolidated*.safetensors",
     "*.gguf",
     "pytorch_model*.bin",
     "consolidated.*.pth",
     names.GENAI_CONFIG_FILE,
 )
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""How the names of torch.save files end."""
 _MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "release/mp_rank_*")
 _MOST_NEIGHBOURS = 1000  # of a path that does not exist are looked at
 
@@ -72,6 +75,19 @@ def _folder_kind(folder: Path) -> PathKind:
 def looks_like_megatron(folder: Path) -> bool:
     """Whether a folder is a checkpoint that Megatron saved, or one iteration of it, complete or not."""
     return any(any(folder.glob(pattern)) for pattern in _MEGATRON_FILES)
+
+
+def is_consolidated(folder: Path) -> bool:
+    """Whether a folder holds a model as Mistral saves it, and not also, completely or not, as transformers does."""
+    names_of_transformers = ("model.safetensors", "model.safetensors.index.json")
+    has_other = (folder / "config.json").exists() and any((folder / name).exists() for name in names_of_transformers)
+    has_params = (folder / "params.json").exists() or not (folder / "config.json").exists()
+    return has_params and not has_other and any(folder.glob("consolidated*.safetensors"))
+
+
+def is_pickle(path: str | Path) -> bool:
+    """Whether a file's name is that of a torch.save file."""
+    return Path(path).suffix.lower() in PICKLE_SUFFIXES
 
 
 def is_hub_id(source: str) -> bool:

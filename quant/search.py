@@ -1,10 +1,10 @@
 """The cheapest mix of int4, int8 and float parts that stays under a KL divergence, greedy by sensitivity.
 
-Units are the attention and the MLP of each layer, the head, and an untied embedding. Each is rounded once to every
-width of codes, for the inputs that the float model gives it. A unit's *sensitivity* is the KL divergence from the
-source when it alone is int4, per byte that int4 saves over int8. In that order units go from int8 to int4; how many may
-go is found by bisection, and every candidate mix is run. Where int8 everywhere is already too much, units go from int8
-to float instead, the most sensitive first.
+Units are the attention, the MLP and the branch on tokens of each layer, the head, and an untied embedding. Each is
+rounded once to every width of codes, for the inputs that the float model gives it. A unit's *sensitivity* is the KL
+divergence from the source when it alone is int4, per byte that int4 saves over int8. In that order units go from int8
+to int4; how many may go is found by bisection, and every candidate mix is run. Where int8 everywhere is already too
+much, units go from int8 to float instead, the most sensitive first.
 
 KL is measured on text that rounding did not see: the last quarter of the calibration text.
 """
@@ -30,7 +30,7 @@ from shortstack.quant.side_product import Tuning
 from shortstack.quant.source import Source
 
 Floats = npt.NDArray[np.float32]
-_BRANCHES = ("attn.", "mlp.")  # what the parts of their matrices begin with
+_BRANCHES = ("attn.", "mlp.", "per_layer.")  # what the parts of their matrices begin with
 _WIDTHS = tuple(sorted(CODE_TYPES, reverse=True))  # bits, from the finest codes to the coarsest
 _MEASURED_TOKENS = 1024
 _HEAD_ROWS = 256
@@ -137,6 +137,7 @@ def units(source: Source) -> list[Unit]:
         for parts in (matrix_parts(source.spec.weights(layer)),)
         for branch in _BRANCHES
     ]
+    found = [unit for unit in found if unit.matrices]  # few layers have a branch on tokens
     vocabulary = dict.fromkeys((head_name(source), names.EMBED_TOKENS))  # one and the same where they are tied
     return [*found, *(Unit(None, (name,)) for name in vocabulary)]
 

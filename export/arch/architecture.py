@@ -124,7 +124,8 @@ def expected_tensors(arch: Architecture, spec: ModelSpec) -> dict[str, Shape]:
         shapes = layer_shapes(spec, layer)
         for role, shape in shapes.items():
             source, kind = arch.source(role), role.rsplit(".", 1)[1]
-            rows = sum(shapes[f"{name}.{kind}"][0] for name in source.stacked) or shape[0]
+            own = (shapes.get(f"{name}.{kind}") for name in source.stacked)  # queries alone, where K,V are another's
+            rows = sum(stacked[0] for stacked in own if stacked is not None) or shape[0]
             stored = (rows, *shape[1:])
             if source.layers in ("rows", "columns"):
                 axis = ("rows", "columns").index(source.layers)

@@ -126,6 +126,8 @@ class Family:
         divides_logits: See ``logit_scale``.
         logit_softcap: Of the logits; 0 for none.
         neutral: Further fields as in :data:`NEUTRAL`.
+        reads_sharing: ``extend`` reads the fields of :mod:`shortstack.export.arch.own_sharing`, and ``extra_config``
+            writes them.
         extend: Changes the spec as further fields of the config say.
         extra_config: Further fields of a config that describes a spec.
         is_in_transformers: See :class:`Architecture`.
@@ -179,6 +181,7 @@ class Family:
     divides_logits: bool = False
     logit_softcap: Key | float = 0.0
     neutral: Mapping[str, object] = field(default_factory=dict)
+    reads_sharing: bool = False
     extend: Callable[[Config, ModelSpec], ModelSpec] = lambda config, spec: spec
     extra_config: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
     is_in_transformers: Callable[[ModelSpec], bool] = field(default=lambda spec: True)

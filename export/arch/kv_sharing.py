@@ -66,11 +66,7 @@ def read_sharing(config: Config, spec: ModelSpec) -> Sharing:
     types = listed(config, layers)
     kv_map = read_kv_map(config, layers) if "kv_map" in config else gemma_kv_map(config, types)
     if "windows" in config:
-        windows = config.read_ints("windows")
-        if len(windows) != layers:
-            raise _wrong_length(config, "windows", len(windows), layers)
-        if not 0 <= min(windows) <= max(windows) <= LARGEST_SIZE:
-            raise config.wrong("windows", "numbers of positions, 0 for all")
+        windows = read_windows(config, layers)
     else:
         window = read_window(config) if SLIDING in types else 0
         windows = tuple(window if kind == SLIDING else 0 for kind in types)
@@ -103,6 +99,16 @@ def read_kv_map(config: Config, layers: int) -> tuple[int, ...]:
             expected="for each layer one that uses its own K,V",
         ) from None
     return kv_map
+
+
+def read_windows(config: Config, layers: int) -> tuple[int, ...]:
+    """Read ``windows``; errors as in :func:`read_sharing`."""
+    windows = config.read_ints("windows")
+    if len(windows) != layers:
+        raise _wrong_length(config, "windows", len(windows), layers)
+    if not 0 <= min(windows) <= max(windows) <= LARGEST_SIZE:
+        raise config.wrong("windows", "numbers of positions, 0 for all")
+    return windows
 
 
 def read_window(config: Config, default: int | None = None) -> int:

@@ -48,6 +48,7 @@ FAMILY = Family(
     transformers_class="LlamaForCausalLM",
     sources=llama_sources(),
     mlp_bias=Key("mlp_bias", False),
+    reads_sharing=True,
     extend=_with_sharing,
     extra_config=_extra_config,
     is_in_transformers=is_plain,

@@ -40,7 +40,7 @@ def _write_config(spec: ModelSpec) -> dict[str, Any]:
     return config
 
 
-ARCH = replace(architecture(FAMILY), write_config=_write_config)
+ARCH = architecture(FAMILY, _write_config)
 MINISTRAL_ARCH = architecture(
     replace(FAMILY, model_type="ministral", transformers_class="MinistralForCausalLM", has_null_window=False)
 )

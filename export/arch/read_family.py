@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -27,8 +29,15 @@ def read_family(family: Family, config: Config) -> ModelSpec:
         CheckpointError: A field is missing, has the wrong type, or contradicts another one.
         UnsupportedError: The config asks for something this version cannot export.
     """
-    try:
+    with remedies():
         return _read(family, config)
+
+
+@contextmanager
+def remedies() -> Iterator[None]:
+    """Give errors about a config that have no remedy the usual one."""
+    try:
+        yield
     except CheckpointError as error:
         if not error.has_remedy:
             remedy = _OTHER_MODEL if isinstance(error, UnsupportedError) else _OTHER_FILE

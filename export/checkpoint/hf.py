@@ -1,13 +1,14 @@
 """Reads Hugging Face folders: the config, one safetensors file or shards with an index, and the tokenizer's files.
 
 Tensors are memory-mapped and converted one at a time. The folder is treated as untrusted: shard names must be plain
-file names, links must not lead out of the folder (except into the ``blobs`` of the hub's own cache), and pickles are
-never opened.
+file names, and links must not lead out of the folder (except into the ``blobs`` of the hub's own cache). Pickles are
+opened only where that is asked for, and never run code (:mod:`shortstack.export.checkpoint.pickled`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,12 +33,15 @@ from shortstack.export.checkpoint.tokenizer_files import complete_files
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.links import stays_inside
 from shortstack.graphs.names import TEXT_FILES
+from shortstack.graphs.path_kind import is_pickle
 from shortstack.graphs.read_file import read_file
 from shortstack.graphs.spec import ModelSpec
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
+_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[\w.-]*")  # what Trainers leave
 
 
 class HuggingFaceCheckpoint:
@@ -47,31 +51,41 @@ class HuggingFaceCheckpoint:
         folder: The folder.
         source: The name that the user gave, if it is not the folder itself, such as a hub id.
         follow_links: Follow links that lead out of the folder.
+        allow_pickle: Read pickles, if there are no safetensors.
+        weights: The names of the file with the weights, and of the index of their shards; None finds them.
+        config: The config, where it is not in ``config.json``.
+
+    Attributes:
+        is_pickled: The weights are pickles.
 
     Raises:
         CheckpointError: A file is missing, damaged or outside the folder.
-        UnsupportedError: The weights are there only as pickles.
+        UnsupportedError: The weights are there only as pickles, and these may not be read or hold more than tensors.
     """
 
-    def __init__(self, folder: Path, source: str | None = None, *, follow_links: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: str | None = None,
+        *,
+        follow_links: bool = False,
+        allow_pickle: bool = False,
+        weights: tuple[str, str] | None = None,
+        config: Config | None = None,
+    ) -> None:
         self.source = str(folder) if source is None else source
         self.folder_or_file = folder
         self._follow_links = follow_links
-        config_file = member(folder, "config.json", follow_links=follow_links)
-        if config_file is None:
-            raise CheckpointError(
-                f"{folder} has no config.json",
-                remedy="name a folder that transformers' save_pretrained wrote, or a .gguf",
-            )
-        self.config = Config(parse_json_object(_read(config_file), config_file), str(config_file))
-        promised = find_weight_files(folder, follow_links=follow_links)
-        self._shards = {file: _open(file) for file in promised}
+        self.config = read_config(folder, follow_links=follow_links) if config is None else config
+        promised = find_weight_files(folder, weights, follow_links=follow_links, allow_pickle=allow_pickle)
+        self.is_pickled = allow_pickle and any(map(is_pickle, promised))
+        self._shards = {file: _open_pickle(file) if self.is_pickled else _open(file) for file in promised}
         self._file_of: dict[str, Path] = {}
         for file, shard in self._shards.items():
             stored = frozenset(shard.keys())
             if absent := sorted(promised[file] - stored):
                 raise CheckpointError(
-                    f"{file} lacks {len(absent)} tensors that {INDEX_FILE} places there ({', '.join(absent[:10])})",
+                    f"{file} lacks {len(absent)} tensors that the index places there ({', '.join(absent[:10])})",
                     remedy="download the checkpoint again: its index and shards are of different versions",
                 )
             if twice := sorted(stored & self._file_of.keys()):
@@ -81,6 +95,11 @@ class HuggingFaceCheckpoint:
                     remedy="remove the file that does not belong to this model",
                 )
             self._file_of |= dict.fromkeys(stored, file)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files with the weights, sorted by name."""
+        return tuple(self._shards)
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
@@ -154,10 +173,14 @@ class HuggingFaceCheckpoint:
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the tokenizer's files that exist, and always a generation config."""
+        found = self.stored_files()
+        return complete_files(found, self.config, str(self.folder_or_file), is_resolved=False)
+
+    def stored_files(self) -> dict[str, bytes]:
+        """Return the content of the tokenizer's files as they are."""
         folder, follow = self.folder_or_file, self._follow_links
         paths = {name: member(folder, name, follow_links=follow) for name in (*TEXT_FILES, *MORE_FILES)}
-        found = {name: _read(path) for name, path in paths.items() if path is not None}
-        return complete_files(found, self.config, str(self.folder_or_file), is_resolved=False)
+        return {name: _read(path) for name, path in paths.items() if path is not None}
 
     def digest(self, progress: Progress | None = None) -> str:
         """Return the SHA-256 over ``config.json`` and the weight files, each preceded by its name and size."""
@@ -169,42 +192,86 @@ class HuggingFaceCheckpoint:
         return self._shards[self._file_of[name]]
 
 
-def find_weight_files(folder: Path, *, follow_links: bool = False) -> dict[Path, frozenset[str]]:
-    """Return the safetensors files of a folder, sorted by name, each with the names of the tensors that an index lists.
+def read_config(folder: Path, name: str = "config.json", *, follow_links: bool = False) -> Config:
+    """Read the JSON file of a folder that describes the model; errors as for the other files."""
+    file = member(folder, name, follow_links=follow_links)
+    if file is None:
+        raise CheckpointError(
+            f"{folder} has no {name}", remedy="name a folder that transformers' save_pretrained wrote, or a .gguf"
+        )
+    return Config(parse_json_object(_read(file), file), str(file))
+
+
+def find_weight_files(
+    folder: Path, usual: tuple[str, str] | None = None, *, follow_links: bool = False, allow_pickle: bool = False
+) -> dict[Path, frozenset[str]]:
+    """Return the weight files of a folder, sorted by name, each with the names of the tensors that an index lists.
 
     ``model.safetensors`` takes precedence over an index, as in transformers. A single ``*.safetensors`` of another name
-    is accepted.
+    is accepted. Pickles come last, in the same order.
+
+    Args:
+        folder: The folder.
+        usual: The names of the one file, and of an index of shards; None finds them.
+        follow_links: Follow links that lead out of the folder.
+        allow_pickle: Accept pickles.
 
     Raises:
         CheckpointError: The index is damaged, names a file that is missing or outside the folder, or there are no
             weights.
-        UnsupportedError: There are only pickles.
+        UnsupportedError: There are only pickles, and they are not accepted.
     """
     find = partial(member, folder, follow_links=follow_links)
-    if (weights_file := find(WEIGHTS_FILE)) is not None:
-        return {weights_file: frozenset()}
-    if (index_file := find(INDEX_FILE)) is not None:
-        return _files_of_index(folder, index_file, find)
+    if usual is not None and (found := _usual_files(folder, *usual, find)) is not None:
+        return found
+    if (found := _usual_files(folder, WEIGHTS_FILE, INDEX_FILE, find)) is not None:
+        return found
     candidates = sorted(file.name for file in folder.glob("*.safetensors"))
     if len(candidates) == 1 and (weights_file := find(candidates[0])) is not None:
         return {weights_file: frozenset()}
     if candidates:
+        raise _several(folder, candidates, "safetensors files", INDEX_FILE if usual is None else usual[1])
+    pickles = sorted(file.name for file in folder.glob("*") if is_pickle(file) and not _NOT_WEIGHTS.match(file.name))
+    if not pickles:
         raise CheckpointError(
-            f"{folder} holds {len(candidates)} safetensors files and no {INDEX_FILE} that says which belong together",
-            remedy=f"add {INDEX_FILE}, or keep one file",
-        )
-    pickles = sorted(file.name for pattern in _PICKLE_PATTERNS for file in folder.glob(pattern))
-    if pickles:
-        raise UnsupportedError(
-            f"{folder} holds its weights only as pickles ({', '.join(pickles[:3])}), which may run code",
+            f"{folder} has no weights",
             expected=f"{WEIGHTS_FILE}, or shards with {INDEX_FILE}",
-            remedy="convert a checkpoint you trust with `AutoModelForCausalLM.from_pretrained(FOLDER)"
-            ".save_pretrained(NEW_FOLDER, safe_serialization=True)` from transformers",
+            remedy="finish the download, or name the folder that holds the weights",
         )
-    raise CheckpointError(
-        f"{folder} has no weights",
+    if not allow_pickle:
+        raise only_pickles(f"{folder} holds its weights only as pickles ({', '.join(pickles[:3])})")
+    if (found := _usual_files(folder, PICKLED_FILE, PICKLED_INDEX_FILE, find)) is not None:
+        return found
+    if len(pickles) == 1 and (weights_file := find(pickles[0])) is not None:
+        return {weights_file: frozenset()}
+    raise _several(folder, pickles, "pickles", PICKLED_INDEX_FILE)
+
+
+def only_pickles(what: str) -> UnsupportedError:
+    """Return the error for weights that are pickles, where these may not be read."""
+    return UnsupportedError(
+        f"{what}, which may run code",
         expected=f"{WEIGHTS_FILE}, or shards with {INDEX_FILE}",
-        remedy="finish the download, or name the folder that holds the weights",
+        remedy="convert a checkpoint you trust with `AutoModelForCausalLM.from_pretrained(FOLDER)"
+        ".save_pretrained(NEW_FOLDER, safe_serialization=True)` from transformers; or add --allow-pickle, which reads "
+        "tensors and runs nothing",
+    )
+
+
+def _usual_files(
+    folder: Path, whole: str, index: str, find: Callable[[str], Path | None]
+) -> dict[Path, frozenset[str]] | None:
+    """Return the one file, or the shards of an index, under transformers' names for them; None for neither."""
+    if (weights_file := find(whole)) is not None:
+        return {weights_file: frozenset()}
+    return None if (index_file := find(index)) is None else _files_of_index(folder, index_file, find)
+
+
+def _several(folder: Path, files: list[str], kind: str, index: str) -> CheckpointError:
+    listed = ", ".join(files[:5])
+    return CheckpointError(
+        f"{folder} holds {len(files)} {kind} ({listed}) and no {index} that says which belong together",
+        remedy=f"add {index}, or keep one file",
     )
 
 
@@ -224,8 +291,9 @@ def _files_of_index(folder: Path, index_file: Path, find: Callable[[str], Path |
     files = {shard: find(shard) for shard in shards}
     missing = [shard for shard, file in files.items() if file is None]
     if missing:
+        listed = ", ".join(missing[:10])
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(shards)} files that {INDEX_FILE} names ({', '.join(missing[:10])})",
+            f"{folder} lacks {len(missing)} of {len(shards)} files that {index_file.name} names ({listed})",
             remedy="finish the download",
         )
     return {
@@ -265,6 +333,12 @@ def member(folder: Path, name: str, *, follow_links: bool = False) -> Path | Non
 
 def _read(file: Path) -> bytes:
     return read_file(file, CheckpointError, "download the file again")
+
+
+def _open_pickle(file: Path) -> Any:
+    from shortstack.export.checkpoint.pickled import PickledFile  # brings torch
+
+    return PickledFile(file)
 
 
 def _open(file: Path) -> Any:

@@ -1,4 +1,8 @@
-"""Fetches a model from the Hugging Face hub: its config, its tokenizer's files and its safetensors, nothing else."""
+"""Fetches a model from the Hugging Face hub: its config, its tokenizer's files and its safetensors, nothing else.
+
+Where there are no safetensors under transformers' names, those under Mistral's are fetched. Where there are none at all
+and pickles may be read, these are.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +23,29 @@ from shortstack.graphs.names import TEXT_FILES
 
 # `*` also matches `/`: the prefix keeps copies in subfolders, such as original/model.safetensors, from being fetched.
 _PATTERNS = ("config.json", *TEXT_FILES, *MORE_FILES, "model*.safetensors", "model.safetensors.index.json")
+_MISTRAL_PATTERNS = ("params.json", "consolidated*.safetensors", "consolidated.safetensors.index.json")
+_PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
+def download(repo_id: str, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
     """Return the folder of a snapshot in the hub's cache, fetching what is not there yet.
 
     Args:
         repo_id: ``organisation/name``.
         revision: Branch, tag or commit; the default branch without it.
+        allow_pickle: Fetch pickles if there are no safetensors.
 
     Raises:
         CheckpointError: There is no such model or revision, it is gated, or the hub cannot be reached.
     """
     what = f"{repo_id} at {revision}" if revision else repo_id
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_PATTERNS)))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_PATTERNS)))
+        for more in (_MISTRAL_PATTERNS, _PICKLE_PATTERNS if allow_pickle else ()):
+            if more and not any(folder.glob("*.safetensors")):
+                patterns = [*_PATTERNS, *more]
+                folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return folder
     except GatedRepoError:
         raise CheckpointError(
             f"{what} is gated on the hub",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, follow_links_option, option_group, threads_option
+from shortstack.command_options import Command, allow_pickle_option, follow_links_option, option_group, threads_option
 from shortstack.command_paths import BundlePath, CheckpointPath
 from shortstack.graphs.errors import ParityError, RequestError
 from shortstack.graphs.read_file import read_text
@@ -35,6 +35,7 @@ from shortstack.graphs.read_file import read_text
     ),
     click.option("--revision", help="Branch, tag or commit of a hub id."),
     follow_links_option,
+    allow_pickle_option,
 )
 @option_group(
     "Prompts",
@@ -68,6 +69,7 @@ def parity(
     exits_folder: Path | None,
     revision: str | None,
     follow_links: bool,
+    allow_pickle: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -97,10 +99,10 @@ def parity(
         is_trained = any(not exit_spec.is_plain for exit_spec in model.bundle.manifest.plan.exits)
         exits = None
         if exits_folder is not None or is_trained:
-            exits = load_twin_exits(checkpoint, exits_folder, revision, adapter, follow_links, weights)
+            exits = load_twin_exits(checkpoint, exits_folder, revision, adapter, follow_links, weights, allow_pickle)
         check_exits(model.bundle.manifest, exits)
         kind = TwinReference if needs_twin(model.bundle.manifest.spec, checkpoint) else Reference
-        reference = kind(checkpoint, revision, adapter, follow_links, weights)
+        reference = kind(checkpoint, revision, adapter, follow_links, weights, allow_pickle)
         if threads is not None:
             torch.set_num_threads(threads)
         advance(1)

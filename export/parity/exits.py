@@ -79,13 +79,14 @@ def load_twin_exits(
     adapter: Path | None = None,
     follow_links: bool = False,
     weights: BundleWeights | None = None,
+    allow_pickle: bool = False,
 ) -> TwinExits | None:
     """Load the twin of a checkpoint and the exits of a folder; errors as in the export.
 
     Without a folder the exits are those in the checkpoint itself. Returns None if it holds none. With the weights of a
     quantized bundle, these compute.
     """
-    checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
+    checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links, allow_pickle=allow_pickle)
     stored = checkpoint.exits(resolve(checkpoint)[1]) if folder is None else ()
     if folder is None and not stored:
         return None

@@ -15,7 +15,9 @@ from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.arch.architecture import FINAL_NORM, LM_HEAD
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
+from shortstack.export.checkpoint.consolidated import ConsolidatedCheckpoint
 from shortstack.export.checkpoint.gguf import GgufCheckpoint
+from shortstack.export.checkpoint.hf import HuggingFaceCheckpoint
 from shortstack.export.checkpoint.megatron import MegatronCheckpoint
 from shortstack.export.checkpoint.quantized import QuantizedCheckpoint
 from shortstack.export.kept_blocks import KeptBlocks
@@ -37,6 +39,7 @@ class Reference:
         adapter: A LoRA adapter to add to its weights, as peft saves it.
         follow_links: Follow links that lead out of its folder.
         weights: Those of a quantized bundle, which the model then holds; None leaves it the checkpoint's.
+        allow_pickle: Read tensors from pickles.
 
     Attributes:
         spec: What shortstack reads from the same config.
@@ -54,12 +57,13 @@ class Reference:
         adapter: Path | None = None,
         follow_links: bool = False,
         weights: BundleWeights | None = None,
+        allow_pickle: bool = False,
     ) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         # Our own reader comes first: it says what is wrong with a folder, refuses pickles, and checks names and shapes.
-        checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
+        checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links, allow_pickle=allow_pickle)
         self._arch, self.spec = resolve(checkpoint)
         adapted = None if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         path = Path(source).expanduser()
@@ -164,7 +168,9 @@ def _is_read_by_us_alone(checkpoint: Checkpoint) -> bool:
     """
     if isinstance(checkpoint, GgufCheckpoint):
         return checkpoint.architecture != "llama"
-    return isinstance(checkpoint, MegatronCheckpoint | QuantizedCheckpoint)
+    if isinstance(checkpoint, HuggingFaceCheckpoint):
+        return checkpoint.is_pickled  # transformers finds few of the files that we do
+    return isinstance(checkpoint, MegatronCheckpoint | ConsolidatedCheckpoint | QuantizedCheckpoint)
 
 
 def _load(source: str, revision: str | None, path: Path, arguments: dict[str, Any]) -> Any:

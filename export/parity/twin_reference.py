@@ -39,6 +39,7 @@ class TwinReference:
         adapter: A LoRA adapter to add to its weights, as peft saves it.
         follow_links: Follow links that lead out of its folder.
         weights: Those of a quantized bundle, which the twin then holds; None leaves it the checkpoint's.
+        allow_pickle: Read tensors from pickles.
 
     Attributes:
         spec: What shortstack reads from its config.
@@ -54,8 +55,9 @@ class TwinReference:
         adapter: Path | None = None,
         follow_links: bool = False,
         weights: BundleWeights | None = None,
+        allow_pickle: bool = False,
     ) -> None:
-        checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links)
+        checkpoint = open_checkpoint(source, revision=revision, follow_links=follow_links, allow_pickle=allow_pickle)
         adapted = checkpoint if adapter is None else AdaptedCheckpoint(checkpoint, adapter)
         self._twin = twin_of(adapted).eval()
         self.spec = self._twin.spec

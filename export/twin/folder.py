@@ -72,6 +72,8 @@ def twin_parameter(role: str, layer: int | None = None) -> str:
 def check_sharing_is_saved(spec: ModelSpec) -> None:
     """Check that a config of the model's family can say which layers share keys and values, and which slide.
 
+    Some families say by one field which layers slide and which are rotated, and how.
+
     Raises:
         UnsupportedError: It cannot: the folder would be read as another model.
     """
@@ -80,13 +82,21 @@ def check_sharing_is_saved(spec: ModelSpec) -> None:
         found = arch.read_spec(Config(arch.write_config(spec), "config.json"))
     except CheckpointError:
         found = None
-    if found is None or (found.kv_map, found.windows) != (spec.kv_map, spec.windows):
+    if found is None or _sharing(found) != _sharing(spec):
         raise UnsupportedError(
-            f"no config of {spec.model_type} can say how these layers share keys and values",
+            f"no config of {spec.model_type} can say how these layers share keys and values, and what each sees",
             found=f"kv_map {list(spec.kv_map)}, windows {list(spec.windows)}",
-            expected="a model of the family llama",
-            remedy="start from a Llama, or with --from-scratch from a config of one",
+            expected="the windows that the model has, where its sliding layers have another rotary embedding",
+            remedy="leave --sliding-window and the marks of sliding layers out",
         )
+
+
+def _sharing(spec: ModelSpec) -> tuple[object, ...]:
+    """Return whose K,V each layer uses, what it sees, and how it is rotated."""
+    numbers = (layer.attention.rope for layer in spec.layers)
+    ropes = [None if number is None else spec.ropes[number] for number in numbers]
+    rotations = [None if rope is None else (rope.theta, rope.dims, rope.scaling.kind) for rope in ropes]
+    return spec.kv_map, spec.windows, spec.masks_diagonal, rotations
 
 
 def save_twin(twin: Twin, folder: Path, files: Mapping[str, bytes], *, dtype: torch.dtype = torch.float32) -> None:

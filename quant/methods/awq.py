@@ -5,7 +5,8 @@ multiplied by s: the layer computes the same. s = rms(x)^alpha, alpha found by t
 the outputs (Lin et al. 2023, arXiv 2306.00978; there mean |x|). What takes the division, where the layer has it::
 
     input_norm                   for qkv_proj
-    v rows of qkv_proj           for o_proj, one scale for all query heads that read a value head
+    v rows of qkv_proj           for o_proj, one scale for all query heads that read a value head; not where values
+                                 are normalised, are the keys, or are another layer's
     post_attention_norm          for the projections that the MLP begins with
     up_proj rows                 for down_proj of a gated MLP: an activation is not linear, the product with up is
 
@@ -91,8 +92,10 @@ def scale_layer(
             for name in (f"{norm}.weight", f"{norm}.bias"):
                 if name in scaled:
                     scaled[name] = (scaled[name] / found).astype(np.float32)
-    # A layer that reads the values of another one cannot scale them, nor may others read scaled ones.
-    if spec.kv_map == identity_kv_map(spec.num_hidden_layers):
+    # A layer that reads the values of another one cannot scale them, nor may others read scaled ones. Where values are
+    # normalised, a scale of their channels would change all of them, and where they are the keys, the keys, too.
+    is_linear = own.attention.v_norm is None and not own.attention.k_equals_v
+    if is_linear and spec.kv_map == identity_kv_map(spec.num_hidden_layers):
         kv_heads, width = own.attention.kv_heads, own.attention.cache_head_dim
         group = own.attention.heads // kv_heads
         found = divide((O_PROJ,), lambda s: _one_per_value(s, kv_heads, group, width))

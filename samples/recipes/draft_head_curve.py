@@ -28,6 +28,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from shortstack.command_options import allow_pickle_option
 from shortstack.export.twin.exits import ExitNode
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec
@@ -168,6 +169,7 @@ def speed_up(entry: Mapping[str, Any]) -> float:
 @click.option("--row-costs", default=",".join(f"{m}:{c}" for m, c in ROW_COSTS.items()), help="c(M).")
 @click.option("--launch-cost", type=click.FloatRange(0), default=0.0, help="Of a run, besides its weights.")
 @click.option("--max-tokens", type=click.IntRange(2), default=512, help="Longer rows are cut.")
+@allow_pickle_option
 @click.option("--json", "as_json", is_flag=True, help="Print the entries as JSON.")
 def curve(
     checkpoint: str,
@@ -181,12 +183,13 @@ def curve(
     row_costs: str,
     launch_cost: float,
     max_tokens: int,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Measure exits of CHECKPOINT as draft sources; write table and picture to OUT. Continues where it was stopped."""
     extra = read_trained(trained)
     costs = Costs(read_row_costs(row_costs), launch_cost)
-    source = open_source(checkpoint, from_scratch=False)
+    source = open_source(checkpoint, from_scratch=False, allow_pickle=allow_pickle)
     spec = source.twin.eval().requires_grad_(False).spec
     depths = sorted(set(exit_layers))
     if depths[-1] >= spec.num_hidden_layers:

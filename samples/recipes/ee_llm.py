@@ -49,7 +49,7 @@ from shortstack.samples.recipes.training.measure import exit_stream, measure_dep
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast, pick_device
 from shortstack.samples.recipes.training.report import depth_lines, write_report
 from shortstack.samples.recipes.training.schedules import ee_llm_weight
-from shortstack.samples.recipes.training.source import Source, open_source
+from shortstack.samples.recipes.training.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def train(
 @click.option("--token-weighted", is_flag=True, help="Weigh tokens with the exit's own confidence.")  # fmt: skip
 def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     """Train CHECKPOINT and exits together, all weights; write model, exits, report and picture to OUT."""
-    source = open_source(common.checkpoint, from_scratch=common.from_scratch, adapter=common.adapter)
+    source = common.source()
     layers = source.twin.spec.num_hidden_layers
     exit_layers = tuple(sorted(set(options["exit_layers"])))
     if not exit_layers or exit_layers[-1] >= layers:

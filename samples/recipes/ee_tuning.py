@@ -46,7 +46,7 @@ from shortstack.samples.recipes.training.exit_loss import ExitLossSpec, Target
 from shortstack.samples.recipes.training.exit_start import Start
 from shortstack.samples.recipes.training.exit_tuning import ExitWeights, TuningSpec, hold_out, tune
 from shortstack.samples.recipes.training.loop import LoopSpec
-from shortstack.samples.recipes.training.source import Source, open_source
+from shortstack.samples.recipes.training.source import Source
 
 KINDS: dict[str, tuple[Branch, Norm]] = {**EE_LLM_KINDS, "linear": ("linear", "final")}
 
@@ -192,7 +192,7 @@ def main(loop: LoopSpec, common: Common, **options: Any) -> dict[str, Any]:
     """Train exits on the frozen CHECKPOINT; write them, report and picture to OUT."""
     if common.from_scratch:
         raise RequestError("--from-scratch trains a stack", remedy="train it with samples.recipes.ee_llm first")
-    source = open_source(common.checkpoint, from_scratch=False, adapter=common.adapter)
+    source = common.source()
     exits = exit_specs(options["exit_layers"], source.twin.spec.num_hidden_layers, source.twin.spec.vocab_size, options)
     weights = loss_weights(options["exit_weights"], len(exits))
     recipe = TuningSpec(

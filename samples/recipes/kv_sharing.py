@@ -52,7 +52,7 @@ from shortstack.samples.recipes.training.measure import DepthQuality, measure_de
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast, pick_device
 from shortstack.samples.recipes.training.report import depth_lines, write_report
 from shortstack.samples.recipes.training.schedules import Scale, exit_weights
-from shortstack.samples.recipes.training.source import Source, open_source
+from shortstack.samples.recipes.training.source import Source
 from shortstack.samples.recipes.training.stack_loss import stack_loss
 
 _FLOAT32_BYTES = 4
@@ -156,7 +156,7 @@ def train(
 def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     """Make CHECKPOINT's layers share keys and values, and uptrain it; write model, report and picture to OUT."""
     torch.manual_seed(loop.seed)  # from scratch it draws the weights
-    source = open_source(common.checkpoint, from_scratch=common.from_scratch, adapter=common.adapter)
+    source = common.source()
     layers = source.twin.spec.num_hidden_layers
     kv_map, windows = parse_sharing(options["kv_map"], options["sliding_window"], layers)
     given = options["exit_layers"]

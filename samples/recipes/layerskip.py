@@ -44,7 +44,7 @@ from shortstack.samples.recipes.training.measure import DepthQuality, measure_de
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast, pick_device
 from shortstack.samples.recipes.training.report import depth_lines, write_report
 from shortstack.samples.recipes.training.schedules import Curriculum, ExitCurriculum, Scale, exit_weights, layer_dropout
-from shortstack.samples.recipes.training.source import Source, open_source
+from shortstack.samples.recipes.training.source import Source
 from shortstack.samples.recipes.training.stack_loss import ExitVocab, stack_loss
 
 
@@ -195,7 +195,7 @@ def _shrink_frozen(twin: nn.Module) -> None:
 def main(loop: LoopSpec, common: Any, **options: Any) -> dict[str, Any]:
     """Train CHECKPOINT's stack to exit early; write adapter or model, report and picture to OUT."""
     exits = tuple(sorted(set(options["exit_layers"])))
-    source = open_source(common.checkpoint, from_scratch=common.from_scratch, adapter=common.adapter)
+    source = common.source()
     depth = source.twin.spec.num_hidden_layers
     if any(exit_layer >= depth for exit_layer in (*exits, *options["report_layers"])):
         raise RequestError(

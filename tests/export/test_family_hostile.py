@@ -32,6 +32,7 @@ def configs(family: str) -> tuple[dict[str, Any], ...]:
         their_fields(fields_of(family, sliding_window=9)),
         {**OLD, "rope_scaling": {**YARN, "truncate": True}},
         {"rope_parameters": {"rope_type": "longrope", **LENGTHS, **DIVISORS}},
+        {"kv_map": list(range(8)), "windows": [3, 0] * 4, "masks_diagonal": True},
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from helpers.kv_twins import kv_spec, random_twin
 from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.export.twin.exits import ExitNode, load_exits, states_before
 from shortstack.export.twin.folder import load_twin
@@ -27,7 +28,7 @@ from shortstack.samples.recipes.training.draft_cost import Costs, Drafts, Policy
 from shortstack.samples.recipes.training.draft_measure import measure_drafts
 from shortstack.samples.recipes.training.exit_batches import RowOrder, load_spans
 from shortstack.samples.recipes.training.exit_loss import ExitLossSpec, exit_loss, gate_loss, rows_of
-from shortstack.samples.recipes.training.exit_start import new_exit
+from shortstack.samples.recipes.training.exit_start import copy_from_model, new_exit
 from shortstack.samples.recipes.training.exit_tuning import ExitWeights, draft_ids
 from shortstack.samples.recipes.training.features import Features, _next_tokens, extract_features
 
@@ -274,6 +275,23 @@ def test_the_cost_of_a_draft_is_the_weights_it_reads(twin: Twin) -> None:
     for bad in ("", "2:1.1", "1:1,x", "1:1,2:nan"):
         with pytest.raises(RequestError, match="--row-costs"):
             read_row_costs(bad)
+
+
+def test_a_block_starts_as_the_last_layer_that_has_keys_and_values_of_its_own() -> None:
+    spec = replace(kv_spec((0, 1, 2, 3, 4), qkv_bias=True), kv_map=(0, 1, 2, 2, 1))
+    twin, node = random_twin(spec), ExitNode(spec, ExitSpec(1, branch="block"))
+    copy_from_model(node, twin)
+    expected = twin.model.layers[2].state_dict()
+    assert node.block.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in node.block.state_dict().items())
+
+
+def test_a_block_like_no_other_layer_is_refused_by_name() -> None:
+    spec = kv_spec((0, 1, 2, 3, 4))
+    wide = replace(spec.layers[0], mlp=replace(spec.layers[0].mlp, width=8))
+    twin = random_twin(replace(spec, layers=(wide, *spec.layers[1:]), kv_map=(1, 1, 2, 3, 4)))
+    with pytest.raises(RequestError, match=r"no layer of the model has the weights.*--start random"):
+        copy_from_model(ExitNode(twin.spec, ExitSpec(1, branch="block")), twin)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from helpers.families import FamilyRow, MadeFamily
+from helpers.families import ROWS, FamilyRow, MadeFamily
 from helpers.kv_twins import kv_spec, random_ids, random_twin
 from helpers.recipe_runs import TRAINED_LOGITS, WORDS, assert_resumes, call, options, write_words
 from helpers.tiny_models import BASE, TinyBundles
@@ -279,16 +279,37 @@ def test_a_checkpoint_that_shares_is_refused(tiny_bundles: TinyBundles, data: Pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt2"])
-def test_a_family_whose_config_cannot_say_it_is_refused_before_training(
+@pytest.mark.parametrize("family", ["gemma3_text", "cohere2", "exaone4"])
+def test_windows_are_refused_before_training_where_they_also_say_how_layers_are_rotated(
     family: str, data: Path, tmp_path: Path
 ) -> None:
-    checkpoint = MadeFamily(FamilyRow(family, family), tmp_path).checkpoint
-    arguments = [str(checkpoint), str(tmp_path / "run"), *options(data), "--kv-map", "cla:2", "--steps", "2"]
-    result = CliRunner().invoke(kv_sharing.main, arguments)
+    row = next(row for row in ROWS if row.model_type == family)
+    checkpoint = MadeFamily(row, tmp_path).checkpoint
+    marked = "_".join(f"{layer}s" if layer % 2 else f"{layer}" for layer in range(row.fields["num_hidden_layers"]))
+    arguments = [str(checkpoint), str(tmp_path / "run"), *options(data, 2), "--kv-map", marked, "--sliding-window", "3"]
+    result = CliRunner().invoke(kv_sharing.main, [str(a) for a in arguments])
     assert result.exit_code == 2
     assert f"no config of {family} can say how these layers share" in result.output
+    assert "Leave --sliding-window and the marks of sliding layers out." in result.output
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2", "phi3"])
+def test_windows_and_layers_that_look_up_are_trained_in_other_families(family: str, data: Path, tmp_path: Path) -> None:
+    made = MadeFamily(next(row for row in ROWS if row.model_type == family), tmp_path)
+    run = tmp_path / "run"
+    call(kv_sharing.main, made.checkpoint, run, "--kv-map", "0s_2s_2_3s", "--sliding-window", 3, *options(data, 2))
+    trained = load_twin(str(run / "model")).eval()
+    assert trained.spec.kv_map == (0, 2, 2, 3)
+    assert trained.spec.windows == (3, 3, 0, 3)
+    export_bundle(ExportSpec(str(run / "model"), tmp_path / "out", (1,)))
+    model, ids = load(tmp_path / "out"), made.text(20)
+    with torch.no_grad():
+        expected = sequential(trained, torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(model.activations(ids).heads[4] - expected).max() < TRAINED_LOGITS
+    settings: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+    plain = model.generate(ids[:9], **settings)
+    assert model.generate(ids[:9], strategy="self-speculative", **settings).tokens == plain.tokens
 
 
 def test_layers_with_different_rotary_embeddings_cannot_share(data: Path, tmp_path: Path) -> None:

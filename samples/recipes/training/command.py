@@ -13,12 +13,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from shortstack.command_options import allow_pickle_option
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import Branch, Norm
 from shortstack.samples.command import command_errors
 from shortstack.samples.recipes.training.data import Example, read_examples
 from shortstack.samples.recipes.training.loop import LoopSpec
-from shortstack.samples.recipes.training.source import Source
+from shortstack.samples.recipes.training.source import Source, open_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Common:
         batch_size: Texts in one batch.
         device: Where to train; None picks.
         from_scratch: Draw random weights.
+        allow_pickle: Read tensors from pickles.
         loop: How long and how fast.
     """
 
@@ -53,7 +55,14 @@ class Common:
     batch_size: int
     device: str | None
     from_scratch: bool
+    allow_pickle: bool
     loop: LoopSpec
+
+    def source(self) -> Source:
+        """Open the model to train; errors as in :func:`open_source`."""
+        return open_source(
+            self.checkpoint, from_scratch=self.from_scratch, adapter=self.adapter, allow_pickle=self.allow_pickle
+        )
 
     def split(self, source: Source) -> tuple[list[Example], list[Example]]:
         """Read what to train on and what to measure on.
@@ -86,7 +95,7 @@ class Common:
         mine = asdict(self) | {"checkpoint": Path(self.checkpoint).name, "data": self.data.name, **loop}
         for name in ("held_out", "adapter"):
             mine[name] = None if mine[name] is None else mine[name].name
-        for name in ("loop", "out", "device"):
+        for name in ("loop", "out", "device", "allow_pickle"):
             del mine[name]
         return mine | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
@@ -117,6 +126,7 @@ _OPTIONS = (
     click.option("--seed", type=int, default=0, show_default=True, help="Fixes data order and dropout."),
     click.option("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]"),
     click.option("--from-scratch", is_flag=True, help="Random weights; CHECKPOINT needs config and tokenizer only."),
+    allow_pickle_option,
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )
 

@@ -51,13 +51,16 @@ class Source:
         return twin
 
 
-def open_source(checkpoint: str, *, from_scratch: bool, adapter: Path | None = None) -> Source:
+def open_source(
+    checkpoint: str, *, from_scratch: bool, adapter: Path | None = None, allow_pickle: bool = False
+) -> Source:
     """Open what a recipe starts from.
 
     Args:
         checkpoint: A folder, a GGUF file or a hub id; from scratch a folder with ``config.json`` and the tokenizer.
         from_scratch: Draw random weights.
         adapter: A LoRA adapter to merge first.
+        allow_pickle: Read tensors from pickles.
 
     Raises:
         CheckpointError: It cannot be read, or has no tokenizer.
@@ -68,7 +71,7 @@ def open_source(checkpoint: str, *, from_scratch: bool, adapter: Path | None = N
     if from_scratch:
         twin, files = _fresh(Path(checkpoint))
     else:
-        opened = open_checkpoint(checkpoint)
+        opened = open_checkpoint(checkpoint, allow_pickle=allow_pickle)
         if adapter is not None:
             opened = AdaptedCheckpoint(opened, adapter)
         twin, files = twin_of(opened), opened.files()
