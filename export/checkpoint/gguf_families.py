@@ -13,6 +13,7 @@ from typing import Any
 
 from shortstack.export.checkpoint.config import not_one_of
 from shortstack.export.checkpoint.gguf_family import LAYER_EPS, ROTATED, GgufFamily, Number, Windows
+from shortstack.export.checkpoint.gguf_gemma4 import GEMMA4
 from shortstack.export.checkpoint.gguf_model import ANOTHER_MODEL, GgufModel
 from shortstack.export.checkpoint.gguf_names import (
     FOUR_NORMS,
@@ -147,6 +148,7 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
             local_theta=10000.0,
             extend=_scale_of_gemma(62),
         ),
+        "gemma4": GEMMA4,
         "glm4": GgufFamily(
             model_type="glm4",
             transformers_class="Glm4ForCausalLM",

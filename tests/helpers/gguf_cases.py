@@ -57,6 +57,9 @@ class GgufCase:
                         parameter.uniform_(centre - 0.5, centre + 0.5)
                     else:
                         parameter.normal_(0.0, 0.3)
+                for name, buffer in model.named_buffers():
+                    if name.endswith("layer_scalar"):
+                        buffer.uniform_(0.5, 1.5)
         model.save_pretrained(folder)
         write_tokenizer(folder, VOCAB)
         return folder
@@ -92,6 +95,16 @@ _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast
 _LLAMA3 = _rope(
     "llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 5,
+    "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCAB + 4,
+    "rope_parameters": {SLIDING: _rope(), FULL: _rope("proportional", 1e6, partial_rotary_factor=0.25)},
+}
 _UNTIED = {"tie_word_embeddings": False}
 
 CASES: tuple[GgufCase, ...] = (
@@ -143,6 +156,25 @@ CASES: tuple[GgufCase, ...] = (
             "rope_parameters": {FULL: _rope("linear", 1e6, factor=8.0), SLIDING: _rope()},
         },
         config="Gemma3TextConfig",
+    ),
+    GgufCase(
+        "gemma4",
+        "gemma4",
+        "Gemma4",
+        {**_GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 5.0},
+        config="Gemma4TextConfig",
+    ),
+    GgufCase(
+        "gemma4-dense",
+        "gemma4",
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+        },
+        config="Gemma4TextConfig",
     ),
     GgufCase("phi3", "phi3", "Phi3", {"original_max_position_embeddings": 64}, in_transformers=True),
     GgufCase(

@@ -153,6 +153,41 @@ def _gemma3(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_sliding_window(config["sliding_window"])
 
 
+def _full_heads(config: Config) -> tuple[int, int]:
+    """Return width and number of the key/value heads of Gemma 4's full layers."""
+    layer = str(config["layer_types"].index("full_attention"))
+    own = {key: config[key] for key in ("head_dim", "num_key_value_heads")} | config["per_layer_config"][layer]
+    return own["head_dim"], own["num_key_value_heads"]
+
+
+def _gemma4(writer: gguf.GGUFWriter, config: Config) -> None:
+    """Later values replace earlier ones, here as there."""
+    fields = writer.kv_data[0]
+    layers, types, shared = config["num_hidden_layers"], config["layer_types"], config["num_kv_shared_layers"]
+    for key in ("key_length", "value_length"):
+        fields.pop(f"gemma4.attention.{key}")
+    _gemma3(writer, config)
+    slides = [kind == "sliding_attention" for kind in types]
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"] or 0)
+    writer.add_sliding_window_pattern(slides)
+    head_dim, of_full = _full_heads(config)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    if config["use_double_wide_mlp"]:
+        fields.pop("gemma4.feed_forward_length")
+        inner = config["intermediate_size"]
+        writer.add_feed_forward_length([inner if layer < layers - shared else 2 * inner for layer in range(layers)])
+    if of_full != config["num_key_value_heads"]:
+        fields.pop("gemma4.attention.head_count_kv")
+        writer.add_head_count_kv([config["num_key_value_heads"] if sliding else of_full for sliding in slides])
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count_swa(config["head_dim"])
+
+
 def _cohere2(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_logit_scale(config["logit_scale"])
     writer.add_sliding_window(config["sliding_window"])
@@ -214,6 +249,7 @@ _METADATA: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "glm4": _glm4,
     "gpt2": _gpt2,
     "gptneox": _gptneox,
@@ -238,12 +274,18 @@ def _modified(architecture: str, config: Config, tensors: dict[str, np.ndarray])
             yield name, np.concatenate([by_head[:, part].reshape(-1, *value.shape[1:]) for part in range(3)])
         elif architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             yield name, value.T
+        elif name.endswith("layer_scalar"):
+            yield f"{name}.weight", value
         else:
             yield name, value
     rope = _rope(config)
     if rope.get("rope_type") == "longrope":
         yield "rope_factors_long.weight", np.array(rope["long_factor"], np.float32)
         yield "rope_factors_short.weight", np.array(rope["short_factor"], np.float32)
+    if rope.get("rope_type") == "proportional":
+        half = _full_heads(config)[0] // 2
+        rotated = int(half * rope["partial_rotary_factor"])
+        yield "rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (half - rotated), np.float32)
     if rope.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3_factors(rope, _head_dim(config))
 
