@@ -18,9 +18,9 @@ from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, Piece, layer_pieces, matrix_sources
 from shortstack.graphs.errors import CheckpointError
-from shortstack.graphs.ir.attention import padded_share
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.ir.finite import check_finite
+from shortstack.graphs.ir.heads import padded_share
 from shortstack.graphs.layer_spec import Attention
 from shortstack.graphs.layer_weights import Weight
 from shortstack.graphs.spec import ModelSpec

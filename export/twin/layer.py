@@ -17,8 +17,15 @@ from torch.nn import functional
 from shortstack.graphs import layer_spec
 
 KeyValue = tuple[Tensor, Tensor]
-Rotary = tuple[Tensor, Tensor]
-"""cos and sin, each [seq, head_dim / 2]."""
+
+
+class Rotary(NamedTuple):
+    """cos and sin of some positions, each [seq, head_dim / 2], and these positions, int64 [seq]."""
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+
 
 ACTIVATIONS: dict[layer_spec.Activation, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -83,7 +90,10 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor, rotaries: Sequence[Rotary]) -> Tensor:
         """Return the rotated queries, [batch, heads, seq, head_dim]."""
-        return self._rotated(self.q_proj(x), self.q_norm if self.spec.qk_norm is not None else None, rotaries)
+        query = self._rotated(self.q_proj(x), self.q_norm if self.spec.qk_norm is not None else None, rotaries)
+        if self.spec.query_scale is None or self.spec.rope is None:
+            return query
+        return query * query_factors(self.spec.query_scale, rotaries[self.spec.rope].positions).to(query.dtype)
 
     def key_value(self, x: Tensor, rotaries: Sequence[Rotary]) -> KeyValue:
         """Return the rotated keys and the values, each [batch, kv_heads, seq, head_dim]."""
@@ -120,12 +130,21 @@ class Attention(nn.Module):
         if norm is not None and is_wide:
             x = norm(x)
         x = self._split(x)
-        if norm is not None and not is_wide:
+        is_last = self.spec.qk_norm_after_rope
+        if norm is not None and not (is_wide or is_last):
             x = norm(x)
-        return x if self.spec.rope is None else rotate(x, rotaries[self.spec.rope])
+        if self.spec.rope is not None:
+            x = rotate(x, rotaries[self.spec.rope])
+        return norm(x) if norm is not None and is_last else x
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # [batch, heads, seq, head_dim]
+
+
+def query_factors(scale: layer_spec.QueryScale, positions: Tensor) -> Tensor:
+    """Return what the queries of some positions [seq] are multiplied by, float32 [seq, 1]."""
+    periods = torch.floor(positions.float() / scale.original)
+    return (1 + scale.beta * torch.log(1 + periods))[:, None]
 
 
 def soft_capped(x: Tensor, cap: float) -> Tensor:
@@ -146,9 +165,9 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
     Args:
         x: [batch, heads, seq, head_dim].
-        rotary: cos and sin, each [seq, head_dim / 2].
+        rotary: The positions of the rows.
     """
-    cos, sin = (part.to(x.dtype) for part in rotary)
+    cos, sin = rotary.cos.to(x.dtype), rotary.sin.to(x.dtype)
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
