@@ -11,7 +11,7 @@ from types import MappingProxyType
 from shortstack.export.checkpoint.checkpoint import MAX_LAYERS
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.checkpoint.gguf_end_tokens import end_token_ids
-from shortstack.export.checkpoint.gguf_family import GgufFamily, Windows
+from shortstack.export.checkpoint.gguf_family import GROWTH, GgufFamily, Windows
 from shortstack.export.checkpoint.gguf_model import CONVERT_AGAIN, GgufModel
 from shortstack.export.checkpoint.gguf_rope import rope_fields
 from shortstack.export.checkpoint.gguf_tokenizer import token_texts
@@ -26,7 +26,7 @@ _UNREAD: Mapping[str, tuple[float | bool, ...]] = MappingProxyType(
         "attention.scale": (0.0,),
         "attention.shared_kv_layers": (0,),
         _WINDOW: (0,),
-        "attention.temperature_scale": (0.0,),
+        GROWTH: (0.0,),
         "attn_logit_softcapping": (0.0,),
         "embedding_scale": (0.0, 1.0),
         "final_logit_softcapping": (0.0,),
@@ -40,8 +40,11 @@ _UNREAD: Mapping[str, tuple[float | bool, ...]] = MappingProxyType(
 
 def family_of(family: GgufFamily, model: GgufModel) -> GgufFamily:
     """Return the family of a file, where one architecture stands for two."""
-    has_windows = family.with_windows is not None and model.read(int, _WINDOW, 0) > 0
-    return family.with_windows if has_windows and family.with_windows is not None else family
+    if family.with_windows is not None and model.read(int, _WINDOW, 0) > 0:
+        return family.with_windows
+    if family.with_growth is not None and model.number(GROWTH, 0.0):
+        return family.with_growth
+    return family
 
 
 def hugging_face_config(family: GgufFamily, model: GgufModel) -> dict[str, object]:

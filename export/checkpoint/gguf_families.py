@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from shortstack.export.checkpoint.config import not_one_of
-from shortstack.export.checkpoint.gguf_family import LAYER_EPS, ROTATED, GgufFamily, Number, Windows
+from shortstack.export.checkpoint.gguf_family import GROWTH, LAYER_EPS, ROTATED, YARN_LOG, GgufFamily, Number, Windows
 from shortstack.export.checkpoint.gguf_gemma4 import GEMMA4
 from shortstack.export.checkpoint.gguf_model import ANOTHER_MODEL, GgufModel
 from shortstack.export.checkpoint.gguf_names import (
@@ -23,6 +23,7 @@ from shortstack.export.checkpoint.gguf_names import (
     NO_GATE,
     POST_NORMS,
     QK_NORMS,
+    QK_NORMS_OF_HUNYUAN,
     STACKED_GATE,
     STACKED_QKV,
     llama_names,
@@ -65,6 +66,14 @@ def _layers_of_stablelm(model: GgufModel, config: Mapping[str, Any]) -> dict[str
     }
 
 
+def _growth_of_ministral(model: GgufModel, config: Mapping[str, Any]) -> dict[str, object]:
+    """Return how queries grow with their position, which transformers has in the object of the rotary embedding."""
+    growth, of_all = model.positive_number(GROWTH), model.number(YARN_LOG, 0.0)
+    original = model.positive("rope.scaling.original_context_length", config["max_position_embeddings"])
+    rope = {**config["rope_parameters"], "llama_4_scaling_beta": growth, "original_max_position_embeddings": original}
+    return {"rope_parameters": {**rope, **({"mscale": 1.0, "mscale_all_dim": of_all} if of_all else {})}}
+
+
 def _residual_of_neox(model: GgufModel, config: Mapping[str, Any]) -> dict[str, object]:
     return {"use_parallel_residual": model.metadata.read(bool, model.key("use_parallel_residual"))}
 
@@ -82,6 +91,19 @@ _GEMMA2 = GgufFamily(
     fixed={"hidden_activation": "gelu_pytorch_tanh"},
     windows=Windows(2, default=4096),
     extend=_scale_of_gemma(46),
+)
+_MISTRAL3 = GgufFamily(
+    model_type="mistral",
+    transformers_class="MistralForCausalLM",
+    transforms=ROTATED,
+    fixed={"sliding_window": None},
+    with_growth=GgufFamily(
+        model_type="ministral3",
+        transformers_class="Ministral3ForCausalLM",
+        transforms=ROTATED,
+        ignores=(GROWTH, YARN_LOG),
+        extend=_growth_of_ministral,
+    ),
 )
 _OLMO2 = GgufFamily(
     model_type="olmo2",
@@ -198,6 +220,12 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
             },
             extend=_multipliers_of_granite,
         ),
+        "hunyuan-dense": GgufFamily(
+            model_type="hunyuan_v1_dense",
+            transformers_class="HunYuanDenseV1ForCausalLM",
+            names=llama_names(QK_NORMS_OF_HUNYUAN),
+            biases=_QKV_BIAS,
+        ),
         "llama": GgufFamily(
             model_type="llama",
             transformers_class="LlamaForCausalLM",
@@ -206,6 +234,7 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
             fixed={"hidden_act": "silu"},
             ignores=("attention.sliding_window",),
         ),
+        "mistral3": _MISTRAL3,
         "olmo2": _OLMO2,
         "phi3": GgufFamily(
             model_type="phi3",

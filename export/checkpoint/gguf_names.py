@@ -25,6 +25,10 @@ _LAYER = {
 }
 
 QK_NORMS: Mapping[str, str | None] = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+QK_NORMS_OF_HUNYUAN: Mapping[str, str | None] = {
+    "attn_q_norm": "self_attn.query_layernorm",
+    "attn_k_norm": "self_attn.key_layernorm",
+}
 POST_NORMS: Mapping[str, str | None] = {
     "attn_norm": None,
     "ffn_norm": None,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 
 from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
-from shortstack.export.checkpoint.gguf_family import GgufFamily
+from shortstack.export.checkpoint.gguf_family import YARN_LOG, GgufFamily
 from shortstack.export.checkpoint.gguf_model import CONVERT_AGAIN, GgufModel, shortest
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
@@ -40,7 +40,7 @@ def rope_fields(family: GgufFamily, model: GgufModel, head_dim: int, context: in
         UnsupportedError: The rotary embedding is of a kind that this version cannot export.
     """
     theta = rope_base(model, "rope.freq_base", 10000.0)
-    scaled = {**_scaling(model, context), "rope_theta": theta}
+    scaled = {**_scaling(family, model, context), "rope_theta": theta}
     found: dict[str, object] = {"rope_parameters": scaled}
     if (original := scaled.get(ORIGINAL)) is not None:  # at the top it wins over the default of a class
         found[ORIGINAL] = original
@@ -83,10 +83,10 @@ def partial_share(dims: int, head_dim: int) -> float:
     return share if int(head_dim * share) == dims else math.nextafter(share, math.inf)
 
 
-def _scaling(model: GgufModel, context: int) -> dict[str, object]:
-    for key, neutral in (("yarn_log_multiplier", 0.0), ("yarn_ext_factor", 1.0)):
-        if model.number(f"rope.scaling.{key}", neutral) != neutral:
-            raise model.unsupported(f"rope.scaling.{key}", "a variant of yarn", neutral)
+def _scaling(family: GgufFamily, model: GgufModel, context: int) -> dict[str, object]:
+    for key, neutral in ((YARN_LOG, 0.0), ("rope.scaling.yarn_ext_factor", 1.0)):
+        if key not in family.ignores and model.number(key, neutral) != neutral:
+            raise model.unsupported(key, "a variant of yarn", neutral)
     is_longrope = all(model.has(name) for name in LONGROPE_FACTORS)
     attention_factor = model.positive_number("rope.scaling.attn_factor", 1.0)
     if attention_factor != 1.0 and not is_longrope:  # llama.cpp multiplies cos and sin by it, whatever the kind

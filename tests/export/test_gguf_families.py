@@ -280,6 +280,18 @@ REFUSED: tuple[tuple[str, str, Edit, str], ...] = (
         r"scaling\.yarn_log_multiplier: a variant of yarn: found 0\.1\d*, expected 0\.0",
     ),
     (
+        "a negative growth",
+        "ministral3",
+        lambda w: w.kv_data[0].pop("mistral3.attention.temperature_scale") and w.add_attn_temperature_scale(-0.1),
+        r"mistral3\.attention\.temperature_scale: found -0\.1\d*, expected a positive number\. Convert",
+    ),
+    (
+        "a growth that is never read",
+        "llama",
+        lambda w: w.add_attn_temperature_scale(0.1),
+        r"llama\.attention\.temperature_scale: models of architecture llama do not have it: found 0\.1\d*, expected 0",
+    ),
+    (
         "two scalings",
         "llama-llama3",
         lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
@@ -343,12 +355,6 @@ def test_an_architecture_is_refused_by_what_is_missing(tmp_path: Path, architect
     _, file = written(BY_NAME["llama"], tmp_path, edit=architecture_of(architecture))
     with pytest.raises(CheckpointError, match=says):
         open_checkpoint(str(file))
-
-
-def test_a_parallel_stablelm_is_known_by_its_missing_norm(tmp_path: Path) -> None:
-    _, file = written(BY_NAME["stablelm"], tmp_path, skip="post_attention_layernorm")
-    with pytest.raises(CheckpointError, match="use_parallel_residual changes what the model computes: found True"):
-        resolve(open_checkpoint(str(file)))
 
 
 def test_tensors_that_no_model_of_the_architecture_has_are_listed(tmp_path: Path) -> None:

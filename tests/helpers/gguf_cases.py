@@ -92,6 +92,7 @@ def _types(count: int, period: int) -> list[str]:
 _SHORT, _LONG = [1.0 + 0.05 * i for i in range(8)], [1.5 + i for i in range(8)]
 _LONGROPE = _rope("longrope", short_factor=_SHORT, long_factor=_LONG)
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0)
+_GROWS = {"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5}
 _LLAMA3 = _rope(
     "llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
@@ -216,6 +217,7 @@ CASES: tuple[GgufCase, ...] = (
     GgufCase("starcoder2", "starcoder2", "Starcoder2", in_transformers=True),
     GgufCase("starcoder2-plain", "starcoder2", "Starcoder2", {"use_bias": False, **_UNTIED}),
     GgufCase("stablelm", "stablelm", "StableLm", {"use_qkv_bias": True}, in_transformers=True),
+    GgufCase("stablelm-parallel", "stablelm", "StableLm", {"use_parallel_residual": True}, in_transformers=True),
     GgufCase("cohere2", "cohere2", "Cohere2", {"num_hidden_layers": 5, "sliding_window": 8, "logit_scale": 0.25}),
     GgufCase(
         "exaone4", "exaone4", "Exaone4", {"layer_types": _types(4, 4), "num_hidden_layers": 4, "sliding_window": 8}
@@ -224,6 +226,20 @@ CASES: tuple[GgufCase, ...] = (
     GgufCase("glm4", "glm4", "Glm4", {"head_dim": 32}),
     GgufCase("arcee", "arcee", "Arcee", {"rope_parameters": _YARN}),
     GgufCase("seed_oss", "seed_oss", "SeedOss", {"head_dim": 32, "attention_out_bias": True}),
+    GgufCase("mistral3", "mistral3", "Mistral", {"head_dim": 32, "sliding_window": None, "rope_parameters": _YARN}),
+    GgufCase("ministral3", "mistral3", "Ministral3", {"head_dim": 32, "rope_parameters": {**_YARN, **_GROWS}}),
+    GgufCase("hunyuan", "hunyuan-dense", "HunYuanDenseV1", {"head_dim": 32}),
+    GgufCase(
+        "hunyuan-stretched",
+        "hunyuan-dense",
+        "HunYuanDenseV1",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "max_position_embeddings": 262_144,
+            "rope_parameters": _rope("dynamic", alpha=50.0, factor=1.0),
+        },
+    ),
     GgufCase("ernie4_5", "ernie4_5", "Ernie4_5", {"head_dim": 32}),
     GgufCase("ernie4_5-biases", "ernie4_5", "Ernie4_5", {"use_bias": True}),
 )

@@ -21,7 +21,7 @@ from helpers.gguf_files import Edit, Kind, permute
 Config = dict[str, Any]
 Tensors = Iterator[tuple[str, np.ndarray]]
 OWN_METADATA = ("gemma", "gemma2", "gpt2", "gptneox", "phi3", "stablelm")
-PERMUTED = ("llama", "granite", "smollm3", "arcee")
+PERMUTED = ("llama", "mistral3", "granite", "smollm3", "arcee")
 PLUS_ONE = ("gemma", "gemma2", "gemma3")
 
 
@@ -122,6 +122,25 @@ def _base(writer: gguf.GGUFWriter, config: Config) -> None:
 def _llama(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_rope_dimension_count(_head_dim(config))
+
+
+def _mistral3(writer: gguf.GGUFWriter, config: Config) -> None:
+    _llama(writer, config)
+    if config["model_type"] == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(_rope(config)["mscale_all_dim"])
+        writer.add_attn_temperature_scale(_rope(config)["llama_4_scaling_beta"])
+
+
+def _hunyuan(writer: gguf.GGUFWriter, config: Config) -> None:
+    rope, width = _rope(config), config["head_dim"]
+    if rope["rope_type"] == "dynamic":
+        writer.kv_data[0].pop("hunyuan-dense.rope.freq_base")
+        writer.add_rope_freq_base(rope["rope_theta"] * rope["alpha"] ** (width / (width - 2)))
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1)
+        writer.add_rope_scaling_orig_ctx_len(256 * 1024)
+        writer.kv_data[0].pop("hunyuan-dense.context_length")
+        writer.add_context_length(256 * 1024)
 
 
 def _granite(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -254,6 +273,8 @@ _METADATA: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "gpt2": _gpt2,
     "gptneox": _gptneox,
     "granite": _granite,
+    "hunyuan-dense": _hunyuan,
+    "mistral3": _mistral3,
     "phi3": _phi3,
     "stablelm": _stablelm,
 }
