@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-INPUTS = 65  # five for each target
+INPUTS = 80  # five for each target
 
 
 def test_damaged_inputs_are_refused_in_one_line_or_right(repository: Path) -> None:
