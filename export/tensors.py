@@ -7,6 +7,7 @@ embedding pairs column i with column i + head_dim / 2, so each half of a head is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from shortstack.export.arch.architecture import Architecture
 from shortstack.export.checkpoint import Checkpoint, read_columns
-from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
+from shortstack.export.checkpoint.checkpoint import HEAD, ROPE_FACTORS
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, Piece, layer_pieces, matrix_sources
 from shortstack.graphs.errors import CheckpointError
@@ -101,6 +102,10 @@ class ModelTensors:
         return array + np.float32(piece.plus) if piece.plus else array
 
     def _read(self, tensor: str) -> Floats:
+        if HEAD in tensor:
+            present = self._checkpoint.names()
+            parts = takewhile(present.__contains__, (tensor.replace(HEAD, str(head)) for head in count()))
+            return np.concatenate([self._read(part) for part in parts])
         value = self._checkpoint.tensor(tensor)
         self._check(f"tensor {tensor}", value)
         return value

@@ -22,7 +22,7 @@ HEAD_DIM_MULTIPLE = 16  # GroupQueryAttention with rotary embedding (onnxruntime
 NormKind = Literal["rms", "layer"]
 RopeKind = Literal["default", "linear", "llama3", "factors", "yarn", "longrope", "proportional"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-QKNormOver = Literal["head", "width"]
+QKNormOver = Literal["head", "each_head", "width"]
 
 
 def _above_0(**found: float) -> None:
@@ -174,7 +174,8 @@ class Attention:
         qk_norm: The norm of queries and keys; each has weights of its own.
         v_norm: The norm of each head of the values, without weights.
         k_equals_v: Values are what the k projection gives, before its norm and rotation; there is no v projection.
-        qk_norm_over: ``head``: over each head, all with the same weights. ``width``: over all heads together.
+        qk_norm_over: ``head``: over each head, all with the same weights. ``each_head``: over each head, which has
+            weights of its own. ``width``: over all heads together.
         qk_norm_after_rope: Queries and keys are normalised after they are rotated.
         query_scale: How queries grow with their position, which needs a rotary embedding; None for not at all.
     """

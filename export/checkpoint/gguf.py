@@ -16,7 +16,15 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, StoredExit, hash_files, unknown_tensor
+from shortstack.export.checkpoint.checkpoint import (
+    HEAD,
+    Progress,
+    StoredBlocks,
+    StoredExit,
+    hash_files,
+    names_of_heads,
+    unknown_tensor,
+)
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.checkpoint.gguf_blocks import EXACT_FORMATS, unpack_blocks
 from shortstack.export.checkpoint.gguf_config import family_of, hugging_face_config
@@ -70,7 +78,13 @@ class GgufCheckpoint:
         self._heads = heads, model.sizes("attention.head_count_kv", layers, heads, may_differ=True)[0]
         self._in_config = (*family.in_config, *_longrope_factors(header.tensors))
         stored = [name for name in header.tensors if name not in self._in_config]
-        self._stored = {to_hugging_face(name, family.names): name for name in stored}  # GGUF names by ours
+        self._stored: dict[str, str] = {}  # GGUF names by ours
+        self._row_of: dict[str, int] = {}  # of those of ours that are rows of a tensor
+        for name in stored:
+            ours, shape = to_hugging_face(name, family.names), header.tensors[name].shape
+            own = names_of_heads(ours, shape[0]) if HEAD in ours and len(shape) == 2 else (ours,)
+            self._stored |= dict.fromkeys(own, name)
+            self._row_of |= {head: row for row, head in enumerate(own) if ours != head}
         if hidden := sorted(set(stored) - set(self._stored.values())):
             raise CheckpointError(f"{file} holds tensors twice", found=", ".join(hidden), remedy=CONVERT_AGAIN)
         self._transforms = family.transforms
@@ -83,12 +97,16 @@ class GgufCheckpoint:
         """Return a tensor's shape without reading its data."""
         stored = self._stored_name(name)
         shape = self._infos[stored].shape
+        if name in self._row_of:
+            return shape[1:]
         return shape[::-1] if self._transform(stored) == "turned" else shape
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Dequantize one tensor to C-contiguous float32."""
         stored = self._stored_name(name)
         value = self._dequantized(stored)
+        if name in self._row_of:
+            value = value[self._row_of[name]]
         if (rows := self._rows(stored)) is not None:
             value = value[rows]
         if self._transform(stored) == "minus_one":

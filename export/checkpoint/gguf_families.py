@@ -21,6 +21,7 @@ from shortstack.export.checkpoint.gguf_names import (
     GPT2_NAMES,
     NEOX_NAMES,
     NO_GATE,
+    NORMS_OF_EACH_HEAD,
     POST_NORMS,
     QK_NORMS,
     QK_NORMS_OF_HUNYUAN,
@@ -266,6 +267,7 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
         "stablelm": GgufFamily(
             model_type="stablelm",
             transformers_class="StableLmForCausalLM",
+            names=llama_names(NORMS_OF_EACH_HEAD),
             norm_eps=("layer_norm_eps", LAYER_EPS),
             biases={"use_qkv_bias": "attn_q"},
             has_head_dim=False,

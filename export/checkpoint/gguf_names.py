@@ -29,6 +29,11 @@ QK_NORMS_OF_HUNYUAN: Mapping[str, str | None] = {
     "attn_q_norm": "self_attn.query_layernorm",
     "attn_k_norm": "self_attn.key_layernorm",
 }
+NORMS_OF_EACH_HEAD: Mapping[str, str | None] = {
+    "attn_q_norm": "self_attn.q_layernorm.norms.{head}",
+    "attn_k_norm": "self_attn.k_layernorm.norms.{head}",
+}
+"""Of one tensor, whose rows are those of the heads."""
 POST_NORMS: Mapping[str, str | None] = {
     "attn_norm": None,
     "ffn_norm": None,

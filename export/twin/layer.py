@@ -46,11 +46,15 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
+        out = self.unit(x) * self.weight.to(x.dtype)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension, without weight and bias."""
         if self.kind == "layer":
             x32 = x.float()
             x = (x32 - x32.mean(-1, keepdim=True)).to(x.dtype)
-        out = unit_rms(x, self.eps) * self.weight.to(x.dtype)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        return unit_rms(x, self.eps)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
@@ -82,7 +86,7 @@ class Attention(nn.Module):
             if not spec.k_equals_v:
                 self.v_proj = nn.Linear(hidden, kv_rows, bias=spec.qkv_bias)
         if spec.qk_norm is not None:
-            is_wide = spec.qk_norm_over == "width"
+            is_wide = spec.qk_norm_over != "head"
             self.q_norm = Norm(q_rows if is_wide else self.head_dim, spec.qk_norm)
             if not is_consumer:
                 self.k_norm = Norm(kv_rows if is_wide else self.head_dim, spec.qk_norm)
@@ -131,7 +135,9 @@ class Attention(nn.Module):
             x = norm(x)
         x = self._split(x)
         is_last = self.spec.qk_norm_after_rope
-        if norm is not None and not (is_wide or is_last):
+        if norm is not None and self.spec.qk_norm_over == "each_head":
+            x = norm.unit(x) * norm.weight.to(x.dtype).view(-1, 1, self.head_dim)
+        elif norm is not None and not (is_wide or is_last):
             x = norm(x)
         if self.spec.rope is not None:
             x = rotate(x, rotaries[self.spec.rope])

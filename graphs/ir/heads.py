@@ -53,6 +53,9 @@ def split_heads(
         scale = weight(f"attn.{name}.weight")
         if own.qk_norm_over == "width":
             return norm_op(g, norm, x, scale, f"{node}/{name}")
+        if own.qk_norm_over == "each_head":
+            unit = _unit_heads(g, own, norm, x, f"{node}/{name}")
+            return g.op("Mul", [unit, g.weight(scale)], f"{node}/{name}/Mul")
         heads = g.op("Reshape", [x, g.constant([0, 0, -1, own.cache_head_dim])], f"{node}/{name}/heads")
         return g.op(
             "Reshape",
@@ -115,12 +118,32 @@ def _query_factors(
 
 def _v_normed(g: GraphBuilder, own: Attention, kind: Norm, value: ir.Value, node: str) -> ir.Value:
     """Append the norm of each head of the values [batch, seq, kv_heads * head_dim], which has no weights."""
-    heads = g.op("Reshape", [value, g.constant([0, 0, -1, own.cache_head_dim])], f"{node}/heads")
-    ones = g.op("CastLike", [g.filled(own.cache_head_dim, padded_share(own) ** 0.5), heads], f"{node}/ones")
-    eps = kind.eps * padded_share(own)
+    share = padded_share(own)
+    return _unit_heads(g, own, replace(kind, eps=kind.eps * share), value, node, share**0.5)
+
+
+def _unit_heads(g: GraphBuilder, own: Attention, kind: Norm, x: ir.Value, node: str, weight: float = 1.0) -> ir.Value:
+    """Append a norm of each head [batch, rows, heads * head_dim] whose weights are one number."""
+    heads = g.op("Reshape", [x, g.constant([0, 0, -1, own.cache_head_dim])], f"{node}/heads")
+    if kind.kind == "layer":
+        heads = _centred(g, own, heads, node)
+    ones = g.op("CastLike", [g.filled(own.cache_head_dim, weight), heads], f"{node}/ones")
     name = f"{node}/SimplifiedLayerNormalization"
-    heads = g.op("SimplifiedLayerNormalization", [heads, ones], name, axis=-1, epsilon=eps, stash_type=1)
+    heads = g.op("SimplifiedLayerNormalization", [heads, ones], name, axis=-1, epsilon=kind.eps, stash_type=1)
     return g.op("Reshape", [heads, g.constant([0, 0, -1])], f"{node}/flat")
+
+
+def _centred(g: GraphBuilder, own: Attention, heads: ir.Value, node: str) -> ir.Value:
+    """Append the subtraction of each head's mean over the model's own columns; padding stays 0."""
+    share = padded_share(own)
+    mean = g.op("ReduceMean", [heads, g.constant([-1])], f"{node}/mean", keepdims=1)
+    if share == 1.0:
+        return g.op("Sub", [heads, mean], f"{node}/centred")
+    half, extra = own.head_dim // 2, (own.cache_head_dim - own.head_dim) // 2
+    columns = np.array(([1 / share] * half + [0.0] * extra) * 2, np.float32)
+    label = f"columns.{own.head_dim}.{own.cache_head_dim}"
+    mask = g.op("CastLike", [g.numbers(columns, label), heads], f"{node}/columns")
+    return g.op("Sub", [heads, g.op("Mul", [mean, mask], f"{node}/own_mean")], f"{node}/centred")
 
 
 def padded_share(attention: Attention) -> float:

@@ -156,6 +156,7 @@ OWN: dict[str, tuple[dict[str, Any], ...]] = {
         LAYER_NORM,
         {"use_qkv_bias": True},
         {"qk_layernorm": False},
+        {"qk_layernorm": True},
         {"use_parallel_residual": False},
         {"use_parallel_residual": True},
         *PARTIAL,

@@ -1,4 +1,4 @@
-"""What is done to heads between projection and attention kernel: growth by position, norms after the rotation."""
+"""What is done to heads between projection and attention kernel: growth by position, and norms of several kinds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shortstack.graphs.layer_spec import Attention, Norm, QueryScale
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import QuantizeSpec
 
-ROW_OF = {row.model_type: row for row in ROWS}
+ROW_OF = {row.name: row for row in ROWS}
 
 
 def node_names(bundle: Path) -> set[str]:
@@ -39,19 +39,19 @@ def test_queries_grow_as_the_formula_says() -> None:
 
 @pytest.mark.parametrize("original", [8, CONTEXT])
 def test_graphs_scale_queries_only_where_some_position_makes_them_grow(tmp_path: Path, original: int) -> None:
-    rope = {**ROW_OF["ministral3"].fields["rope_parameters"], "original_max_position_embeddings": original}
+    rope = {**ROW_OF["Ministral 3"].fields["rope_parameters"], "original_max_position_embeddings": original}
     made = MadeFamily(FamilyRow("ministral3", "x", {"head_dim": 16, "rope_parameters": rope}), tmp_path)
     assert any("/grown" in name for name in node_names(made.bundle)) == (original < CONTEXT)
 
 
 def test_a_shorter_bundle_needs_no_growth(tmp_path: Path) -> None:
-    made = MadeFamily(ROW_OF["ministral3"], tmp_path)
+    made = MadeFamily(ROW_OF["Ministral 3"], tmp_path)
     export_bundle(ExportSpec(str(made.checkpoint), tmp_path / "short", (1,), max_length=8))
     assert not any("/grown" in name for name in node_names(tmp_path / "short"))
 
 
 @pytest.mark.parametrize("cache", ["int8", "float"])
-@pytest.mark.parametrize("family", ["ministral3", "hunyuan_v1_dense"])
+@pytest.mark.parametrize("family", ["Ministral 3", "HunYuan, dense", "StableLM, norms of heads"])
 def test_rows_of_a_run_have_the_bits_of_rows_run_alone(tmp_path: Path, family: str, cache: str) -> None:
     """In blocks of 8 bits, whose kernel is exact on all processors; those of 4 bits are in tests/families."""
     made = MadeFamily(ROW_OF[family], tmp_path)

@@ -133,6 +133,7 @@ ROWS: tuple[FamilyRow, ...] = (
     FamilyRow("starcoder2", "StarCoder2", _SLIDES),
     FamilyRow("stablelm", "StableLM 2"),
     FamilyRow("stablelm", "StableLM, parallel", {"use_parallel_residual": True}, mlp_exits=False),
+    FamilyRow("stablelm", "StableLM, norms of heads", {"qk_layernorm": True, "num_attention_heads": 8}),
     FamilyRow("cohere2", "Command R7B", {"num_hidden_layers": 5, "logit_scale": 1.5, **_SLIDES}, mlp_exits=False),
     FamilyRow("exaone4", "EXAONE 4", {"num_hidden_layers": 5, "sliding_window_pattern": 4, **_SLIDES}, mlp_exits=False),
     FamilyRow("glm4", "GLM-4", {"head_dim": 32}),

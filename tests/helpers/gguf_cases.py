@@ -218,6 +218,7 @@ CASES: tuple[GgufCase, ...] = (
     GgufCase("starcoder2-plain", "starcoder2", "Starcoder2", {"use_bias": False, **_UNTIED}),
     GgufCase("stablelm", "stablelm", "StableLm", {"use_qkv_bias": True}, in_transformers=True),
     GgufCase("stablelm-parallel", "stablelm", "StableLm", {"use_parallel_residual": True}, in_transformers=True),
+    GgufCase("stablelm-heads", "stablelm", "StableLm", {"qk_layernorm": True}),
     GgufCase("cohere2", "cohere2", "Cohere2", {"num_hidden_layers": 5, "sliding_window": 8, "logit_scale": 0.25}),
     GgufCase(
         "exaone4", "exaone4", "Exaone4", {"layer_types": _types(4, 4), "num_hidden_layers": 4, "sliding_window": 8}

@@ -5,6 +5,7 @@ Names come from the gguf package; what the converter changes in tensors and leav
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -283,6 +284,11 @@ _METADATA: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
 def _modified(architecture: str, config: Config, tensors: dict[str, np.ndarray]) -> Tensors:
     """``modify_tensors`` and ``generate_extra_tensors``."""
     heads = config.get("num_attention_heads") or config["n_head"]
+    for layer, kind in itertools.product(range(config.get("num_hidden_layers", 0)), "qk"):
+        module = f"model.layers.{layer}.self_attn.{kind}_layernorm"
+        norms = [name for name in tensors if name.startswith(f"{module}.norms.")]
+        if norms:
+            yield f"{module}.weight", np.stack([tensors.pop(f"{module}.norms.{i}.weight") for i in range(len(norms))])
     for name, value in tensors.items():
         if architecture in PERMUTED and ".q_proj." in name:
             yield name, permute(value, heads)
