@@ -91,7 +91,8 @@ def test_parity_compares_with_the_model_in_transformers(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-biases", "granite", "gptneox", "phi3", "gemma2", "gemma4", "olmo2", "glm4", "gpt2"]
+    "name",
+    ["llama-biases", "granite", "gptneox", "phi3", "gemma2", "gemma4", "stablelm-heads", "olmo2", "glm4", "gpt2"],
 )
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_blocks_are_kept_where_whole_rows_move(tmp_path: Path, name: str, kind: str) -> None:

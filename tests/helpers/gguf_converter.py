@@ -62,7 +62,7 @@ def convert(
         if skip is not None and skip in name:
             continue
         stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
-        if kind is not None and value.ndim == 2:
+        if kind is not None and value.ndim == 2 and not stored.endswith("_norm.weight"):
             writer.add_tensor(stored, gguf.quantize(value, kind), raw_dtype=kind)
         else:
             writer.add_tensor(stored, np.ascontiguousarray(value, np.float32))
