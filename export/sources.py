@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.export.arch.architecture import EMBEDDING, LM_HEAD, Architecture, RopePairs, Source
+from shortstack.export.checkpoint.checkpoint import HEAD, names_of_heads
 from shortstack.graphs import names
 from shortstack.graphs.layer_spec import Attention, Layer, Rope
 from shortstack.graphs.layer_weights import Weight, matrix_parts
@@ -177,7 +178,9 @@ def checkpoint_tensors(
                     continue
                 of_all.setdefault(f"{side} {tensor}", []).append(roles[stacked[0]])
                 continue
-            yield tensor, _joined([pieces[role] for role in stacked], [roles[role] for role in stacked])
+            whole = _joined([pieces[role] for role in stacked], [roles[role] for role in stacked])
+            heads = len(whole) // spec.layers[layer].attention.head_dim if HEAD in tensor else 1
+            yield from zip(names_of_heads(tensor, heads), np.split(whole, heads), strict=True)
     for name, values in of_all.items():
         axis, tensor = name.split(" ")
         yield tensor, np.concatenate(values, axis=int(axis == "columns"))

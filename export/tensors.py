@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count, takewhile
 from typing import TypeVar
 
 import numpy as np
@@ -15,14 +16,14 @@ import numpy.typing as npt
 
 from shortstack.export.arch.architecture import Architecture
 from shortstack.export.checkpoint import Checkpoint, read_columns
-from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
+from shortstack.export.checkpoint.checkpoint import HEAD, ROPE_FACTORS
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, Piece, layer_pieces, matrix_sources
 from shortstack.export.stacked_blocks import concatenated, relative_error, with_padded_rows
 from shortstack.graphs.errors import CheckpointError
-from shortstack.graphs.ir.attention import padded_share
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.ir.finite import check_finite
+from shortstack.graphs.ir.heads import padded_share
 from shortstack.graphs.layer_spec import Attention
 from shortstack.graphs.layer_weights import Weight
 from shortstack.graphs.precision import BlockFormat
@@ -122,6 +123,10 @@ class ModelTensors:
         return array + np.float32(piece.plus) if piece.plus else array
 
     def _read(self, tensor: str) -> Floats:
+        if HEAD in tensor:
+            present = self._checkpoint.names()
+            parts = takewhile(present.__contains__, (tensor.replace(HEAD, str(head)) for head in count()))
+            return np.concatenate([self._read(part) for part in parts])
         value = self._checkpoint.tensor(tensor)
         self._check(f"tensor {tensor}", value)
         return value

@@ -208,7 +208,10 @@ def _packing_inputs(spec: ModelSpec, segment: Segment) -> list[Port]:
 
 def reads_positions(spec: ModelSpec, segment: Segment) -> bool:
     """Return whether something besides the attention kernel reads the positions of a segment's rows."""
-    return bool(spec.ends.learned_positions) and segment.is_first
+    if spec.ends.learned_positions and segment.is_first:
+        return True
+    layers = spec.layers[segment.start : segment.end]
+    return any(layer.attention.qk_norm_after_rope or layer.attention.query_scale is not None for layer in layers)
 
 
 def _new_rows(spec: ModelSpec, owners: tuple[int, ...], dtype: DType) -> list[Port]:

@@ -22,7 +22,7 @@ HEAD_DIM_MULTIPLE = 16  # GroupQueryAttention with rotary embedding (onnxruntime
 NormKind = Literal["rms", "layer"]
 RopeKind = Literal["default", "linear", "llama3", "factors", "yarn", "longrope", "proportional"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-QKNormOver = Literal["head", "width"]
+QKNormOver = Literal["head", "each_head", "width"]
 
 
 def _above_0(**found: float) -> None:
@@ -139,6 +139,25 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryScale:
+    """How queries grow with their position p: by 1 + beta * ln(1 + floor(p / original)).
+
+    So does Llama 4 in layers without rotation, and Ministral 3 (``get_llama_4_attn_scale`` in transformers).
+
+    Attributes:
+        beta: How fast.
+        original: Up to this position, in tokens, nothing changes.
+    """
+
+    beta: float
+    original: int
+
+    def __post_init__(self) -> None:
+        _at_least(0, beta=self.beta)
+        _at_least(1, original=self.original)
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Causal grouped-query attention.
 
@@ -155,7 +174,10 @@ class Attention:
         qk_norm: The norm of queries and keys; each has weights of its own.
         v_norm: The norm of each head of the values, without weights.
         k_equals_v: Values are what the k projection gives, before its norm and rotation; there is no v projection.
-        qk_norm_over: ``head``: over each head, all with the same weights. ``width``: over all heads together.
+        qk_norm_over: ``head``: over each head, all with the same weights. ``each_head``: over each head, which has
+            weights of its own. ``width``: over all heads together.
+        qk_norm_after_rope: Queries and keys are normalised after they are rotated.
+        query_scale: How queries grow with their position, which needs a rotary embedding; None for not at all.
     """
 
     heads: int
@@ -171,6 +193,8 @@ class Attention:
     qk_norm_over: QKNormOver = "head"
     v_norm: Norm | None = None
     k_equals_v: bool = False
+    qk_norm_after_rope: bool = False
+    query_scale: QueryScale | None = None
 
     def __post_init__(self) -> None:
         _at_least(1, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
@@ -179,6 +203,10 @@ class Attention:
             _above_0(scale=self.scale)
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if self.rope is None and (self.qk_norm_after_rope or self.query_scale is not None):
+            raise ValueError("qk_norm_after_rope and query_scale need a rope, and it is null")
+        if self.qk_norm_after_rope and (self.qk_norm is None or self.qk_norm_over != "head"):
+            raise ValueError("qk_norm_after_rope needs a qk_norm over each head")
 
     @property
     def score_scale(self) -> float:

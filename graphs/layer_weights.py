@@ -163,7 +163,7 @@ def _attention(attention: Attention, hidden: int, *, owns_kv: bool) -> list[Weig
             )
     for name, norm_name in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
         if attention.qk_norm is not None and name in heads:
-            count = heads[name] if attention.qk_norm_over == "width" else 1
+            count = 1 if attention.qk_norm_over == "head" else heads[name]
             shape = (count * attention.head_dim,)
             stacked.append(
                 Weight(f"{norm_name}.weight", f"attn.{norm_name}.weight", shape, row_heads=count, is_rotated=rotates)

@@ -20,8 +20,11 @@ from shortstack.export.arch import (
     gpt_neox,
     granite,
     helium,
+    hunyuan,
     lckv,
     llama,
+    mimo,
+    ministral3,
     mistral,
     olmo2,
     phi3,
@@ -53,9 +56,10 @@ __all__ = [
 
 _ALL = (
     llama.ARCH, lckv.ARCH, lckv.OPT_ARCH, lckv.CLA_ARCH, qwen2.ARCH, qwen3.ARCH, mistral.ARCH, mistral.MINISTRAL_ARCH,
-    gemma.ARCH, gemma2.ARCH, gemma3.ARCH, gemma3.WHOLE_ARCH, gemma4.ARCH, gemma4.WHOLE_ARCH, phi3.ARCH, smollm3.ARCH,
-    olmo2.ARCH, olmo2.OLMO3_ARCH, granite.ARCH, gpt2.ARCH, gpt_neox.ARCH, arcee.ARCH, cohere2.ARCH, ernie4_5.ARCH,
-    exaone4.ARCH, glm4.ARCH, helium.ARCH, seed_oss.ARCH, stablelm.ARCH, starcoder2.ARCH,
+    ministral3.ARCH, ministral3.WHOLE_ARCH, gemma.ARCH, gemma2.ARCH, gemma3.ARCH, gemma3.WHOLE_ARCH, gemma4.ARCH,
+    gemma4.WHOLE_ARCH, phi3.ARCH, smollm3.ARCH, olmo2.ARCH, olmo2.OLMO3_ARCH, granite.ARCH, gpt2.ARCH, gpt_neox.ARCH,
+    arcee.ARCH, cohere2.ARCH, ernie4_5.ARCH, exaone4.ARCH, glm4.ARCH, helium.ARCH, hunyuan.ARCH, mimo.ARCH,
+    seed_oss.ARCH, stablelm.ARCH, starcoder2.ARCH,
 )  # fmt: skip
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.model_type: arch for arch in _ALL})
 

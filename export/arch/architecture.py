@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
+from shortstack.export.checkpoint.checkpoint import HEAD, ROPE_FACTORS, names_of_heads
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.layer_weights import Shape
 from shortstack.graphs.spec import ModelSpec
@@ -32,7 +32,8 @@ class Source:
     """Where a checkpoint has one weight.
 
     Attributes:
-        tensor: The tensor's name; ``{layer}`` stands for the layer's number.
+        tensor: The tensor's name; ``{layer}`` stands for the layer's number. ``{head}``: each head has a tensor of its
+            own, with its number in the name.
         stacked: The roles, without ``.weight`` or ``.bias``, whose rows the tensor holds one after the other; empty if
             it holds this one alone.
         by_head: The rows of the stacked roles alternate head by head, as in GPT-NeoX.
@@ -130,5 +131,9 @@ def expected_tensors(arch: Architecture, spec: ModelSpec) -> dict[str, Shape]:
             if source.layers in ("rows", "columns"):
                 axis = ("rows", "columns").index(source.layers)
                 stored = tuple(n * (spec.num_hidden_layers if i == axis else 1) for i, n in enumerate(stored))
-            expected[arch.tensor_name(role, layer)] = stored[::-1] if source.transposed else stored
+            name, head_dim = arch.tensor_name(role, layer), spec.layers[layer].attention.head_dim
+            if HEAD in name:
+                expected |= dict.fromkeys(names_of_heads(name, shape[0] // head_dim), (head_dim,))
+                continue
+            expected[name] = stored[::-1] if source.transposed else stored
     return expected

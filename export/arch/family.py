@@ -102,11 +102,13 @@ class Family:
         out_bias: The o projection has one; None: where the others do.
         mlp_bias: The projections of the MLP have biases.
         qk_norm: Over what queries and keys are normalised; None for not at all.
+        qk_norm_after_rope: They are normalised after their rotation.
         softcap: Of attention's scores; 0 for none.
         scale: What scores are multiplied by; None for head_dim ** -0.5.
         scale_base: A number whose power -0.5 is the scale; None for none.
         residual_scale: Of both branches.
         rope_theta: The default base of the rotary frequencies.
+        rope_parameters: The object of the rotary embedding that a config without one stands for; None for none.
         rope_share: Which share of a head is rotated.
         local_rope: The default base of the rotary embedding that sliding layers have of their own, and the field, if
             any, that names it in older configs; None if all layers share one.
@@ -159,11 +161,13 @@ class Family:
     out_bias: Key | bool = Key("attention_bias", False)
     mlp_bias: Key | bool = False
     qk_norm: QKNormOver | None = None
+    qk_norm_after_rope: bool = False
     softcap: Key | float = 0.0
     scale: Key | None = None
     scale_base: Key | None = None
     residual_scale: Key | float = 1.0
     rope_theta: float = 10000.0
+    rope_parameters: Mapping[str, object] | None = None
     rope_share: Key | float = 1.0
     local_rope: Key | float | None = None
     rope_pairs: RopePairs = "halves"

@@ -19,7 +19,7 @@ from shortstack.export.arch.make_family import architecture
 from shortstack.export.arch.rope_config import rope_of_type
 from shortstack.export.arch.text_part import text_part
 from shortstack.export.checkpoint.config import Config, positive
-from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.layer_spec import Attention, Layer, Norm, PerLayerInput, Rope, RopeScaling
 from shortstack.graphs.spec import ModelSpec
 
@@ -111,7 +111,14 @@ def _rope(config: Config, kind: str, head_dim_of_full: int, spec: ModelSpec) -> 
         if kind == SLIDING:
             return Rope(_LOCAL, head_dim, head_dim)
         return Rope(_GLOBAL, head_dim, int(head_dim * _GLOBAL_SHARE), RopeScaling("proportional"))
-    return rope_of_type(FAMILY, config, kind, spec.max_position_embeddings, head_dim)
+    rope = rope_of_type(FAMILY, config, kind, spec.max_position_embeddings, head_dim)
+    if rope.dims != head_dim and rope.scaling.kind != "proportional":
+        raise UnsupportedError(
+            f"{config.where('rope_parameters')}.{kind}: a share of the head is rotated",
+            found=f"rope_type {rope.scaling.kind}",
+            expected="rope_type proportional, or a partial_rotary_factor of 1",
+        )
+    return rope
 
 
 def _extra_config(spec: ModelSpec) -> dict[str, Any]:

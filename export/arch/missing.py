@@ -44,7 +44,7 @@ _NAMES: Mapping[str, str] = {
         deepseek_vl_hybrid emu3 ernie4_5_vl_moe fast_vlm florence2 fuyu gemma3n gemma4_unified git glm4v
         glm4v_moe glm_ocr got_ocr2 granite4_vision granite_speech hunyuan_vl idefics idefics2 idefics3 instructblip
         internvl janus kimi_k25 kosmos-2 kosmos-2.5 lfm2_vl llama4 llava llava_next llava_next_video llava_onevision
-        ministral3 mistral3 mllama molmo2 moshi musicgen ovis2 paddleocr_vl paligemma perception_lm phi4_multimodal
+        mllama molmo2 moshi musicgen ovis2 paddleocr_vl paligemma perception_lm phi4_multimodal
         pix2struct qwen2_5_omni qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_asr
         qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe seamless_m4t seamless_m4t_v2 smolvlm speech_to_text speecht5
         t5gemma2 trocr video_llava vipllava vision-encoder-decoder voxtral whisper

@@ -74,8 +74,13 @@ def _read(family: Family, config: Config) -> ModelSpec:
     )
 
     def layer_of(kind: str, is_rotated: bool) -> Layer:
-        rope = ropes.index(by_type[kind]) if is_rotated else None
-        return replace(layer, attention=replace(attention, rope=rope, window=window if kind == SLIDING else 0))
+        own = replace(
+            attention,
+            rope=ropes.index(by_type[kind]) if is_rotated else None,
+            window=window if kind == SLIDING else 0,
+            qk_norm_after_rope=family.qk_norm_after_rope,
+        )
+        return replace(layer, attention=own)
 
     spec = ModelSpec(
         model_type=family.model_type,

@@ -49,7 +49,7 @@ def read_ropes(family: Family, config: Config, context: int, head_dim: int, type
         CheckpointError: A field is missing, has the wrong type, is not positive, or contradicts another one.
         UnsupportedError: The rotary embedding is of a kind this version cannot export.
     """
-    fields = _chosen(config)
+    fields = rope_section(config, family.rope_parameters)
     if family.local_rope is None:
         _refuse_nested(config)
         rope = _rope(family, config, fields, Key(family.theta_key, family.rope_theta), context, head_dim)
@@ -61,7 +61,7 @@ def read_ropes(family: Family, config: Config, context: int, head_dim: int, type
 def rope_of_type(family: Family, config: Config, kind: str, context: int, head_dim: int) -> Rope:
     """Read the rotary embedding of one type of layer; arguments and errors as in :func:`read_ropes`."""
     assert family.local_rope is not None
-    return _rope_of_type(family, config, _chosen(config), family.local_rope, kind, context, head_dim)
+    return _rope_of_type(family, config, rope_section(config), family.local_rope, kind, context, head_dim)
 
 
 def _rope_of_type(
@@ -136,7 +136,10 @@ def _yarn(family: Family, config: Config, fields: Config, context: int, factor: 
         attention_factor = positive_float(fields, "attention_factor")
     else:
         mscale, of_all = fields.read(float, "mscale", 0.0), fields.read(float, "mscale_all_dim", 0.0)
-        attention_factor = _mscale(factor, mscale) / _mscale(factor, of_all) if mscale and of_all else _mscale(factor)
+        ratio = (_mscale(factor, mscale), _mscale(factor, of_all) or math.inf)
+        attention_factor = ratio[0] / ratio[1] if mscale and of_all else _mscale(factor)
+        if not 0 < attention_factor < math.inf:
+            raise fields.wrong("mscale", "a number that gives a positive factor of attention with mscale_all_dim")
     fast, slow = fields.read(float, "beta_fast", 32.0) or 32.0, fields.read(float, "beta_slow", 1.0) or 1.0
     if not 0 < slow < fast:
         raise CheckpointError(fields.where("beta_slow"), found=slow, expected=f"above 0 and below beta_fast, {fast}")
@@ -212,11 +215,18 @@ def positive_float(config: Config, key: str, default: float | None = None) -> fl
     return value
 
 
-def _chosen(config: Config) -> Config | None:
-    """Return the object that counts; refuse one that is left out although it says something else."""
+def rope_section(config: Config, default: Mapping[str, object] | None = None) -> Config | None:
+    """Return the object that counts; refuse one that is left out although it says something else.
+
+    Args:
+        config: The config.
+        default: The object of a config that has none; None for none.
+    """
     parameters, scaling = config.section("rope_parameters"), config.section("rope_scaling")
     if scaling is None or not scaling.data:
-        return parameters
+        if parameters is not None or default is None:
+            return parameters
+        return Config(default, config.file, f"{config.prefix}rope_parameters.")
     if parameters is None:
         return scaling
     ignored = []

@@ -26,6 +26,9 @@ ROPE_FACTORS = "rope_freqs.weight"
 """The tensor that holds the divisors of the rotary frequencies, float32 [head_dim / 2], when ``rope_scaling.kind`` is
 ``factors``. The name is GGUF's; llama.cpp's converter writes it for Llama 3.1 and later."""
 
+HEAD = "{head}"
+"""Stands for the number of a head in the name of a tensor of which each head has one."""
+
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and the bytes in total."""
 
@@ -152,6 +155,11 @@ class Checkpoint(Protocol):
 
     def digest(self, progress: Progress | None = None) -> str:
         """Read the weights and the config as one stream, and return its SHA-256 in hex."""
+
+
+def names_of_heads(name: str, heads: int) -> tuple[str, ...]:
+    """Return the tensors of the heads, by a name in which :data:`HEAD` stands for the number of one."""
+    return tuple(name.replace(HEAD, str(head)) for head in range(heads))
 
 
 def unknown_tensor(name: str, where: Path) -> CheckpointError:

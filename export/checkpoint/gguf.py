@@ -8,6 +8,7 @@ Hugging Face config and tokenizer. What an architecture needs is one table in
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,7 +16,15 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from shortstack.export.checkpoint.checkpoint import Progress, StoredBlocks, StoredExit, hash_files, unknown_tensor
+from shortstack.export.checkpoint.checkpoint import (
+    HEAD,
+    Progress,
+    StoredBlocks,
+    StoredExit,
+    hash_files,
+    names_of_heads,
+    unknown_tensor,
+)
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.checkpoint.gguf_blocks import BLOCK_TYPES, unpack_blocks
 from shortstack.export.checkpoint.gguf_config import family_of, hugging_face_config
@@ -65,10 +74,18 @@ class GgufCheckpoint:
         model = GgufModel(architecture, self._metadata, header.tensors, self._dequantized)
         family = family_of(FAMILIES[architecture], model)
         self.config = Config(hugging_face_config(family, model), str(file))
-        heads = model.positive("attention.head_count")
-        self._heads = heads, model.positive("attention.head_count_kv", heads)
-        stored = [name for name in header.tensors if not self._is_in_config(name)]
-        self._stored = {to_hugging_face(name, family.names): name for name in stored}  # GGUF names by ours
+        layers = model.positive("block_count")
+        heads = model.sizes("attention.head_count", layers)[0]
+        self._heads = heads, model.sizes("attention.head_count_kv", layers, heads, may_differ=True)[0]
+        self._in_config = (*family.in_config, *_longrope_factors(header.tensors))
+        stored = [name for name in header.tensors if name not in self._in_config]
+        self._stored: dict[str, str] = {}  # GGUF names by ours
+        self._row_of: dict[str, int] = {}  # of those of ours that are rows of a tensor
+        for name in stored:
+            ours, shape = to_hugging_face(name, family.names), header.tensors[name].shape
+            own = names_of_heads(ours, shape[0]) if HEAD in ours and len(shape) == 2 else (ours,)
+            self._stored |= dict.fromkeys(own, name)
+            self._row_of |= {head: row for row, head in enumerate(own) if ours != head}
         if hidden := sorted(set(stored) - set(self._stored.values())):
             raise CheckpointError(f"{file} holds tensors twice", found=", ".join(hidden), remedy=CONVERT_AGAIN)
         self._transforms = family.transforms
@@ -81,12 +98,16 @@ class GgufCheckpoint:
         """Return a tensor's shape without reading its data."""
         stored = self._stored_name(name)
         shape = self._infos[stored].shape
+        if name in self._row_of:
+            return shape[1:]
         return shape[::-1] if self._transform(stored) == "turned" else shape
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Dequantize one tensor to C-contiguous float32."""
         stored = self._stored_name(name)
         value = self._dequantized(stored)
+        if name in self._row_of:
+            value = value[self._row_of[name]]
         if (rows := self._rows(stored)) is not None:
             value = value[rows]
         if self._transform(stored) == "minus_one":
@@ -94,6 +115,19 @@ class GgufCheckpoint:
         elif self._transform(stored) == "turned":
             value = value.T
         return np.require(value, np.float32, ("C", "W"))  # a copy of what the file holds as it is, which is read-only
+
+    def columns(self, name: str, start: int, end: int) -> npt.NDArray[np.float32]:
+        """Dequantize some columns of a matrix to C-contiguous float32, and of the others only what shares a block."""
+        stored = self._stored_name(name)
+        info = self._infos[stored]
+        if self._transform(stored) in ("minus_one", "turned") or len(info.shape) != 2:
+            return np.ascontiguousarray(self.tensor(name)[:, start:end])
+        size, size_bytes = gguf.GGML_QUANT_SIZES[info.quantization]
+        first, last = start // size, -(-end // size)  # of the blocks of a row
+        blocks = np.ascontiguousarray(self._bytes(info)[:, first * size_bytes : last * size_bytes])
+        value = self._floats(stored, blocks)[:, start - first * size : end - first * size]
+        rows = self._rows(stored)
+        return np.require(value if rows is None else value[rows], np.float32, ("C", "W"))
 
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return how a tensor is quantized, without reading its data; None if it is stored as floats."""
@@ -136,10 +170,14 @@ class GgufCheckpoint:
 
     def _dequantized(self, stored: str) -> npt.NDArray[np.float32]:
         """Return a tensor as the file has it, by its GGUF name."""
+        return self._floats(stored, self._bytes(self._infos[stored]))
+
+    def _floats(self, stored: str, blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Dequantize some blocks of a tensor."""
         info = self._infos[stored]
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # scales of a damaged file: whoever asks, checks
-                value: npt.NDArray[np.float32] = gguf.dequantize(self._bytes(info), info.quantization)
+                value: npt.NDArray[np.float32] = gguf.dequantize(blocks, info.quantization)
         except NotImplementedError:
             raise UnsupportedError(
                 f"{self.folder_or_file}: tensor {stored}",
@@ -159,12 +197,13 @@ class GgufCheckpoint:
         """Return the order of a tensor's rows, None for that of the file."""
         return row_order(self._transform(stored), self._infos[stored].shape[0], *self._heads)
 
-    def _is_in_config(self, stored: str) -> bool:
-        """Return whether the config says what a tensor holds."""
-        return stored in LONGROPE_FACTORS and all(name in self._infos for name in LONGROPE_FACTORS)
-
     def _stored_name(self, name: str) -> str:
         """Return a tensor's GGUF name."""
         if name not in self._stored:
             raise unknown_tensor(name, self.folder_or_file)
         return self._stored[name]
+
+
+def _longrope_factors(tensors: Collection[str]) -> tuple[str, ...]:
+    """Return the tensors that became fields of the config of a model with ``longrope``."""
+    return LONGROPE_FACTORS if all(name in tensors for name in LONGROPE_FACTORS) else ()

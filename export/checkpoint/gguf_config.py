@@ -11,7 +11,7 @@ from types import MappingProxyType
 from shortstack.export.checkpoint.checkpoint import MAX_LAYERS
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.checkpoint.gguf_end_tokens import end_token_ids
-from shortstack.export.checkpoint.gguf_family import GgufFamily, Windows
+from shortstack.export.checkpoint.gguf_family import GROWTH, GgufFamily, Windows
 from shortstack.export.checkpoint.gguf_model import CONVERT_AGAIN, GgufModel
 from shortstack.export.checkpoint.gguf_rope import rope_fields
 from shortstack.export.checkpoint.gguf_tokenizer import token_texts
@@ -26,7 +26,7 @@ _UNREAD: Mapping[str, tuple[float | bool, ...]] = MappingProxyType(
         "attention.scale": (0.0,),
         "attention.shared_kv_layers": (0,),
         _WINDOW: (0,),
-        "attention.temperature_scale": (0.0,),
+        GROWTH: (0.0,),
         "attn_logit_softcapping": (0.0,),
         "embedding_scale": (0.0, 1.0),
         "final_logit_softcapping": (0.0,),
@@ -40,8 +40,11 @@ _UNREAD: Mapping[str, tuple[float | bool, ...]] = MappingProxyType(
 
 def family_of(family: GgufFamily, model: GgufModel) -> GgufFamily:
     """Return the family of a file, where one architecture stands for two."""
-    has_windows = family.with_windows is not None and model.read(int, _WINDOW, 0) > 0
-    return family.with_windows if has_windows and family.with_windows is not None else family
+    if family.with_windows is not None and model.read(int, _WINDOW, 0) > 0:
+        return family.with_windows
+    if family.with_growth is not None and model.number(GROWTH, 0.0):
+        return family.with_growth
+    return family
 
 
 def hugging_face_config(family: GgufFamily, model: GgufModel) -> dict[str, object]:
@@ -56,10 +59,12 @@ def hugging_face_config(family: GgufFamily, model: GgufModel) -> dict[str, objec
             f"{model.metadata.file} has no tensor token_embd.weight", remedy="name a file that holds a whole model"
         )
     _refuse_unread(family, model)
-    heads, hidden = model.positive("attention.head_count"), model.positive("embedding_length")
-    kv_heads, layers = model.positive("attention.head_count_kv", heads), model.positive("block_count")
+    hidden, layers = model.positive("embedding_length"), model.positive("block_count")
     if layers > MAX_LAYERS:
         raise model.metadata.wrong(model.key("block_count"), f"at most {MAX_LAYERS}")
+    may_differ = family.has_layer_kinds
+    heads = model.sizes("attention.head_count", layers)[0]
+    kv_heads = model.sizes("attention.head_count_kv", layers, heads, may_differ=may_differ)[0]
     if heads % kv_heads:
         where, count = model.where("attention.head_count_kv"), model.key("attention.head_count")
         raise CheckpointError(where, found=kv_heads, expected=f"a divisor of {count}, {heads}", remedy=CONVERT_AGAIN)
@@ -70,7 +75,7 @@ def hugging_face_config(family: GgufFamily, model: GgufModel) -> dict[str, objec
         "architectures": [family.transformers_class],
         "num_hidden_layers": layers,
         "hidden_size": hidden,
-        "intermediate_size": model.positive("feed_forward_length"),
+        "intermediate_size": model.sizes("feed_forward_length", layers, may_differ=may_differ)[0],
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -111,9 +116,10 @@ def _head_dim(family: GgufFamily, model: GgufModel, hidden: int, heads: int) -> 
     divides = hidden % heads == 0
     rotated = model.read(int, "rope.dimension_count", None)
     default = rotated if not divides and rotated is not None and rotated > 0 else hidden // heads
-    head_dim = (
-        model.positive("attention.key_length", default) if default > 0 else model.positive("attention.key_length")
-    )
+    key = "attention.key_length_swa" if family.has_layer_kinds else "attention.key_length"
+    head_dim = model.positive(key, default) if default > 0 else model.positive(key)
+    if family.has_layer_kinds:
+        return head_dim
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
         if (other := model.read(int, key, head_dim)) != head_dim:
             raise UnsupportedError(

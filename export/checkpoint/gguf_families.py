@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from shortstack.export.checkpoint.config import not_one_of
-from shortstack.export.checkpoint.gguf_family import LAYER_EPS, ROTATED, GgufFamily, Number, Windows
+from shortstack.export.checkpoint.gguf_family import GROWTH, LAYER_EPS, ROTATED, YARN_LOG, GgufFamily, Number, Windows
+from shortstack.export.checkpoint.gguf_gemma4 import GEMMA4
 from shortstack.export.checkpoint.gguf_model import ANOTHER_MODEL, GgufModel
 from shortstack.export.checkpoint.gguf_names import (
     FOUR_NORMS,
@@ -20,8 +21,10 @@ from shortstack.export.checkpoint.gguf_names import (
     GPT2_NAMES,
     NEOX_NAMES,
     NO_GATE,
+    NORMS_OF_EACH_HEAD,
     POST_NORMS,
     QK_NORMS,
+    QK_NORMS_OF_HUNYUAN,
     STACKED_GATE,
     STACKED_QKV,
     llama_names,
@@ -64,6 +67,14 @@ def _layers_of_stablelm(model: GgufModel, config: Mapping[str, Any]) -> dict[str
     }
 
 
+def _growth_of_ministral(model: GgufModel, config: Mapping[str, Any]) -> dict[str, object]:
+    """Return how queries grow with their position, which transformers has in the object of the rotary embedding."""
+    growth, of_all = model.positive_number(GROWTH), model.number(YARN_LOG, 0.0)
+    original = model.positive("rope.scaling.original_context_length", config["max_position_embeddings"])
+    rope = {**config["rope_parameters"], "llama_4_scaling_beta": growth, "original_max_position_embeddings": original}
+    return {"rope_parameters": {**rope, **({"mscale": 1.0, "mscale_all_dim": of_all} if of_all else {})}}
+
+
 def _residual_of_neox(model: GgufModel, config: Mapping[str, Any]) -> dict[str, object]:
     return {"use_parallel_residual": model.metadata.read(bool, model.key("use_parallel_residual"))}
 
@@ -81,6 +92,19 @@ _GEMMA2 = GgufFamily(
     fixed={"hidden_activation": "gelu_pytorch_tanh"},
     windows=Windows(2, default=4096),
     extend=_scale_of_gemma(46),
+)
+_MISTRAL3 = GgufFamily(
+    model_type="mistral",
+    transformers_class="MistralForCausalLM",
+    transforms=ROTATED,
+    fixed={"sliding_window": None},
+    with_growth=GgufFamily(
+        model_type="ministral3",
+        transformers_class="Ministral3ForCausalLM",
+        transforms=ROTATED,
+        ignores=(GROWTH, YARN_LOG),
+        extend=_growth_of_ministral,
+    ),
 )
 _OLMO2 = GgufFamily(
     model_type="olmo2",
@@ -147,6 +171,7 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
             local_theta=10000.0,
             extend=_scale_of_gemma(62),
         ),
+        "gemma4": GEMMA4,
         "glm4": GgufFamily(
             model_type="glm4",
             transformers_class="Glm4ForCausalLM",
@@ -196,6 +221,12 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
             },
             extend=_multipliers_of_granite,
         ),
+        "hunyuan-dense": GgufFamily(
+            model_type="hunyuan_v1_dense",
+            transformers_class="HunYuanDenseV1ForCausalLM",
+            names=llama_names(QK_NORMS_OF_HUNYUAN),
+            biases=_QKV_BIAS,
+        ),
         "llama": GgufFamily(
             model_type="llama",
             transformers_class="LlamaForCausalLM",
@@ -204,6 +235,7 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
             fixed={"hidden_act": "silu"},
             ignores=("attention.sliding_window",),
         ),
+        "mistral3": _MISTRAL3,
         "olmo2": _OLMO2,
         "phi3": GgufFamily(
             model_type="phi3",
@@ -235,6 +267,7 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
         "stablelm": GgufFamily(
             model_type="stablelm",
             transformers_class="StableLmForCausalLM",
+            names=llama_names(NORMS_OF_EACH_HEAD),
             norm_eps=("layer_norm_eps", LAYER_EPS),
             biases={"use_qkv_bias": "attn_q"},
             has_head_dim=False,

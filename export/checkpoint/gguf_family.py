@@ -15,6 +15,9 @@ from shortstack.export.checkpoint.gguf_names import LLAMA_NAMES
 from shortstack.export.checkpoint.gguf_transforms import Transform
 
 RMS_EPS, LAYER_EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+GROWTH = "attention.temperature_scale"
+"""How fast queries grow with their position."""
+YARN_LOG = "rope.scaling.yarn_log_multiplier"
 ROTATED: Mapping[str, Transform] = {"attn_q": "queries", "attn_k": "keys"}
 """Of architectures whose converter permutes the rows of q and k."""
 
@@ -64,13 +67,17 @@ class GgufFamily:
         fixed: Fields of the config that have one value.
         renames: The config's fields of sizes where they are not named as Llama's.
         has_head_dim: The width of a head need not be hidden / heads.
-        has_rope: It has a rotary embedding.
+        has_rope: It has a rotary embedding, and the fields that most architectures have describe it.
         rope_share: The config's field of the share of a head that is rotated; None if all of it is.
         windows: Which layers slide; None if none does.
         with_windows: What the file's model is where layers slide, if that is another family.
+        with_growth: What the file's model is where queries grow with their position, if that is another family.
         local_theta: The base of sliding layers' own rotary embedding where the file does not say it: a number, or
             ``same`` as the others'. None if all layers share one rotary embedding.
-        ignores: Fields of the metadata that llama.cpp does not read here.
+        ignores: Fields of the metadata that llama.cpp does not read here, or that ``extend`` reads.
+        in_config: Tensors that ``extend`` turns into fields of the config.
+        has_layer_kinds: Layers that slide have other heads than the rest, and MLPs differ in width: ``extend`` reads
+            these sizes. The width of a head that is read for all is that of a layer that slides.
         extend: Returns further fields of the config, which follow from others and from the tensors.
     """
 
@@ -88,6 +95,9 @@ class GgufFamily:
     rope_share: str | None = None
     windows: Windows | None = None
     with_windows: GgufFamily | None = None
+    with_growth: GgufFamily | None = None
     local_theta: float | Literal["same"] | None = None
     ignores: tuple[str, ...] = ()
+    in_config: tuple[str, ...] = ()
+    has_layer_kinds: bool = False
     extend: Callable[[GgufModel, Mapping[str, Any]], Mapping[str, object]] = lambda model, config: {}

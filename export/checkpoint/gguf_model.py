@@ -65,6 +65,23 @@ class GgufModel:
             raise self.metadata.wrong(full, "a positive integer" if value <= 0 else f"at most {LARGEST_SIZE}")
         return value
 
+    def sizes(self, key: str, layers: int, default: int | None = None, *, may_differ: bool = False) -> tuple[int, ...]:
+        """Read a size of each layer: the file has one integer for all of them, or lists them.
+
+        Raises:
+            CheckpointError: It is absent without a default, of another type or length, or not positive.
+            UnsupportedError: The layers differ, and the architecture's may not.
+        """
+        full = self.key(key)
+        listed = self.metadata.data.get(full)
+        if not isinstance(listed, list):
+            return (self.positive(key, default),) * layers
+        if len(listed) != layers or not all(type(size) is int and 0 < size <= LARGEST_SIZE for size in listed):
+            raise self.metadata.wrong(full, f"a positive integer, or one for each of {layers} layers")
+        if len(set(listed)) > 1 and not may_differ:
+            raise self.unsupported(key, "layers of different sizes", "one number for all layers")
+        return tuple(listed)
+
     def number(self, key: str, default: float | None = None) -> float:
         """Read a number; without a default it is required. Errors as in :meth:`Config.read`."""
         full = self.key(key)

@@ -25,6 +25,15 @@ _LAYER = {
 }
 
 QK_NORMS: Mapping[str, str | None] = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+QK_NORMS_OF_HUNYUAN: Mapping[str, str | None] = {
+    "attn_q_norm": "self_attn.query_layernorm",
+    "attn_k_norm": "self_attn.key_layernorm",
+}
+NORMS_OF_EACH_HEAD: Mapping[str, str | None] = {
+    "attn_q_norm": "self_attn.q_layernorm.norms.{head}",
+    "attn_k_norm": "self_attn.k_layernorm.norms.{head}",
+}
+"""Of one tensor, whose rows are those of the heads."""
 POST_NORMS: Mapping[str, str | None] = {
     "attn_norm": None,
     "ffn_norm": None,
@@ -42,6 +51,18 @@ FOUR_NORMS_OF_GLM: Mapping[str, str | None] = {
     "post_attention_norm": "post_self_attn_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
 }
+TOKEN_BRANCH: Mapping[str, str | None] = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "layer_output_scale.weight": "layer_scalar",
+}
+"""The branch on tokens and the scalar of each layer of Gemma 4."""
+GEMMA4_ENDS: Mapping[str, str] = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
 STACKED_QKV: Mapping[str, str | None] = {
     "attn_qkv": "self_attn.qkv_proj",
     "attn_q": None,
@@ -52,13 +73,18 @@ STACKED_GATE: Mapping[str, str | None] = {"ffn_gate": None, "ffn_up": "mlp.gate_
 NO_GATE: Mapping[str, str | None] = {"ffn_gate": None}
 
 
-def llama_names(*changes: Mapping[str, str | None]) -> Mapping[str, str]:
-    """Return the names of an architecture that differs from Llama by these names within a layer."""
+def llama_names(*changes: Mapping[str, str | None], ends: Mapping[str, str] = {}) -> Mapping[str, str]:
+    """Return the names of an architecture that differs from Llama by these names within a layer.
+
+    Args:
+        *changes: Names within a layer; one that ends in ``.weight`` stands for a tensor whose name ends differently.
+        ends: Further names outside the layers.
+    """
     layer: dict[str, str | None] = {**_LAYER}
     for change in changes:
         layer |= change
     layers = {f"blk.{{layer}}.{stem}": f"model.layers.{{layer}}.{name}" for stem, name in layer.items() if name}
-    return MappingProxyType({**_ENDS, **layers})
+    return MappingProxyType({**_ENDS, **ends, **layers})
 
 
 LLAMA_NAMES = llama_names()
@@ -103,6 +129,8 @@ def to_hugging_face(name: str, table: Mapping[str, str] = LLAMA_NAMES) -> str:
     layer = ""
     if match := _BLOCK.fullmatch(stem):
         layer, stem = match[1], "blk.{layer}." + match[2]
+    if (whole := f"{stem}.{suffix}") in table:
+        return table[whole].replace("{layer}", layer)
     if stem not in table or suffix not in ("weight", "bias"):
         return name
     return f"{table[stem].replace('{layer}', layer)}.{suffix}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 
 from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS
-from shortstack.export.checkpoint.gguf_family import GgufFamily
+from shortstack.export.checkpoint.gguf_family import YARN_LOG, GgufFamily
 from shortstack.export.checkpoint.gguf_model import CONVERT_AGAIN, GgufModel, shortest
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
@@ -39,8 +39,8 @@ def rope_fields(family: GgufFamily, model: GgufModel, head_dim: int, context: in
         CheckpointError: A field has the wrong type, is missing, or contradicts another one.
         UnsupportedError: The rotary embedding is of a kind that this version cannot export.
     """
-    theta = _base(model, "rope.freq_base", 10000.0)
-    scaled = {**_scaling(model, context), "rope_theta": theta}
+    theta = rope_base(model, "rope.freq_base", 10000.0)
+    scaled = {**_scaling(family, model, context), "rope_theta": theta}
     found: dict[str, object] = {"rope_parameters": scaled}
     if (original := scaled.get(ORIGINAL)) is not None:  # at the top it wins over the default of a class
         found[ORIGINAL] = original
@@ -50,7 +50,7 @@ def rope_fields(family: GgufFamily, model: GgufModel, head_dim: int, context: in
     elif dims != head_dim:
         raise model.unsupported("rope.dimension_count", "partial rotary embedding", f"the head size {head_dim}")
     local = family.local_theta
-    swa = _base(model, "rope.freq_base_swa", theta if local is None or local == "same" else local)
+    swa = rope_base(model, "rope.freq_base_swa", theta if local is None or local == "same" else local)
     if local is not None:
         plain = {"rope_type": "default", "rope_theta": swa}
         found["rope_parameters"] = {"full_attention": scaled, "sliding_attention": plain}
@@ -59,7 +59,8 @@ def rope_fields(family: GgufFamily, model: GgufModel, head_dim: int, context: in
     return found
 
 
-def _base(model: GgufModel, key: str, default: float) -> float:
+def rope_base(model: GgufModel, key: str, default: float) -> float:
+    """Read the base of the rotary frequencies; errors as in :func:`rope_fields`."""
     value = model.number(key, default)
     if value < 1:
         raise model.metadata.wrong(model.key(key), "a number of at least 1")
@@ -73,14 +74,19 @@ def _share(model: GgufModel, dims: int, head_dim: int) -> float:
         raise CheckpointError(
             where, found=dims, expected=f"an even number, at most the head size {head_dim}", remedy=CONVERT_AGAIN
         )
+    return partial_share(dims, head_dim)
+
+
+def partial_share(dims: int, head_dim: int) -> float:
+    """Return the share of a head whose product with ``head_dim``, rounded down, is ``dims``."""
     share = dims / head_dim
     return share if int(head_dim * share) == dims else math.nextafter(share, math.inf)
 
 
-def _scaling(model: GgufModel, context: int) -> dict[str, object]:
-    for key, neutral in (("yarn_log_multiplier", 0.0), ("yarn_ext_factor", 1.0)):
-        if model.number(f"rope.scaling.{key}", neutral) != neutral:
-            raise model.unsupported(f"rope.scaling.{key}", "a variant of yarn", neutral)
+def _scaling(family: GgufFamily, model: GgufModel, context: int) -> dict[str, object]:
+    for key, neutral in ((YARN_LOG, 0.0), ("rope.scaling.yarn_ext_factor", 1.0)):
+        if key not in family.ignores and model.number(key, neutral) != neutral:
+            raise model.unsupported(key, "a variant of yarn", neutral)
     is_longrope = all(model.has(name) for name in LONGROPE_FACTORS)
     attention_factor = model.positive_number("rope.scaling.attn_factor", 1.0)
     if attention_factor != 1.0 and not is_longrope:  # llama.cpp multiplies cos and sin by it, whatever the kind

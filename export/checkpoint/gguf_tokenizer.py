@@ -2,8 +2,8 @@
 
 transformers has such a conversion too. But as of 5.23 it splits the digits of SmolLM2 like GPT-2's, ignores the
 ``ignore_merges`` of Llama 3, and is private. So the few lines that it takes are here, and they need only the
-``tokenizers`` library. Two kinds of vocabulary are known: ``gpt2`` (byte-level BPE) and ``llama`` (SentencePiece BPE
-with byte fallback).
+``tokenizers`` library. Three kinds of vocabulary are known: ``gpt2`` (byte-level BPE), ``llama`` (SentencePiece BPE
+with byte fallback) and ``gemma4`` (the same with merges, and no space before the text).
 """
 
 from __future__ import annotations
@@ -67,19 +67,24 @@ def tokenizer_files(metadata: Config) -> dict[str, bytes]:
         split = _read_split(metadata)
         tokenizer = byte_level_tokenizer(vocabulary, split)
         add_bos_default, special = split.add_bos, {_CONTROL}
-    elif kind == "llama":
+    elif kind in ("llama", "gemma4"):
         vocabulary = with_spaces_as_pieces(vocabulary)
         defaults = {
             field: index
-            for field, index in _SENTENCEPIECE_IDS.items()
+            for field, index in (_SENTENCEPIECE_IDS if kind == "llama" else {}).items()
             if index < len(vocabulary.types) and vocabulary.types[index] in (_UNKNOWN, _CONTROL)
         }
-        add_space_prefix = metadata.read(bool, "tokenizer.ggml.add_space_prefix", True)
-        unknown = _token(metadata, vocabulary, "unknown", 0)
+        is_llama = kind == "llama"
+        if not is_llama and not vocabulary.merges:
+            raise CheckpointError(
+                f"{metadata.where('tokenizer.ggml.merges')} is missing", expected="the merges of a gemma4 vocabulary"
+            )
+        add_space_prefix = metadata.read(bool, "tokenizer.ggml.add_space_prefix", is_llama)
+        unknown = _token(metadata, vocabulary, "unknown", 0 if is_llama else None)
         tokenizer = sentencepiece_tokenizer(vocabulary, unknown, add_space_prefix=add_space_prefix)
         add_bos_default, special = True, {_UNKNOWN, _CONTROL}
     else:
-        raise not_one_of(metadata.where("tokenizer.ggml.model"), str(kind), ("gpt2", "llama"))
+        raise not_one_of(metadata.where("tokenizer.ggml.model"), str(kind), ("gpt2", "llama", "gemma4"))
 
     ends = {vocabulary.tokens[index] for index in end_token_ids(metadata, vocabulary.tokens)}
     # llama.cpp takes what ends a generation for a control token, whatever its type says.
@@ -93,7 +98,8 @@ def tokenizer_files(metadata: Config) -> dict[str, bytes]:
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for key, field in _SPECIAL_TOKENS.items():
         config[key] = _token(metadata, vocabulary, field, defaults.get(field))
-    config["add_bos_token"] = metadata.read(bool, "tokenizer.ggml.add_bos_token", add_bos_default)
+    adds_bos = metadata.read(bool, "tokenizer.ggml.add_bos_token", add_bos_default)
+    config["add_bos_token"] = adds_bos or kind == "gemma4"  # llama.cpp adds it whatever such a file says
     config["add_eos_token"] = metadata.read(bool, "tokenizer.ggml.add_eos_token", False)
     _add_template(tokenizer, metadata, config)
     template = metadata.read(str, "tokenizer.chat_template", None)

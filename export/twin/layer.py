@@ -17,8 +17,15 @@ from torch.nn import functional
 from shortstack.graphs import layer_spec
 
 KeyValue = tuple[Tensor, Tensor]
-Rotary = tuple[Tensor, Tensor]
-"""cos and sin, each [seq, head_dim / 2]."""
+
+
+class Rotary(NamedTuple):
+    """cos and sin of some positions, each [seq, head_dim / 2], and these positions, int64 [seq]."""
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+
 
 ACTIVATIONS: dict[layer_spec.Activation, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -39,11 +46,15 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
+        out = self.unit(x) * self.weight.to(x.dtype)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension, without weight and bias."""
         if self.kind == "layer":
             x32 = x.float()
             x = (x32 - x32.mean(-1, keepdim=True)).to(x.dtype)
-        out = unit_rms(x, self.eps) * self.weight.to(x.dtype)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        return unit_rms(x, self.eps)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
@@ -75,7 +86,7 @@ class Attention(nn.Module):
             if not spec.k_equals_v:
                 self.v_proj = nn.Linear(hidden, kv_rows, bias=spec.qkv_bias)
         if spec.qk_norm is not None:
-            is_wide = spec.qk_norm_over == "width"
+            is_wide = spec.qk_norm_over != "head"
             self.q_norm = Norm(q_rows if is_wide else self.head_dim, spec.qk_norm)
             if not is_consumer:
                 self.k_norm = Norm(kv_rows if is_wide else self.head_dim, spec.qk_norm)
@@ -83,7 +94,10 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor, rotaries: Sequence[Rotary]) -> Tensor:
         """Return the rotated queries, [batch, heads, seq, head_dim]."""
-        return self._rotated(self.q_proj(x), self.q_norm if self.spec.qk_norm is not None else None, rotaries)
+        query = self._rotated(self.q_proj(x), self.q_norm if self.spec.qk_norm is not None else None, rotaries)
+        if self.spec.query_scale is None or self.spec.rope is None:
+            return query
+        return query * query_factors(self.spec.query_scale, rotaries[self.spec.rope].positions).to(query.dtype)
 
     def key_value(self, x: Tensor, rotaries: Sequence[Rotary]) -> KeyValue:
         """Return the rotated keys and the values, each [batch, kv_heads, seq, head_dim]."""
@@ -120,12 +134,23 @@ class Attention(nn.Module):
         if norm is not None and is_wide:
             x = norm(x)
         x = self._split(x)
-        if norm is not None and not is_wide:
+        is_last = self.spec.qk_norm_after_rope
+        if norm is not None and self.spec.qk_norm_over == "each_head":
+            x = norm.unit(x) * norm.weight.to(x.dtype).view(-1, 1, self.head_dim)
+        elif norm is not None and not (is_wide or is_last):
             x = norm(x)
-        return x if self.spec.rope is None else rotate(x, rotaries[self.spec.rope])
+        if self.spec.rope is not None:
+            x = rotate(x, rotaries[self.spec.rope])
+        return norm(x) if norm is not None and is_last else x
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # [batch, heads, seq, head_dim]
+
+
+def query_factors(scale: layer_spec.QueryScale, positions: Tensor) -> Tensor:
+    """Return what the queries of some positions [seq] are multiplied by, float32 [seq, 1]."""
+    periods = torch.floor(positions.float() / scale.original)
+    return (1 + scale.beta * torch.log(1 + periods))[:, None]
 
 
 def soft_capped(x: Tensor, cap: float) -> Tensor:
@@ -146,9 +171,9 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
     Args:
         x: [batch, heads, seq, head_dim].
-        rotary: cos and sin, each [seq, head_dim / 2].
+        rotary: The positions of the rows.
     """
-    cos, sin = (part.to(x.dtype) for part in rotary)
+    cos, sin = rotary.cos.to(x.dtype), rotary.sin.to(x.dtype)
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 

@@ -248,12 +248,13 @@ class Twin(nn.Module):
             return ()
         is_longer = tuple(is_long(rope, length) for rope in self.spec.ropes)
         kept = self._rotaries.get(is_longer)
-        if kept is None or length > len(kept[0][0]) or kept[0][0].device != rows.device:
+        if kept is None or length > len(kept[0].cos) or kept[0].cos.device != rows.device:
             tables = (rope_tables(rope, max(length, 512), self.rope_factors, length) for rope in self.spec.ropes)
             kept = self._rotaries[is_longer] = tuple(
-                (torch.from_numpy(cos).to(rows.device), torch.from_numpy(sin).to(rows.device)) for cos, sin in tables
+                Rotary(*(part.to(rows.device) for part in (*map(torch.from_numpy, pair), torch.arange(len(pair[0])))))
+                for pair in tables
             )
-        return tuple((cos[:length], sin[:length]) for cos, sin in kept)  # each [seq, head_dim / 2]
+        return tuple(Rotary(*(part[:length] for part in rotary)) for rotary in kept)
 
 
 def _same(before: Sequence[KeyValue], after: Sequence[KeyValue]) -> bool:

@@ -53,13 +53,10 @@ def sequential(twin: Twin, input_ids: Tensor, caches: Mapping[int, KeyValue] | N
     past = next(iter(grown.values()))[0].shape[2] if grown else 0
     end = past + input_ids.shape[1]
     pairs = [rope_tables(rope, end, twin.rope_factors, end) for rope in spec.ropes]
-    tables = [(torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in pairs]
+    tables = [Rotary(torch.from_numpy(cos), torch.from_numpy(sin), torch.arange(end)) for cos, sin in pairs]
     states = []
     for position in range(past, past + input_ids.shape[1]):
-        rotaries = [
-            (cos[position : position + 1].to(input_ids.device), sin[position : position + 1].to(input_ids.device))
-            for cos, sin in tables
-        ]
+        rotaries = [Rotary(*(part[position : position + 1].to(input_ids.device) for part in table)) for table in tables]
         x = twin.first_stream(input_ids[:, position - past, None], position)  # [batch, 1, hidden]
         here = input_ids[:, position - past, None]
         tokens = Tokens(here, twin.embedded(here)) if spec.reads_tokens(range(spec.num_hidden_layers)) else None

@@ -4,7 +4,9 @@
 
     normed [batch, seq, hidden]
       └─ MatMul qkv_proj (+ bias)        [batch, seq, (heads + 2 * kv_heads) * head_dim]; a consumer has queries alone
-           └─ Split, norms of q and k    where the layer has them: the CPU's attention kernel does not take them
+           └─ Split, norms of q and k    where the layer has them: the CPU's attention kernel does not take them. Norms
+                                         after the rotation take it out of the kernel, too
+           └─ Mul of q by position       where queries grow; that commutes with the rotation
            └─ GroupQueryAttention        past/present: one buffer, updated in place; a consumer reads its producer's
                 └─ mixed values          [batch, seq, heads * head_dim]; the layer multiplies them with o_proj
 
@@ -23,19 +25,19 @@ again on the same rows is one more pass over an iterated group (:mod:`shortstack
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from shortstack.graphs import names
 from shortstack.graphs.exit_parts import BLOCK
 from shortstack.graphs.ir.builder import MICROSOFT, Attribute, GraphBuilder
+from shortstack.graphs.ir.heads import rope_tables, split_heads
 from shortstack.graphs.ir.lengths import Lengths, Packing, one_less
 from shortstack.graphs.ir.lengths import positions as positions_of
 from shortstack.graphs.ir.matrix import project
-from shortstack.graphs.ir.norm import norm_op
 from shortstack.graphs.kv_map import consumers
-from shortstack.graphs.layer_spec import Attention, Layer, Norm
+from shortstack.graphs.layer_spec import Attention, Layer
 from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import ModelSpec
 
@@ -161,7 +163,7 @@ def attention(g: GraphBuilder, site: LayerSite, normed: ir.Value, lengths: Lengt
         packed = g.op("Add", [packed, g.weight(site.weight("attn.qkv_proj.bias"))], f"{node}/qkv_proj/Add")
     if lengths.spare_row:
         packed = g.op("Pad", [packed, g.constant([0, 0, 0, 0, 1, 0])], f"{node}/spare_row")  # [batch, seq + 1, ...]
-    query, key, value = _split(g, site, packed, node)
+    query, key, value = split_heads(g, own, site.weight, packed, lengths, node, owns_kv=site.owns_kv)
     if lengths.packing is not None:
         return _attend_packed(g, site, [query, key, value], lengths, lengths.packing, caches)
     if site.owns_kv:
@@ -231,63 +233,6 @@ def _unpacked(g: GraphBuilder, own: Attention, rows: list[ir.Value | None], node
     return [*g.ops("Split", [rows[0], sizes], f"{node}/split", ("/query", "/key", "/value"), axis=-1)]
 
 
-def _split(
-    g: GraphBuilder, site: LayerSite, packed: ir.Value, node: str
-) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-    """Append the norms of queries and keys; return queries, keys and values, packed as queries where none has a norm.
-
-    Heads are padded with zeros, which a root mean square counts: the weights and the epsilon make up for it, see
-    :func:`padded_share`.
-    """
-    own = site.layer.attention
-    if own.qk_norm is None and own.v_norm is None and not own.k_equals_v:
-        return packed, None, None
-    norm = None if own.qk_norm is None else replace(own.qk_norm, eps=own.qk_norm.eps * padded_share(own))
-
-    def normed(x: ir.Value, name: str) -> ir.Value:
-        if norm is None:
-            return x
-        weight = site.weight(f"attn.{name}.weight")
-        if own.qk_norm_over == "width":
-            return norm_op(g, norm, x, weight, f"{node}/{name}")
-        heads = g.op("Reshape", [x, g.constant([0, 0, -1, own.cache_head_dim])], f"{node}/{name}/heads")
-        return g.op(
-            "Reshape",
-            [norm_op(g, norm, heads, weight, f"{node}/{name}"), g.constant([0, 0, -1])],
-            f"{node}/{name}/flat",
-        )
-
-    if not site.owns_kv:
-        return normed(packed, "q_norm"), None, None
-    width, kv_width = own.heads * own.cache_head_dim, own.kv_heads * own.cache_head_dim
-    suffixes = ("/query", "/key") if own.k_equals_v else ("/query", "/key", "/value")
-    sizes = g.constant([width, *([kv_width] * (len(suffixes) - 1))])
-    query, key, *values = g.ops("Split", [packed, sizes], f"{node}/split", suffixes, axis=-1)
-    value = values[0] if values else key
-    if own.v_norm is not None:
-        value = _v_normed(g, own, own.v_norm, value, f"{node}/v_norm")
-    return normed(query, "q_norm"), normed(key, "k_norm"), value
-
-
-def _v_normed(g: GraphBuilder, own: Attention, kind: Norm, value: ir.Value, node: str) -> ir.Value:
-    """Append the norm of each head of the values [batch, seq, kv_heads * head_dim], which has no weights."""
-    heads = g.op("Reshape", [value, g.constant([0, 0, -1, own.cache_head_dim])], f"{node}/heads")
-    ones = g.op("CastLike", [g.filled(own.cache_head_dim, padded_share(own) ** 0.5), heads], f"{node}/ones")
-    eps = kind.eps * padded_share(own)
-    name = f"{node}/SimplifiedLayerNormalization"
-    heads = g.op("SimplifiedLayerNormalization", [heads, ones], name, axis=-1, epsilon=eps, stash_type=1)
-    return g.op("Reshape", [heads, g.constant([0, 0, -1])], f"{node}/flat")
-
-
-def padded_share(attention: Attention) -> float:
-    """Return which share of a padded head are columns of the model.
-
-    The mean square over a padded head is that share of the mean square over the head itself. So its norm has this share
-    of the epsilon, and weights times its square root.
-    """
-    return attention.head_dim / attention.cache_head_dim
-
-
 def _read(g: GraphBuilder, site: LayerSite, name: str, query: ir.Value, caches: Caches, lengths: Lengths) -> ir.Value:
     """Append attention of queries [batch, rows, heads * head_dim] over what a cache holds, without writing to it."""
     kv_width = site.layer.attention.kv_heads * site.layer.attention.cache_head_dim
@@ -332,9 +277,8 @@ def _attend(
         reads_before: The cache is read as the run found it, whatever layers below have written.
     """
     own = site.layer.attention
-    tables = (
-        [None, None] if own.rope is None else [g.weight(names.rope_table(own.rope, part)) for part in names.ROPE_PARTS]
-    )
+    rotates = own.rope is not None and not own.qk_norm_after_rope
+    tables = rope_tables(g, own) if rotates else [None, None]
     inputs: list[ir.Value | None] = [
         *query_key_value,
         *(caches.before(site.owner) if reads_before else caches.of(site.owner)),
@@ -367,7 +311,7 @@ def _attend(
         num_heads=own.heads,
         kv_num_heads=own.kv_heads,
         scale=own.score_scale,
-        do_rotary=int(own.rope is not None),
+        do_rotary=int(rotates),
         rotary_interleaved=0,
         **attributes,
     )

@@ -86,6 +86,10 @@ class GraphBuilder:
         """Return a vector of one number, float32 [size], kept inside the graph file."""
         return self._initializer(ir.Tensor(np.full(size, value, np.float32), name=f"const.float32.{size}x{value!r}"))
 
+    def numbers(self, values: npt.NDArray[np.float32], label: str) -> ir.Value:
+        """Return a few numbers that a label names, float32, kept inside the graph file."""
+        return self._initializer(ir.Tensor(values, name=f"const.float32.{label}"))
+
     def scaled(self, x: ir.Value, factor: float, name: str) -> ir.Value:
         """Append ``x * factor``; the factor has the type of ``x``."""
         number = self._initializer(ir.Tensor(np.array(factor, np.float32), name=f"const.float32.{factor!r}"))

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from helpers import gguf_files, tolerances
 from helpers.adapters import A, edit_tensors, lora
 from helpers.bad_input import edit_json
-from helpers.families import FamilyRow, MadeFamily
+from helpers.families import MadeFamily
+from helpers.family_rows import FamilyRow
 from helpers.tiny_models import BASE, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.adapter import AdaptedCheckpoint

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Backend
 
 from helpers.bad_input import Refused, edit_json, left_behind
 from helpers.consolidated import consolidated
-from helpers.families import ROWS, MadeFamily
+from helpers.families import MadeFamily
+from helpers.family_rows import ROWS
 from helpers.tiny_models import BASE, END, TURN_END, TURN_START, TinyBundles
 from helpers.vocabularies import byte_tokens, tekken_file
 from shortstack.__main__ import run

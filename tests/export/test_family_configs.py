@@ -49,6 +49,15 @@ GEMMA = (
     ALL_FULL,
 )
 PARTIAL = ({"partial_rotary_factor": 0.75}, {"partial_rotary_factor": 1.0})
+GROWS = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.2,
+}
 SWITCHED = (UPPER, {**UPPER, "sliding_window": None}, {**UPPER, **SLIDES}, {**UPPER, "max_window_layers": LAYERS})
 OWN: dict[str, tuple[dict[str, Any], ...]] = {
     "llama": (RMS, *HEADS, *BIAS, {"mlp_bias": True}, NULL_HEADS, {"sliding_window": 9}),
@@ -56,6 +65,26 @@ OWN: dict[str, tuple[dict[str, Any], ...]] = {
     "qwen3": (RMS, {"head_dim": 16}, NULL_HEADS, *BIAS, *SWITCHED, ALL_FULL, {"use_sliding_window": True}),
     "mistral": (RMS, *HEADS, {"sliding_window": None}, {"sliding_window": 9}),
     "ministral": (RMS, {"head_dim": 16}, {"sliding_window": None}, {"sliding_window": 9}, SLIDES, ALL_FULL),
+    "ministral3": (
+        RMS,
+        {"head_dim": 16},
+        {"head_dim": 16, "num_key_value_heads": 4},
+        {"sliding_window": 9},
+        {"rope_parameters": GROWS},
+        {"rope_parameters": {**GROWS, "mscale_all_dim": 0.5}},
+        {"rope_parameters": {**GROWS, "rope_type": "default"}},
+        {"rope_scaling": GROWS},
+    ),
+    "hunyuan_v1_dense": (
+        RMS,
+        {"head_dim": 16},
+        {"head_dim": 16, "num_key_value_heads": 4},
+        NULL_HEADS,
+        *BIAS,
+        {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "alpha": 7.0, "factor": 1.0, "rope_theta": 500.0}, "head_dim": 16},
+        {"rope_scaling": {"type": "dynamic", "alpha": None, "factor": 2.0}},
+    ),
     "gemma": (RMS, {"head_dim": 16}, *BIAS, {"hidden_act": "gelu"}),
     "gemma2": GEMMA,
     "gemma3_text": (*GEMMA, {"rope_local_base_freq": 300.0}, {"rope_local_base_freq": 300.0, "rope_theta": 500.0}),
@@ -127,7 +156,9 @@ OWN: dict[str, tuple[dict[str, Any], ...]] = {
         LAYER_NORM,
         {"use_qkv_bias": True},
         {"qk_layernorm": False},
+        {"qk_layernorm": True},
         {"use_parallel_residual": False},
+        {"use_parallel_residual": True},
         *PARTIAL,
     ),
     "starcoder2": (
@@ -195,7 +226,7 @@ def shapes(model_type: str, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return expected_tensors(ARCHITECTURES[model_type], spec)
 
 
-SHAPES = ("head_dim", "bias", "tie", "num_key", "layer_types", "qk_layernorm")
+SHAPES = ("use_parallel", "head_dim", "bias", "tie", "num_key", "layer_types", "qk_layernorm")
 SHAPED = [case for case in CASES if not case[1] or any(word in key for key in case[1] for word in SHAPES)]
 
 

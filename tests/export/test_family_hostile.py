@@ -31,6 +31,7 @@ def configs(family: str) -> tuple[dict[str, Any], ...]:
     return (
         their_fields(fields_of(family, sliding_window=9)),
         {**OLD, "rope_scaling": {**YARN, "truncate": True}},
+        {"rope_scaling": {name: value for name, value in YARN.items() if name != "attention_factor"}},
         {"rope_parameters": {"rope_type": "longrope", **LENGTHS, **DIVISORS}},
         {"kv_map": list(range(8)), "windows": [3, 0] * 4, "masks_diagonal": True},
     )

@@ -103,9 +103,26 @@ def bad_configs(family: str) -> dict[str, Case]:
     if family == "granite":
         cases["logits divided by 0"] = ({"logits_scaling": 0}, ("logits_scaling: found 0", "a number other than 0"))
         cases["scores times 0"] = ({"attention_multiplier": 0}, ("attention_multiplier: found 0", "a positive number"))
-    if family == "stablelm":
-        for key in ("qk_layernorm", "use_parallel_residual"):
-            cases[key] = ({key: True}, (f"{key} changes what the model computes", "found True", "false, or null"))
+    if family == "ministral3":
+        del cases["a base of 0"]  # without an object of the rotary embedding, the field at the top is not read
+        growth = {"rope_type": "default", "original_max_position_embeddings": 8}
+        cases["no growth"] = (
+            {"rope_parameters": growth},
+            ("rope_parameters.llama_4_scaling_beta is missing", "number"),
+        )
+        cases["a negative growth"] = (
+            {"rope_parameters": {**growth, "llama_4_scaling_beta": -0.1}},
+            ("rope_parameters.llama_4_scaling_beta: found -0.1", "a number of at least 0"),
+        )
+        cases["no context to grow beyond"] = (
+            {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            ("rope_parameters.original_max_position_embeddings is missing", "an integer"),
+        )
+    if family == "hunyuan_v1_dense":
+        for name, alpha in (("a huge alpha", 1e308), ("a negative alpha", -2.0), ("a tiny alpha", 1e-9)):
+            rope_type = {"rope_type": "dynamic", "factor": 1.0, "alpha": alpha}
+            cases[name] = ({"rope_parameters": rope_type}, (f"rope_parameters.alpha: found {alpha}", "number"))
+        cases["layers that share"] = ({"use_cla": True}, ("use_cla changes what the model computes", "false, or null"))
     if family == "smollm3":
         cases["too few marks"] = ({"no_rope_layers": [1]}, ("no_rope_layers: found 1 entries", "num_hidden_layers = 8"))
         cases["an interval of 0"] = ({"no_rope_layer_interval": 0}, ("no_rope_layer_interval: found 0", "positive"))
@@ -195,7 +212,7 @@ def test_missing_shards_are_named(family: str, tmp_path: Path, refused: Refused)
         *((name, "a mixture of experts and recurrent layers") for name in ("jamba", "qwen3_next", "granitemoehybrid")),
         *((name, "an encoder") for name in ("t5", "bart", "t5gemma", "pegasus")),
         ("whisper", "an encoder and images or sound"),
-        *((name, "images or sound") for name in ("gemma3n", "llava", "qwen2_vl", "mistral3", "paligemma")),
+        *((name, "images or sound") for name in ("gemma3n", "llava", "qwen2_vl", "paligemma")),
         *((name, "attention to later positions") for name in ("bert", "modernbert")),
     ],
 )

@@ -53,7 +53,15 @@ def parameters(model_type: str, kind: str, fields: dict[str, Any]) -> dict[str, 
     if kind.startswith("longrope"):
         count = read(fields).ropes[0].dims // 2
         found |= {"short_factor": [1.0 + i / 8 for i in range(count)], "long_factor": [2.0 + i for i in range(count)]}
-    return found
+    return grown(model_type, found)
+
+
+def grown(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """Add what Ministral 3 says in the same object: how queries grow."""
+    if model_type != "ministral3" or not rope:
+        return rope
+    has_length = rope.get("rope_type") in ("yarn", "longrope")
+    return {**({} if has_length else {"original_max_position_embeddings": 32}), "llama_4_scaling_beta": 0.2, **rope}
 
 
 def with_rope(model_type: str, kind: str, **changes: Any) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def test_a_rotary_embedding_is_written_so_that_both_read_it(model_type: str, kin
 def old(model_type: str, theta: float = 500.0, **scaling: Any) -> dict[str, Any]:
     """Return the fields of transformers 4."""
     name = "rotary_emb_base" if model_type == "gpt_neox" else "rope_theta"
-    return {name: theta, **({"rope_scaling": scaling} if scaling else {})}
+    return {name: theta, **({"rope_scaling": grown(model_type, scaling)} if scaling else {})}
 
 
 SPELLINGS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from onnx import helper
 
 from helpers.bad_input import Refused
 from helpers.exit_nodes import CachedGraphs
-from helpers.families import FamilyRow
+from helpers.family_rows import FamilyRow
 from helpers.genai import WholeGraph, genai_tokens, need_genai, segment_tokens
 from helpers.genai_folders import CONFIG, DATA, GRAPH, GraphWriter, built
 from helpers.tiny_models import TinyBundles, TinyModel, write_tokenizer

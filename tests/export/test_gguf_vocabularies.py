@@ -15,7 +15,7 @@ from helpers.tokenizer_checks import TEXTS
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.checkpoint.gguf_pretokenizers import SPLITS
 from shortstack.export.checkpoint.gguf_tokenizer import tokenizer_files
-from shortstack.graphs.errors import UnsupportedError
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -28,8 +28,13 @@ MORE_TEXTS = (
 )
 
 
-def stored(name: str) -> tuple[Backend, dict[str, Any]]:
-    """Return a model's own tokenizer, and what convert_hf_to_gguf.py makes of it."""
+def stored(name: str, kind: str = "llama") -> tuple[Backend, dict[str, Any]]:
+    """Return a model's own tokenizer, and what convert_hf_to_gguf.py makes of it.
+
+    Args:
+        name: The model.
+        kind: What a vocabulary that is not byte-level becomes: ``llama`` or ``gemma4``.
+    """
     try:
         folder = real_tokenizer(name)
     except NotFetchedError as error:
@@ -43,15 +48,15 @@ def stored(name: str) -> tuple[Backend, dict[str, Any]]:
     text_of = {index: token for token, index in own.get_vocab().items()}
     tokens, types = [], []
     for index in range(max(text_of) + 1):
-        token, kind = text_of.get(index, f"[PAD{index}]"), NORMAL if index in text_of else UNUSED
+        token, type_of = text_of.get(index, f"[PAD{index}]"), NORMAL if index in text_of else UNUSED
         if index in added:
-            kind = CONTROL if added[index].special else USER_DEFINED
-            if kind == USER_DEFINED:
+            type_of = CONTROL if added[index].special else USER_DEFINED
+            if type_of == USER_DEFINED and kind == "llama":
                 token = token.replace("\u2581", " ")  # as the converter does
         elif token.startswith("<0x") and len(token) == 6:
-            kind = BYTE
+            type_of = BYTE
         tokens.append(token)
-        types.append(kind)
+        types.append(type_of)
     data: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     if name in PRE:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -60,6 +65,14 @@ def stored(name: str) -> tuple[Backend, dict[str, Any]]:
             "tokenizer.ggml.pre": PRE[name],
             "tokenizer.ggml.merges": merges,
         }
+    elif kind == "gemma4":
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        data |= {
+            "tokenizer.ggml.model": "gemma4",
+            "tokenizer.ggml.scores": [-1000.0] * len(tokens),
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in pairs],
+            "tokenizer.ggml.add_space_prefix": False,
+        }
     else:
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         ranks = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(pairs)))}
@@ -67,7 +80,8 @@ def stored(name: str) -> tuple[Backend, dict[str, Any]]:
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.scores": [
-                ranks.get(token, -1e9) if kind == NORMAL else -1000.0 for token, kind in zip(tokens, types, strict=True)
+                ranks.get(token, -1e9) if own_type == NORMAL else -1000.0
+                for token, own_type in zip(tokens, types, strict=True)
             ],
             "tokenizer.ggml.add_space_prefix": name == "llama2",
         }
@@ -86,9 +100,12 @@ def loaded(data: dict[str, Any], folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "gptoss", "llama2", "gemma3"])
-def test_a_vocabulary_of_a_gguf_file_gives_the_ids_of_the_model(name: str, tmp_path: Path) -> None:
-    own, data = stored(name)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("qwen3", ""), ("llama3", ""), ("gptoss", ""), ("llama2", "llama"), ("gemma3", "llama"), ("gemma3", "gemma4")],
+)
+def test_a_vocabulary_of_a_gguf_file_gives_the_ids_of_the_model(name: str, kind: str, tmp_path: Path) -> None:
+    own, data = stored(name, kind)
     ours = loaded(data, tmp_path)
     special = [token.content for token in own.get_added_tokens_decoder().values()][:200]
     for text in (*MORE_TEXTS, "".join(special), " ".join(special), *(f"a{token}b {token} c" for token in special)):
@@ -150,6 +167,17 @@ def test_bytes_stand_for_what_no_piece_spells(tmp_path: Path) -> None:
     ours = loaded(sentencepiece(PIECES, add_bos_token=False), tmp_path)
     assert ours.encode("aé\n") == [261, 3 + 0xC3, 3 + 0xA9, 3 + 0x0A]
     assert ours.decode(ours.encode("aé\n🙂")) == "aé\n🙂"
+
+
+def test_a_gemma4_vocabulary_starts_with_its_first_token_and_needs_merges(tmp_path: Path) -> None:
+    data = sentencepiece(PIECES, bos_token_id=1, add_bos_token=False, merges=["\u2581 a"])
+    data["tokenizer.ggml.model"] = "gemma4"
+    ours = loaded(data, tmp_path)
+    assert ours.encode(" aa") == [1, 261, 260]
+    assert ours.decode([261, 260]) == " aa"
+    del data["tokenizer.ggml.merges"]
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.merges is missing: expected the merges of a gemma4"):
+        tokenizer_files(Config(data, "x.gguf"))
 
 
 TEXT = "I'm X'S  1234\tab\n\n \u00e9=(x)"

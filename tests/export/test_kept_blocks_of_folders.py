@@ -11,7 +11,7 @@ import pytest
 
 from helpers import tolerances
 from helpers.adapters import lora
-from helpers.families import FamilyRow
+from helpers.family_rows import FamilyRow
 from helpers.quantized_cases import (
     COHERE2,
     EXITS,

@@ -92,6 +92,11 @@ def test_what_is_written_is_read_back_by_us_and_by_transformers(model_type: str,
             r"per_layer_config\.0: found heads of its own",
         ),
         ({"hidden_size_per_layer_input": -1}, CheckpointError, "hidden_size_per_layer_input: found -1"),
+        (
+            {"rope_parameters": {FULL: {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}},
+            UnsupportedError,
+            r"rope_parameters\.full_attention: a share of the head is rotated: found rope_type default, expected",
+        ),
         ({"layer_types": [FULL, "chunked"] * 3 + [FULL]}, UnsupportedError, "chunked"),
     ],
 )

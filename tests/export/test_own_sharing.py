@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.bad_input import Refused, edit_json
-from helpers.families import ROWS, MadeFamily
+from helpers.families import MadeFamily
 from helpers.family_configs import FAMILIES, fields_of, read
 from helpers.family_recipes import half_shared
+from helpers.family_rows import ROWS
 from shortstack.__main__ import run
 from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.assemble import export_bundle

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from helpers.families import FamilyRow
+from helpers.family_rows import FamilyRow
 from helpers.quantized_cases import (
     EXITS,
     FLOATS,

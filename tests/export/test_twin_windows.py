@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from helpers import tolerances
-from helpers.families import FamilyRow, MadeFamily
+from helpers.families import MadeFamily
+from helpers.family_rows import FamilyRow
 from shortstack.export.parity.reference import Reference
 from shortstack.export.twin.folder import load_twin, save_twin
 

@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers.families import CHECKS, ROWS, MadeFamily  # noqa: E402
+from helpers.families import CHECKS, MadeFamily  # noqa: E402
+from helpers.family_rows import ROWS  # noqa: E402
 from helpers.family_table import write_table  # noqa: E402
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.families import ROWS, FamilyRow, MadeFamily
+from helpers.families import MadeFamily
 from helpers.family_quantized import CHECKS
+from helpers.family_rows import ROWS, FamilyRow
 from helpers.quantized import INT4, preset
 from shortstack.graphs.bundle import open_bundle
 from shortstack.quant.preset import assign

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from helpers.families import ROWS, FamilyRow, MadeFamily
+from helpers.families import MadeFamily
 from helpers.family_recipes import RECIPES, half_shared
+from helpers.family_rows import ROWS, FamilyRow
 from helpers.recipe_runs import options, write_words
 from shortstack.export.twin.folder import load_twin
 from shortstack.samples.recipes import kv_sharing

@@ -96,7 +96,7 @@ def _warm_up() -> None:
 
 
 @click.command()
-@click.option("--inputs", default=3000, show_default=True, help="How many inputs, shared among the targets.")
+@click.option("--inputs", default=3600, show_default=True, help="How many inputs, shared among the targets.")
 @click.option("--seed", default=0, show_default=True, help="Seeds every draw.")
 @click.option("--target", "chosen", multiple=True, type=click.Choice(sorted(TARGETS)), help="Only these targets.")
 @click.option("--only", metavar="TARGET:NUMBER", help="Run this one input, and print all that is known of it.")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from helpers import adapters, exit_nodes, gguf_files, megatron, quantized_folders
+from helpers.families import MadeFamily
+from helpers.family_rows import ROWS
+from helpers.gguf_cases import CASES
+from helpers.gguf_written import written
 from helpers.tiny_models import CHAT_TEMPLATE, END, TURN_END, TURN_START, TinyModel
+from helpers.vocabularies import byte_tokens, pieces_of, sentencepiece_model, tekken_file, tiktoken_file
 from shortstack.__main__ import run
 from shortstack.graphs.plan import ExitSpec
 
@@ -41,6 +49,8 @@ class Sound:
         twin, nodes = exit_nodes.write_random_exits(checkpoint, self["megatron-exits"], embedding)
         megatron.write(self["megatron"], twin, nodes)
         adapters.lora(self["adapter"], checkpoint)
+        _add_families(self["families"], self["ggufs"])
+        _add_vocabularies(checkpoint, self["vocabularies"])
         lines = [json.dumps({"prompt": text}) + "\n" for text in PROMPTS * 4]
         self["prompts.jsonl"].write_text("".join(lines), encoding="utf-8")
         quiet = ["--method", "rtn", "--no-report"]
@@ -66,3 +76,40 @@ def _add_token_files(checkpoint: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def _add_families(folders: Path, files: Path) -> None:
+    """Write a checkpoint of each family, and a GGUF file of each architecture of llama.cpp."""
+    files.mkdir()
+    for row in ROWS:
+        made = MadeFamily(row, folders / "made").checkpoint
+        shutil.move(made, folders / row.name.replace(" ", "-").replace(",", ""))
+    (folders / "made").rmdir()
+    for case in {case.architecture: case for case in reversed(CASES)}.values():
+        _, file = written(case, files / "made")
+        shutil.move(file, files / f"{case.architecture}.gguf")
+        shutil.rmtree(files / "made")
+
+
+def _add_vocabularies(checkpoint: Path, folders: Path) -> None:
+    """Write checkpoints whose tokenizers are files of other libraries than tokenizers."""
+    vocab = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab()
+    special = (END, TURN_START, TURN_END)
+    tokens = byte_tokens(vocab, special)
+    contents = {
+        "sentencepiece": (
+            "tokenizer.model",
+            sentencepiece_model(pieces_of(["\u2581", *"abcdefghij", "ab", "\u2581ab"])),
+        ),
+        "tiktoken": ("tokenizer.model", tiktoken_file(tokens)),
+        "tekken": ("tekken.json", tekken_file(tokens, special)),
+    }
+    folders.mkdir()
+    for name, (file, content) in contents.items():
+        folder = Path(shutil.copytree(checkpoint, folders / name))
+        for old in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
+            (folder / old).unlink()
+        end = {str(len(tokens)): {"content": END, "special": True}}
+        config = {"added_tokens_decoder": end, "eos_token": END} if name == "tiktoken" else {}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / file).write_bytes(content)

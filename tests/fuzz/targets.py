@@ -31,7 +31,7 @@ class Target:
     """One kind of input.
 
     Attributes:
-        sound: The name of the sound input.
+        sound: The name of the sound input, or of a folder of which each draw takes one.
         damage: Damages a copy of it.
         command: The command line.
         is_right: Returns what is wrong after the command has succeeded, or why the result is right.
@@ -41,6 +41,7 @@ class Target:
     damage: Damage
     command: Commands
     is_right: oracle.Oracle
+    is_one_of: bool = False
 
 
 def _any_file(rng: random.Random, copy: Path) -> str:
@@ -126,6 +127,36 @@ def _template(rng: random.Random, copy: Path) -> str:
     return text
 
 
+def _vocabulary(rng: random.Random, copy: Path) -> str:
+    """Damage the file of another library's vocabulary, mostly, or the config of the tokenizer beside it."""
+    path = rng.choice([file for file in sorted(copy.iterdir()) if file.name.startswith(("tokenizer", "tekken"))])
+    if rng.randrange(10) == 0:
+        return f"{path.name} is {damage_file(rng, path, copy.parent)}"
+    if path.suffix == ".json":
+        damage_json(rng, path)
+    elif rng.randrange(3) == 0 and (lines := path.read_bytes().splitlines(keepends=True))[0].endswith(b" 0\n"):
+        path.write_bytes(_damage_lines(rng, lines))
+    else:
+        path.write_bytes(damage_bytes(rng, path.read_bytes()))
+    return path.name
+
+
+def _damage_lines(rng: random.Random, lines: list[bytes]) -> bytes:
+    """Exchange, repeat, remove or replace whole lines of a text file."""
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        one, other = rng.randrange(len(lines)), rng.randrange(len(lines))
+        match rng.randrange(4):
+            case 0:
+                lines[one], lines[other] = lines[other], lines[one]
+            case 1:
+                lines.insert(one, lines[other])
+            case 2:
+                del lines[one]
+            case _:
+                lines[one] = rng.choice((b"\n", b"IQ== -1\n", b"IQ== 99999999999\n", b"!!!! 3\n", b" \n", b"IQ==\n"))
+    return b"".join(lines)
+
+
 def _export(*options: str) -> Commands:
     def command(rng: random.Random, sound: Sound, copy: Path) -> list[str]:
         return ["export", str(copy), str(copy.parent / "out"), "-e", "1", *options]
@@ -183,6 +214,11 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "config": Target("checkpoint", _json_file("config.json"), _export(), oracle.as_transformers),
         "tokenizer": Target("checkpoint", _json_file(*_TOKENIZER_FILES), _export(), oracle.as_tokenizer),
         "template": Target("checkpoint", _template, _export(), oracle.as_template),
+        "family-config": Target(
+            "families", _json_file("config.json"), _export(), oracle.as_transformers, is_one_of=True
+        ),
+        "vocabulary": Target("vocabularies", _vocabulary, _export(), oracle.as_tokenizer, is_one_of=True),
+        "family-gguf": Target("ggufs", _one_file, _export(), oracle.decodes_alike, is_one_of=True),
         "gguf": Target("model.gguf", _one_file, _export(), oracle.decodes_alike),
         "gptq": Target("gptq", _any_file, _export("--keep-blocks"), oracle.decodes_alike),
         "compressed": Target("compressed", _any_file, _export("--keep-blocks"), oracle.decodes_alike),
@@ -201,9 +237,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 def prepare(target: Target, rng: random.Random, sound: Sound, folder: Path) -> tuple[str, list[str]]:
     """Copy the sound input into a folder and damage it; return what was done, and the command line."""
     source = sound[target.sound]
+    if target.is_one_of:
+        source = rng.choice(sorted(source.iterdir()))
     copy = folder / f"in{source.suffix}"
     if source.is_dir():
         shutil.copytree(source, copy)
     else:
         shutil.copy(source, copy)
-    return target.damage(rng, copy), target.command(rng, sound, copy)
+    said = f"{source.name}: " if target.is_one_of else ""
+    return said + target.damage(rng, copy), target.command(rng, sound, copy)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-INPUTS = 75  # five for each target
+INPUTS = 90  # five for each target
 
 
 def test_damaged_inputs_are_refused_in_one_line_or_right(repository: Path) -> None:

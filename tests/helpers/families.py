@@ -1,4 +1,4 @@
-"""Tiny random models of every family, one row each, and what is checked of each of them.
+"""What is checked of each family, on the tiny models of :mod:`helpers.family_rows`.
 
 A check raises an AssertionError where a family fails it. ``tests/families`` runs every check on every row and compares
 with the table of docs/families.md, which ``python -m tests.families`` writes.
@@ -6,20 +6,21 @@ with the table of docs/families.md, which ``python -m tests.families`` writes.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from safetensors.numpy import load_file, save_file
 
 from helpers import tolerances
 from helpers.exit_nodes import CachedGraphs, random_exit
+from helpers.family_rows import CONTEXT, VOCAB, FamilyRow
 from helpers.gguf_cases import CASES
 from helpers.gguf_written import logits, written
 from helpers.quantized import INT4, INT4_OFFSETS, preset
@@ -36,123 +37,9 @@ from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import ExitPolicy, Model, load, parse_criterion
 
-VOCAB, CONTEXT, TOKENS = 300, 48, 16
+TOKENS = 16
 EXITS = (1, 2)
 PIECES = ((0, 7), (7, 8), (8, 13), (13, CONTEXT))  # of a text that fills the cache
-_SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "vocab_size": VOCAB,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-_GPT2_SIZES = {"n_embd": 64, "n_inner": 96, "n_layer": 4, "n_head": 4, "n_positions": CONTEXT}
-_NOT_OF_GPT2 = _SIZES.keys() - {"vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
-
-
-@dataclass(frozen=True)
-class FamilyRow:
-    """One tiny model.
-
-    Attributes:
-        model_type: Its family.
-        name: What people call the models of the family.
-        fields: Fields of its config; those of ``_SIZES`` besides.
-        mlp_exits: Its layers have a norm before the MLP, which exits of the kind ``mlp`` share.
-    """
-
-    model_type: str
-    name: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    mlp_exits: bool = True
-
-    def config(self) -> Any:
-        """Return the config, of transformers' class."""
-        fields = {**_SIZES, **self.fields}
-        if self.model_type == "gpt2":
-            fields = {name: value for name, value in fields.items() if name not in _NOT_OF_GPT2} | _GPT2_SIZES
-        if self.model_type == "gpt_neox":
-            del fields["num_key_value_heads"]
-        return CONFIG_MAPPING[self.model_type](**fields)
-
-    def model(self) -> Any:
-        """Return transformers' model with random weights, norms and biases included."""
-        with torch.random.fork_rng():
-            torch.manual_seed(zlib.crc32(repr(self).encode()))
-            model = AutoModelForCausalLM.from_config(self.config()).eval()
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name.endswith("bias"):
-                        parameter.normal_(0.0, 0.2)
-                    elif "norm" in name or "ln_" in name or "layer_scalar" in name:
-                        parameter.add_(torch.randn_like(parameter) * 0.2)
-        return model
-
-
-_SLIDES = {"sliding_window": 6}
-_GEMMA4 = {
-    "head_dim": 32,
-    "global_head_dim": 48,
-    "num_hidden_layers": 6,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "hidden_size_per_layer_input": 24,
-    "vocab_size_per_layer_input": VOCAB,
-    "final_logit_softcapping": 3.0,
-    "rope_parameters": {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
-    },
-    **_SLIDES,
-}
-ROWS: tuple[FamilyRow, ...] = (
-    FamilyRow("llama", "Llama 2, 3.x, SmolLM2, TinyLlama", {"head_dim": 16}),
-    FamilyRow("qwen2", "Qwen2, Qwen2.5"),
-    FamilyRow("qwen3", "Qwen3", {"head_dim": 24}),
-    FamilyRow("mistral", "Mistral", {"head_dim": 32, **_SLIDES}),
-    FamilyRow("ministral", "Ministral", {"head_dim": 16, **_SLIDES}),
-    FamilyRow("gemma", "Gemma", {"head_dim": 32}),
-    FamilyRow(
-        "gemma2", "Gemma 2",
-        {"head_dim": 32, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
-         **_SLIDES},
-    ),
-    FamilyRow(
-        "gemma3_text", "Gemma 3", {"head_dim": 32, "query_pre_attn_scalar": 24, "num_hidden_layers": 7, **_SLIDES}
-    ),
-    FamilyRow("gemma4_text", "Gemma 4 E2B, E4B", {**_GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
-    FamilyRow(
-        "gemma4_text", "Gemma 4 12B, 31B",
-        {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
-    ),
-    FamilyRow(
-        "phi3", "Phi-3, Phi-3.5, Phi-4-mini",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}, **_SLIDES},
-    ),
-    FamilyRow("smollm3", "SmolLM3", {"num_hidden_layers": 5}),
-    FamilyRow("olmo2", "OLMo 2", mlp_exits=False),
-    FamilyRow("olmo3", "OLMo 3", {"num_hidden_layers": 5, **_SLIDES}, mlp_exits=False),
-    FamilyRow(
-        "granite", "Granite 3",
-        {"embedding_multiplier": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.5},
-    ),
-    FamilyRow("gpt2", "GPT-2"),
-    FamilyRow("gpt_neox", "GPT-NeoX, Pythia", {"hidden_act": "gelu"}, mlp_exits=False),
-    FamilyRow("starcoder2", "StarCoder2", _SLIDES),
-    FamilyRow("stablelm", "StableLM 2"),
-    FamilyRow("cohere2", "Command R7B", {"num_hidden_layers": 5, "logit_scale": 1.5, **_SLIDES}, mlp_exits=False),
-    FamilyRow("exaone4", "EXAONE 4", {"num_hidden_layers": 5, "sliding_window_pattern": 4, **_SLIDES}, mlp_exits=False),
-    FamilyRow("glm4", "GLM-4", {"head_dim": 32}),
-    FamilyRow("arcee", "Arcee AFM", {"head_dim": 16}),
-    FamilyRow("seed_oss", "Seed-OSS", {"head_dim": 32}),
-    FamilyRow("ernie4_5", "ERNIE 4.5", {"head_dim": 32}),
-    FamilyRow("helium", "Helium", {"head_dim": 16}),
-)  # fmt: skip
 
 
 @dataclass
@@ -168,12 +55,30 @@ class MadeFamily:
         folder = self.folder / "checkpoint"
         self.row.model().save_pretrained(folder)
         write_tokenizer(folder, VOCAB)
+        if self.row.same_as:
+            _rename(folder, self.row.model_type)
+        if self.row.unread:
+            file = folder / "model.safetensors"
+            unread = {name: np.ones(shape, np.float32) for name, shape in self.row.unread.items()}
+            save_file({**load_file(file), **unread}, file, metadata={"format": "pt"})
         return folder
 
     @cached_property
     def reference(self) -> Reference:
         """transformers' model."""
-        return Reference(str(self.checkpoint))
+        return self.in_transformers(self.checkpoint)
+
+    def in_transformers(self, folder: Path) -> Reference:
+        """Return transformers' model of a folder, which may know the family by another name."""
+        if not self.row.same_as:
+            return Reference(str(folder))
+        renamed = shutil.copytree(folder, folder.with_name(f"{folder.name}-in-transformers"))
+        _rename(renamed, self.row.same_as)
+        (renamed / "model.safetensors").unlink()
+        tensors = load_file(folder / "model.safetensors")
+        kept = {name: value for name, value in tensors.items() if name not in self.row.unread}
+        save_file(kept, renamed / "model.safetensors", metadata={"format": "pt"})
+        return Reference(str(renamed))
 
     @cached_property
     def bundle(self) -> Path:
@@ -271,7 +176,7 @@ def training(made: MadeFamily) -> None:
     optimizer.step()
     files = {file.name: file.read_bytes() for file in made.checkpoint.glob("tokenizer*")}
     save_twin(twin, made.folder / "trained", files)
-    trained = Reference(str(made.folder / "trained")).run_text(text[0].tolist(), (depth,)).heads[depth]
+    trained = made.in_transformers(made.folder / "trained").run_text(text[0].tolist(), (depth,)).heads[depth]
     assert np.abs(trained - theirs).max() > 10 * tolerances.TINY.max_abs
     with torch.no_grad():
         np.testing.assert_allclose(twin.eval()(text)[0], trained, rtol=0, atol=tolerances.TINY.max_abs)
@@ -329,6 +234,12 @@ CHECKS: dict[str, Callable[[MadeFamily], None]] = {
     "GGUF": gguf,
 }
 """By the heading of their column in docs/families.md."""
+
+
+def _rename(folder: Path, model_type: str) -> None:
+    """Write another family into a config."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}), encoding="utf-8")
 
 
 def _run(graphs: CachedGraphs, tokens: list[int], past: int) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.spec import ModelSpec
 
 LAYERS = 8
-OTHER_FORMS = ("gpt2", "gemma3", "gemma4", "gemma4_text")
+OTHER_FORMS = ("gpt2", "gemma3", "gemma4", "gemma4_text", "mistral3")
 """Families whose configs have other fields: test_other_configs.py, and test_text_parts.py of tests/families."""
 FAMILIES = tuple(name for name in ARCHITECTURES if name in CONFIG_MAPPING and name not in OTHER_FORMS)
 FEW: dict[str, Any] = {
@@ -35,6 +35,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma": {"num_key_value_heads": 2},
     "helium": {"num_key_value_heads": 2, "head_dim": 8},  # its o_proj is [hidden, hidden]
     "ministral": {"head_dim": 16},  # its class has no default
+    "hunyuan_v1_dense": {"head_dim": 8},  # transformers' model fails without it
     "exaone4": {"num_key_value_heads": 2},
     "stablelm": {"num_key_value_heads": 2, "hidden_size": 128},  # a quarter of 8 columns is 2, too few to tell
     "gpt_neox": {"hidden_size": 128},

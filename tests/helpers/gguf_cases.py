@@ -57,6 +57,9 @@ class GgufCase:
                         parameter.uniform_(centre - 0.5, centre + 0.5)
                     else:
                         parameter.normal_(0.0, 0.3)
+                for name, buffer in model.named_buffers():
+                    if name.endswith("layer_scalar"):
+                        buffer.uniform_(0.5, 1.5)
         model.save_pretrained(folder)
         write_tokenizer(folder, VOCAB)
         return folder
@@ -89,9 +92,20 @@ def _types(count: int, period: int) -> list[str]:
 _SHORT, _LONG = [1.0 + 0.05 * i for i in range(8)], [1.5 + i for i in range(8)]
 _LONGROPE = _rope("longrope", short_factor=_SHORT, long_factor=_LONG)
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0)
+_GROWS = {"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5}
 _LLAMA3 = _rope(
     "llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 5,
+    "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCAB + 4,
+    "rope_parameters": {SLIDING: _rope(), FULL: _rope("proportional", 1e6, partial_rotary_factor=0.25)},
+}
 _UNTIED = {"tie_word_embeddings": False}
 
 CASES: tuple[GgufCase, ...] = (
@@ -144,6 +158,25 @@ CASES: tuple[GgufCase, ...] = (
         },
         config="Gemma3TextConfig",
     ),
+    GgufCase(
+        "gemma4",
+        "gemma4",
+        "Gemma4",
+        {**_GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 5.0},
+        config="Gemma4TextConfig",
+    ),
+    GgufCase(
+        "gemma4-dense",
+        "gemma4",
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+        },
+        config="Gemma4TextConfig",
+    ),
     GgufCase("phi3", "phi3", "Phi3", {"original_max_position_embeddings": 64}, in_transformers=True),
     GgufCase(
         "phi3-window-partial",
@@ -184,6 +217,8 @@ CASES: tuple[GgufCase, ...] = (
     GgufCase("starcoder2", "starcoder2", "Starcoder2", in_transformers=True),
     GgufCase("starcoder2-plain", "starcoder2", "Starcoder2", {"use_bias": False, **_UNTIED}),
     GgufCase("stablelm", "stablelm", "StableLm", {"use_qkv_bias": True}, in_transformers=True),
+    GgufCase("stablelm-parallel", "stablelm", "StableLm", {"use_parallel_residual": True}, in_transformers=True),
+    GgufCase("stablelm-heads", "stablelm", "StableLm", {"qk_layernorm": True}),
     GgufCase("cohere2", "cohere2", "Cohere2", {"num_hidden_layers": 5, "sliding_window": 8, "logit_scale": 0.25}),
     GgufCase(
         "exaone4", "exaone4", "Exaone4", {"layer_types": _types(4, 4), "num_hidden_layers": 4, "sliding_window": 8}
@@ -192,6 +227,20 @@ CASES: tuple[GgufCase, ...] = (
     GgufCase("glm4", "glm4", "Glm4", {"head_dim": 32}),
     GgufCase("arcee", "arcee", "Arcee", {"rope_parameters": _YARN}),
     GgufCase("seed_oss", "seed_oss", "SeedOss", {"head_dim": 32, "attention_out_bias": True}),
+    GgufCase("mistral3", "mistral3", "Mistral", {"head_dim": 32, "sliding_window": None, "rope_parameters": _YARN}),
+    GgufCase("ministral3", "mistral3", "Ministral3", {"head_dim": 32, "rope_parameters": {**_YARN, **_GROWS}}),
+    GgufCase("hunyuan", "hunyuan-dense", "HunYuanDenseV1", {"head_dim": 32}),
+    GgufCase(
+        "hunyuan-stretched",
+        "hunyuan-dense",
+        "HunYuanDenseV1",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "max_position_embeddings": 262_144,
+            "rope_parameters": _rope("dynamic", alpha=50.0, factor=1.0),
+        },
+    ),
     GgufCase("ernie4_5", "ernie4_5", "Ernie4_5", {"head_dim": 32}),
     GgufCase("ernie4_5-biases", "ernie4_5", "Ernie4_5", {"use_bias": True}),
 )

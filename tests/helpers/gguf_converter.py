@@ -5,6 +5,7 @@ Names come from the gguf package; what the converter changes in tensors and leav
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from helpers.gguf_files import Edit, Kind, permute
 Config = dict[str, Any]
 Tensors = Iterator[tuple[str, np.ndarray]]
 OWN_METADATA = ("gemma", "gemma2", "gpt2", "gptneox", "phi3", "stablelm")
-PERMUTED = ("llama", "granite", "smollm3", "arcee")
+PERMUTED = ("llama", "mistral3", "granite", "smollm3", "arcee")
 PLUS_ONE = ("gemma", "gemma2", "gemma3")
 
 
@@ -61,7 +62,7 @@ def convert(
         if skip is not None and skip in name:
             continue
         stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
-        if kind is not None and value.ndim == 2:
+        if kind is not None and value.ndim == 2 and not stored.endswith("_norm.weight"):
             writer.add_tensor(stored, gguf.quantize(value, kind), raw_dtype=kind)
         else:
             writer.add_tensor(stored, np.ascontiguousarray(value, np.float32))
@@ -124,6 +125,25 @@ def _llama(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_rope_dimension_count(_head_dim(config))
 
 
+def _mistral3(writer: gguf.GGUFWriter, config: Config) -> None:
+    _llama(writer, config)
+    if config["model_type"] == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(_rope(config)["mscale_all_dim"])
+        writer.add_attn_temperature_scale(_rope(config)["llama_4_scaling_beta"])
+
+
+def _hunyuan(writer: gguf.GGUFWriter, config: Config) -> None:
+    rope, width = _rope(config), config["head_dim"]
+    if rope["rope_type"] == "dynamic":
+        writer.kv_data[0].pop("hunyuan-dense.rope.freq_base")
+        writer.add_rope_freq_base(rope["rope_theta"] * rope["alpha"] ** (width / (width - 2)))
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1)
+        writer.add_rope_scaling_orig_ctx_len(256 * 1024)
+        writer.kv_data[0].pop("hunyuan-dense.context_length")
+        writer.add_context_length(256 * 1024)
+
+
 def _granite(writer: gguf.GGUFWriter, config: Config) -> None:
     _llama(writer, config)
     writer.add_attention_scale(config["attention_multiplier"])
@@ -151,6 +171,41 @@ def _gemma3(writer: gguf.GGUFWriter, config: Config) -> None:
     if config["final_logit_softcapping"]:
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     writer.add_sliding_window(config["sliding_window"])
+
+
+def _full_heads(config: Config) -> tuple[int, int]:
+    """Return width and number of the key/value heads of Gemma 4's full layers."""
+    layer = str(config["layer_types"].index("full_attention"))
+    own = {key: config[key] for key in ("head_dim", "num_key_value_heads")} | config["per_layer_config"][layer]
+    return own["head_dim"], own["num_key_value_heads"]
+
+
+def _gemma4(writer: gguf.GGUFWriter, config: Config) -> None:
+    """Later values replace earlier ones, here as there."""
+    fields = writer.kv_data[0]
+    layers, types, shared = config["num_hidden_layers"], config["layer_types"], config["num_kv_shared_layers"]
+    for key in ("key_length", "value_length"):
+        fields.pop(f"gemma4.attention.{key}")
+    _gemma3(writer, config)
+    slides = [kind == "sliding_attention" for kind in types]
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"] or 0)
+    writer.add_sliding_window_pattern(slides)
+    head_dim, of_full = _full_heads(config)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    if config["use_double_wide_mlp"]:
+        fields.pop("gemma4.feed_forward_length")
+        inner = config["intermediate_size"]
+        writer.add_feed_forward_length([inner if layer < layers - shared else 2 * inner for layer in range(layers)])
+    if of_full != config["num_key_value_heads"]:
+        fields.pop("gemma4.attention.head_count_kv")
+        writer.add_head_count_kv([config["num_key_value_heads"] if sliding else of_full for sliding in slides])
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count_swa(config["head_dim"])
 
 
 def _cohere2(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -214,10 +269,13 @@ _METADATA: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "glm4": _glm4,
     "gpt2": _gpt2,
     "gptneox": _gptneox,
     "granite": _granite,
+    "hunyuan-dense": _hunyuan,
+    "mistral3": _mistral3,
     "phi3": _phi3,
     "stablelm": _stablelm,
 }
@@ -226,6 +284,11 @@ _METADATA: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
 def _modified(architecture: str, config: Config, tensors: dict[str, np.ndarray]) -> Tensors:
     """``modify_tensors`` and ``generate_extra_tensors``."""
     heads = config.get("num_attention_heads") or config["n_head"]
+    for layer, kind in itertools.product(range(config.get("num_hidden_layers", 0)), "qk"):
+        module = f"model.layers.{layer}.self_attn.{kind}_layernorm"
+        norms = [name for name in tensors if name.startswith(f"{module}.norms.")]
+        if norms:
+            yield f"{module}.weight", np.stack([tensors.pop(f"{module}.norms.{i}.weight") for i in range(len(norms))])
     for name, value in tensors.items():
         if architecture in PERMUTED and ".q_proj." in name:
             yield name, permute(value, heads)
@@ -238,12 +301,18 @@ def _modified(architecture: str, config: Config, tensors: dict[str, np.ndarray])
             yield name, np.concatenate([by_head[:, part].reshape(-1, *value.shape[1:]) for part in range(3)])
         elif architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             yield name, value.T
+        elif name.endswith("layer_scalar"):
+            yield f"{name}.weight", value
         else:
             yield name, value
     rope = _rope(config)
     if rope.get("rope_type") == "longrope":
         yield "rope_factors_long.weight", np.array(rope["long_factor"], np.float32)
         yield "rope_factors_short.weight", np.array(rope["short_factor"], np.float32)
+    if rope.get("rope_type") == "proportional":
+        half = _full_heads(config)[0] // 2
+        rotated = int(half * rope["partial_rotary_factor"])
+        yield "rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (half - rotated), np.float32)
     if rope.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3_factors(rope, _head_dim(config))
 

@@ -140,3 +140,14 @@ def byte_level(writer: gguf.GGUFWriter, pre: str | None = "smollm") -> None:
     writer.add_token_merges(["a b", "1 2", "Ġ ab"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+
+
+def listed(key: str, values: list[int] | list[bool]) -> Edit:
+    """Return the edit that replaces a field of the architecture by a list."""
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        name = f"{writer.arch}.{key}"
+        writer.kv_data[0].pop(name, None)
+        writer.add_array(name, values)
+
+    return edit

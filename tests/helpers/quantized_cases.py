@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers.families import FamilyRow
+from helpers.family_rows import FamilyRow
 from helpers.quantized_float_folders import bitsandbytes, fp8
 from helpers.quantized_folders import (
     INT8_INPUTS,

@@ -13,7 +13,8 @@ import pytest
 
 from helpers.bad_input import Refused
 from helpers.exit_nodes import CachedGraphs
-from helpers.families import CONTEXT, ROWS, VOCAB, FamilyRow
+from helpers.families import CONTEXT, VOCAB
+from helpers.family_rows import ROWS, FamilyRow
 from helpers.genai import TOKENS, WholeGraph, genai_tokens, need_genai, segment_tokens
 from helpers.kv_bundles import KVBundles
 from helpers.quantized import INT4, INT8, QuantizedBundles, preset

@@ -12,7 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from helpers.families import ROWS, FamilyRow, MadeFamily
+from helpers.families import MadeFamily
+from helpers.family_rows import ROWS, FamilyRow
 from helpers.kv_twins import kv_spec, random_ids, random_twin
 from helpers.recipe_runs import TRAINED_LOGITS, WORDS, assert_resumes, call, options, write_words
 from helpers.tiny_models import BASE, TinyBundles

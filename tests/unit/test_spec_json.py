@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shortstack.graphs.errors import BundleError
-from shortstack.graphs.layer_spec import Attention, Ends, Layer, Mlp, Norm, Rope, RopeScaling
+from shortstack.graphs.layer_spec import Attention, Ends, Layer, Mlp, Norm, QueryScale, Rope, RopeScaling
 from shortstack.graphs.spec import ModelSpec
 from shortstack.graphs.spec_json import llama_spec, spec_from_json, spec_to_json
 
@@ -28,7 +28,7 @@ LAYER = Layer(
     is_parallel=True,
     residual_scale=0.5,
 )
-FULL = replace(LAYER, attention=replace(LAYER.attention, window=0, rope=1))
+FULL = replace(LAYER, attention=replace(LAYER.attention, window=0, rope=1, query_scale=QueryScale(0.1, 8)))
 SPEC = ModelSpec(
     model_type="exotic",
     hidden_size=32,
