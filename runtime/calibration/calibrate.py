@@ -9,6 +9,7 @@ The guarantee holds for greedy answers of at most ``max_new_tokens`` tokens, to 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -210,13 +211,12 @@ class _Experiment:
         self._prompts = prompts
         self._spec = spec
         self._stage = stage
-        full = list(self._generate(None, "full answers"))
+        full, self.plain_tokens_per_s = self._generate(None, "full answers")
         self._full = [_answer(result) for result in full]
-        self.plain_tokens_per_s = _tokens_per_s([result.stats for result in full])
 
     def measure(self, policy: ExitPolicy, threshold: float, title: str) -> tuple[Point, tuple[float, ...]]:
         """Answer all prompts with early exit; return the measured point and the loss of each answer."""
-        results = list(self._generate(policy, f"threshold {threshold:g}, {title}"))
+        results, tokens_per_s = self._generate(policy, f"threshold {threshold:g}, {title}")
         pairs = zip(results, self._full, strict=True)
         losses = tuple(dissimilarity(self._spec.loss, _answer(early), full) for early, full in pairs)
         stats = [result.stats for result in results]
@@ -229,23 +229,33 @@ class _Experiment:
             mean_exit_layer=sum(depth * count for s in stats for depth, count in s.exits.items()) / tokens,
             exited_share=sum(s.exited for s in stats) / tokens,
             tokens=tokens,
-            tokens_per_s=_tokens_per_s(stats),
+            tokens_per_s=tokens_per_s,
         )
         return point, losses
 
-    def _generate(self, policy: ExitPolicy | None, title: str) -> Iterator[Result]:
+    def _generate(self, policy: ExitPolicy | None, title: str) -> tuple[list[Result], float | None]:
+        """Answer all prompts; return the results in their order, and the decoding speed."""
         advance = self._stage(title, len(self._prompts))
-        for prompt in self._prompts:
-            yield self._model.generate(
-                prompt,
-                max_new_tokens=self._spec.max_new_tokens,
-                strategy=Plain() if policy is None else ExitEarly(policy),
-            )
+        strategy = Plain() if policy is None else ExitEarly(policy)
+        found: dict[int, Result] = {}
+        started = time.perf_counter()
+        for number, result in self._model.stream_batch(
+            self._prompts, max_new_tokens=self._spec.max_new_tokens, strategy=strategy
+        ):
+            found[number] = result
             advance(1)
+        results = [found[number] for number in range(len(found))]
+        elapsed_s = time.perf_counter() - started
+        return results, _tokens_per_s([result.stats for result in results], elapsed_s, self._model.slots)
 
 
-def _tokens_per_s(stats: Sequence[Stats]) -> float | None:
-    """Return the decoding speed over several answers, after their first tokens; None if nothing was measured."""
+def _tokens_per_s(stats: Sequence[Stats], elapsed_s: float, slots: int) -> float | None:
+    """Return the decoding speed over several answers; None if nothing was measured.
+
+    One by one it is measured after each answer's first token. Where answers share runs, it is that of all together.
+    """
+    if slots > 1:
+        return sum(s.emitted for s in stats) / elapsed_s if elapsed_s > 0 else None
     decode_s = sum(s.elapsed_s - s.first_token_s for s in stats)
     return sum(s.emitted - 1 for s in stats) / decode_s if decode_s > 0 else None
 

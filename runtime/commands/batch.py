@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import click
-import onnxruntime as ort
 
 from shortstack.command_options import Command, option_group, provider_option, refuse_given, threads_option
 from shortstack.command_paths import BundlePath
+from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import RequestError
-from shortstack.graphs.packing import LEAST_ONNXRUNTIME, can_pack
 from shortstack.progress import progress_stages
 from shortstack.runtime.batch.answers import answer, answered, failure, open_answers, write
 from shortstack.runtime.batch.lines import Line, read_lines
@@ -29,13 +27,13 @@ from shortstack.runtime.commands.options import (
     refuse_options_without_effect,
     sampling_options,
 )
+from shortstack.runtime.commands.slots import slots_option, usual_slots
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.step import Stats
-from shortstack.runtime.model import Model, load
+from shortstack.runtime.model import Model
 from shortstack.runtime.request import Request, StrategyName
 from shortstack.runtime.result import Result
 
-_SLOTS = 8
 _ALONE = ("upper_providers", "upper_threads")
 
 
@@ -114,12 +112,7 @@ class Totals:
         required=True,
         help="Where answers go, a line each, as they come. Lines whose id is there already are not run again.",
     ),
-    click.option(
-        "--slots",
-        type=int,
-        metavar="N",
-        help=f"How many sequences run at once.  [default: {_SLOTS}, and 1 where bundle or onnxruntime cannot]",
-    ),
+    slots_option,
     click.option("--overwrite", is_flag=True, help="Begin FILE anew."),
 )
 @option_group(
@@ -183,7 +176,9 @@ def batch(
     if overwrite:
         out.unlink(missing_ok=True)
     done = answered(out)
-    model = _load(bundle, slots, providers, threads)
+    opened = open_bundle(bundle)
+    slots = usual_slots(opened, slots)
+    model = Model(opened, providers=list(providers) or None, threads=threads, slots=slots)
     policy = None
     if strategy == "early-exit":
         policy = exiting.policy(model, exit_layers, exiting.load_profile(model))
@@ -201,19 +196,6 @@ def batch(
     totals = _run(model, left, out)
     click.echo(json.dumps(totals.to_json()) if as_json else totals.line())
     return 2 if totals.failed else 0
-
-
-def _load(bundle: str, slots: int | None, providers: Iterable[str], threads: int | None) -> Model:
-    """Load the bundle; with several slots unless it or onnxruntime cannot and nobody asked for them."""
-    from shortstack.graphs.bundle import open_bundle
-
-    if slots is None:
-        manifest = open_bundle(bundle).manifest
-        version = tuple(int(part) for part in ort.__version__.split(".")[:2])
-        slots = _SLOTS if can_pack(manifest.spec) and manifest.has_packed_form and version >= LEAST_ONNXRUNTIME else 1
-        if slots == 1:
-            click.echo("note: this bundle or this onnxruntime runs one sequence at a time", err=True)
-    return load(bundle, providers=list(providers) or None, threads=threads, slots=slots)
 
 
 def _run(model: Model, lines: list[Line], out: Path) -> Totals:

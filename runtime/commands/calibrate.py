@@ -21,6 +21,7 @@ from shortstack.runtime.calibration.learn_then_test import TESTS, Test
 from shortstack.runtime.calibration.profile import PROFILE_FILE, Profile, read_profile, write_profile
 from shortstack.runtime.calibration.prompts import read_prompts
 from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
+from shortstack.runtime.commands.slots import slots_option, usual_slots
 from shortstack.runtime.commands.template_variables import check_variables, template_option
 from shortstack.runtime.model import Model
 
@@ -80,7 +81,7 @@ from shortstack.runtime.model import Model
     click.option("--grid", metavar="NUMBERS", help="Thresholds to try, in any order: '0.99 0.9 0.5'."),
     click.option("--sweep", is_flag=True, help="Measure all thresholds, for the curve; the result is the same."),
 )
-@option_group("Machine", provider_option, threads_option)
+@option_group("Machine", slots_option, provider_option, threads_option)
 @option_group(
     "Output",
     click.option(
@@ -109,6 +110,7 @@ def calibrate(
     sweep: bool,
     name: str | None,
     out: Path | None,
+    slots: int | None,
     providers: tuple[str, ...],
     threads: int | None,
     as_json: bool,
@@ -132,9 +134,9 @@ def calibrate(
     opened = open_bundle(bundle)
     target = bundle / PROFILE_FILE if out is None else out
     _check_target(target)
-    model = Model(opened, providers=providers or None, threads=threads)
+    model = Model(opened, providers=providers or None, threads=threads, slots=usual_slots(opened, slots))
     check_variables(template_variables, model.tokenizer)
-    prompts = read_prompts(data, model.tokenizer, model.cache.max_length, limit, template_variables)
+    prompts = read_prompts(data, model.tokenizer, opened.manifest.max_length, limit, template_variables)
     if prompts.too_long:
         click.echo(f"note: {prompts.too_long} prompts are longer than the context and were left out", err=True)
     if len(prompts.ids) < spec.fewest_prompts and sweep:

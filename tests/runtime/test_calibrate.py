@@ -16,11 +16,15 @@ import pytest
 
 from helpers.bad_input import Refused, edit_json, left_behind
 from helpers.progress_lines import without_progress
+from helpers.quantized import QuantizedBundles, preset
 from helpers.tiny_models import BASE, SPECULATOR, TinyBundles
 from shortstack.__main__ import run
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import RequestError
+from shortstack.graphs.precision import BlockFormat
 from shortstack.runtime import ExitPolicy, Model, load, parse_criterion
+from shortstack.runtime.calibration.calibrate import CalibrationSpec
+from shortstack.runtime.calibration.calibrate import calibrate as run_calibration
 from shortstack.runtime.calibration.dissimilarity import Answer, Loss, dissimilarity
 from shortstack.runtime.calibration.learn_then_test import Test, fixed_sequence, p_value
 from shortstack.runtime.calibration.profile import PROFILE_FILE, load_profile
@@ -103,6 +107,20 @@ def test_a_sweep_measures_all_thresholds_and_chooses_the_same(calibrated: Calibr
     assert shares == sorted(shares)
     for before, now in zip(walked["curve"], swept["curve"], strict=False):
         assert {**before, "tokens_per_s": 0} == {**now, "tokens_per_s": 0}
+
+
+def test_several_prompts_at_once_give_the_losses_of_one_after_the_other(
+    exported: Path, quantized: QuantizedBundles
+) -> None:
+    bundle = open_bundle(quantized(exported, preset(BlockFormat(8), "int8")))
+    spec = CalibrationSpec(delta=0.9, epsilon=0.5, grid=(0.9, 0.3, 0.05), max_new_tokens=12, is_sweep=True)
+    prompts = [[number, 7, 9 + number] for number in range(3, 12)]
+    with Model(bundle) as one, Model(bundle, slots=4) as several:
+        alone, together = (run_calibration(model, prompts, spec) for model in (one, several))
+    assert together.losses == alone.losses
+    assert together.accepted == alone.accepted
+    assert [point.mean_exit_layer for point in together.points] == [point.mean_exit_layer for point in alone.points]
+    assert max(map(max, alone.losses)) > 0
 
 
 def test_other_criteria_and_exits_are_calibrated(calibrated: Calibrate, folder: Path, tmp_path: Path) -> None:
