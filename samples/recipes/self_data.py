@@ -30,7 +30,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +152,14 @@ def write_rows(
     made: list[Row] = []
     with RowFile(out, settings, overwrite=overwrite) as file, _progress(total, file.rows) as advance:
         started = time.perf_counter()
-        for index in range(file.rows, total):
-            made.append(writer.answer(jobs[index]) if index < len(jobs) else writer.ask_and_answer(index - len(jobs)))
-            file.append(made[-1].to_json())
-            advance(made[-1].tokens)
+
+        def make(index: int) -> Row:
+            return writer.answer(jobs[index]) if index < len(jobs) else writer.ask_and_answer(index - len(jobs))
+
+        for row in _in_order(make, range(file.rows, total), model.slots):
+            made.append(row)
+            file.append(row.to_json())
+            advance(row.tokens)
         elapsed_s = time.perf_counter() - started
     return Summary(
         out=str(out),
@@ -165,6 +171,28 @@ def write_rows(
         decoded_tokens=sum(row.tokens for row in made),
         elapsed_s=elapsed_s,
     )
+
+
+def _in_order(make: Callable[[int], Row], numbers: range, slots: int) -> Iterator[Row]:
+    """Yield the rows of some numbers in their order; as many are made at once as the model has slots.
+
+    A row takes several generations, one after the other. So each is made by a thread, and the threads share the runs.
+    """
+    if slots == 1:
+        yield from map(make, numbers)
+        return
+    with ThreadPoolExecutor(slots) as pool:
+        waiting: deque[Future[Row]] = deque()
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(make, number))
+                if len(waiting) == 2 * slots:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _identity(model: Model) -> str:
@@ -200,7 +228,12 @@ def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def open_model(
-    source: str, *, threads: int | None = None, exit_layer: int | None = None, adapter: Path | None = None
+    source: str,
+    *,
+    threads: int | None = None,
+    exit_layer: int | None = None,
+    adapter: Path | None = None,
+    slots: int = 1,
 ) -> Iterator[Model]:
     """Load a bundle, or export a checkpoint to a temporary one, cut at the exit if there is one, and load that.
 
@@ -210,7 +243,7 @@ def open_model(
     if (Path(source).expanduser() / names.MANIFEST_FILE).is_file():
         if adapter is not None:
             raise RequestError(f"--adapter merges into a checkpoint, and {source} is a bundle", remedy="drop it")
-        yield load(Path(source).expanduser(), threads=threads)
+        yield load(Path(source).expanduser(), threads=threads, slots=slots)
         return
     from shortstack.export.assemble import export_bundle
     from shortstack.export.spec import ExportSpec
@@ -218,7 +251,7 @@ def open_model(
     with tempfile.TemporaryDirectory(prefix="shortstack-self-data-") as folder:
         exit_layers = () if exit_layer is None else (exit_layer,)
         bundle = export_bundle(ExportSpec(source, Path(folder) / "bundle", exit_layers, adapter=adapter))
-        yield Model(bundle, threads=threads)
+        yield Model(bundle, threads=threads, slots=slots)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -233,6 +266,7 @@ def open_model(
 @click.option("--exit-layer", "-e", type=int, metavar="E", help="The exit that drafts; a checkpoint is cut there.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA adapter to merge into a checkpoint.")
 @click.option("--threads", type=int, help="Threads.  [default: all usable cores]")
+@click.option("--slots", type=int, default=1, metavar="N", help="How many rows are made at once; they are the same.")
 @click.option("--overwrite", is_flag=True, help="Begin again, whatever OUT holds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def self_data(
@@ -247,6 +281,7 @@ def self_data(
     exit_layer: int | None,
     adapter: Path | None,
     threads: int | None,
+    slots: int,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -254,7 +289,7 @@ def self_data(
     prompts = [] if prompts_file is None else read_prompts(prompts_file, field)
     if prompts_file is None and self_prompted < 1:
         raise RequestError("there is no prompt to answer", remedy="give --prompts FILE or --self-prompted N")
-    with open_model(model, threads=threads, exit_layer=exit_layer, adapter=adapter) as opened:
+    with open_model(model, threads=threads, exit_layer=exit_layer, adapter=adapter, slots=slots) as opened:
         summary = write_rows(
             opened,
             out,

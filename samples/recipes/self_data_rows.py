@@ -72,7 +72,7 @@ class Writer:
     ) -> None:
         self._model = model
         self._max_new_tokens = max_new_tokens
-        self._max_prompt_tokens = min(max_prompt_tokens, model.cache.max_length - 1)
+        self._max_prompt_tokens = min(max_prompt_tokens, model.bundle.manifest.max_length - 1)
         self._seed = seed
         # Drafts are adaptive by default: where they lose, decoding is plain but for a probe now and then.
         self._strategy: Strategy = Speculate(exit_layer) if model.exit_layers else Plain()

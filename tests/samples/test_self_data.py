@@ -16,8 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from helpers.progress_lines import without_progress
+from helpers.quantized import QuantizedBundles, preset
 from helpers.tiny_models import SPECULATOR, TURN_END, TinyBundles
 from shortstack.graphs.errors import RequestError, ShortstackError
+from shortstack.graphs.precision import BlockFormat
 from shortstack.runtime import Model, load
 from shortstack.samples.recipes import self_data_rows
 from shortstack.samples.recipes.self_data import Summary, open_model, self_data, write_rows
@@ -67,6 +69,16 @@ def test_an_answer_is_the_greedy_one_in_the_chat_template(model: Model, tmp_path
 def test_without_an_exit_the_answers_are_the_same(tiny_bundles: TinyBundles, whole: Path, tmp_path: Path) -> None:
     write_rows(load(tiny_bundles.bundle(ASKS)), tmp_path / "plain.jsonl", **OPTIONS)
     assert whole.read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+
+
+def test_several_rows_at_once_are_the_same_rows(
+    tiny_bundles: TinyBundles, quantized: QuantizedBundles, tmp_path: Path
+) -> None:
+    bundle = quantized(tiny_bundles.bundle(ASKS, 2), preset(BlockFormat(8), "int8"))
+    for slots in (1, 3):
+        with load(bundle, slots=slots) as model:
+            write_rows(model, tmp_path / f"{slots}.jsonl", **OPTIONS)
+    assert (tmp_path / "3.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
 
 
 def test_the_model_asks_itself_a_turn_that_ends(model: Model) -> None:
