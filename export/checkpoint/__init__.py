@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress, read_columns
+from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.path_kind import PathKind, is_hub_id, looks_like_megatron, path_kind
 
-__all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint", "read_columns"]
+__all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint"]
 
 
 def open_checkpoint(source: str, *, revision: str | None = None, follow_links: bool = False) -> Checkpoint:

@@ -94,6 +94,16 @@ class GgufCheckpoint:
             value = value.T
         return np.require(value, np.float32, ("C", "W"))  # a copy of what the file holds as it is, which is read-only
 
+    def reads_parts(self, name: str) -> bool:
+        """Return whether a part can be read without the rest: where the converter changed nothing."""
+        stored = self._stored_name(name)
+        return self._transform(stored) is None and len(self._infos[stored].shape) == 2
+
+    def part(self, name: str, rows: slice, columns: slice) -> npt.NDArray[np.float32]:
+        """Dequantize a part of a matrix to C-contiguous float32."""
+        value = self._dequantized(self._stored_name(name), rows)[:, columns]
+        return np.require(value, np.float32, ("C", "W"))
+
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return how a tensor is quantized, without reading its data; None if it is stored as floats."""
         quantization = self._infos[self._stored_name(name)].quantization
@@ -130,11 +140,12 @@ class GgufCheckpoint:
         rows = self._rows(stored)
         return value if rows is None else value.rows(rows)
 
-    def _dequantized(self, stored: str) -> npt.NDArray[np.float32]:
-        """Return a tensor as the file has it, by its GGUF name."""
+    def _dequantized(self, stored: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
+        """Return a tensor as the file has it, or some rows of it, by its GGUF name."""
         info = self._infos[stored]
+        content = self._bytes(info) if rows is None else self._bytes(info)[rows]
         try:
-            value: npt.NDArray[np.float32] = gguf.dequantize(self._bytes(info), info.quantization)
+            value: npt.NDArray[np.float32] = gguf.dequantize(content, info.quantization)
         except NotImplementedError:
             raise UnsupportedError(
                 f"{self.folder_or_file}: tensor {stored}",
