@@ -190,7 +190,8 @@ def nearest_grid(weight: Floats, block_format: BlockFormat) -> tuple[Floats, Cod
         at = np.abs(x).argmax(axis=2)
         extreme = np.take_along_axis(x, at[..., None], axis=2)[..., 0]
         return (extreme / -np.float32(block_format.middle_code)).astype(np.float32), None
-    low, high = np.minimum(x.min(axis=2), 0), np.maximum(x.max(axis=2), 0)
+    low, high = block_ranges(x)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
     scales = ((high - low) / np.float32(top)).astype(np.float32)
     inverse = inverted(scales)
     return scales, np.clip(np.rint(-low * inverse), 0, top).astype(np.uint8)
@@ -199,6 +200,13 @@ def nearest_grid(weight: Floats, block_format: BlockFormat) -> tuple[Floats, Cod
 def nearest(weight: Floats, block_format: BlockFormat) -> BlockTensor:
     """Round a matrix [rows, width] to nearest: grids that cover each block, every weight by itself."""
     return encode(weight, *nearest_grid(weight, block_format), block_format)
+
+
+def block_ranges(x: Floats) -> tuple[Floats, Floats]:
+    """Return the smallest and the largest value of each block of [rows, blocks, block_size], both [rows, blocks]."""
+    rows, blocks, size = x.shape
+    places = np.ascontiguousarray(x.reshape(-1, size).T)  # [size, rows * blocks]: vectors instead of short sums
+    return places.min(axis=0).reshape(rows, blocks), places.max(axis=0).reshape(rows, blocks)
 
 
 def into_blocks(weight: Floats, block_format: BlockFormat) -> Floats:
