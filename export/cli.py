@@ -71,7 +71,8 @@ from shortstack.quant.options import PRESET_HELP, Calibrating, Mixing, calibrati
     click.option(
         "--keep-blocks",
         is_flag=True,
-        help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8.",
+        help="Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit; its other quantized matrices become int8. With "
+        "--preset, everything else is rounded as that says.",
     ),
     click.option(
         "--max-length",

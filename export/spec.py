@@ -36,7 +36,7 @@ class ExportSpec:
         dtype: Type of weights, activations and cache.
         keep_blocks: Keep the Q4_0 and Q8_0 blocks of a GGUF file bit for bit. Its other quantized matrices, including
             those that the adapter changes, are stored in int8, and so are the exits' own matrices. By default all
-            matrices become ``dtype``.
+            matrices become ``dtype``. Where the export is quantized too, what is not kept is rounded as that says.
         max_length: Longest context in tokens; None takes the model's limit, or :data:`DEFAULT_LONGEST` if that is less.
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.

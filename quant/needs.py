@@ -92,7 +92,7 @@ def check_needs(job: Job, assignment: Assignment, out: Path) -> None:
     free_memory = available_memory()
     if free_memory is not None and free_memory < needs.memory:
         raise RequestError(
-            "there is not enough memory to quantize this model so",
+            "there is not enough memory for this quantization",
             found=f"{free_memory / 1e9:.1f} GB available",
             expected=f"about {needs.memory / 1e9:.1f} GB",
             remedy="close other programs"
@@ -101,12 +101,12 @@ def check_needs(job: Job, assignment: Assignment, out: Path) -> None:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that a process can take without swapping; None where the system does not say."""
+    """Return the bytes of memory and swap that are free for a process; None where the system does not say."""
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
+        lines = [line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()]
+        fields = {words[0]: int(words[1]) * 1024 for words in lines if len(words) > 1}
+        return fields["MemAvailable:"] + fields.get("SwapFree:", 0)
+    except (OSError, ValueError, KeyError):
         pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

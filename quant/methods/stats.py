@@ -80,7 +80,8 @@ class InputStatsBuilder:
         """Return the statistics of all inputs; nothing can be added after that."""
         assert self._sum is not None, "no inputs were added"
         self._sum /= max(self._count, 1)
-        return InputStats(self._sum.astype(np.float32), self._count)
+        found, self._sum = InputStats(self._sum.astype(np.float32), self._count), None
+        return found
 
 
 def output_error(weight: Floats, dequantized: Floats, stats: InputStats | None) -> float:

@@ -38,6 +38,7 @@ from shortstack.quant.preset import Preset
 from shortstack.quant.record import read_record
 from shortstack.quant.spec import Quantization, QuantizeSpec
 from shortstack.runtime import DraftPolicy, load
+from shortstack.runtime.inspection.report import build_report
 
 TINY = {tiny.name: tiny for tiny in SWITCHES}
 METHODS = ("rtn", "k-quant", "gptq", "awq")
@@ -181,6 +182,9 @@ def test_tables_of_token_embeddings_get_blocks(request_of: Callable[[str], Expor
     spec, formats = bundle.manifest.spec, bundle.manifest.precision.weights
     tables = [names.layer_weight(layer, names.PER_LAYER_EMBED) for layer in range(spec.num_hidden_layers)]
     assert {formats[name] for name in tables} == {INT4}
+    report = build_report(bundle)
+    inside = [tensor for name, tensor in stored_tensors(bundle.folder).items() if name.startswith("model.layers.1.")]
+    assert report.layers[1].weight_bytes == sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in inside)
 
 
 @pytest.mark.parametrize("model", ["untied", "Gemma 4", "trained exits"])
