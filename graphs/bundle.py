@@ -166,7 +166,7 @@ def staged_folder(out: Path, *, overwrite: bool = False, work: str | None = None
     out = Path(os.path.abspath(out))
     staging = out.parent / f".{out.name}.partial-{os.getpid()}"
     is_found = work is not None and _take_over(out, staging, work)
-    _clear_up(out)
+    _clear_up(out, staging if is_found else None)
     try:
         check_free(out, overwrite)
     except BundleError:
@@ -233,8 +233,8 @@ def _set_aside(staging: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _clear_up(out: Path) -> None:
-    """Restore the bundle that a killed process had set aside, and remove what it had not finished."""
+def _clear_up(out: Path, taken_over: Path | None) -> None:
+    """Restore the bundle that a killed process had set aside, and remove what nobody goes on with."""
     name = glob.escape(out.name)
     for old in sorted(out.parent.glob(f".{name}.old-*")):
         if _is_abandoned(old):
@@ -243,7 +243,7 @@ def _clear_up(out: Path) -> None:
             else:
                 old.rename(out)
     for partial in out.parent.glob(f".{name}.partial-*"):
-        if _is_abandoned(partial):
+        if partial != taken_over and _is_abandoned(partial):
             shutil.rmtree(partial, ignore_errors=True)
 
 
