@@ -192,7 +192,8 @@ def _take_over(out: Path, staging: Path, work: str) -> bool:
     for partial in sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*")):
         if partial.is_symlink() or not _is_abandoned(partial):
             continue
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # another process may be as quick
+        # Another process may be as quick, and a damaged file may hold anything.
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             state = json.loads((partial / names.UNFINISHED_FILE).read_bytes())
             if state.get("key") == work:
                 partial.rename(staging)

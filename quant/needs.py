@@ -24,10 +24,10 @@ _VALUE_BYTES: dict[DType, int] = {"float32": 4, "float16": 2}
 _OTHER_FILES = 64 << 20  # graphs, tokenizer
 _BASE = 300 << 20  # the interpreter with its libraries
 # Bytes for each weight, measured with samples/bench/straight.py and rounded up.
-_GROUP = 14  # of the matrices of one input, without text: floats, how they were stored, codes
+_GROUP = 8  # of the matrices of one input, without text: floats, how they were stored, codes
 _SLICE = 24  # of some rows of a vocabulary
 _LAYER = 16  # of a layer, with text: its floats twice, those of the session that runs it, and its packed copies
-_GRAM = 36  # of the square of the widest input: its gram matrix, the sum in float64, and GPTQ's factors
+_GRAM = 30  # of the square of the widest input: its gram matrix, the sum in float64, and GPTQ's factors
 
 
 @dataclass(frozen=True, slots=True)
