@@ -12,7 +12,7 @@ from shortstack.export.checkpoint import open_checkpoint
 from shortstack.samples.bench import straight
 from shortstack.samples.bench.made_model import SHAPES, Shape, write_model
 
-TINY = Shape(2, 64, 96, 4, 2, 16, 300, is_tied=False)
+TINY = Shape(2, 64, 96, 4, 2, 16, 5000, is_tied=False)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
