@@ -30,7 +30,14 @@ from shortstack.export.adapter_config import MERGE_REMEDY, LoraSettings, read_se
 from shortstack.export.arch import ARCHITECTURES, Architecture, resolve, under_prefix
 from shortstack.export.arch.architecture import LM_HEAD
 from shortstack.export.checkpoint import Checkpoint, Config, Progress
-from shortstack.export.checkpoint.checkpoint import StoredBlocks, StoredExit, hash_files, notes
+from shortstack.export.checkpoint.checkpoint import (
+    StoredBlocks,
+    StoredExit,
+    hash_files,
+    notes,
+    read_part,
+    reads_parts,
+)
 from shortstack.export.checkpoint.float_types import FLOAT_TYPES
 from shortstack.export.checkpoint.hf import member  # its import of ml_dtypes lets safetensors return bfloat16
 from shortstack.export.sources import matrix_sources
@@ -135,6 +142,14 @@ class AdaptedCheckpoint:
                 f"{self.source}: {name} is not finite after merging", remedy="train the adapter again"
             )
         return merged
+
+    def reads_parts(self, name: str) -> bool:
+        """Return whether a part can be read without the rest: where the adapter changes nothing, as in the base."""
+        return name not in self._factors and reads_parts(self._base, name)
+
+    def part(self, name: str, rows: slice, columns: slice) -> Floats:
+        """Read a part of a matrix that the adapter does not change."""
+        return read_part(self._base, name, rows, columns)
 
     def delta(self, name: str) -> Floats:
         """Return what the adapter adds to the tensor of a touched matrix, in its shape."""

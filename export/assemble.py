@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from shortstack.export.adapter import AdaptedCheckpoint
 from shortstack.export.arch import resolve
+from shortstack.export.arch.architecture import Architecture
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.checkpoint import notes
 from shortstack.export.draft_vocab import choose_draft_vocab
@@ -21,21 +23,84 @@ from shortstack.export.sources import matrix_sources
 from shortstack.export.spec import DEFAULT_LONGEST, ExportSpec
 from shortstack.export.tensors import ModelTensors
 from shortstack.export.text_files import check_text_files, text_ends
-from shortstack.export.weights import store_exits, store_weights
+from shortstack.export.weights import ExitWeights, store_exits, store_weights
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import HEAD_IDS
-from shortstack.graphs.genai_config import check_uncut
+from shortstack.graphs.genai_config import TextEnds, check_uncut
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.ir.write_bundle import tool_versions, write_bundle
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import SplitPlan
 from shortstack.graphs.precision import Precision
-from shortstack.graphs.spec import ModelSpec
+from shortstack.graphs.spec import DType, ModelSpec
 from shortstack.progress import progress_stages
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A checkpoint that was opened and checked, and what is to be made of it; no weight of the model was read yet.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        arch: Its family.
+        spec: The model.
+        plan: Where it is cut.
+        exit_weights: Weights of trained exits, and the ids of trimmed heads.
+        max_length: Longest context, in positions.
+        blocks: Which matrices keep the checkpoint's blocks.
+        files: The content of the bundle's other files, by name.
+        ends: The tokens around a text, for onnxruntime-genai; None where nothing is written for it.
+    """
+
+    checkpoint: Checkpoint
+    arch: Architecture
+    spec: ModelSpec
+    plan: SplitPlan
+    exit_weights: ExitWeights
+    max_length: int
+    blocks: KeptBlocks
+    files: Mapping[str, bytes]
+    ends: TextEnds | None = None
+
+    def manifest(self, request: ExportSpec, dtype: DType, source_sha256: str) -> Manifest:
+        """Return the manifest of a bundle of floats; files and formats are filled in when they are written."""
+        return Manifest(
+            spec=self.spec,
+            plan=self.plan,
+            dtype=dtype,
+            max_length=self.max_length,
+            files={},
+            source_name=_source_name(request),
+            source_sha256=source_sha256,
+            tools=tool_versions(),
+        )
+
+
+def open_model(request: ExportSpec) -> OpenedModel:
+    """Open a checkpoint and decide what becomes of it; errors as in :func:`export_bundle`."""
+    checkpoint = _open(request)
+    arch, spec = resolve(checkpoint)
+    if request.genai:
+        check_uncut(spec)
+    plan, exit_weights = plan_exits(request, checkpoint, spec)
+    max_length = _max_length(request, spec)
+    blocks, sources = KeptBlocks(), matrix_sources(arch, spec)
+    if request.keep_blocks:
+        blocks = choose_blocks(checkpoint, sources)
+    elif (line := dequantized_line(checkpoint, sources)) is not None:
+        log.warning(line)
+    for note in notes(checkpoint):
+        log.warning(note)
+    files = checkpoint.files()
+    check_text_files(checkpoint.source, files)
+    ends = text_ends(checkpoint.source, files) if request.genai else None
+    exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)
+    files = {**files, **_id_maps(plan, exit_weights)}
+    return OpenedModel(checkpoint, arch, spec, plan, exit_weights, max_length, blocks, files, ends)
 
 
 def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lambda blocks: None) -> Bundle:
@@ -56,46 +121,20 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
     """
     check_free(request.out, request.overwrite)  # before a download, not after
     with progress_stages() as stage:
-        checkpoint = _open(request)
-        arch, spec = resolve(checkpoint)
-        if request.genai:
-            check_uncut(spec)
-        plan, exit_weights = plan_exits(request, checkpoint, spec)
-        max_length = _max_length(request, spec)
-        blocks = KeptBlocks()
-        if request.keep_blocks:
-            blocks = choose_blocks(checkpoint, matrix_sources(arch, spec))
-        elif (line := dequantized_line(checkpoint, matrix_sources(arch, spec))) is not None:
-            log.warning(line)
-        for note in notes(checkpoint):
-            log.warning(note)
-        files = checkpoint.files()
-        check_text_files(checkpoint.source, files)
-        ends = text_ends(checkpoint.source, files) if request.genai else None
-        exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)
-        tensors = ModelTensors(checkpoint, arch, spec, blocks, request.dtype)
+        model = open_model(request)
+        tensors = ModelTensors(model.checkpoint, model.arch, model.spec, model.blocks, request.dtype)
         with staged_folder(request.out, overwrite=request.overwrite) as folder:
             with WeightStore(folder) as store:
-                advance = stage("Writing weights", spec.num_hidden_layers)
-                store_weights(tensors, request.dtype, max_length, store, advance)
+                advance = stage("Writing weights", model.spec.num_hidden_layers)
+                store_weights(tensors, request.dtype, model.max_length, store, advance)
                 own_format = REQUANTIZED_FORMAT if store.formats else None
-                store_exits(tensors, plan, exit_weights, request.dtype, store, own_format)
-            blocks = blocks.measured(tensors.errors)
+                store_exits(tensors, model.plan, model.exit_weights, request.dtype, store, own_format)
+            blocks = model.blocks.measured(tensors.errors)
             advance = stage("Hashing the checkpoint", 1)
-            manifest = Manifest(
-                spec=spec,
-                plan=plan,
-                dtype=request.dtype,
-                max_length=max_length,
-                files={},
-                source_name=_source_name(request),
-                source_sha256=checkpoint.digest(),
-                tools=tool_versions(),
-                precision=Precision(store.formats),
-                origins=blocks.origins(),
-            )
+            manifest = model.manifest(request, request.dtype, model.checkpoint.digest())
             advance(1)
-            write_bundle(folder, manifest, store, {**files, **_id_maps(plan, exit_weights)}, stage, ends)
+            manifest = replace(manifest, precision=Precision(store.formats), origins=blocks.origins())
+            write_bundle(folder, manifest, store, model.files, stage, model.ends)
     if request.keep_blocks:
         tell(blocks)
     return open_bundle(request.out)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import click
 
-from shortstack.command_options import Command, allow_pickle_option, follow_links_option, genai_option, option_group
+from shortstack.command_options import (
+    Command,
+    allow_pickle_option,
+    follow_links_option,
+    genai_option,
+    option_group,
+    refuse_given,
+)
 from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
+from shortstack.quant.options import PRESET_HELP, Calibrating, Mixing, calibrating_options, mixing_options
 
 
 @click.command(cls=Command)
@@ -72,7 +81,7 @@ from shortstack.graphs.errors import RequestError
         is_flag=True,
         help="Keep the blocks of a quantized checkpoint: of a GGUF file bit for bit or, for types with minima (Q4_K), "
         "nearly; those of GPTQ, AWQ, compressed-tensors and onnxruntime-genai bit for bit. Quantized matrices whose "
-        "blocks cannot be kept become int8. Without it, all become floats.",
+        "blocks cannot be kept become int8, or with --preset what that says. Without it, all become floats.",
     ),
     click.option(
         "--max-length",
@@ -81,6 +90,12 @@ from shortstack.graphs.errors import RequestError
         help="Longest context in tokens.  [default: the model's own, at most 131072]",
     ),
 )
+@mixing_options(
+    None,
+    "Write the weights in blocks at once, as `shortstack quantize` would; the options below change parts of a preset, "
+    f"and have no effect without one. {PRESET_HELP}",
+)
+@calibrating_options
 @option_group(
     "Output",
     genai_option,
@@ -102,50 +117,64 @@ def export(
     follow_links: bool,
     genai: bool,
     allow_pickle: bool,
+    mixing: Mixing,
+    calibrating: Calibrating,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Cut CHECKPOINT at its exits into the ONNX bundle OUT.
 
     CHECKPOINT is a folder of Hugging Face, Mistral, Megatron, EE-LLM or onnxruntime-genai, a GGUF file or a hub id.
-    With --allow-pickle it may be a file of torch.save next to its config.json.
+    With --allow-pickle it may be a file of torch.save next to its config.json. With --preset, OUT is the bundle that
+    `shortstack quantize` would make of it, and no float bundle is written in between.
     """
     from shortstack.export.assemble import export_bundle
     from shortstack.export.kept_blocks import KeptBlocks
+    from shortstack.export.quantized import export_quantized
     from shortstack.export.spec import DTYPES, ExportSpec
+    from shortstack.quant.quality_table import error_lines, tuning_lines
+    from shortstack.quant.record import read_record
 
     if draft_text is not None and draft_vocab is None:
         raise RequestError("--draft-text chooses the ids for --draft-vocab", remedy="add --draft-vocab N")
+    if mixing.preset_name is None:
+        options = [field.name for group in (Mixing, Calibrating) for field in fields(group)]
+        refuse_given(tuple(options), "without --preset, weights stay floats", "add --preset int4")
     chosen: list[KeptBlocks] = []  # one, or none without --keep-blocks
-    bundle = export_bundle(
-        ExportSpec(
-            checkpoint=checkpoint,
-            out=out,
-            exit_layers=tuple(sorted(exit_layers)),
-            draft_vocab=draft_vocab,
-            draft_text=draft_text,
-            dtype=DTYPES[dtype],
-            keep_blocks=keep_blocks,
-            max_length=max_length,
-            revision=revision,
-            follow_links=follow_links,
-            genai=genai,
-            allow_pickle=allow_pickle,
-            overwrite=overwrite,
-            adapter=adapter,
-            exits=exits,
-        ),
-        chosen.append,
+    request = ExportSpec(
+        checkpoint=checkpoint,
+        out=out,
+        exit_layers=tuple(sorted(exit_layers)),
+        draft_vocab=draft_vocab,
+        draft_text=draft_text,
+        dtype=DTYPES[dtype],
+        keep_blocks=keep_blocks,
+        max_length=max_length,
+        revision=revision,
+        follow_links=follow_links,
+        genai=genai,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+        adapter=adapter,
+        exits=exits,
     )
+    if mixing.preset_name is None:
+        bundle = export_bundle(request, chosen.append)
+    else:
+        bundle = export_quantized(request, calibrating.quantization(mixing), chosen.append)
+    record = read_record(bundle)
     for kept in chosen:
         click.echo("\n".join(kept.lines()), err=True)
+    for line in () if record is None else (*tuning_lines(record.fates()), *error_lines(record)):
+        click.echo(line, err=True)
     manifest = bundle.manifest
     total_bytes = sum(entry.bytes for entry in manifest.files.values())
     segments = [[s.start, s.end] for s in manifest.plan.segments]
     if as_json:
         blocks = {key: value for kept in chosen for key, value in kept.to_json().items()}
         found = {"bundle": str(out), "segments": segments, "bytes": total_bytes, "max_length": manifest.max_length}
-        click.echo(json.dumps({**found, **blocks}))
+        quantized = {} if record is None else {"tuning": record.fates(), "worst": record.worst(8)}
+        click.echo(json.dumps({**found, **blocks, **quantized}))
     else:
         cuts = " | ".join(f"layers {start}-{end - 1}" for start, end in segments)
         click.echo(f"{out}: {cuts}; {total_bytes / 1e6:.1f} MB")

@@ -1,15 +1,5 @@
 """Which matrices keep the blocks of their checkpoint, which are rounded anew, and which are floats.
 
-what the checkpoint holds                              what the bundle gets
-=====================================================  ==========================================================
-one format of blocks that the kernels compute with     the same blocks, bit for bit
-another quantized type                                 int8, rounded to nearest: nearly exact
-several formats in one stack (q, k and v)              the same
-columns in several orders for one input (act-order)    the same
-o_proj where heads are padded, in blocks               the same: its columns move, and blocks lie along columns
-floats                                                 floats
-=====================================================  ==========================================================
-=======
 ==================================================  ==========================================================
 what the checkpoint holds                           what the bundle gets
 ==================================================  ==========================================================

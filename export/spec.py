@@ -34,9 +34,10 @@ class ExportSpec:
             trained, stay as they are.
         draft_text: The text whose token frequencies choose the rows; None takes the one that ships with shortstack.
         dtype: Type of weights, activations and cache.
-        keep_blocks: Keep the blocks of a quantized checkpoint bit for bit: Q4_0 and Q8_0 of a GGUF file, the integers
-            of GPTQ, AWQ and compressed-tensors. Its other quantized matrices, including those that the adapter
-            changes, are stored in int8, and so are the exits' own matrices. By default all matrices become ``dtype``.
+        keep_blocks: Keep the blocks of a quantized checkpoint: those of a GGUF file and the integers of GPTQ, AWQ and
+            compressed-tensors. Its other quantized matrices, including those that the adapter changes, are stored in
+            int8, and so are the exits' own matrices. By default all matrices become ``dtype``. Where the export is
+            quantized too, what is not kept is rounded as that says.
         max_length: Longest context in tokens; None takes the model's limit, or :data:`DEFAULT_LONGEST` if that is less.
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.

@@ -15,17 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.export.arch.architecture import Architecture
-from shortstack.export.checkpoint import Checkpoint, read_columns
-from shortstack.export.checkpoint.checkpoint import HEAD, ROPE_FACTORS
+from shortstack.export.checkpoint import Checkpoint
+from shortstack.export.checkpoint.checkpoint import HEAD, ROPE_FACTORS, read_part, reads_parts
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks
 from shortstack.export.sources import MatrixSource, Piece, layer_pieces, matrix_sources
 from shortstack.export.stacked_blocks import concatenated, relative_error, with_padded_rows
+from shortstack.graphs import names
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
 from shortstack.graphs.ir.finite import check_finite
 from shortstack.graphs.ir.heads import padded_share
 from shortstack.graphs.layer_spec import Attention
-from shortstack.graphs.layer_weights import Weight
+from shortstack.graphs.layer_weights import Weight, table_parts
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import DType, ModelSpec
 
@@ -67,6 +68,7 @@ class ModelTensors:
         self._arch = arch
         self._blocks = blocks
         self._sources = matrix_sources(arch, spec)
+        self._whole: tuple[str, Floats] | None = None  # the last of which rows were asked for and could not be read so
         self._stacked_tensor: tuple[str, Floats] | None = None  # the last that holds several roles, which follow
 
     def vector(self, role: str) -> Floats:
@@ -111,6 +113,37 @@ class ModelTensors:
         self.errors[name] = relative_error(blocks, floats, self._dtype)
         return blocks
 
+    def rows(self, name: str, start: int, end: int) -> Floats:
+        """Return some rows of a matrix whose rows are looked up or judged, without the others if that can be.
+
+        Args:
+            name: Its name in the bundle: the embedding, the LM head, or a table of a layer.
+            start: The first row.
+            end: The row after the last one.
+        """
+        piece = self._table_piece(name)
+        columns = slice(None) if piece.columns is None else slice(*piece.columns)
+        is_whole = piece.rows is None and not piece.transposed and not piece.plus
+        if is_whole and reads_parts(self._checkpoint, piece.tensor):
+            value = read_part(self._checkpoint, piece.tensor, slice(start, end), columns)
+            self._check(f"tensor {piece.tensor}", value)
+            return value
+        if self._whole is None or self._whole[0] != name:
+            self._whole = name, self.piece(piece)
+        return np.ascontiguousarray(self._whole[1][start:end])
+
+    def _table_piece(self, name: str) -> Piece:
+        if name in self._sources:
+            return self._sources[name].pieces[0]
+        layer, part = next(
+            (layer, part)
+            for layer in range(self.spec.num_hidden_layers)
+            for part in table_parts(self.spec.weights(layer))
+            if names.layer_weight(layer, part) == name
+        )
+        pieces = layer_pieces(self._arch, self.spec, layer).values()
+        return next(piece for piece in pieces if piece.weight is not None and piece.weight.part == part)
+
     def piece(self, piece: Piece) -> Floats:
         """Return the floats of one role, heads not padded."""
         if piece.columns is not None:
@@ -139,7 +172,7 @@ class ModelTensors:
 
     def _columns(self, tensor: str, start: int, end: int) -> Floats:
         """Return columns of a tensor that may be too large to be read as a whole."""
-        value = read_columns(self._checkpoint, tensor, start, end)
+        value = read_part(self._checkpoint, tensor, slice(None), slice(start, end))
         self._check(f"tensor {tensor}", value)
         return value
 

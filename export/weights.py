@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -29,7 +30,10 @@ from shortstack.graphs.layer_spec import cache_head_dim
 from shortstack.graphs.layer_weights import matrix_parts, stored_shapes
 from shortstack.graphs.plan import ExitSpec, SplitPlan
 from shortstack.graphs.precision import SPARE_ROWS, BlockFormat
-from shortstack.graphs.spec import DType
+from shortstack.graphs.spec import DType, ModelSpec
+
+ExitWeights = Mapping[str, npt.NDArray[np.generic]]
+"""Weights of exits, by :func:`names.exit_weight` of what :func:`exit_parts` lists, matrices [out, in]."""
 
 _STORED_AS_ROWS = (names.EMBED_TOKENS, names.LM_HEAD)
 
@@ -61,23 +65,48 @@ def store_weights(
         else:
             put(name, matrix if name in _STORED_AS_ROWS else matrix.T)
 
+    vectors = end_vectors(tensors)
     put_matrix(names.EMBED_TOKENS)
-    if spec.ends.learned_positions:
-        put(names.EMBED_POSITIONS, tensors.vector(POSITIONS))
+    if names.EMBED_POSITIONS in vectors:
+        put(names.EMBED_POSITIONS, vectors.pop(names.EMBED_POSITIONS)())
     for layer in range(spec.num_hidden_layers):
         _store_layer(tensors, layer, put, put_matrix)
         advance(1)
-    put(names.FINAL_NORM, tensors.vector("final_norm.weight"))
-    if spec.ends.final_norm.has_bias:
-        put(names.FINAL_NORM_BIAS, tensors.vector("final_norm.bias"))
+    for name, read in vectors.items():
+        put(name, read())
     if not spec.tie_word_embeddings:
         put_matrix(names.LM_HEAD)
     positions = max_length + (SPARE_ROWS if store.formats else 0)  # see Precision.has_spare_row
-    for number, rope in enumerate(spec.ropes):
-        tables = rope_tables(rope, positions, tensors.rope_factors(), max_length)
-        extra = (cache_head_dim(rope.head_dim) - rope.head_dim) // 2
-        for part, table, fill in zip(names.ROPE_PARTS, tables, (1.0, 0.0), strict=True):
-            put(names.rope_table(number, part), np.pad(table, ((0, 0), (0, extra)), constant_values=fill))
+    for number in range(len(spec.ropes)):
+        for name, table in stored_rope_tables(tensors, number, positions, max_length).items():
+            put(name, table)
+
+
+def end_vectors(tensors: ModelTensors) -> dict[str, Callable[[], Floats]]:
+    """Return what reads each weight outside the layers that is not a matrix, by its name in a bundle."""
+    ends = tensors.spec.ends
+    positions = {names.EMBED_POSITIONS: POSITIONS} if ends.learned_positions else {}
+    bias = {names.FINAL_NORM_BIAS: "final_norm.bias"} if ends.final_norm.has_bias else {}
+    roles = {**positions, names.FINAL_NORM: "final_norm.weight", **bias}
+    return {name: functools.partial(tensors.vector, role) for name, role in roles.items()}
+
+
+def stored_rope_tables(tensors: ModelTensors, number: int, positions: int, max_length: int) -> dict[str, Floats]:
+    """Return the tables of a rotary embedding as a bundle stores them, by name.
+
+    Args:
+        tensors: The model.
+        number: Which rotary embedding.
+        positions: Rows of the tables.
+        max_length: Longest context, in positions.
+    """
+    rope = tensors.spec.ropes[number]
+    tables = rope_tables(rope, positions, tensors.rope_factors(), max_length)
+    extra = (cache_head_dim(rope.head_dim) - rope.head_dim) // 2
+    return {
+        names.rope_table(number, part): np.pad(table, ((0, 0), (0, extra)), constant_values=fill)
+        for part, table, fill in zip(names.ROPE_PARTS, tables, (1.0, 0.0), strict=True)
+    }
 
 
 def _store_layer(
@@ -96,7 +125,7 @@ def _store_layer(
 def store_exits(
     tensors: ModelTensors,
     plan: SplitPlan,
-    weights: Mapping[str, npt.NDArray[np.generic]],
+    weights: ExitWeights,
     dtype: DType,
     store: WeightStore,
     block_format: BlockFormat | None = None,
@@ -121,23 +150,38 @@ def store_exits(
     for exit_spec in plan.exits:
         depth = exit_spec.exit_layer
         matrices = exit_matrices(tensors.spec, exit_spec)
-        own = weights
-        if exit_spec.branch == "block":
-            own = {**weights, **pack_block(tensors.spec, depth, weights)}
-        for part in stored_parts(tensors.spec, exit_spec):
+        for part, array in exit_arrays(tensors.spec, exit_spec, weights).items():
             name = names.exit_weight(depth, part)
-            array = own[name]
-            check_finite(f"the exit after {depth} layers: {part}", array, CheckpointError, "train the exit again")
             if part == HEAD_IDS:
                 _store_ids(tensors, exit_spec, np.asarray(array, np.int64), dtype, store, trimmed)
             elif part in matrices and block_format is not None:
                 store.add_blocks(name, nearest(array.astype(np.float32, copy=False), block_format), dtype)
             else:
-                is_turned = array.ndim == 2 and part not in ROWS
-                store.add(name, cast(name, (array.T if is_turned else array).astype(np.float32, copy=False), dtype))
+                store.add(name, cast(name, stored_exit_floats(part, array), dtype))
         if exit_spec.branch == "mlp":
             for part, below in mlp_norm(tensors.spec, depth).items():
                 store.alias(names.exit_weight(depth, part), names.layer_weight(depth - 1, below))
+
+
+def exit_arrays(spec: ModelSpec, exit_spec: ExitSpec, weights: ExitWeights) -> dict[str, npt.NDArray[np.generic]]:
+    """Return an exit's own weights by the parts of :func:`stored_parts`, matrices [out, in].
+
+    Raises:
+        CheckpointError: A value is not a finite number.
+    """
+    depth, own = exit_spec.exit_layer, dict(weights)
+    if exit_spec.branch == "block":
+        own |= pack_block(spec, depth, weights)
+    found = {part: own[names.exit_weight(depth, part)] for part in stored_parts(spec, exit_spec)}
+    for part, array in found.items():
+        check_finite(f"the exit after {depth} layers: {part}", array, CheckpointError, "train the exit again")
+    return found
+
+
+def stored_exit_floats(part: str, array: npt.NDArray[np.generic]) -> Floats:
+    """Return a weight of an exit as a bundle stores it in floats: matrices turned, but for those of rows."""
+    is_turned = array.ndim == 2 and part not in ROWS
+    return (array.T if is_turned else array).astype(np.float32, copy=False)
 
 
 def _store_ids(

@@ -150,7 +150,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, *, overwrite: bool = False, work: str | None = None) -> Iterator[Path]:
     """Yield an empty sibling of ``out``; give it the name ``out`` when the block ends, remove it when it raises.
 
     Whenever this stops, the name stands for the whole bundle before or for the whole one after.
@@ -158,17 +158,25 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         out: Where the bundle will be. May exist as an empty folder.
         overwrite: Replace an existing bundle there. Anything that is not a bundle is never replaced.
+        work: A hash of what is being done. What a killed process has left of the very same work is yielded as it is,
+            not empty: :data:`names.UNFINISHED_FILE` in it has the field ``key``. Everything else is removed.
 
     Raises:
         BundleError: ``out`` is in the way, or its folder cannot be written.
     """
     out = Path(os.path.abspath(out))
-    _clear_up(out)
-    check_free(out, overwrite)
     staging = out.parent / f".{out.name}.partial-{os.getpid()}"
+    is_found = work is not None and _take_over(out, staging, work)
+    _clear_up(out, staging if is_found else None)
+    try:
+        check_free(out, overwrite)
+    except BundleError:
+        if is_found:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        staging.mkdir(exist_ok=is_found)
     except OSError as error:
         raise BundleError(f"{out.parent} cannot be written: {error}", remedy="choose another folder") from None
     try:
@@ -178,6 +186,20 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise BundleError(f"{out} cannot be written: {error}", remedy="make room, or choose another folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _take_over(out: Path, staging: Path, work: str) -> bool:
+    """Give what a killed process has left of the same work the name of this process; return whether there was any."""
+    for partial in sorted(out.parent.glob(f".{glob.escape(out.name)}.partial-*")):
+        if partial.is_symlink() or not _is_abandoned(partial):
+            continue
+        # Another process may be as quick, and a damaged file may hold anything.
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            state = json.loads((partial / names.UNFINISHED_FILE).read_bytes())
+            if state.get("key") == work:
+                partial.rename(staging)
+                return True
+    return False
 
 
 def _put_in_place(staging: Path, out: Path, overwrite: bool) -> None:
@@ -213,8 +235,8 @@ def _set_aside(staging: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _clear_up(out: Path) -> None:
-    """Restore the bundle that a killed process had set aside, and remove what it had not finished."""
+def _clear_up(out: Path, taken_over: Path | None) -> None:
+    """Restore the bundle that a killed process had set aside, and remove what nobody goes on with."""
     name = glob.escape(out.name)
     for old in sorted(out.parent.glob(f".{name}.old-*")):
         if _is_abandoned(old):
@@ -223,7 +245,7 @@ def _clear_up(out: Path) -> None:
             else:
                 old.rename(out)
     for partial in out.parent.glob(f".{name}.partial-*"):
-        if _is_abandoned(partial):
+        if partial != taken_over and _is_abandoned(partial):
             shutil.rmtree(partial, ignore_errors=True)
 
 

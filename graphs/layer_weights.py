@@ -71,6 +71,11 @@ class Weight:
         return bool(self.reads)
 
     @property
+    def is_table(self) -> bool:
+        """Whether its rows are looked up, as those of an embedding are."""
+        return len(self.shape) == 2 and not self.reads
+
+    @property
     def is_norm(self) -> bool:
         """Whether it is the weight or bias of a norm."""
         return self.role.rsplit(".", 1)[0].endswith("_norm")
@@ -205,6 +210,11 @@ def stored_shapes(weights: tuple[Weight, ...], attention: Attention) -> dict[str
         columns = (weight.column_heads * width or weight.shape[1],) if len(weight.shape) == 2 else ()
         shapes[weight.part] = (shapes.get(weight.part, (0,))[0] + rows, *columns)
     return shapes
+
+
+def table_parts(weights: tuple[Weight, ...]) -> tuple[str, ...]:
+    """Return the parts of a layer whose rows are looked up, in order; stored as [rows, width]."""
+    return tuple(weight.part for weight in weights if weight.is_table)
 
 
 def matrix_parts(weights: tuple[Weight, ...]) -> dict[str, str]:

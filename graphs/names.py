@@ -44,6 +44,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE)  # of the checkpoint
 SPECIAL_TOKENS_FIELD = "special_tokens_map"  # of tokenizer_config.json: special tokens by name, as templates see them
 QUANTIZATION_FILE = "quantization.json"  # how a quantized bundle was made from its source
+UNFINISHED_FILE = "unfinished.json"  # how far a quantization is, in the hidden folder where it is being written
 QUALITY_FILE = "quality.json"  # how a quantized bundle compares with its source
 GENAI_GRAPH_FILE = "model.onnx"  # the uncut model, for onnxruntime-genai
 GENAI_CONFIG_FILE = "genai_config.json"
@@ -165,6 +166,7 @@ def kv_scale(layer: int, part: str) -> str:
 
 # Parts of a layer that other modules name, for :func:`layer_weight`; the whole list is graphs/layer_weights.py
 QKV_PROJ = "attn.qkv_proj.weight"
+PER_LAYER_EMBED = "per_layer.embed.weight"  # a table whose rows are looked up
 _INPUTS = {
     QKV_PROJ: "attn.qkv_proj",
     "attn.o_proj.weight": "attn.o_proj",

@@ -16,6 +16,7 @@ from shortstack.command_paths import BundlePath
 from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.spec import DType
 from shortstack.quant.options import (
+    PRESET_HELP,
     Calibrating,
     Mixing,
     Reporting,
@@ -31,7 +32,7 @@ _DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
 @click.command(cls=Command)
 @click.argument("bundle", type=BundlePath(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@mixing_options
+@mixing_options("int4", PRESET_HELP)
 @option_group(
     "Formats",
     click.option(

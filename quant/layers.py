@@ -60,10 +60,17 @@ class Taps:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What branches on tokens read: ids [texts, seq] and scaled embeddings [texts, seq, hidden]."""
+    """What branches on tokens read of some texts.
+
+    Attributes:
+        ids: The place of each token in ``used``, int64 [texts, seq]: tables hold the rows of ``used`` alone.
+        embeddings: Scaled embeddings [texts, seq, hidden].
+        used: The ids of all tokens that occur, ascending.
+    """
 
     ids: npt.NDArray[np.int64]
     embeddings: Floats
+    used: npt.NDArray[np.int64]
 
 
 class LayerGraph:
@@ -73,7 +80,7 @@ class LayerGraph:
         spec: The model.
         layer: Which layer.
         weights: Its tensors and the rotary tables, by their names in :mod:`shortstack.graphs.names`: projections as
-            blocks, or as floats [in, out].
+            blocks, or as floats [in, out]. Tables whose rows are looked up hold the rows that :class:`Text` uses.
         with_taps: Also fetch the inputs of its projections.
     """
 

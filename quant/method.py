@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from shortstack.graphs.errors import RequestError
 from shortstack.quant.methods import Rounding
-from shortstack.quant.methods.gptq import gptq
+from shortstack.quant.methods.gptq import GPTQ_ROWS, gptq
 from shortstack.quant.methods.hqq import hqq
 from shortstack.quant.methods.k_quant import k_quant
 from shortstack.quant.methods.rtn import rtn
@@ -24,6 +24,7 @@ class Method:
         uses_text: Whether it looks at the inputs of matrices, if there is calibration text.
         needs_text: Whether it cannot work without calibration text.
         scales_layers: Whether AWQ's scaling of a layer comes first.
+        rows: Rows that it takes at a time where it looks at text; None for what fits into a core's cache.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Method:
     uses_text: bool = True
     needs_text: bool = False
     scales_layers: bool = False
+    rows: int | None = None
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -40,9 +42,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("rtn", rtn, uses_text=False),
             Method("k-quant", k_quant),
             Method("hqq", hqq, uses_text=False),
-            Method("gptq", gptq, needs_text=True),
+            Method("gptq", gptq, needs_text=True, rows=GPTQ_ROWS),
             Method("awq", k_quant, needs_text=True, scales_layers=True),
-            Method("awq-gptq", gptq, needs_text=True, scales_layers=True),
+            Method("awq-gptq", gptq, needs_text=True, scales_layers=True, rows=GPTQ_ROWS),
         )
     }
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import gather
+from shortstack.command_options import Decorator, gather
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.precision import BLOCK_SIZES, EXACT_BLOCK_SIZE, KV_TYPES, KVType
@@ -17,7 +17,7 @@ from shortstack.quant.method import METHODS
 from shortstack.quant.preset import FORMAT_NAMES, Format, Preset, parse_format
 from shortstack.quant.presets import PRESETS, find_preset
 from shortstack.quant.side_product import TUNINGS, Tuning
-from shortstack.quant.spec import CALIBRATION_TOKENS, HELDOUT_TOKENS, ReportSpec
+from shortstack.quant.spec import CALIBRATION_TOKENS, HELDOUT_TOKENS, Quantization, ReportSpec
 
 _FORMAT = click.Choice(FORMAT_NAMES)
 _FILE = click.Path(path_type=Path)
@@ -28,7 +28,7 @@ _PRESETS = "; ".join(f"{preset.name}: {preset.summary}" for preset in PRESETS.va
 class Mixing:
     """A preset, and what is changed in it."""
 
-    preset_name: str
+    preset_name: str | None
     method: str | None
     weights: str | None
     head: str | None
@@ -40,11 +40,12 @@ class Mixing:
     tuning: Tuning
 
     def preset(self) -> Preset:
-        """Return the preset as it was changed.
+        """Return the preset as it was changed; there must be one.
 
         Raises:
             RequestError: There is no preset of that name.
         """
+        assert self.preset_name is not None
         preset = find_preset(self.preset_name)
         preset = preset.reshaped(None if self.block_size is None else int(self.block_size), self.is_symmetric)
         if self.weights is not None:
@@ -73,6 +74,10 @@ class Calibrating:
     calibration: Path
     calibration_tokens: int
     max_kl: float | None
+
+    def quantization(self, mixing: Mixing) -> Quantization:
+        """Return what is asked for together with a mix of formats; errors as in :meth:`Mixing.preset`."""
+        return Quantization(mixing.preset(), self.calibration, self.calibration_tokens, self.max_kl, mixing.tuning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +110,16 @@ class Reporting:
         return shlex.join(words)
 
 
-mixing_options = gather(
-    Mixing,
-    "mixing",
-    click.option(
-        "--preset",
-        "--recipe",
-        "-r",
-        "preset_name",
-        default="int4",
-        show_default=True,
-        help=f"A named mix of formats; --recipe is an older spelling. {_PRESETS}.",
-    ),
+def mixing_options(default: str | None, help_text: str) -> Decorator:
+    """Return the options of a :class:`Mixing`, with or without a default preset."""
+    preset = click.option(
+        "--preset", "--recipe", "-r", "preset_name", default=default, show_default=default is not None, help=help_text
+    )
+    return gather(Mixing, "mixing", preset, *_MIXING, title="Formats")
+
+
+PRESET_HELP = f"A named mix of formats; --recipe is an older spelling. {_PRESETS}."
+_MIXING = (
     click.option(
         "--method", type=click.Choice(list(METHODS)), help="How weights are rounded.  [default: the preset's]"
     ),
@@ -145,7 +148,6 @@ mixing_options = gather(
         "quantized file. keep: beside the blocks, as a product of low rank, or off the file's grid where it has none. "
         "off-grid: off the grid in any case. ignore: nothing.",
     ),
-    title="Formats",
 )
 calibrating_options = gather(
     Calibrating,

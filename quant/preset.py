@@ -7,14 +7,14 @@ matrices may have formats of their own, since what it proposes is judged by the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import ROWS, exit_matrices
-from shortstack.graphs.layer_weights import matrix_parts
+from shortstack.graphs.layer_weights import matrix_parts, table_parts
 from shortstack.graphs.plan import SplitPlan
 from shortstack.graphs.precision import CODE_TYPES, BlockFormat, KVType
 from shortstack.graphs.spec import ModelSpec
@@ -35,7 +35,7 @@ class Preset:
         method: How weights are rounded, a key of :data:`shortstack.quant.method.METHODS`.
         weights: Format of every layer matrix not named below.
         head: Format of the LM head, and of the embedding where that is tied to it.
-        embedding: Format of an untied embedding.
+        embedding: Format of an untied embedding, and of tables of the layers whose rows are looked up.
         first_rows: How many rows of the LM head, from the first, have another format: byte-pair merges are numbered by
             falling frequency, so these are the tokens that matter most.
         first_rows_format: Which; None where ``first_rows`` is 0.
@@ -70,6 +70,13 @@ class Preset:
                     f"preset {self.name}: format of {part}", found=str(wanted), expected="a format without offsets"
                 )
 
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is quantized, the cache included."""
+        formats = (self.weights, self.head, self.embedding, self.first_rows_format, self.draft_head)
+        singles = (*self.parts.values(), *self.layers.values())
+        return self.kv_cache == "float" and not any(isinstance(f, BlockFormat) for f in (*formats, *singles))
+
     def reshaped(self, block_size: int | None = None, is_symmetric: bool | None = None) -> Preset:
         """Return the preset with another block size or symmetry in all its formats; None keeps what each has."""
 
@@ -93,12 +100,14 @@ class Assignment:
         draft_heads: By depth, exits whose head is a tensor of its own.
         first_rows: Rows of the LM head that have another format, and which; None where all have one.
         exit_matrices: By name: the exits' other own matrices, of branches and of low-rank heads.
+        tables: By name: tables of the layers, whose rows are looked up.
     """
 
     matrices: Mapping[str, Format]
     draft_heads: Mapping[int, Format]
     first_rows: tuple[int, BlockFormat] | None = None
     exit_matrices: Mapping[str, Format] = field(default_factory=dict)
+    tables: Mapping[str, Format] = field(default_factory=dict)
 
 
 def parse_format(name: str, block_size: int, is_symmetric: bool) -> Format:
@@ -154,4 +163,16 @@ def assign(preset: Preset, spec: ModelSpec, plan: SplitPlan) -> Assignment:
     # In a small vocabulary all rows are first rows: then one format is enough.
     if preset.first_rows_format is not None and preset.head is not None and preset.first_rows < spec.vocab_size:
         first_rows = (preset.first_rows, preset.first_rows_format)
-    return Assignment(matrices, draft_heads, first_rows, exit_formats)
+    tables = {
+        names.layer_weight(layer, part): preset.embedding
+        for layer in range(depth)
+        for part in table_parts(spec.weights(layer))
+    }
+    return Assignment(matrices, draft_heads, first_rows, exit_formats, tables)
+
+
+def with_kept(assignment: Assignment, spec: ModelSpec, kept: Collection[str]) -> Assignment:
+    """Return an assignment without the matrices whose blocks are kept as they are: they are not rounded."""
+    head = names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
+    matrices = {name: None if name in kept else wanted for name, wanted in assignment.matrices.items()}
+    return replace(assignment, matrices=matrices, first_rows=None if head in kept else assignment.first_rows)

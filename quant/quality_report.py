@@ -118,9 +118,9 @@ def _check_pair(source: Bundle, result: Bundle, record: QuantizationRecord | Non
         RequestError: It was not.
     """
     before, after = source.manifest, result.manifest
-    if record is not None:
+    if record is not None and record.source_weights_sha256 is not None:
         belongs = record.source_weights_sha256 == before.weights_sha256
-    else:  # of an older version: it only shows whether both come from one checkpoint, cut at the same exits
+    else:  # of an older version, or made from a checkpoint: it only shows whether both come from one, cut in one way
         belongs = before.precision.is_float and not after.precision.is_float
         belongs &= (before.source_sha256, before.spec, before.plan) == (after.source_sha256, after.spec, after.plan)
     if not belongs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from shortstack.quant.quality import Quality
+from shortstack.quant.record import QuantizationRecord
 
 
 def print_quality(quality: Quality, console: Console | None = None) -> None:
@@ -63,6 +65,17 @@ def print_quality(quality: Quality, console: Console | None = None) -> None:
     if quality.worst:
         worst = ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in quality.worst)
         console.print(f"largest output errors: {worst}", highlight=False, markup=False)
+
+
+def error_lines(record: QuantizationRecord) -> list[str]:
+    """Return how large the errors of rounding are, where there is no report: in one sentence."""
+    if not record.errors:
+        return []
+    what = "weights" if record.calibration is None else "outputs on the calibration text, or of weights,"
+    worst = ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in record.worst(3))
+    middle = statistics.median(record.errors.values())
+    done = f"rounded {len(record.errors)} matrices ({record.method})"
+    return [f"{done}: errors of {what} {middle:.2%} in the middle; largest: {worst}"]
 
 
 def tuning_lines(tuning: Mapping[str, int]) -> list[str]:

@@ -24,7 +24,7 @@ class QuantizationRecord:
     Attributes:
         preset: Its name.
         method: How weights were rounded.
-        source_weights_sha256: Of the weights.data of the bundle before.
+        source_weights_sha256: Of the weights.data of the bundle before; None where there was none, but a checkpoint.
         calibration: File and tokens; None without calibration.
         max_kl: What ``--max-kl`` asked for; None without it.
         errors: Relative error of each rounded matrix, by name: of its outputs on the calibration text, or of its
@@ -35,7 +35,7 @@ class QuantizationRecord:
 
     preset: str
     method: str
-    source_weights_sha256: str
+    source_weights_sha256: str | None
     calibration: str | None
     max_kl: float | None
     errors: Mapping[str, float]
@@ -44,6 +44,10 @@ class QuantizationRecord:
     def fates(self) -> dict[str, int]:
         """Return how many matrices have each fate of a fine-tuning; empty where none was found."""
         return dict(Counter(self.tuning.values()))
+
+    def worst(self, count: int) -> list[tuple[str, float]]:
+        """Return the matrices with the largest errors, the largest first."""
+        return sorted(self.errors.items(), key=lambda item: -item[1])[:count]
 
     def content(self) -> bytes:
         """Return the content of quantization.json."""
@@ -101,7 +105,7 @@ _SHOWN = 60  # characters of a value
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "preset": (_is_text, "a text"),
     "method": (_is_text, "a text"),
-    "source_weights_sha256": (_is_text, "a text"),
+    "source_weights_sha256": (lambda value: value is None or _is_text(value), "a text or null"),
     "calibration": (lambda value: value is None or _is_text(value), "a text or null"),
     "max_kl": (lambda value: value is None or _is_number(value), "a finite number >= 0 or null"),
     "errors": (lambda value: isinstance(value, dict), "an object of numbers"),

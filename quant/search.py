@@ -25,7 +25,7 @@ from shortstack.progress import Stage
 from shortstack.quant.layers import HeadGraph, LayerGraph, Lent, Weight
 from shortstack.quant.method import Method
 from shortstack.quant.preset import Assignment, Format
-from shortstack.quant.rounding import LayerwiseRounding
+from shortstack.quant.rounding import LayerwiseRounding, Rounded
 from shortstack.quant.side_product import Tuning
 from shortstack.quant.source import Source
 
@@ -76,7 +76,7 @@ class _Candidates:
         spec = self.source.spec
         self.streams, text = [self.source.embedded(self.rows)], self.source.text(self.rows)
         for layer in range(spec.num_hidden_layers):
-            self._graphs[layer] = LayerGraph(spec, layer, self.source.layer(layer))
+            self._graphs[layer] = LayerGraph(spec, layer, self.source.layer(layer, text))
             self.streams.append(self._graphs[layer].run(self.streams[-1], lent=self._lent, tokens=text))
             advance(1)
         self.reference = self._log_probs({})
@@ -109,7 +109,7 @@ class _Candidates:
         for layer in range(lowest, spec.num_hidden_layers):
             graph = self._graphs[layer]
             if layer in changed:
-                floats: dict[str, Weight] = dict(self.source.layer(layer))
+                floats: dict[str, Weight] = dict(self.source.layer(layer, text))
                 own = {n: self.rounded[mix[n]][n] for n in floats if n in mix}
                 graph = LayerGraph(spec, layer, floats | own)
             hidden = graph.run(hidden, lent=lent, tokens=text)
@@ -171,7 +171,7 @@ def search(
     rounded = {}
     for bits, wanted in formats.items():
         advance = stage(f"Rounding to {CODE_TYPES[bits].name}", depth)
-        flat = Assignment(wanted, {})
+        flat = Assignment(wanted, {}, tables=dict.fromkeys(assignment.tables))
         rounding = LayerwiseRounding(source, flat, method, seen, tuning=tuning, follows_floats=True)
         rounded[bits] = _round_all(rounding, advance)
     candidates = _Candidates(source, rows[-measured:], rounded)
@@ -188,7 +188,9 @@ def search(
     for unit in everything:
         for name in unit.matrices:
             matrices[name] = formats[chosen[name]][name] if name in chosen else None
-    return Assignment(matrices, assignment.draft_heads, exit_matrices=assignment.exit_matrices)
+    # Tables were floats in all of this: in 8 bits they stay nearly that.
+    tables = {n: None if f is None else _with_bits(f, _WIDTHS[0]) for n, f in assignment.tables.items()}
+    return Assignment(matrices, assignment.draft_heads, exit_matrices=assignment.exit_matrices, tables=tables)
 
 
 def cheapest_mix(
@@ -237,11 +239,12 @@ def cheapest_mix(
 
 def _round_all(rounding: LayerwiseRounding, advance: Callable[[float], None]) -> dict[str, BlockTensor]:
     found: dict[str, BlockTensor] = {}
-    for rounded in rounding.layers():
-        found |= {name: t for name, t in rounded.tensors.items() if isinstance(t, BlockTensor)}
+    for layer in range(rounding.source.spec.num_hidden_layers):
+        for rounded in rounding.layer(layer):
+            if isinstance(rounded, Rounded):
+                found |= {name: t for name, t in rounded.tensors.items() if isinstance(t, BlockTensor)}
         advance(1)
-    for rounded in rounding.heads():
-        found |= {name: t for name, t in rounded.tensors.items() if isinstance(t, BlockTensor)}
+    found |= {rows.name: rows.rounded() for rows in rounding.heads()}
     return found
 
 

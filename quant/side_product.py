@@ -28,6 +28,7 @@ from shortstack.graphs.ir.block_tensor import BlockTensor, Side, into_blocks, ne
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods.offsets import rounded_to_nearest
 from shortstack.quant.methods.stats import Floats
+from shortstack.quant.rows import by_rows, cached_rows
 
 Fate = Literal["ordinary", "kept", "at risk"]
 FATES: tuple[Fate, ...] = ("kept", "at risk")  # what a matrix of a fine-tuned model can have
@@ -73,16 +74,16 @@ def find_sides(weights: Sequence[Floats], formats: Sequence[BlockFormat]) -> Fin
     size = formats[0].block_size
     if width % size or any(block_format.block_size != size for block_format in formats):
         return Finding("ordinary")
-    rounded = [rounded_to_nearest(w, f) for w, f in zip(weights, formats, strict=True)]
-    errors = _stacked_errors(weights, rounded)
-    before = _spread_energy(errors, size)
-    expected = sum(size * float(np.square(b.scales, dtype=np.float64).sum()) for b in rounded) / 12
+    energies = [_energies(w, f) for w, f in zip(weights, formats, strict=True)]
+    before, expected = (sum(each) for each in zip(*energies, strict=True))
     distance = float(np.sqrt(before / max(expected, 1e-30)))
     if not _ON_THE_GRID < distance < _NEAR:
         return Finding("ordinary")
     # Fine steps resolve a fine-tuning; what they lose without a low rank is what storing in bfloat16 lost.
     is_coarse = any(block_format.code_type.gains_from_offsets for block_format in formats)
     lost = Finding("at risk" if is_coarse else "ordinary")
+    rounded = [rounded_to_nearest(w, f) for w, f in zip(weights, formats, strict=True)]
+    errors = _stacked_errors(weights, rounded)
     rank, ends = max(_RANK, size), np.cumsum([len(w) for w in weights])[:-1].tolist()
     if rank > _LARGEST_SHARE * min(errors.shape):
         return lost
@@ -96,6 +97,19 @@ def find_sides(weights: Sequence[Floats], formats: Sequence[BlockFormat]) -> Fin
     products = [side.dequantize() for side in sides]
     after = _errors_beside(weights, products, formats) - np.concatenate(products)
     return Finding("kept", sides) if _spread_energy(after, size) <= _KEPT**2 * before else lost
+
+
+def _energies(weight: Floats, block_format: BlockFormat) -> tuple[float, float]:
+    """Return the energy of a matrix's rounding errors, and what it would be if weights were spread over each step."""
+
+    def work(some: slice) -> tuple[float, float]:
+        rounded = rounded_to_nearest(weight[some], block_format)
+        steps = float(np.square(rounded.scales, dtype=np.float64).sum())
+        return _spread_energy(weight[some] - rounded.dequantize(), size), size * steps / 12
+
+    size = block_format.block_size
+    found = by_rows(work, len(weight), cached_rows(weight.shape[1]))
+    return sum(energy for energy, _ in found), sum(energy for _, energy in found)
 
 
 def beside(blocks: BlockTensor, side: Side) -> BlockTensor:

@@ -17,8 +17,36 @@ _FEWEST_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a model is quantized, whatever its floats come from.
+
+    Attributes:
+        preset: The format of each of its parts.
+        calibration: Text that calibrated methods look at.
+        calibration_tokens: How much of it.
+        max_kl: Search the cheapest mix whose mean KL divergence from the floats stays under this, in nats per token;
+            None takes the preset as it is.
+        tuning: What to do about a fine-tuning that rounding would erase.
+
+    Raises:
+        RequestError: A number out of range.
+    """
+
+    preset: Preset
+    calibration: Path = CALIBRATION_TEXT
+    calibration_tokens: int = CALIBRATION_TOKENS
+    max_kl: float | None = None
+    tuning: Tuning = "keep"
+
+    def __post_init__(self) -> None:
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise RequestError("--max-kl", found=self.max_kl, expected="nats per token, above 0; try 0.01")
+        _check_tokens("--calibration-tokens", self.calibration_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeSpec:
-    """One quantization.
+    """One quantization of a bundle; the fields that :class:`Quantization` has too mean the same.
 
     Attributes:
         bundle: The bundle to shrink.
@@ -27,9 +55,8 @@ class QuantizeSpec:
         dtype: Type of activations and of what is not in blocks; None keeps the bundle's.
         calibration: Text that calibrated methods look at.
         calibration_tokens: How much of it.
-        max_kl: Search the cheapest mix whose mean KL divergence from the source stays under this, in nats per token;
-            None takes the preset as it is.
-        tuning: What to do about a fine-tuning that rounding would erase.
+        max_kl: The largest divergence of a searched mix.
+        tuning: What to do about a fine-tuning.
         overwrite: Replace an existing bundle.
         genai: Also write what onnxruntime-genai needs to run the uncut model; a bundle that has it passes it on anyway.
 
@@ -49,9 +76,11 @@ class QuantizeSpec:
     genai: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
-            raise RequestError("--max-kl", found=self.max_kl, expected="nats per token, above 0; try 0.01")
-        _check_tokens("--calibration-tokens", self.calibration_tokens)
+        self.quantization()
+
+    def quantization(self) -> Quantization:
+        """Return how the bundle is quantized."""
+        return Quantization(self.preset, self.calibration, self.calibration_tokens, self.max_kl, self.tuning)
 
 
 @dataclass(frozen=True, slots=True)

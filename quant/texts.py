@@ -6,7 +6,8 @@ the bundle's chat template; without one, the contents are joined). Any other fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.genai_config import TextEnds
 from shortstack.graphs.read_file import parse_json, read_json_object, read_text
+from shortstack.quant.spec import Quantization
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 _ROW_TOKENS = 256
@@ -61,6 +63,21 @@ def text_ends(bundle: Bundle) -> TextEnds:
     is_there = name in bundle.manifest.files
     sampling = read_json_object(bundle.folder / name, BundleError, "copy the bundle again") if is_there else {}
     return TextEnds(tokenizer.eos_token_ids, tokenizer.bos_token_id, sampling)
+
+
+def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer:
+    """Return the tokenizer of a bundle that is not written yet, from the content of its files by name."""
+    with tempfile.TemporaryDirectory(prefix="shortstack-") as name:
+        for file in names.TEXT_FILES:
+            if file in files:
+                (Path(name) / file).write_bytes(files[file])
+        return Tokenizer.load(Path(name))
+
+
+def calibration_rows(wanted: Quantization, tokenizer: Tokenizer, max_length: int) -> Rows:
+    """Return the calibration text in rows that fit a context of ``max_length`` tokens; errors as in read_rows."""
+    tokens = wanted.calibration_tokens
+    return read_rows(wanted.calibration, "--calibration", tokenizer, tokens, row_length(max_length))
 
 
 def read_prompts(path: Path, option: str, tokenizer: Tokenizer, count: int) -> tuple[tuple[int, ...], ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress, read_columns
+from shortstack.export.checkpoint.checkpoint import Checkpoint, Progress
 from shortstack.export.checkpoint.config import Config
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.names import GENAI_CONFIG_FILE
 from shortstack.graphs.path_kind import PathKind, is_consolidated, is_hub_id, is_pickle, looks_like_megatron, path_kind
 
-__all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint", "read_columns"]
+__all__ = ["Checkpoint", "Config", "Progress", "open_checkpoint"]
 
 
 def open_checkpoint(

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -80,11 +80,27 @@ class StoredExit:
     read: Callable[[], dict[str, npt.NDArray[np.float32]]]
 
 
-def read_columns(checkpoint: Checkpoint, name: str, start: int, end: int) -> npt.NDArray[np.float32]:
-    """Read some columns of a matrix as float32, without the others if the reader can; errors as in ``tensor``."""
-    if (read := getattr(checkpoint, "columns", None)) is not None:
-        return np.asarray(read(name, start, end), np.float32)
-    return np.ascontiguousarray(checkpoint.tensor(name)[:, start:end])
+@runtime_checkable
+class PartReader(Protocol):
+    """A reader that can read a part of a matrix without the rest."""
+
+    def reads_parts(self, name: str) -> bool:
+        """Return whether it can with this tensor."""
+
+    def part(self, name: str, rows: slice, columns: slice) -> npt.NDArray[np.float32]:
+        """Read a part of a matrix as C-contiguous float32; errors as in ``tensor``."""
+
+
+def reads_parts(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a part of a matrix can be read without the rest."""
+    return isinstance(checkpoint, PartReader) and checkpoint.reads_parts(name)
+
+
+def read_part(checkpoint: Checkpoint, name: str, rows: slice, columns: slice) -> npt.NDArray[np.float32]:
+    """Read a part of a matrix as C-contiguous float32, without the rest if the reader can; errors as in ``tensor``."""
+    if isinstance(checkpoint, PartReader) and checkpoint.reads_parts(name):
+        return np.ascontiguousarray(checkpoint.part(name, rows, columns))
+    return np.ascontiguousarray(checkpoint.tensor(name)[rows, columns])
 
 
 def notes(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -116,18 +116,23 @@ class GgufCheckpoint:
             value = value.T
         return np.require(value, np.float32, ("C", "W"))  # a copy of what the file holds as it is, which is read-only
 
-    def columns(self, name: str, start: int, end: int) -> npt.NDArray[np.float32]:
-        """Dequantize some columns of a matrix to C-contiguous float32, and of the others only what shares a block."""
+    def reads_parts(self, name: str) -> bool:
+        """Return whether a part can be read without the rest: where whole rows are as they are stored, or move."""
         stored = self._stored_name(name)
-        info = self._infos[stored]
-        if self._transform(stored) in ("minus_one", "turned") or len(info.shape) != 2:
-            return np.ascontiguousarray(self.tensor(name)[:, start:end])
-        size, size_bytes = gguf.GGML_QUANT_SIZES[info.quantization]
+        is_changed = self._transform(stored) in ("minus_one", "turned") or name in self._row_of
+        return not is_changed and len(self._infos[stored].shape) == 2
+
+    def part(self, name: str, rows: slice, columns: slice) -> npt.NDArray[np.float32]:
+        """Dequantize a part of a matrix to C-contiguous float32, and of the rest only what shares a block."""
+        stored = self._stored_name(name)
+        size, size_bytes = gguf.GGML_QUANT_SIZES[self._infos[stored].quantization]
+        order, blocks = self._rows(stored), self._bytes(self._infos[stored])
+        blocks = blocks[rows if order is None else order[rows]]
+        start, end, _ = columns.indices(blocks.shape[1] // size_bytes * size)
         first, last = start // size, -(-end // size)  # of the blocks of a row
-        blocks = np.ascontiguousarray(self._bytes(info)[:, first * size_bytes : last * size_bytes])
-        value = self._floats(stored, blocks)[:, start - first * size : end - first * size]
-        rows = self._rows(stored)
-        return np.require(value if rows is None else value[rows], np.float32, ("C", "W"))
+        found = np.ascontiguousarray(blocks[:, first * size_bytes : last * size_bytes])
+        value = self._floats(stored, found)[:, start - first * size : end - first * size]
+        return np.require(value, np.float32, ("C", "W"))
 
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return how a tensor is quantized, without reading its data; None if it is stored as floats."""

@@ -127,12 +127,14 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{file}: tensor {name} cannot be read ({error})") from None
         return np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
 
-    def columns(self, name: str, start: int, end: int) -> npt.NDArray[np.float32]:
-        """Read some columns of a matrix as C-contiguous float32, without the others."""
-        if str(self._shard(name).get_slice(name).get_dtype()) not in FLOAT_TYPES:
-            return self.tensor(name)[:, start:end]  # which says what is wrong
+    def reads_parts(self, name: str) -> bool:
+        """Return whether a part can be read without the rest: of any tensor that can be read."""
+        return str(self._shard(name).get_slice(name).get_dtype()) in FLOAT_TYPES  # else `tensor` says what is wrong
+
+    def part(self, name: str, rows: slice, columns: slice) -> npt.NDArray[np.float32]:
+        """Read a part of a matrix as C-contiguous float32, without the rest."""
         try:
-            value = self._shard(name).get_slice(name)[:, start:end]
+            value = self._shard(name).get_slice(name)[rows, columns]
         except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise CheckpointError(f"{self._file_of[name]}: tensor {name} cannot be read ({error})") from None
         return np.ascontiguousarray(value, dtype=np.float32)

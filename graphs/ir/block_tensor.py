@@ -17,6 +17,7 @@ Rows are outputs (N), width is the input dimension (K); a last, shorter block is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,16 +118,20 @@ class BlockTensor:
         """Return the codes as the kernels read them, uint8 [rows, blocks, block_size * bits / 8], all blocks."""
         rows, width = self.codes.shape
         blocks, size = self.format.blocks(width), self.format.block_size
-        padded = np.full((rows, blocks * size), self.format.middle_code, np.uint8)
-        padded[:, :width] = self.codes
-        if self.zero_points is not None and width < blocks * size:
-            padded[:, width:] = self.zero_points[:, -1:]
+        padded = self.codes
+        if width < blocks * size:
+            padded = np.full((rows, blocks * size), self.format.middle_code, np.uint8)
+            padded[:, :width] = self.codes
+            if self.zero_points is not None:
+                padded[:, width:] = self.zero_points[:, -1:]
         packed = pack(padded, self.format.bits).reshape(rows, blocks, -1)
-        return np.concatenate([packed, *(tensor.packed_codes() for tensor in self.further)], axis=1)
+        further = [tensor.packed_codes() for tensor in self.further]
+        return np.concatenate([packed, *further], axis=1) if further else packed
 
     def all_scales(self) -> Floats:
         """Return the scales as the kernels read them, float32 [rows, blocks], those of further columns last."""
-        return np.concatenate([self.scales, *(tensor.scales for tensor in self.further)], axis=1)
+        further = [tensor.scales for tensor in self.further]
+        return np.concatenate([self.scales, *further], axis=1) if further else self.scales
 
     def packed_zero_points(self) -> Codes | None:
         """Return the zero points as the kernels read them, uint8 [rows, ceil(blocks * bits / 8)]; None if symmetric."""
@@ -159,16 +164,29 @@ def in_place(columns: Floats, order: Order) -> Floats:
 
 def encode(weight: Floats, scales: Floats, zero_points: Codes | None, block_format: BlockFormat) -> BlockTensor:
     """Round a matrix [rows, width] to the nearest codes of given scales and zero points [rows, blocks]."""
-    width = weight.shape[1]
-    inverse = inverted(scales)
-    codes = weight * _spread(inverse, block_format, width)
-    zero = (
-        np.float32(block_format.middle_code)
-        if zero_points is None
-        else _spread(zero_points, block_format, width).astype(np.float32)
+    rows, width = weight.shape
+    found = into_blocks(weight, block_format) * inverted(scales)[:, :, None]  # [rows, blocks, block_size]
+    found += np.float32(block_format.middle_code) if zero_points is None else zero_points.astype(np.float32)[:, :, None]
+    np.rint(found, out=found)
+    np.clip(found, 0, block_format.largest_code, out=found)
+    codes = found.astype(np.uint8).reshape(rows, -1)
+    if codes.shape[1] != width:
+        codes = np.ascontiguousarray(codes[:, :width])
+    return BlockTensor(block_format, codes, scales.astype(np.float32, copy=False), zero_points)
+
+
+def stacked(parts: Sequence[BlockTensor]) -> BlockTensor:
+    """Return matrices of one format and width, without side products, as one: their rows below each other."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    codes = np.concatenate([part.codes for part in parts])
+    scales = np.concatenate([part.scales for part in parts])
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return BlockTensor(
+        first.format, codes, scales, np.concatenate(zeros) if zeros else None, stacked(offsets) if offsets else None
     )
-    codes = np.clip(np.rint(codes + zero), 0, block_format.largest_code).astype(np.uint8)
-    return BlockTensor(block_format, codes, scales.astype(np.float32), zero_points)
 
 
 def inverted(scales: Floats) -> Floats:
@@ -189,7 +207,8 @@ def nearest_grid(weight: Floats, block_format: BlockFormat) -> tuple[Floats, Cod
         at = np.abs(x).argmax(axis=2)
         extreme = np.take_along_axis(x, at[..., None], axis=2)[..., 0]
         return (extreme / -np.float32(block_format.middle_code)).astype(np.float32), None
-    low, high = np.minimum(x.min(axis=2), 0), np.maximum(x.max(axis=2), 0)
+    low, high = block_ranges(x)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
     scales = ((high - low) / np.float32(top)).astype(np.float32)
     inverse = inverted(scales)
     return scales, np.clip(np.rint(-low * inverse), 0, top).astype(np.uint8)
@@ -198,6 +217,13 @@ def nearest_grid(weight: Floats, block_format: BlockFormat) -> tuple[Floats, Cod
 def nearest(weight: Floats, block_format: BlockFormat) -> BlockTensor:
     """Round a matrix [rows, width] to nearest: grids that cover each block, every weight by itself."""
     return encode(weight, *nearest_grid(weight, block_format), block_format)
+
+
+def block_ranges(x: Floats) -> tuple[Floats, Floats]:
+    """Return the smallest and the largest value of each block of [rows, blocks, block_size], both [rows, blocks]."""
+    rows, blocks, size = x.shape
+    places = np.ascontiguousarray(x.reshape(-1, size).T)  # [size, rows * blocks]: vectors instead of short sums
+    return places.min(axis=0).reshape(rows, blocks), places.max(axis=0).reshape(rows, blocks)
 
 
 def into_blocks(weight: Floats, block_format: BlockFormat) -> Floats:
@@ -219,6 +245,11 @@ def pack(codes: Codes, bits: int) -> Codes:
     per_byte = 8 // bits
     if rest := codes.shape[1] % per_byte:
         codes = np.pad(codes, ((0, 0), (0, per_byte - rest)))
+    if per_byte == 1:
+        return codes
+    if per_byte == 2:  # the same through whole words: neighbours are the low and the high byte of one
+        words = np.ascontiguousarray(codes).view("<u2")
+        return np.asarray((words | (words >> 4)).astype(np.uint8))
     packed = np.zeros((len(codes), codes.shape[1] // per_byte), np.uint8)
     for position in range(per_byte):
         packed |= codes[:, position::per_byte] << np.uint8(bits * position)

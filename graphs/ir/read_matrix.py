@@ -22,8 +22,9 @@ _REMEDY = "copy the bundle again as a whole, or make it again"
 
 
 def is_stored_as_rows(name: str) -> bool:
-    """Whether a matrix of floats is stored as [out, in]; the others are [in, out]."""
-    return name in (names.EMBED_TOKENS, names.LM_HEAD) or (name.startswith("exits.") and name.endswith(ROWS))
+    """Whether a matrix of floats is stored as [out, in], as tables of rows are too; the others are [in, out]."""
+    is_vocabulary = name in (names.EMBED_TOKENS, names.LM_HEAD) or name.endswith(f".{names.PER_LAYER_EMBED}")
+    return is_vocabulary or (name.startswith("exits.") and name.endswith(ROWS))
 
 
 class StoredMatrices:

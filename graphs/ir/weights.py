@@ -6,10 +6,14 @@ share its bytes on disk and its pages in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,15 +51,19 @@ class WeightStore:
 
     Args:
         folder: The bundle being written.
+        contents: What :meth:`contents` of an earlier store in this folder returned: goes on from there, and forgets
+            what was written later. None begins anew.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, contents: Mapping[str, Any] | None = None) -> None:
         self._folder = folder
-        self._file = (folder / names.WEIGHTS_FILE).open("wb")
+        self._file = (folder / names.WEIGHTS_FILE).open("wb" if contents is None else "r+b")
         self._tensors: dict[str, ir.ExternalTensor] = {}
         self._blocks: dict[str, BlockMatrix] = {}
         self._sides: dict[str, BlockTensor] = {}
         self._orders: dict[bytes, str] = {}
+        if contents is not None:
+            self._restore(contents)
 
     def __enter__(self) -> WeightStore:
         return self
@@ -86,17 +94,39 @@ class WeightStore:
         """
         if name in self._tensors:
             raise ValueError(f"{name} is stored already")
-        array = np.ascontiguousarray(array)
+        self.add_slices(name, array.shape, [array])
+
+    def add_slices(self, name: str, shape: tuple[int, ...], slices: Iterable[npt.NDArray[Any]]) -> None:
+        """Append one tensor slice by slice, so that memory never holds all of it.
+
+        Args:
+            name: Its name in every graph.
+            shape: Its shape.
+            slices: At least one; their values follow each other in the file, in the dtype to be stored.
+
+        Raises:
+            ValueError: A tensor of that name is already stored, or the slices are not all of it.
+        """
+        if name in self._tensors:
+            raise ValueError(f"{name} is stored already")
         self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT_BYTES))
-        offset = self._file.tell()
-        self._file.write(array.data)
+        offset, values, dtype = self._file.tell(), 0, np.dtype(np.uint8)
+        for array in slices:
+            array = np.ascontiguousarray(array)
+            self._file.write(array.data)
+            values, dtype = values + array.size, array.dtype
         self._file.flush()
+        if values != math.prod(shape):
+            raise ValueError(f"{name}: slices hold {values} values, not those of {shape}")
+        self._put(name, offset, dtype, shape)
+
+    def _put(self, name: str, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         self._tensors[name] = ir.ExternalTensor(
             names.WEIGHTS_FILE,
             offset,
-            array.nbytes,
-            ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
+            math.prod(shape) * dtype.itemsize,
+            ir.DataType.from_numpy(dtype),
+            shape=ir.Shape(shape),
             name=name,
             base_dir=self._folder,
         )
@@ -115,11 +145,7 @@ class WeightStore:
             UnsupportedError: Its values are too large for a grid, or its scales for ``dtype``.
         """
         for part, array in tensor.packed_parts().items():
-            stored = names.block_part(name, part)
-            if array.dtype != np.uint8:
-                check_finite(f"matrix {name} in blocks: its {part}", array, UnsupportedError, TOO_LARGE)
-                array = cast(stored, array.astype(np.float32, copy=False), dtype)
-            self.add(stored, array)
+            self.add(names.block_part(name, part), self._part(name, part, array, dtype))
         self._blocks[name] = BlockMatrix(tensor.format, *tensor.shape)
         if tensor.side is not None:
             factor = names.side_factor(name)
@@ -142,6 +168,45 @@ class WeightStore:
             self.add(name, order)
             self._orders[order.tobytes()] = name
 
+    def add_block_slices(self, name: str, shape: tuple[int, int], slices: Iterable[BlockTensor], dtype: DType) -> None:
+        """Append a matrix [rows, width] in blocks slice by slice of its rows; the bytes are those of add_blocks.
+
+        Args:
+            name: Its name in every graph.
+            shape: Its shape.
+            slices: Its rows, at least one slice, all of one format without a side product.
+            dtype: Float type of the scales.
+
+        Raises:
+            ValueError: A tensor of that name is already stored, or the slices are not all of the matrix.
+            UnsupportedError: Its values are too large for a grid, or its scales for ``dtype``.
+        """
+        rest: dict[str, list[npt.NDArray[Any]]] = {}
+        block_format: list[BlockFormat] = []
+
+        def codes() -> Iterator[npt.NDArray[Any]]:
+            for tensor in slices:
+                parts = tensor.packed_parts()
+                yield parts.pop("codes")
+                for part, array in parts.items():
+                    rest.setdefault(part, []).append(self._part(name, part, array, dtype))
+                block_format[:] = [tensor.format]
+
+        stored, width = names.block_codes(name), shape[1]
+        first = iter(found := codes())
+        head = next(first)
+        self.add_slices(stored, (shape[0], *head.shape[1:]), itertools.chain([head], found))
+        for part, arrays in rest.items():
+            self.add(names.block_part(name, part), np.concatenate(arrays))
+        self._blocks[name] = BlockMatrix(block_format[0], shape[0], width)
+
+    def _part(self, name: str, part: str, array: npt.NDArray[Any], dtype: DType) -> npt.NDArray[Any]:
+        """Return a part of a matrix in blocks as it is stored: scales in the activations' type."""
+        if array.dtype == np.uint8:
+            return array
+        check_finite(f"matrix {name} in blocks: its {part}", array, UnsupportedError, TOO_LARGE)
+        return cast(names.block_part(name, part), array.astype(np.float32, copy=False), dtype)
+
     def blocks(self, name: str) -> BlockMatrix | None:
         """Return the layout of a matrix stored in blocks; None if it is stored as floats."""
         return self._blocks.get(name)
@@ -150,6 +215,25 @@ class WeightStore:
     def formats(self) -> dict[str, BlockFormat]:
         """The format of each matrix stored in blocks, by name."""
         return {name: matrix.format for name, matrix in self._blocks.items()}
+
+    def contents(self) -> dict[str, Any]:
+        """Put what was written on the disk for certain, and return what it is, as JSON-ready data."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        tensors = {
+            name: [int(tensor.offset or 0), tensor.dtype.numpy().name, list(tensor.shape.numpy())]
+            for name, tensor in self._tensors.items()
+        }
+        blocks = {name: [asdict(matrix.format), matrix.rows, matrix.width] for name, matrix in self._blocks.items()}
+        return {"bytes": self._file.tell(), "tensors": tensors, "blocks": blocks}
+
+    def _restore(self, contents: Mapping[str, Any]) -> None:
+        self._file.truncate(contents["bytes"])
+        self._file.seek(0, os.SEEK_END)
+        for name, (offset, dtype, shape) in contents["tensors"].items():
+            self._put(name, offset, np.dtype(dtype), tuple(shape))
+        for name, (block_format, rows, width) in contents["blocks"].items():
+            self._blocks[name] = BlockMatrix(BlockFormat(**block_format), rows, width)
 
     def reshaped(self, name: str, shape: tuple[int, ...]) -> ir.ExternalTensor:
         """Return a stored tensor's bytes under another shape, for an operator that takes them so."""

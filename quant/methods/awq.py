@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shortstack.graphs import names
 from shortstack.graphs.kv_map import identity_kv_map
 from shortstack.graphs.layer_weights import matrix_parts
 from shortstack.graphs.precision import BlockFormat
@@ -105,6 +106,40 @@ def scale_layer(
     if own.mlp.is_gated and (found := divide((DOWN,), lambda s: s)) is not None:
         _divide_rows(scaled, (UP, UP_BIAS), found)
     return ScaledLayer(scaled, scaled_stats, scales)
+
+
+def scale_stored(
+    floats: Mapping[str, Floats],
+    stats: Mapping[str, InputStats],
+    block_format_of: Callable[[str], BlockFormat | None],
+    spec: ModelSpec,
+    layer: int,
+) -> tuple[dict[str, Floats], dict[str, InputStats]]:
+    """Do the same with tensors as a bundle stores them, by full name: matrices [in, out]; returns them so.
+
+    Args:
+        floats: The tensors of a layer; those of other names, such as rotary tables, stay as they are.
+        stats: Inputs of each projection.
+        block_format_of: Format of a projection; None where it stays in floats.
+        spec: The model.
+        layer: Which layer.
+    """
+    prefix = names.layer_weight(layer, "")
+    others = {name: tensor for name, tensor in floats.items() if not name.startswith(prefix)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in floats.items() if name.startswith(prefix)}
+    matrices = matrix_parts(spec.weights(layer))
+    scaled = scale_layer(
+        {part: tensor.T if part in matrices else tensor for part, tensor in own.items()},
+        {name.removeprefix(prefix): seen for name, seen in stats.items()},
+        lambda part: block_format_of(prefix + part),
+        spec,
+        layer,
+    )
+    stored = {p: np.ascontiguousarray(w.T) if p in matrices else w for p, w in scaled.weights.items()}
+    return (
+        {prefix + part: tensor for part, tensor in stored.items()} | others,
+        {prefix + part: seen for part, seen in scaled.stats.items()},
+    )
 
 
 def _search(

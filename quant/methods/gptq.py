@@ -8,8 +8,6 @@ of column j's squared error: what an error there costs after all later columns h
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -21,8 +19,8 @@ from shortstack.quant.methods.stats import Floats, InputStats
 
 Codes = npt.NDArray[np.uint8]
 
-_DAMPING = 0.01  # of the mean diagonal, as in the paper
-_ROWS = 4096  # rows at a time: they are independent, and a vocabulary of them takes long
+GPTQ_ROWS = 4096
+"""Rows at a time: they are independent, and a vocabulary of them takes long."""
 
 
 def gptq(weight: Floats, block_format: BlockFormat, stats: InputStats | None) -> BlockTensor:
@@ -38,12 +36,12 @@ def gptq(weight: Floats, block_format: BlockFormat, stats: InputStats | None) ->
         )
     rows, width = weight.shape
     blocks = block_format.blocks(width)
-    upper = _inverse_factor(stats.gram)
+    upper = stats.inverse_factor()
     codes = np.empty((rows, width), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
     zeros = None if block_format.is_symmetric else np.empty((rows, blocks), np.uint8)
-    for start in range(0, rows, _ROWS):
-        some = slice(start, start + _ROWS)
+    for start in range(0, rows, GPTQ_ROWS):
+        some = slice(start, start + GPTQ_ROWS)
         left = weight[some].astype(np.float32)
         _round_rows(left, upper, block_format, codes[some], scales[some], None if zeros is None else zeros[some])
     return BlockTensor(block_format, codes, scales, zeros)
@@ -82,15 +80,3 @@ def _round_rows(
             errors[j] = (inside[j] - scale * (code - origin)) / diagonal[start + j]
             inside[j + 1 :] -= upper[start + j, start + j + 1 : end, None] * errors[j]
         left[:, end:] -= errors.T @ upper[start:end, end:]
-
-
-def _inverse_factor(gram: npt.NDArray[np.floating[Any]]) -> Floats:
-    """Return the upper factor U of the damped gram matrix's inverse, H^-1 = U^T U, float32 [width, width].
-
-    H = R R^T with R upper is a Cholesky factorisation from the other end, and U = R^-1.
-    """
-    hessian = gram.astype(np.float64)
-    # An input that never fires has the damping alone: it neither compensates nor is compensated.
-    hessian[np.diag_indices_from(hessian)] += _DAMPING * (float(np.diag(hessian).mean()) or 1.0)
-    factor = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return np.ascontiguousarray(np.triu(np.linalg.inv(factor)), np.float32)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from shortstack.graphs.ir.block_tensor import BlockTensor, into_blocks, nearest
+from shortstack.graphs.ir.block_tensor import BlockTensor, block_ranges, into_blocks, nearest
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods import Rounding
 from shortstack.quant.methods.rtn import rtn
@@ -30,7 +30,7 @@ def with_offsets(
     """
     inner = replace(block_format, has_offsets=False)
     x = into_blocks(weight, inner)  # [out, blocks, block_size]
-    low, high = x.min(axis=2), x.max(axis=2)
+    low, high = block_ranges(x)
     step = (high - low) / np.float32(block_format.largest_code)
     step = np.where(step == 0, np.float32(1), step)
     shift = low - np.rint(low / step) * step  # [out, blocks], within half a step of zero

@@ -14,7 +14,7 @@ from shortstack.graphs import names
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, head_rows, stored_parts
 from shortstack.graphs.kv_bytes import kv_bytes_per_token
 from shortstack.graphs.layer_spec import cache_head_dim
-from shortstack.graphs.layer_weights import matrix_parts, stored_shapes
+from shortstack.graphs.layer_weights import matrix_parts, stored_shapes, table_parts
 from shortstack.graphs.manifest import Manifest
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import SPARE_ROWS
@@ -45,8 +45,8 @@ class LayerBytes:
     Attributes:
         qkv: The q, k and v projections, with their biases and the scales of an int8 cache.
         o: The output projection of attention, with its bias.
-        mlp: The gate, up and down projections, with their biases.
-        norms: Both RMS norms.
+        mlp: The gate, up and down projections, with their biases, and the branch on tokens with its table.
+        norms: All norms, and the factor of a layer that has one.
     """
 
     qkv: int
@@ -64,12 +64,15 @@ def layer_bytes(manifest: Manifest, layer: int) -> LayerBytes:
     """Return what the parts of one layer take."""
     spec, owns_kv = manifest.spec, manifest.spec.owns_kv(layer)
     table = spec.weights(layer)
-    matrices = matrix_parts(table)
+    matrices, tables = matrix_parts(table), table_parts(table)
     taken = dict.fromkeys(("attn.qkv_proj", "attn.o_proj", "mlp", "norm"), 0)
     shared: dict[str, tuple[str, int]] = {}
     for part, shape in stored_shapes(table, spec.layers[layer].attention).items():
-        kind = "norm" if "norm" in part else next(kind for kind in taken if part.startswith(kind))
-        if part in matrices:
+        other = "mlp" if part.startswith("per_layer.") else "norm"  # the branch on tokens counts as a part of the MLP
+        kind = "norm" if "norm" in part else next((kind for kind in taken if part.startswith(kind)), other)
+        if part in tables:
+            taken[kind] += matrix_bytes(manifest, names.layer_weight(layer, part), *shape)
+        elif part in matrices:
             taken[kind] += matrix_bytes(manifest, names.layer_weight(layer, part), *shape)
             shared |= _of_input(manifest, names.layer_weight(layer, part), shape[1], kind)
         else:

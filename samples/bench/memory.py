@@ -10,7 +10,7 @@ _PROC = Path("/proc/self")
 
 
 def memory_now() -> dict[str, int]:
-    """Return bytes: resident now, resident with shared pages divided by their users, and the peak so far.
+    """Return bytes: resident now, resident with shared pages divided by their users, the peak so far, and anonymous.
 
     The peak is VmHWM where there is one: ``ru_maxrss`` starts at the size of the process that forked this one.
     """
@@ -19,7 +19,9 @@ def memory_now() -> dict[str, int]:
     maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = status.get("VmHWM", maxrss if sys.platform == "darwin" else maxrss * 1024)
     rss = rollup.get("Rss", status.get("VmRSS", 0))
-    return {"rss_bytes": rss, "pss_bytes": rollup.get("Pss", rss), "peak_bytes": max(peak, rss)}
+    anonymous = status.get("RssAnon", rss)
+    found = {"rss_bytes": rss, "pss_bytes": rollup.get("Pss", rss), "peak_bytes": max(peak, rss)}
+    return {**found, "anonymous_bytes": anonymous}
 
 
 def _fields(path: Path) -> dict[str, int]:

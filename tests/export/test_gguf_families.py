@@ -17,7 +17,8 @@ from helpers.gguf_files import Edit, Kind, listed
 from helpers.gguf_written import TEXT, logits, written
 from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.checkpoint import gguf as gguf_reader
-from shortstack.export.checkpoint import gguf_header, open_checkpoint, read_columns
+from shortstack.export.checkpoint import gguf_header, open_checkpoint
+from shortstack.export.checkpoint.checkpoint import read_part
 from shortstack.export.checkpoint.gguf_families import FAMILIES
 from shortstack.export.kept_blocks import KeptBlocks, choose_blocks
 from shortstack.export.parity.reference import Reference
@@ -374,4 +375,6 @@ def test_columns_of_a_permuted_matrix_have_its_rows_in_order(tmp_path: Path) -> 
     _, file = written(BY_NAME["llama"], tmp_path, kind=Kind.Q8_0)
     checkpoint = open_checkpoint(str(file))
     name = "model.layers.1.self_attn.q_proj.weight"
-    np.testing.assert_array_equal(read_columns(checkpoint, name, 3, 40), checkpoint.tensor(name)[:, 3:40])
+    np.testing.assert_array_equal(
+        read_part(checkpoint, name, slice(None), slice(3, 40)), checkpoint.tensor(name)[:, 3:40]
+    )

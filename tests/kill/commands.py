@@ -96,6 +96,9 @@ COMMANDS: Mapping[str, Killed] = MappingProxyType(
             ("bundle",),
             before=("export", "{inputs}/checkpoint", "{out}/bundle", "-e", "1"),
         ),
+        "export --preset": Killed(
+            "", (*_EXPORT, "--preset", "int4", "--calibration-tokens", "128"), ("bundle",), ("--overwrite",)
+        ),
         "quantize": Killed("", (*_QUANTIZE, "--no-report"), ("bundle",), ("--overwrite",)),
         "quantize, report": Killed(
             "",

@@ -16,6 +16,7 @@ from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.ir.block_tensor import nearest
 from shortstack.graphs.texts import CALIBRATION_TEXT
 from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.bundle_floats import BundleFloats
 from shortstack.quant.layers import HeadGraph, LayerGraph, Taps
 from shortstack.quant.search import units
 from shortstack.quant.source import Source
@@ -39,7 +40,7 @@ def rows_of(bundle: Path, tokens: int = 512) -> npt.NDArray[np.int64]:
 @MODEL
 def test_layers_one_by_one_give_the_hidden_states_of_the_bundle(tiny_bundles: TinyBundles, tiny: TinyModel) -> None:
     folder = tiny_bundles.bundle(tiny, 1, 2, 3)
-    source, rows = Source(open_bundle(folder)), rows_of(folder)
+    source, rows = Source(BundleFloats(open_bundle(folder))), rows_of(folder)
     activations = [load(folder).activations(row.tolist()) for row in rows]
     hidden = source.floats(names.EMBED_TOKENS)[rows]
     for layer in range(tiny.layers):
@@ -57,7 +58,7 @@ def test_layers_one_by_one_give_the_hidden_states_of_the_bundle(tiny_bundles: Ti
 @MODEL
 def test_keys_and_values_are_those_of_the_bundle(tiny_bundles: TinyBundles, tiny: TinyModel) -> None:
     folder = tiny_bundles.bundle(tiny, 1)
-    source, rows = Source(open_bundle(folder)), rows_of(folder)[:2]
+    source, rows = Source(BundleFloats(open_bundle(folder))), rows_of(folder)[:2]
     hidden = source.floats(names.EMBED_TOKENS)[rows]
     seen: list[Taps] = []
     LayerGraph(source.spec, 0, source.layer(0)).run(hidden, seen.append)
@@ -101,7 +102,7 @@ def inputs_of_projections(folder: Path, tokens: npt.NDArray[np.int64]) -> dict[s
 @MODEL
 def test_taps_show_what_each_projection_multiplies(tiny_bundles: TinyBundles, tiny: TinyModel) -> None:
     folder = tiny_bundles.bundle(tiny, 2)
-    source, rows = Source(open_bundle(folder)), rows_of(folder)[:3]
+    source, rows = Source(BundleFloats(open_bundle(folder))), rows_of(folder)[:3]
     expected = [inputs_of_projections(folder, row) for row in rows]
     hidden = source.floats(names.EMBED_TOKENS)[rows]
     for layer in (0, 1):
@@ -120,7 +121,7 @@ def test_taps_show_what_each_projection_multiplies(tiny_bundles: TinyBundles, ti
 
 def test_a_layer_of_blocks_shows_its_inputs_too(tiny_bundles: TinyBundles) -> None:
     folder = tiny_bundles.bundle(BASE, 1)
-    source, rows = Source(open_bundle(folder)), rows_of(folder)[:2]
+    source, rows = Source(BundleFloats(open_bundle(folder))), rows_of(folder)[:2]
     floats = source.layer(0)
     matrices = {n: w for n, w in floats.items() if n.endswith("proj.weight")}
     blocks = {name: nearest(np.ascontiguousarray(weight.T), INT8) for name, weight in matrices.items()}
@@ -148,7 +149,7 @@ def test_a_searched_mix_stays_under_its_limit_and_a_larger_limit_is_cheaper(
     rows = read_rows(CALIBRATION_TEXT, "--calibration", open_tokenizer(open_bundle(source)), TOKENS)
     measured = rows[-(len(rows) // 4) :]  # what the search does not round for
     activations = [load(source).activations(row.tolist()).heads[tiny.layers] for row in measured]
-    sizes, everything = [], units(Source(open_bundle(source)))
+    sizes, everything = [], units(Source(BundleFloats(open_bundle(source))))
     for number, max_kl in enumerate((1e-6, 0.02, 0.3, 100.0)):
         out = tmp_path / str(number)
         mix = preset(INT4)

@@ -308,7 +308,7 @@ def give_record(folder: Path, content: str) -> None:
         ("tuning", {"a.weight": ["kept"]}, ("field tuning['a.weight']", "found ['kept']")),
         ("preset", ["int4"], ("field preset", "found ['int4']", "expected a text")),
         ("method", None, ("field method", "found None", "expected a text")),
-        ("source_weights_sha256", 1, ("field source_weights_sha256", "found 1", "expected a text")),
+        ("source_weights_sha256", 1, ("field source_weights_sha256", "found 1", "expected a text or null")),
         ("calibration", 0, ("field calibration", "found 0", "expected a text or null")),
         ("max_kl", "low", ("field max_kl", "found 'low'", "expected a finite number >= 0 or null")),
         ("max_kl", float("inf"), ("field max_kl", "found inf")),

@@ -35,7 +35,8 @@ HEAVY = ("numpy", "onnxruntime", "tokenizers", "jinja2", *FOREIGN[:8])
 # threads) may be imported by all.
 ROOMS = {
     "graphs": set(),
-    "export": {"graphs", "runtime"},  # runtime in export/parity and text_files.py alone, as export/ruff.toml says
+    # runtime in export/parity and text_files.py alone, quant in quantized.py and cli.py alone, as export/ruff.toml says
+    "export": {"graphs", "quant", "runtime"},
     "quant": {"graphs", "runtime"},  # runtime in few files alone, as quant/ruff.toml says
     "runtime": {"graphs"},
     "samples": {"graphs", "export", "quant", "runtime"},
@@ -131,6 +132,16 @@ def test_no_file_of_a_room_imports_another_room_that_it_must_not_know(
         if module.startswith("shortstack.") and (other := module.split(".")[1]) in ROOMS and other not in allowed
     ]
     assert not wrong
+
+
+def test_export_opens_quant_in_one_composing_module_and_in_the_command(package_folders: dict[str, Path]) -> None:
+    openers = {
+        path.name
+        for path in files_of("export", package_folders)
+        for module in imports_of(path.read_text(encoding="utf-8"))
+        if module.startswith("shortstack.quant")
+    }
+    assert openers == {"quantized.py", "cli.py"}
 
 
 @pytest.mark.parametrize("room", PRODUCT_ROOMS)

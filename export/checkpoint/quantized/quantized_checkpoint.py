@@ -60,11 +60,13 @@ class QuantizedCheckpoint:
             return np.ascontiguousarray(self._matrices[name].floats(), np.float32)
         return self._folder.tensor(self._known(name))
 
-    def columns(self, name: str, start: int, end: int) -> npt.NDArray[np.float32]:
-        """Read some columns of a matrix as C-contiguous float32."""
-        if name in self._matrices:
-            return np.ascontiguousarray(self._matrices[name].floats()[:, start:end], np.float32)
-        return self._folder.columns(self._known(name), start, end)
+    def reads_parts(self, name: str) -> bool:
+        """See ``PartReader``; a quantized matrix is read as a whole."""
+        return name not in self._matrices and self._folder.reads_parts(self._known(name))
+
+    def part(self, name: str, rows: slice, columns: slice) -> npt.NDArray[np.float32]:
+        """See ``PartReader``."""
+        return self._folder.part(self._known(name), rows, columns)
 
     def blocks(self, name: str) -> StoredBlocks | None:
         """Return how a weight is quantized, without reading its codes; None if it is stored as floats."""

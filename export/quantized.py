@@ -1,0 +1,110 @@
+"""From a checkpoint straight to a quantized bundle: no float bundle in between, nothing half-written.
+
+The only file of the room, beside the command, that opens ``quant``: it joins a checkpoint's floats and the engine that
+quantizes bundles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from shortstack.export.assemble import OpenedModel, open_model
+from shortstack.export.checkpoint_floats import CheckpointFloats
+from shortstack.export.kept_blocks import KeptBlocks
+from shortstack.export.spec import ExportSpec
+from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
+from shortstack.graphs.errors import RequestError, UnsupportedError
+from shortstack.graphs.ir.write_bundle import tool_versions
+from shortstack.progress import Stage, progress_stages
+from shortstack.quant.engine import Job, choose_formats, job_key, plan_job, write_job
+from shortstack.quant.needs import check_needs
+from shortstack.quant.source import Source
+from shortstack.quant.spec import Quantization
+from shortstack.quant.texts import calibration_rows, tokenizer_of
+from shortstack.quant.unfinished import Unfinished
+
+
+def export_quantized(
+    request: ExportSpec, wanted: Quantization, tell: Callable[[KeptBlocks], None] = lambda blocks: None
+) -> Bundle:
+    """Cut a checkpoint into a quantized bundle.
+
+    The weights are those that ``quantize`` gives for a bundle of fp32 weights that ``export`` made, byte for byte. With
+    ``keep_blocks``, kept matrices stay as they are, and all others are rounded as is wanted.
+
+    Args:
+        request: What to export, and how. ``dtype`` is the type of activations and of what is not in blocks.
+        wanted: How it is quantized.
+        tell: Called with what becomes of each matrix, if the checkpoint's blocks are to be kept.
+
+    Returns:
+        The finished bundle.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        UnsupportedError: It can be read, but not exported or not calibrated.
+        RequestError: An option does not fit the model, or there is not enough disk or memory.
+        BundleError: The output folder is in the way.
+    """
+    check_free(request.out, request.overwrite)  # before a download, not after
+    with progress_stages() as stage:
+        model = open_model(request)
+        advance = stage("Hashing the checkpoint", 1)
+        digest = model.checkpoint.digest()
+        advance(1)
+        manifest = model.manifest(request, "float32", digest)
+        keeps_trimmed = wanted.preset.draft_head == "as head"
+        reader = CheckpointFloats(model, manifest, request.dtype, keeps_trimmed=keeps_trimmed)
+        job = _job(request, wanted, model, reader)
+        # Weights may be damaged: what overflows is refused by the name of its matrix, and not by numpy's warnings.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            _write(job, request, model, digest, stage, reader)
+    if request.keep_blocks:
+        tell(reader.measured_blocks())
+    return open_bundle(request.out)
+
+
+def _job(request: ExportSpec, wanted: Quantization, model: OpenedModel, reader: CheckpointFloats) -> Job:
+    if wanted.preset.is_float:
+        raise RequestError(
+            f"--preset {wanted.preset.name} puts nothing in blocks",
+            remedy="leave it out, or choose another preset or --weights",
+        )
+    job = plan_job(
+        Source(reader),
+        wanted,
+        request.dtype,
+        lambda wanted: calibration_rows(wanted, tokenizer_of(model.files), model.max_length),
+    )
+    if wanted.preset.kv_cache == "int8" and not job.is_layerwise:
+        raise UnsupportedError(
+            "the scales of an int8 cache come from the layers, and these do not run one by one",
+            found=f"kv_map {list(model.spec.kv_map)}",
+            remedy="add --kv-cache float, or export without --preset and quantize that bundle",
+        )
+    return job
+
+
+def _write(
+    job: Job, request: ExportSpec, model: OpenedModel, digest: str, stage: Stage, reader: CheckpointFloats
+) -> None:
+    assignment = choose_formats(job, stage)
+    check_needs(job, assignment, request.out)
+    exits = [(name, array.tobytes()) for name, array in sorted(model.exit_weights.items())]
+    manifest = job.source.manifest.to_json()
+    key = job_key(job, assignment, manifest, exits, sorted(model.blocks.kept), sorted(model.files), tool_versions())
+    with staged_folder(request.out, overwrite=request.overwrite, work=key) as folder:
+        unfinished = Unfinished.open(folder, key)
+        write_job(
+            job,
+            assignment,
+            folder,
+            model.files,
+            None,
+            unfinished,
+            stage,
+            ends=model.ends,
+            origins=lambda: reader.measured_blocks().origins(),
+        )

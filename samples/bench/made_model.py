@@ -1,0 +1,134 @@
+"""Writes checkpoints of random weights in the shapes of real models, shard by shard: what memory and time depend on.
+
+The tokenizer has one token a byte, so texts of any kind can be calibrated on. What such a model says means nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+_ROWS = 4096  # written at a time
+_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama's sizes.
+
+    Attributes:
+        layers: Layers.
+        hidden: Width of the residual stream.
+        inner: Width of the MLP.
+        heads: Heads of queries.
+        kv_heads: Heads of keys and values.
+        head_dim: Width of a head.
+        vocab: Tokens.
+        is_tied: Whether the LM head is the embedding.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    is_tied: bool
+
+    def with_layers(self, layers: int | None) -> Shape:
+        """Return the shape with another depth; None keeps it."""
+        return self if layers is None else replace(self, layers=layers)
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": self.is_tied,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "torch_dtype": "bfloat16",
+        }
+
+    def shards(self) -> Iterator[dict[str, tuple[int, ...]]]:
+        """Yield the tensors of each shard: the ends first, then layer by layer."""
+        ends = {"model.embed_tokens.weight": (self.vocab, self.hidden), "model.norm.weight": (self.hidden,)}
+        yield ends if self.is_tied else {**ends, "lm_head.weight": (self.vocab, self.hidden)}
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        for layer in range(self.layers):
+            own = {
+                "input_layernorm": (self.hidden,),
+                "self_attn.q_proj": (queries, self.hidden),
+                "self_attn.k_proj": (keys, self.hidden),
+                "self_attn.v_proj": (keys, self.hidden),
+                "self_attn.o_proj": (self.hidden, queries),
+                "post_attention_layernorm": (self.hidden,),
+                "mlp.gate_proj": (self.inner, self.hidden),
+                "mlp.up_proj": (self.inner, self.hidden),
+                "mlp.down_proj": (self.hidden, self.inner),
+            }
+            yield {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
+
+
+SHAPES: Mapping[str, Shape] = MappingProxyType(
+    {
+        "1b": Shape(16, 2048, 8192, 32, 8, 64, 128_256, is_tied=True),
+        "8b": Shape(32, 4096, 14_336, 32, 8, 128, 128_256, is_tied=False),
+    }
+)
+"""The shapes of Llama 3.2 1B and Llama 3.1 8B."""
+
+
+def write_model(folder: Path, shape: Shape) -> None:
+    """Write a checkpoint in bfloat16, with a few rows in memory at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    places: dict[str, str] = {}
+    rng = np.random.default_rng(0)
+    for number, tensors in enumerate(shape.shards()):
+        name = f"model-{number:05d}.safetensors"
+        _write_shard(folder / name, tensors, rng)
+        places |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|end|>": 0, **{letter: number + 1 for number, letter in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _write_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> None:
+    header, end = {}, 0
+    for name, shape in tensors.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for shape in tensors.values():
+            is_norm = len(shape) == 1
+            for start in range(0, shape[0], _ROWS):
+                some = (min(_ROWS, shape[0] - start), *shape[1:])
+                values = np.ones(some, np.float32) if is_norm else rng.standard_normal(some, np.float32) * _STD
+                file.write((values.view(np.uint32) >> 16).astype("<u2").data)

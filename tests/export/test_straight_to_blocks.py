@@ -1,0 +1,349 @@
+"""`shortstack export --preset`: from a checkpoint to blocks in one step, with the very weights of the two steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from helpers.adapters import lora
+from helpers.bad_input import Refused, left_behind
+from helpers.exit_nodes import write_random_exits
+from helpers.families import EXITS, MadeFamily
+from helpers.family_rows import ROWS
+from helpers.gguf_files import Kind, byte_level, of_checkpoint, write
+from helpers.kv_bundles import KVBundles
+from helpers.kv_cases import exits_of
+from helpers.quantized import INT4, INT4_OFFSETS, INT8, preset, stored_tensors
+from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles
+from shortstack.export.assemble import export_bundle
+from shortstack.export.checkpoint import hf
+from shortstack.export.cli import export
+from shortstack.export.quantized import export_quantized
+from shortstack.export.spec import ExportSpec
+from shortstack.graphs import names
+from shortstack.graphs.bundle import open_bundle
+from shortstack.graphs.errors import RequestError, UnsupportedError
+from shortstack.graphs.kv_map import placement
+from shortstack.graphs.plan import ExitSpec
+from shortstack.graphs.spec import DType
+from shortstack.quant import source
+from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.preset import Preset
+from shortstack.quant.record import read_record
+from shortstack.quant.spec import Quantization, QuantizeSpec
+from shortstack.runtime import DraftPolicy, load
+from shortstack.runtime.inspection.report import build_report
+
+TINY = {tiny.name: tiny for tiny in SWITCHES}
+METHODS = ("rtn", "k-quant", "gptq", "awq")
+FEW = 256  # tokens of calibration
+
+
+def mix(method: str, **changes: Any) -> Preset:
+    """int4 with all that a preset can ask for: offsets in layers, first rows in int8, an int8 cache."""
+    fields = {"method": method, "first_rows": 40, "first_rows_format": INT8, "draft_head": INT8, **changes}
+    return preset(INT4_OFFSETS, fields.pop("kv_cache", "int8"), **fields)
+
+
+def in_two_steps(request: ExportSpec, wanted: Preset, folder: Path, dtype: DType = "float32") -> Path:
+    export_bundle(replace(request, out=folder / "floats"))
+    quantize_bundle(QuantizeSpec(folder / "floats", folder / "two", wanted, dtype, calibration_tokens=FEW))
+    return folder / "two"
+
+
+def at_once(request: ExportSpec, wanted: Preset) -> Path:
+    export_quantized(request, Quantization(wanted, calibration_tokens=FEW))
+    return request.out
+
+
+def check_same(request: ExportSpec, wanted: Preset, folder: Path) -> None:
+    two, one = in_two_steps(request, wanted, folder), at_once(request, wanted)
+    same = (one / names.WEIGHTS_FILE).read_bytes() == (two / names.WEIGHTS_FILE).read_bytes()
+    assert same, differing(one, two)
+    for bundle in (one, two):
+        open_bundle(bundle, verify_hashes=True)
+    ours, theirs = (open_bundle(folder).manifest.to_json() for folder in (one, two))
+    for one_of in (ours, theirs):  # a record also says what its source was
+        del one_of["digest"], one_of["files"][names.QUANTIZATION_FILE]
+    assert ours == theirs
+    records = [read_record(open_bundle(bundle)) for bundle in (one, two)]
+    assert records[0] is not None
+    assert records[1] is not None
+    assert records[0].errors == records[1].errors
+    assert (records[0].calibration, records[0].tuning) == (records[1].calibration, records[1].tuning)
+
+
+def differing(one: Path, two: Path) -> list[str]:
+    ours, theirs = stored_tensors(one), stored_tensors(two)
+    return [name for name in ours if ours[name].read(one).tobytes() != theirs[name].read(two).tobytes()]
+
+
+def llama(name: str, tiny_bundles: TinyBundles, folder: Path, out: Path) -> ExportSpec:
+    return ExportSpec(str(tiny_bundles.checkpoint(TINY[name])), out, (1, 3), draft_vocab=64)
+
+
+def family(model_type: str, folder: Path, out: Path) -> ExportSpec:
+    made = MadeFamily(next(row for row in ROWS if row.model_type == model_type), folder / model_type)
+    return ExportSpec(str(made.checkpoint), out, EXITS)
+
+
+def with_exits(tiny_bundles: TinyBundles, folder: Path, out: Path) -> ExportSpec:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    exits = (
+        ExitSpec(1, 50, branch="block", norm="own", head="low_rank", head_rank=12, has_gate=True),
+        ExitSpec(2, branch="linear", sees_token=True, sees_state=True),
+        ExitSpec(3, branch="mlp", head="own"),
+    )
+    write_random_exits(checkpoint, folder / "exits", *exits)
+    return ExportSpec(str(checkpoint), out, exits=folder / "exits")
+
+
+def with_adapter(tiny_bundles: TinyBundles, folder: Path, out: Path) -> ExportSpec:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    return ExportSpec(str(checkpoint), out, (2,), adapter=lora(folder / "adapter", checkpoint))
+
+
+def sharing(kv_bundles: KVBundles, folder: Path, out: Path) -> ExportSpec:
+    kv_map = (0, 1, 2, 2, 2, 2)
+    return ExportSpec(str(kv_bundles.checkpoint(kv_map)), out, exits_of(kv_map))
+
+
+MODELS = ("untied", "tied", "Gemma 3", "Gemma 4", "trained exits", "shared K,V", "adapter", "odd sizes")
+
+
+@pytest.fixture
+def request_of(tiny_bundles: TinyBundles, kv_bundles: KVBundles, tmp_path: Path) -> Callable[[str], ExportSpec]:
+    makers: dict[str, Callable[[Path, Path], ExportSpec]] = {
+        "untied": partial(llama, "base", tiny_bundles),
+        "tied": partial(llama, "tied", tiny_bundles),
+        "odd sizes": partial(llama, "odd-sizes-tied", tiny_bundles),
+        "Gemma 3": partial(family, "gemma3_text"),
+        "Gemma 4": partial(family, "gemma4_text"),
+        "trained exits": partial(with_exits, tiny_bundles),
+        "shared K,V": partial(sharing, kv_bundles),
+        "adapter": partial(with_adapter, tiny_bundles),
+    }
+    return lambda model: makers[model](tmp_path, tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_one_step_gives_the_weights_of_two_byte_for_byte(
+    request_of: Callable[[str], ExportSpec], tmp_path: Path, model: str, method: str
+) -> None:
+    check_same(request_of(model), mix(method), tmp_path)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_without_text_one_step_gives_the_weights_of_two_as_well(
+    request_of: Callable[[str], ExportSpec], tmp_path: Path, model: str
+) -> None:
+    """Nothing runs then: every matrix is read by itself, vocabularies in slices."""
+    check_same(request_of(model), mix("rtn", kv_cache="float"), tmp_path)
+
+
+@pytest.mark.parametrize("kv_cache", ["float", "int8"])
+def test_slices_of_a_vocabulary_are_put_together_again(
+    request_of: Callable[[str], ExportSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_cache: str
+) -> None:
+    request = request_of("Gemma 4")
+    whole = at_once(replace(request, out=tmp_path / "whole"), mix("k-quant", kv_cache=kv_cache))
+    monkeypatch.setattr(source, "SLICE_ROWS", 7)
+    sliced = at_once(request, mix("k-quant", kv_cache=kv_cache))
+    assert not differing(sliced, whole)
+
+
+def test_a_vocabulary_is_never_read_as_a_whole(
+    request_of: Callable[[str], ExportSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of("Gemma 4")
+    monkeypatch.setattr(source, "SLICE_ROWS", 16)
+    tensor = hf.HuggingFaceCheckpoint.tensor
+    read: list[str] = []
+
+    def watched(self: hf.HuggingFaceCheckpoint, name: str) -> Any:
+        read.append(name)
+        return tensor(self, name)
+
+    monkeypatch.setattr(hf.HuggingFaceCheckpoint, "tensor", watched)
+    at_once(request, mix("rtn"))
+    assert read
+    assert not [name for name in read if "embed_tokens" in name or "lm_head" in name]
+
+
+def test_tables_of_token_embeddings_get_blocks(request_of: Callable[[str], ExportSpec]) -> None:
+    bundle = open_bundle(at_once(request_of("Gemma 4"), mix("gptq")))
+    spec, formats = bundle.manifest.spec, bundle.manifest.precision.weights
+    tables = [names.layer_weight(layer, names.PER_LAYER_EMBED) for layer in range(spec.num_hidden_layers)]
+    assert {formats[name] for name in tables} == {INT4}
+    report = build_report(bundle)
+    inside = [tensor for name, tensor in stored_tensors(bundle.folder).items() if name.startswith("model.layers.1.")]
+    assert report.layers[1].weight_bytes == sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in inside)
+
+
+@pytest.mark.parametrize("model", ["untied", "Gemma 4", "trained exits"])
+def test_what_it_writes_verifies_drafts_exactly(request_of: Callable[[str], ExportSpec], model: str) -> None:
+    loaded = load(at_once(request_of(model), mix("gptq")))
+    text = list(range(20, 44))
+    options: Any = {"max_new_tokens": 20, "ignore_eos": True}
+    plain = loaded.generate(text, **options)
+    drafted = loaded.generate(text, strategy="self-speculative", draft=DraftPolicy(3), **options)
+    assert len(plain.tokens) == 20
+    assert drafted.tokens == plain.tokens
+
+
+def test_fp16_is_rounded_from_the_checkpoint_and_not_from_fp16(
+    request_of: Callable[[str], ExportSpec], tmp_path: Path
+) -> None:
+    request = request_of("untied")
+    two = in_two_steps(request, mix("rtn"), tmp_path, "float16")
+    one = at_once(replace(request, dtype="float16"), mix("rtn"))
+    assert not differing(one, two)
+
+
+def test_a_searched_mix_is_the_one_that_quantize_finds(request_of: Callable[[str], ExportSpec], tmp_path: Path) -> None:
+    request, wanted = request_of("Gemma 4"), preset(INT4, "float", method="k-quant")
+    export_bundle(replace(request, out=tmp_path / "floats"))
+    options: dict[str, Any] = {"max_kl": 0.01, "calibration_tokens": FEW}
+    quantize_bundle(QuantizeSpec(tmp_path / "floats", tmp_path / "two", wanted, **options))
+    export_quantized(request, Quantization(wanted, **options))
+    assert not differing(request.out, tmp_path / "two")
+
+
+def test_a_report_can_be_made_later_against_an_export_of_floats(
+    request_of: Callable[[str], ExportSpec], tmp_path: Path, refused: Refused
+) -> None:
+    from shortstack.quant.quality_report import make_report
+    from shortstack.quant.spec import ReportSpec
+
+    request = request_of("untied")
+    at_once(request, mix("rtn"))
+    export_bundle(replace(request, out=tmp_path / "floats"))
+    quality = make_report(ReportSpec(tmp_path / "floats", request.out, heldout_tokens=128, prompts=1))
+    assert quality.is_exact
+    export_bundle(replace(request, out=tmp_path / "others", exit_layers=(2,), draft_vocab=None))
+    refused(["quantize", tmp_path / "others", request.out, "--report-only"], "was not made from")
+
+
+def test_the_command_says_how_large_the_errors_are(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+    command = [str(tiny_bundles.checkpoint(BASE)), str(tmp_path / "out"), "-e", "1", "--preset", "int8", "--json"]
+    done = CliRunner().invoke(export, command)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    record = read_record(open_bundle(tmp_path / "out"))
+    assert record is not None
+    assert record.source_weights_sha256 is None
+    assert found["worst"][0] == list(record.worst(1)[0])
+    assert f"rounded {len(record.errors)} matrices (rtn)" in done.stderr
+    layers = [error for name, error in record.errors.items() if name.startswith("model.layers")]  # draft heads are int4
+    assert layers
+    assert all(0 < error < 0.02 for error in layers)
+
+
+def test_the_older_spelling_names_the_same_preset(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+    checkpoint = str(tiny_bundles.checkpoint(BASE))
+    for option in ("--preset", "--recipe"):
+        done = CliRunner().invoke(export, [checkpoint, str(tmp_path / option), option, "int8"])
+        assert done.exit_code == 0, done.output
+    assert not differing(tmp_path / "--preset", tmp_path / "--recipe")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "rtn"], "--method would have no effect: without --preset"),
+        (["--head", "int8", "--calibration-tokens", "99"], "--head, --calibration-tokens would have no effect"),
+        (["--preset", "int5"], "--preset is unknown: found 'int5'"),
+        (["--preset", "float"], "--preset float puts nothing in blocks"),
+        (["--preset", "int4", "--calibration-tokens", "3"], "--calibration-tokens: found 3"),
+        (["--preset", "int4", "--max-kl", "0"], "--max-kl: found 0.0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(
+    tiny_bundles: TinyBundles, tmp_path: Path, refused: Refused, options: list[str], says: str
+) -> None:
+    refused(["export", tiny_bundles.checkpoint(BASE), tmp_path / "out", *options], says)
+    assert left_behind(tmp_path) == []
+
+
+def test_layers_that_cannot_run_one_by_one_take_no_text(kv_bundles: KVBundles, tmp_path: Path) -> None:
+    kv_map = placement("sandwich", "top", 6, 3)
+    request = ExportSpec(str(kv_bundles.checkpoint(kv_map)), tmp_path / "one", exits_of(kv_map))
+    with pytest.raises(UnsupportedError, match="calibration runs layer after layer"):
+        at_once(request, mix("gptq"))
+    with pytest.raises(UnsupportedError, match="scales of an int8 cache"):
+        at_once(request, mix("rtn"))
+    check_same(request, mix("rtn", kv_cache="float"), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["disk", "memory"])
+def test_too_little_room_is_refused_with_what_is_needed_and_what_is_there(
+    request_of: Callable[[str], ExportSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from shortstack.quant import needs
+
+    request = request_of("untied")
+    before = left_behind(tmp_path)
+    if what == "disk":
+        monkeypatch.setattr(needs, "_free_bytes", lambda folder: 1000)
+    else:
+        monkeypatch.setattr(needs, "available_memory", lambda: 10**8)
+    with pytest.raises(RequestError, match=r"found 0\.[01] GB .*expected about 0\.\d GB"):
+        at_once(request, mix("rtn"))
+    assert left_behind(tmp_path) == before
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    from shortstack.graphs.errors import CheckpointError
+
+    checkpoint = Path(shutil.copytree(tiny_bundles.checkpoint(BASE), tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"):
+        damaged = {**tensors, name: np.array(tensors[name])}
+        damaged[name][5, 7] = np.nan
+        save_file(damaged, checkpoint / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{name}.*NaN or infinity in 1 of"):
+            at_once(ExportSpec(str(checkpoint), tmp_path / "out", (1,)), mix("rtn"))
+        assert left_behind(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq-gptq"])
+def test_kept_blocks_stay_and_everything_else_is_rounded_by_the_preset(
+    tiny_bundles: TinyBundles, tmp_path: Path, method: str
+) -> None:
+    tiny = replace(SPECULATOR, name="speculator-padded", head_dim=24, is_tied=True)  # padded: o_proj cannot be kept
+    tensors = of_checkpoint(tiny_bundles.checkpoint(tiny), tiny.layers)
+    file = write(tmp_path / "m.gguf", tensors, edit=byte_level, quantization=Kind["Q8_0"], tiny=tiny)
+    request = ExportSpec(str(file), tmp_path / "one", (1, 3), 64, keep_blocks=True)
+    export_bundle(replace(request, out=tmp_path / "kept"))
+    wanted = mix(method, draft_head="as head")
+    one, kept = open_bundle(at_once(request, wanted)), open_bundle(tmp_path / "kept")
+    formats, before = one.manifest.precision.weights, kept.manifest.precision.weights
+    own = [name for name in before if name.endswith("o_proj.weight")]
+    assert len(own) == tiny.layers
+    assert {formats[name] for name in own} <= {INT4_OFFSETS, INT4}
+    others = {name: block_format for name, block_format in before.items() if name not in own}
+    assert {name: formats[name] for name in others} == others
+    assert formats.keys() == before.keys()
+    ours, theirs = stored_tensors(one.folder), stored_tensors(kept.folder)
+    for name in others:
+        for part in (names.block_codes(name), names.block_scales(name)):
+            assert ours[part].read(one.folder).tobytes() == theirs[part].read(kept.folder).tobytes(), part
+    model, text = load(one.folder), list(range(20, 44))
+    plain = model.generate(text, max_new_tokens=20, ignore_eos=True)
+    drafted = model.generate(
+        text, max_new_tokens=20, ignore_eos=True, strategy="self-speculative", draft=DraftPolicy(3)
+    )
+    assert drafted.tokens == plain.tokens
