@@ -5,6 +5,7 @@ What quantizes a bundle reads such a bundle's tensors one at a time; this gives 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from shortstack.graphs.ir.exit import full_head
 from shortstack.graphs.ir.read_matrix import is_stored_as_rows
 from shortstack.graphs.layer_weights import matrix_parts, stored_shapes
 from shortstack.graphs.manifest import Manifest
+from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType
 
 
@@ -40,6 +42,7 @@ class CheckpointFloats:
         self._max_length = model.max_length
         # What is not kept is to be rounded from floats.
         self._blocks = replace(model.blocks, requantized={}, floats=())
+        self._lost = model.blocks.requantized
         self._tensors = ModelTensors(model.checkpoint, model.arch, model.spec, self._blocks, dtype)
         self._kept = frozenset(model.blocks.kept)
         self._ends = end_vectors(self._tensors)
@@ -83,11 +86,19 @@ class CheckpointFloats:
         """The matrices that keep the checkpoint's blocks."""
         return self._kept | self._kept_trimmed
 
-    def measured_blocks(self) -> KeptBlocks:
-        """Return which matrices keep the checkpoint's blocks, and how near they are to the checkpoint's."""
+    def measured_blocks(self, errors: Mapping[str, float], precision: Precision) -> KeptBlocks:
+        """Return what became of the matrices that the checkpoint has in blocks.
+
+        Args:
+            errors: The error of each matrix that was rounded.
+            precision: How the bundle stores them.
+        """
         for name in self._kept - self._tensors.errors.keys():  # stored by a run that was killed
             self._tensors.matrix(name)
-        return self._blocks.measured(self._tensors.errors)
+        lost = {name: kind for name, kind in self._lost.items() if name in errors}
+        formats_of = {name: precision.weights[name] for name in lost}
+        known = {**self._tensors.errors, **{name: errors[name] for name in lost}}
+        return replace(self._blocks, requantized=lost, formats={**self._blocks.formats, **formats_of}, errors=known)
 
     def kept(self, name: str) -> BlockTensor:
         """Return the blocks [out, in] of one of these."""

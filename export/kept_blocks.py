@@ -94,7 +94,7 @@ class KeptBlocks:
 
     def _groups(self) -> list[OriginGroup]:
         requantized = dict.fromkeys(self.requantized, REQUANTIZED_FORMAT)
-        return grouped(self.origins(), {**self.formats, **requantized})
+        return grouped(self.origins(), {**requantized, **self.formats})
 
 
 def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> KeptBlocks:

@@ -20,6 +20,7 @@ from shortstack.graphs.ir.write_bundle import tool_versions
 from shortstack.progress import Stage, progress_stages
 from shortstack.quant.engine import Job, choose_formats, job_key, plan_job, write_job
 from shortstack.quant.needs import check_needs
+from shortstack.quant.record import read_record
 from shortstack.quant.source import Source
 from shortstack.quant.spec import Quantization
 from shortstack.quant.texts import calibration_rows, tokenizer_of
@@ -61,9 +62,12 @@ def export_quantized(
         # Weights may be damaged: what overflows is refused by the name of its matrix, and not by numpy's warnings.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             _write(job, request, model, digest, stage, reader)
+    bundle = open_bundle(request.out)
     if request.keep_blocks:
-        tell(reader.measured_blocks())
-    return open_bundle(request.out)
+        record = read_record(bundle)
+        assert record is not None
+        tell(reader.measured_blocks(record.errors, bundle.manifest.precision))
+    return bundle
 
 
 def _job(request: ExportSpec, wanted: Quantization, model: OpenedModel, reader: CheckpointFloats) -> Job:
@@ -106,5 +110,5 @@ def _write(
             unfinished,
             stage,
             ends=model.ends,
-            origins=lambda: reader.measured_blocks().origins(),
+            origins=lambda errors, precision: reader.measured_blocks(errors, precision).origins(),
         )

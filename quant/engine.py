@@ -120,7 +120,7 @@ def write_job(
     stage: Stage,
     kv_scales: KVScales | None = None,
     ends: TextEnds | None = None,
-    origins: Callable[[], Mapping[str, Origin]] = dict,
+    origins: Callable[[Mapping[str, float], Precision], Mapping[str, Origin]] = lambda errors, precision: {},
 ) -> None:
     """Round the model and write all files of the bundle.
 
@@ -134,7 +134,8 @@ def write_job(
         stage: Starts a stage of the progress bar.
         kv_scales: Scales of an int8 cache that were found before; None finds them on the way, where they are needed.
         ends: The tokens around a text, for onnxruntime-genai; None writes nothing for it.
-        origins: Returns, when all is rounded, what matrices that keep a checkpoint's blocks were there.
+        origins: Returns, from the errors of what was rounded and from how all is stored, what matrices were in blocks
+            of a checkpoint.
     """
     source, wanted, manifest = job.source, job.wanted, job.source.manifest
     is_int8_cache = wanted.preset.kv_cache == "int8"
@@ -159,13 +160,14 @@ def write_job(
         errors=errors,
         tuning=fates,
     )
+    precision = Precision(store.formats, wanted.preset.kv_cache)
     result = dataclasses.replace(
         manifest,
         dtype=job.dtype,
         files={},
         tools=manifest.tools | tool_versions(),
-        precision=Precision(store.formats, wanted.preset.kv_cache),
-        origins={**manifest.origins, **origins()},
+        precision=precision,
+        origins={**manifest.origins, **origins(errors, precision)},
     )
     write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage, ends)
 

@@ -21,6 +21,7 @@ from shortstack.quant.source import SLICE_ROWS, Source
 
 _FLOAT_BYTES = 4
 _VALUE_BYTES: dict[DType, int] = {"float32": 4, "float16": 2}
+_WIDEST_KEPT = BlockFormat(8, 16)  # of the blocks of a checkpoint
 _OTHER_FILES = 64 << 20  # graphs, tokenizer
 _BASE = 300 << 20  # the interpreter with its libraries
 # Bytes for each weight, measured with samples/bench/straight.py and rounded up.
@@ -84,9 +85,9 @@ def check_needs(job: Job, assignment: Assignment, out: Path) -> None:
         free = _free_bytes(folder)
         if free < wanted:
             raise RequestError(
-                f"{folder}: there is not enough room on this disk to quantize",
-                found=f"{free / 1e9:.1f} GB free",
-                expected=f"about {wanted / 1e9:.1f} GB",
+                f"{folder}: there is not enough room on this disk for the bundle",
+                found=f"{free / 1e6:,.0f} MB free",
+                expected=f"about {wanted / 1e6:,.0f} MB",
                 remedy="make room, or choose another place (OUT, or TMPDIR for temporary files)",
             )
     free_memory = available_memory()
@@ -126,7 +127,9 @@ def _stored_bytes(source: Source, assignment: Assignment, dtype: DType) -> int:
         wanted = heads.get(name, formats.get(name))
         if not columns:
             total += rows * value_bytes
-        elif wanted is None:  # kept blocks are smaller
+        elif name in source.reader.kept_names:
+            total += _block_bytes(_WIDEST_KEPT, rows, columns[0], value_bytes)
+        elif wanted is None:
             total += rows * columns[0] * value_bytes
         else:
             if name == head and first_format is not None:

@@ -130,16 +130,18 @@ def head_name(source: Source) -> str:
 
 
 def units(source: Source) -> list[Unit]:
-    """Return the units of a model, bottom to top."""
+    """Return the units of a model, bottom to top; matrices that keep a checkpoint's blocks are in none."""
+    kept = source.reader.kept_names
+    vocabulary = dict.fromkeys((head_name(source), names.EMBED_TOKENS))  # one and the same where they are tied
     found = [
         Unit(layer, tuple(names.layer_weight(layer, part) for part in parts if part.startswith(branch)))
         for layer in range(source.spec.num_hidden_layers)
         for parts in (matrix_parts(source.spec.weights(layer)),)
         for branch in _BRANCHES
     ]
-    found = [unit for unit in found if unit.matrices]  # few layers have a branch on tokens
-    vocabulary = dict.fromkeys((head_name(source), names.EMBED_TOKENS))  # one and the same where they are tied
-    return [*found, *(Unit(None, (name,)) for name in vocabulary)]
+    found += [Unit(None, (name,)) for name in vocabulary]
+    found = [Unit(unit.layer, tuple(name for name in unit.matrices if name not in kept)) for unit in found]
+    return [unit for unit in found if unit.matrices]  # few layers have a branch on tokens
 
 
 def search(

@@ -21,7 +21,7 @@ import numpy as np
 
 from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle, open_bundle
-from shortstack.graphs.errors import RequestError
+from shortstack.graphs.errors import RequestError, ShortstackError
 from shortstack.runtime.batch.engine import Engine, EngineStats
 from shortstack.runtime.batch.generations import Generations
 from shortstack.runtime.batch.many import in_slots, one_by_one
@@ -215,8 +215,8 @@ class Model:
     ) -> Iterator[tuple[int, Result]]:
         """Generate for many prompts, as many at once as the model has slots.
 
-        With an int8 cache, or with floats, each text is the one that the prompt gets alone in this model, whatever else
-        runs with it: greedy for every strategy, sampled for a seed.
+        Each text is the one that the prompt gets alone in this model, whatever else runs with it: greedy for every
+        strategy, sampled for a seed. Only thresholds that learn (``auto``) learn from all texts.
 
         Args:
             prompts: Prompts, or requests with options of their own; read as they are needed.
@@ -230,7 +230,19 @@ class Model:
         Raises:
             RequestError: See :meth:`stream`, without ``keep_going``. The other generations are ended.
         """
-        requests = (p if isinstance(p, Request) else make_request(p, **options) for p in prompts)
+        is_right = isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping)
+        expect(is_right, "prompts", prompts, 'a list of prompts such as ["One day", "Two days"]')
+
+        def made(prompt: Prompt | Request) -> Request | ShortstackError:
+            try:
+                if isinstance(prompt, Request):
+                    expect(not options, "options", ", ".join(options), "none beside a Request, which has its own")
+                    return prompt
+                return make_request(prompt, **options)
+            except ShortstackError as error:
+                return error
+
+        requests = map(made, prompts)
         if self._batch is None:
             found = one_by_one(requests, self._finished)
         else:

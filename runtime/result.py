@@ -33,6 +33,7 @@ def failed_result(error: Exception) -> Result:
 
 
 def result_of(stream: Stream) -> Result:
-    """Return the result of a finished generation."""
+    """Return the result of a generation that has ended; without a reason of its own, it was cancelled."""
+    stream.close()
     assert stream.finish_reason is not None
     return Result(stream.text, tuple(stream.token_ids), stream.finish_reason, stream.stats)

@@ -67,5 +67,5 @@ def _write_config(spec: ModelSpec) -> dict[str, Any]:
     return config
 
 
-ARCH = replace(architecture(FAMILY), write_config=_write_config)
+ARCH = architecture(FAMILY, _write_config)
 WHOLE_ARCH = text_part("mistral3", mistral.ARCH, ARCH)

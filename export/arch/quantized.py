@@ -9,7 +9,7 @@ import re
 
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.export.checkpoint.quantized.stored import SECTIONS
-from shortstack.graphs.errors import UnsupportedError
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
 
 _BITS = ("bits", "w_bit", "weight_bits", "nbits")
 _TENSORS: tuple[tuple[str, str], ...] = (
@@ -26,9 +26,16 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
     """Check that a checkpoint's weights are stored as floats, or as a GGUF file stores them.
 
     Raises:
+        CheckpointError: They are quantized, and the config does not say how.
         UnsupportedError: They are quantized; the message names the tool or format, and says what to do.
     """
-    found = _said_by_config(checkpoint) or _said_by_tensors(checkpoint)
+    found = _said_by_config(checkpoint)
+    if found is None and (tool := _said_by_tensors(checkpoint)) is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder_or_file} has tensors as {tool} writes them, and config.json does not say so",
+            expected="a quantization_config",
+            remedy="take config.json and the weights from one revision of the model",
+        )
     if found is not None:
         raise UnsupportedError(
             f"{checkpoint.folder_or_file} is quantized by {found}, which this version does not read",

@@ -188,8 +188,9 @@ def _load(source: str, revision: str | None, path: Path, arguments: dict[str, An
     try:
         # `weights_only` holds in every loader of transformers 5; safetensors and GGUF hold no pickles anyway.
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot load {source}: {error}") from None
+    except Exception as error:  # of many kinds: of config classes, of the hub, of torch
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"transformers cannot load {source}: {said or type(error).__name__}") from None
 
 
 def _through_a_folder(checkpoint: Checkpoint, arguments: dict[str, Any]) -> Any:

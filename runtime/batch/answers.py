@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +18,19 @@ from shortstack.runtime.batch.lines import Line
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.decode.stream import FinishReason
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_BEGINS = b'{"id": '
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}  # OpenAI's names
 
 
-def answer(line: Line, text: str, tokens: tuple[int, ...], reason: FinishReason, stats: Stats) -> dict[str, Any]:
-    """Return what is written for a finished generation."""
+def answer(
+    line: Line, digest: str, text: str, tokens: tuple[int, ...], reason: FinishReason, stats: Stats
+) -> dict[str, Any]:
+    """Return what is written for a finished generation; ``digest`` is that of :func:`digest_of`."""
     if not line.is_openai:
         # Nothing that depends on the machine or on who else was served: a line is the same whenever it is written.
         return {
@@ -29,6 +39,7 @@ def answer(line: Line, text: str, tokens: tuple[int, ...], reason: FinishReason,
             "finish_reason": reason,
             "prompt_tokens": stats.prompt,
             "tokens": list(tokens),
+            "request": digest,
         }
     usage = {"prompt_tokens": stats.prompt, "completion_tokens": len(tokens)}
     usage["total_tokens"] = sum(usage.values())
@@ -43,6 +54,7 @@ def answer(line: Line, text: str, tokens: tuple[int, ...], reason: FinishReason,
         "model": line.model,
         "choices": [{"index": 0, **said, "finish_reason": _FINISH.get(reason, reason)}],
         "usage": usage,
+        "system_fingerprint": digest,
     }
     response = {"status_code": 200, "request_id": line.id, "body": body}
     return {"id": f"batch-{line.id}", "custom_id": line.id, "response": response, "error": None}
@@ -59,55 +71,92 @@ def failure(line: Line, error: Exception) -> dict[str, Any]:
     return {"id": f"batch-{line.id}", "custom_id": line.id, "response": response, "error": None}
 
 
-def answered(path: Path) -> set[str]:
-    """Return the ids that a file of answers has already, without failures; a last line that was cut off is removed.
+@contextmanager
+def open_answers(path: Path, *, overwrite: bool) -> Iterator[tuple[IO[bytes], dict[str, str | None]]]:
+    """Open a file to append answers to; nobody else can meanwhile.
+
+    A last line that was cut off, and failures, are removed: both are tried again.
+
+    Args:
+        path: The file.
+        overwrite: Begin it anew.
+
+    Yields:
+        The file, and the digests of the requests that it has answers to, by id.
 
     Raises:
-        RequestError: The file cannot be read, or holds something else.
+        RequestError: It cannot be read or written, holds something else, or another batch is writing it.
     """
-    if not path.exists() or not path.is_file():
-        return set()
+    path = path.resolve()
     try:
-        content = path.read_bytes()
+        with _locked(path) as file:
+            content = b"" if overwrite or not path.is_file() else path.read_bytes()
+            found, kept = _answers(path, content)
+            if overwrite and path.is_file():
+                file.truncate(0)
+            if kept == content or not content:
+                yield file, found
+                return
+            part = path.with_name(f".{path.name}.partial-{os.getpid()}")
+            try:
+                part.write_bytes(kept)
+                shutil.copymode(path, part)
+                with _locked(part) as other:
+                    part.replace(path)
+                    yield other, found
+            finally:
+                part.unlink(missing_ok=True)
     except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror})", remedy="choose another file") from None
-    whole = content.rfind(b"\n") + 1
-    found: set[str] = set()
-    kept: list[bytes] = []
-    for number, text in enumerate(content[:whole].splitlines(), 1):
-        where = f"{path}, line {number}"
-        remedy = "choose another file for the answers, or remove this one"
-        entry = parse_json(text.decode("utf-8", "replace"), where, RequestError, remedy)
-        id_ = entry.get("custom_id", entry.get("id")) if isinstance(entry, dict) else None
-        if not isinstance(id_, str):
-            raise RequestError(f"{where} is not an answer", found=repr(text[:60]), expected="an id", remedy=remedy)
-        if not _failed(entry):
-            found.add(id_)
-            kept.append(text)
-    if whole < len(content) or len(kept) < content[:whole].count(b"\n"):  # what failed is tried again
-        part = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        part.write_bytes(b"".join(line + b"\n" for line in kept))
-        part.replace(path)
-    return found
-
-
-def _failed(entry: dict[str, Any]) -> bool:
-    response = entry.get("response")
-    return bool(entry.get("error")) or (isinstance(response, dict) and response.get("status_code") != 200)
+        raise RequestError(f"{path} cannot be written ({error.strerror})", remedy="choose another file") from None
 
 
 @contextmanager
-def open_answers(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to append answers to.
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("ab", buffering=0) as file:
+        if fcntl is not None and path.is_file():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RequestError(
+                    f"another batch is writing {path}", remedy="wait for it, or choose another file"
+                ) from None
+        yield file
 
-    Raises:
-        RequestError: It cannot be written.
-    """
-    try:
-        with path.open("ab", buffering=0) as file:
-            yield file
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written ({error.strerror})", remedy="choose another file") from None
+
+def _answers(path: Path, content: bytes) -> tuple[dict[str, str | None], bytes]:
+    """Return the digests of answered requests by id, and the lines that are to stay."""
+    remedy = "choose another file for the answers, or remove this one"
+    whole = content.rfind(b"\n") + 1
+    if not (content[whole:].startswith(_BEGINS) or _BEGINS.startswith(content[whole:])):
+        raise RequestError(
+            f"{path} holds something other than answers", found=repr(content[whole:])[:60], remedy=remedy
+        )
+    found: dict[str, str | None] = {}
+    kept: list[bytes] = []
+    for number, text in enumerate(content[:whole].splitlines(), 1):
+        where = f"{path}, line {number}"
+        entry = parse_json(text.decode("utf-8", "replace"), where, RequestError, remedy)
+        if not isinstance(entry, dict) or not _is_answer(entry):
+            raise RequestError(f"{where} is not an answer", found=repr(text[:60]), expected="an id", remedy=remedy)
+        response = entry.get("response")
+        if entry.get("error") or (isinstance(response, dict) and response.get("status_code") != 200):
+            continue
+        body = response.get("body", {}) if isinstance(response, dict) else entry
+        found[str(entry.get("custom_id", entry["id"]))] = body.get("system_fingerprint", entry.get("request"))
+        kept.append(text + b"\n")
+    return found, b"".join(kept)
+
+
+def _is_answer(entry: dict[str, Any]) -> bool:
+    is_ours = {"text", "finish_reason"} <= entry.keys() or entry.keys() == {"id", "error"}
+    is_openai = {"custom_id", "response"} <= entry.keys()
+    return isinstance(entry.get("custom_id", entry.get("id")), str) and "id" in entry and (is_ours or is_openai)
+
+
+def digest_of(line: Line, weights_sha256: str) -> str:
+    """Return what tells one request of one model from another: the first digits of a hash."""
+    content = repr((line.request, weights_sha256)).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def write(file: IO[bytes], entry: dict[str, Any]) -> None:

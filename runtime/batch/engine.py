@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from shortstack.graphs.errors import RequestError
 from shortstack.runtime.batch.prefixes import Slots
 from shortstack.runtime.batch.work import PromptWork, RoundWork, Work, work_of
 from shortstack.runtime.decode.runs import Loop, Run
@@ -228,6 +229,10 @@ class Engine:
         except Exception as failure:  # of this job alone
             job.error = failure
             job.work = None
+        except BaseException:  # Ctrl-C ends the loop that it came into; the others go on when somebody asks them to
+            job.error, job.work = RequestError("the generation was interrupted", remedy="start it again"), None
+            self._finish(job)
+            raise
         if job.work is None:
             self._finish(job)
 

@@ -105,7 +105,13 @@ class Generations:
         steps = Generation(self._engine, self._lock)
         stats = Stats(prompt=len(ids))
         stream = make(request, steps, stats, self._limit(request, ids))
-        steps.job = self._job(request, ids, exit_layers, stats, steps.receive)
+        held = weakref.ref(steps)  # a stream that its caller has dropped is not run to its end
+
+        def receive(step: Step) -> bool:
+            wanted = held()
+            return wanted is not None and wanted.receive(step)
+
+        steps.job = self._job(request, ids, exit_layers, stats, receive)
         self._streams.add(stream)
         with self._lock:
             self._engine.submit(steps.job)

@@ -24,8 +24,8 @@ from typing import Any
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.read_file import parse_json, read_text
-from shortstack.runtime.decode.sampling import SamplingParams
-from shortstack.runtime.request import Request, make_request
+from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
+from shortstack.runtime.request import ExitEarly, Request, Speculate, Strategy, make_request
 from shortstack.runtime.text.tokenizer import Tokenizer
 
 OPTIONS = (
@@ -51,7 +51,14 @@ _SAMPLING = tuple(SamplingParams.__dataclass_fields__)
 _STRATEGY = ("strategy", "exit_layer", "exits")
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 _LINE = 'an object with "prompt", "messages" or "text", or a line of OpenAI\'s batch format'
-_REFUSED = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": None, "logit_bias": None}
+_REFUSED = {
+    "n": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logprobs": None,
+    "logit_bias": None,
+    "response_format": {"type": "text"},
+}
 """Fields of OpenAI that would change the answer, with the value that asks for nothing."""
 
 
@@ -157,8 +164,8 @@ def _parse_openai(entry: Mapping[str, Any], defaults: Request, tokenizer: Tokeni
     if not isinstance(own, Mapping) or (unknown := sorted(own.keys() - set(OPTIONS))):
         shown = repr(own)[:60] if not isinstance(own, Mapping) else ", ".join(unknown)
         raise RequestError("body.shortstack", found=shown, expected=f"an object with some of {', '.join(OPTIONS)}")
-    if options.get("temperature") == 0:  # clients send the rest of a sampling too, which greedy decoding has no use for
-        for name in ("top_p", "seed"):
+    if (own.get("temperature", options.get("temperature", defaults.sampling.temperature))) == 0:
+        for name in ("top_p", "seed"):  # clients send the rest of a sampling too, which greedy decoding has no use for
             options.pop(name, None)
     if url == _CHAT:
         if not isinstance(body.get("messages"), list):
@@ -166,6 +173,8 @@ def _parse_openai(entry: Mapping[str, Any], defaults: Request, tokenizer: Tokeni
         prompt: Any = _chat(body["messages"], tokenizer)
     else:
         prompt = body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+            prompt = prompt[0]
         if not isinstance(prompt, str | list):
             raise RequestError("body.prompt", found=repr(prompt)[:60], expected="text, or a list of token ids")
     request = _request(prompt, {**options, **own}, defaults)
@@ -193,7 +202,11 @@ def _request(prompt: Any, options: Mapping[str, Any], defaults: Request) -> Requ
     sampling = {name: options[name] for name in _SAMPLING if name in options}
     strategy = {name: options[name] for name in _STRATEGY if name in options}
     others = {name: value for name, value in options.items() if name not in sampling and name not in strategy}
-    own = make_request(prompt, **sampling, **strategy, **others)
+    merged = {name: getattr(defaults.sampling, name) for name in _SAMPLING} | sampling
+    if merged["temperature"] == 0:  # what the command says of sampling is idle in a line that is greedy
+        usual = SamplingParams()
+        merged |= {name: getattr(usual, name) for name in IDLE_WHEN_GREEDY if name not in sampling}
+    own = make_request(prompt, sampling=SamplingParams(**merged), **strategy, **others)
     kept: dict[str, Any] = {
         name: getattr(defaults, name)
         for name in ("max_new_tokens", "stop", "stop_token_ids", "ignore_eos", "template_variables")
@@ -201,8 +214,15 @@ def _request(prompt: Any, options: Mapping[str, Any], defaults: Request) -> Requ
     }
     if isinstance(own.prompt, str):
         kept.pop("template_variables", None)
-    if not sampling:
-        kept["sampling"] = defaults.sampling
-    if not strategy:
-        kept["strategy"] = defaults.strategy
-    return replace(own, reuse_cache=True, **kept)
+    return replace(own, reuse_cache=True, strategy=_merged(own.strategy, strategy, defaults.strategy), **kept)
+
+
+def _merged(own: Strategy, said: Mapping[str, Any], usual: Strategy) -> Strategy:
+    """Return the strategy of a line, with what the command says about the same strategy."""
+    if not said:
+        return usual
+    if isinstance(own, Speculate) and isinstance(usual, Speculate):
+        return replace(usual, exit_layer=own.exit_layer) if "exit_layer" in said else usual
+    if isinstance(own, ExitEarly) and isinstance(usual, ExitEarly):
+        return ExitEarly(replace(usual.policy, criterion=own.policy.criterion))
+    return own

@@ -13,9 +13,14 @@ Prepare = Callable[[Request], tuple[Sequence[int], tuple[int, ...]]]
 """Checks a request; returns its prompt's token ids and the exits that its strategy uses."""
 
 
-def one_by_one(requests: Iterable[Request], finish: Callable[[Request], Result]) -> Iterator[tuple[int, Result]]:
+def one_by_one(
+    requests: Iterable[Request | ShortstackError], finish: Callable[[Request], Result]
+) -> Iterator[tuple[int, Result]]:
     """Yield the number and the result of each request, in order."""
     for number, request in enumerate(requests):
+        if isinstance(request, ShortstackError):
+            yield number, failed_result(request)
+            continue
         try:
             yield number, finish(request)
         except ShortstackError as error:
@@ -23,19 +28,21 @@ def one_by_one(requests: Iterable[Request], finish: Callable[[Request], Result])
 
 
 def in_slots(
-    batch: Generations, requests: Iterable[Request], prepare: Prepare, make: MakeStream, ahead: int
+    batch: Generations, requests: Iterable[Request | ShortstackError], prepare: Prepare, make: MakeStream, ahead: int
 ) -> Iterator[tuple[int, Result]]:
     """Yield the number and the result of each request, in the order in which they end.
 
     Args:
         batch: Runs them.
-        requests: The requests; read as they are needed.
+        requests: The requests, or why one is none; read as they are needed.
         prepare: Checks a request before it starts.
         make: Makes its stream.
         ahead: How many may wait for a slot.
     """
 
-    def prepared(request: Request) -> Prepared | ShortstackError:
+    def prepared(request: Request | ShortstackError) -> Prepared | ShortstackError:
+        if isinstance(request, ShortstackError):
+            return request
         try:
             return request, *prepare(request)
         except ShortstackError as error:

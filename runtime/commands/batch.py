@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import click
 
@@ -15,7 +16,7 @@ from shortstack.command_paths import BundlePath
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.progress import progress_stages
-from shortstack.runtime.batch.answers import answer, answered, failure, open_answers, write
+from shortstack.runtime.batch.answers import answer, digest_of, failure, open_answers, write
 from shortstack.runtime.batch.lines import Line, read_lines
 from shortstack.runtime.commands.generate import make_strategy
 from shortstack.runtime.commands.options import (
@@ -169,13 +170,10 @@ def batch(
     refuse_given(_ALONE, "in a batch all segments share the machine", "leave it out")
     if strategy == "early-exit":
         exiting.check()
-    if out.resolve() == prompts.resolve():
+    if out.exists() and prompts.exists() and out.samefile(prompts):
         raise RequestError(f"--out {out} is the file of the prompts", remedy="choose another file")
     if not out.parent.is_dir() or out.is_dir():
         raise RequestError(f"--out {out} cannot be written", remedy="name a file in a folder that exists")
-    if overwrite:
-        out.unlink(missing_ok=True)
-    done = answered(out)
     opened = open_bundle(bundle)
     slots = usual_slots(opened, slots)
     model = Model(opened, providers=list(providers) or None, threads=threads, slots=slots)
@@ -190,21 +188,39 @@ def batch(
             line.request.strategy.exits_in(model.bundle.manifest.plan)
         except RequestError as error:
             raise RequestError(f"{prompts}, prompt {number} ({line.id}): {error}") from None
-    left = [line for line in lines if line.id not in done]
-    if done:
-        click.echo(f"{out}: {len(lines) - len(left)} of {len(lines)} answers are there already", err=True)
-    totals = _run(model, left, out)
+    with open_answers(out, overwrite=overwrite) as (file, done):
+        totals = _run(model, _left(lines, done, model, out), file)
     click.echo(json.dumps(totals.to_json()) if as_json else totals.line())
     return 2 if totals.failed else 0
 
 
-def _run(model: Model, lines: list[Line], out: Path) -> Totals:
+def _left(lines: list[Line], done: Mapping[str, str | None], model: Model, out: Path) -> list[tuple[Line, str]]:
+    """Return the lines that have no answer yet, each with the digest of its request.
+
+    Raises:
+        RequestError: An answer is that to another request of the same id.
+    """
+    weights = model.bundle.manifest.weights_sha256
+    digests = {line.id: digest_of(line, weights) for line in lines}
+    for line in lines:
+        if done.get(line.id) is not None and done[line.id] != digests[line.id]:
+            raise RequestError(
+                f"{out} has an answer with the id {line.id} to another prompt, or with other options or another model",
+                remedy="choose another file, or pass --overwrite",
+            )
+    left = [(line, digests[line.id]) for line in lines if line.id not in done]
+    if done:
+        click.echo(f"{out}: {len(lines) - len(left)} of {len(lines)} answers are there already", err=True)
+    return left
+
+
+def _run(model: Model, lines: list[tuple[Line, str]], file: IO[bytes]) -> Totals:
     totals = Totals()
     started = time.perf_counter()
-    with open_answers(out) as file, progress_stages() as stage:
+    with progress_stages() as stage:
         advance = stage("Generating", len(lines))
-        for number, result in model.stream_batch((line.request for line in lines), keep_going=True):
-            write(file, _entry(lines[number], result))
+        for number, result in model.stream_batch((line.request for line, _ in lines), keep_going=True):
+            write(file, _entry(*lines[number], result))
             if result.error is None:
                 totals.count(result.stats)
             else:
@@ -216,7 +232,7 @@ def _run(model: Model, lines: list[Line], out: Path) -> Totals:
     return totals
 
 
-def _entry(line: Line, result: Result) -> dict[str, Any]:
+def _entry(line: Line, digest: str, result: Result) -> dict[str, Any]:
     if result.error is not None:
         return failure(line, result.error)
-    return answer(line, result.text, result.tokens, result.finish_reason, result.stats)
+    return answer(line, digest, result.text, result.tokens, result.finish_reason, result.stats)

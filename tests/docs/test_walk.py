@@ -29,7 +29,6 @@ SKIPPED = {
         r"^README",
         r"smollm2-135m-commands-exit-f4",
     ): "a bundle that `make demo` makes; tests/samples runs the demo's showings",
-    (r"", r"model-Q4_0\.gguf"): "needs a Q4_0 file; tests/export/test_gguf_blocks.py makes one",
     (r"", r"ee-llm/"): "needs a checkpoint of EE-LLM; tests/export/test_megatron_checkpoint.py makes one",
     (r"", r"-m shortstack\.samples\.(bench|showcase)"): "a measurement; tests/samples runs each in small",
     (r"docs/training", r"\blora/|\bout-lora/"): "trains for hours",

@@ -232,7 +232,7 @@ def test_a_quantization_that_dies_half_way_leaves_the_old_bundle_and_nothing_els
     raised: BaseException,
     code: int | None,
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         assert any(path.name.startswith(".") for path in tmp_path.iterdir()), "nothing is being written yet"
         raise raised
 

@@ -26,6 +26,7 @@ from helpers.tiny_models import BASE, LAYER_MATRICES, SPECULATOR, SWITCHES, Tiny
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.ir.lint import lint_findings
+from shortstack.graphs.manifest import packed_files
 from shortstack.graphs.precision import BlockFormat, KVType, Precision
 from shortstack.graphs.spec import DType
 from shortstack.graphs.texts import CALIBRATION_TEXT
@@ -177,7 +178,7 @@ def test_a_source_keeps_its_other_files_and_says_where_it_came_from(
     source = open_bundle(tiny_bundles.bundle(BASE, 1, 3, draft_vocab=64))
     small = open_bundle(quantized(source.folder, preset(INT4, "int8")), verify_hashes=True)
     before, after = source.manifest, small.manifest
-    graphs = {names.segment_file(s.start, s.end) for s in before.plan.segments}
+    graphs = {names.segment_file(s.start, s.end) for s in before.plan.segments} | packed_files(before.plan)
     assert after.files.keys() - before.files.keys() == {names.QUANTIZATION_FILE}
     assert before.files.keys() <= after.files.keys()
     same = {name for name, entry in after.files.items() if before.files.get(name) == entry}

@@ -30,7 +30,7 @@ def texts(model: Model, policy: ExitPolicy, count: int = 30) -> list[Result]:
 
 def thresholds(model: Model, exit_layers: tuple[int, ...] = EXITS) -> dict[int, float]:
     assert isinstance(AUTO.criterion, Adaptive)
-    return dict(model._loops._thresholds[exit_layers, AUTO.criterion].begin().threshold.by_exit)
+    return dict(model._one._loops._thresholds[exit_layers, AUTO.criterion].begin().threshold.by_exit)
 
 
 def test_thresholds_are_learned_over_several_texts_and_let_more_tokens_exit_early(opened: Bundle) -> None:

@@ -13,7 +13,9 @@ from helpers.quantized import QuantizedBundles, preset
 from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.__main__ import run
 from shortstack.graphs.precision import BlockFormat
-from shortstack.runtime import Model, load
+from shortstack.runtime import ExitEarly, ExitPolicy, Model, Request, SamplingParams, load, parse_criterion
+from shortstack.runtime.batch.answers import open_answers
+from shortstack.runtime.batch.lines import read_lines
 
 PROMPTS = [
     {"prompt": "one two"},
@@ -150,3 +152,63 @@ def test_a_file_of_something_else_is_not_taken_for_answers(bundle: Path, tmp_pat
     refused(["batch", str(bundle), str(prompts), "-o", str(other)], "is not an answer")
     refused(["batch", str(bundle), str(prompts), "-o", str(prompts)], "the file of the prompts")
     assert json.loads(other.read_text()) == {"a": 1}
+
+
+def test_two_batches_never_write_one_file(bundle: Path, tmp_path: Path, refused: Any) -> None:
+    prompts, out = write_lines(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl"
+    with open_answers(out, overwrite=False):
+        refused(["batch", str(bundle), str(prompts), "-o", str(out)], "another batch is writing")
+    assert command(bundle, prompts, out) == 0
+
+
+def test_answers_to_other_prompts_are_not_taken_for_these(bundle: Path, tmp_path: Path, refused: Any) -> None:
+    prompts, out = write_lines(tmp_path / "in.jsonl", PROMPTS[:1]), tmp_path / "out.jsonl"
+    assert command(bundle, prompts, out) == 0
+    before = out.read_bytes()
+    write_lines(prompts, [{"prompt": "another one"}])
+    refused(["batch", str(bundle), str(prompts), "-o", str(out), "-n", "8"], "to another prompt", "--overwrite")
+    assert out.read_bytes() == before
+    assert command(bundle, prompts, out, "--overwrite") == 0
+    assert out.read_bytes() != before
+
+
+def test_what_cannot_run_leaves_the_answers_before(bundle: Path, tmp_path: Path) -> None:
+    prompts, out = write_lines(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl"
+    assert command(bundle, prompts, out) == 0
+    before = out.read_bytes()
+    write_lines(prompts, [{"prompt": 3}])
+    assert command(bundle, prompts, out, "--overwrite") == 2
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["My notes, one line", "My notes\n", '{"id": "a", "error": "x", "more": 1}\n'])
+def test_a_file_of_somebody_else_stays_as_it_is(bundle: Path, tmp_path: Path, refused: Any, content: str) -> None:
+    prompts, out = write_lines(tmp_path / "in.jsonl", PROMPTS), tmp_path / "notes.txt"
+    out.write_text(content)
+    refused(["batch", str(bundle), str(prompts), "-o", str(out)], "notes.txt")
+    assert out.read_text() == content
+
+
+def test_a_line_changes_one_option_of_the_command_and_keeps_the_others(bundle: Path, tmp_path: Path) -> None:
+    defaults = Request(
+        "any",
+        ExitEarly(ExitPolicy(parse_criterion("always"), verify="exact")),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=1),
+    )
+    lines = [
+        {"text": "a", "temperature": 0.5},
+        {"text": "a", "seed": 3},
+        {"text": "a", "temperature": 0},
+        {"text": "a", "exits": "top_prob >= 0.5"},
+        {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": ["a"], "seed": 4}},
+    ]
+    with load(bundle) as model:
+        found = read_lines(write_lines(tmp_path / "in.jsonl", lines), defaults, model.tokenizer)
+    sampling = [line.request.sampling for line in found]
+    assert sampling[0] == SamplingParams(temperature=0.5, top_p=0.9, seed=1)
+    assert sampling[1] == SamplingParams(temperature=0.8, top_p=0.9, seed=3)
+    assert sampling[2] == SamplingParams()
+    assert sampling[4] == SamplingParams(temperature=0.8, top_p=0.9, seed=4)
+    strategy = found[3].request.strategy
+    assert isinstance(strategy, ExitEarly)
+    assert (strategy.policy.verify, str(strategy.policy.criterion)) == ("exact", "top_prob >= 0.5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from shortstack.runtime import (
     load,
     parse_criterion,
 )
+from shortstack.runtime.decode import choice as one_choice
 
 EXITS = (1, 3)
 SLOTS = 4
@@ -189,3 +191,41 @@ def test_models_that_run_one_sequence_at_a_time_say_so(kv_bundles: KVBundles) ->
 def test_slots_are_a_whole_number(paths: dict[str, Path], wrong: Any) -> None:
     with pytest.raises(RequestError, match="slots"):
         load(paths["float"], slots=wrong)
+
+
+def test_a_closed_model_cancels_what_still_runs(paths: dict[str, Path]) -> None:
+    model = load(paths["int8"], slots=2)
+    batch = model.stream_batch([[5], [6], [7]], max_new_tokens=40, ignore_eos=True, keep_going=True)
+    stream = model.stream([9], max_new_tokens=40, ignore_eos=True)
+    next(stream)
+    model.close()
+    assert list(stream) == []
+    assert stream.finish_reason == "cancelled"
+    assert all("closed" in str(result.error) for _, result in batch)
+
+
+def test_an_interrupt_ends_one_generation_and_no_other(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(paths["int8"], slots=2) as model:
+        streams = [model.stream([5 + i], max_new_tokens=6, ignore_eos=True) for i in range(2)]
+        for stream in streams:
+            next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(one_choice, "confidence_of", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                list(streams[0])
+        for stream in streams:  # one of the two was interrupted; none waits for ever
+            with contextlib.suppress(RequestError):
+                list(stream)
+            assert stream.finish_reason is not None or stream.token_ids
+        assert len(model.generate([4], max_new_tokens=3, ignore_eos=True).tokens) == 3
+
+
+def _interrupt(*_: object) -> float:
+    raise KeyboardInterrupt
+
+
+def test_what_is_no_prompt_fails_alone(model: Model) -> None:
+    found = dict(model.stream_batch([[5], 3, {"a": 1}], max_new_tokens=2, ignore_eos=True, keep_going=True))  # type: ignore[list-item]
+    assert [found[number].error is None for number in range(3)] == [True, False, False]
+    with pytest.raises(RequestError, match="a list of prompts"):
+        model.generate_batch("hello")

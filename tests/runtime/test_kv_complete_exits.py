@@ -83,7 +83,7 @@ def test_exiting_at_a_complete_exit_changes_no_later_logit(kv_bundles: KVBundles
             # One more full-depth step reads the caches after early exit, and those of a text that never exited early.
             after = []
             for fresh in (False, True):
-                stack = model._stack(())
+                stack = model._one._stack(())
                 if fresh:
                     stack.prefill(text[:7], 0, False)
                     for past in range(7, len(text) - 1):
@@ -126,7 +126,7 @@ def test_a_level_without_a_cache_runs_only_on_rows_that_need_its_head(
     kv_map = placement("lasagna", "bottom", 6, 3)
     model = load(kv_bundles.bundle(kv_map, 2, 5))
     expression = criterion(model, "top_prob", (2, 5))
-    stack = model._stack((2, 5))
+    stack = model._one._stack((2, 5))
     rows: list[int] = []
     run = stack.run
 
@@ -153,7 +153,7 @@ def test_only_missing_producers_are_filled_in_later(kv_bundles: KVBundles, kv_po
     kv_map = placement("lasagna", "bottom", 6, 3)  # 0 0 2 2 4 4: complete from 5 on
     model = load(kv_bundles.bundle(kv_map, 2, 5))
     runs: list[tuple[int, int]] = []
-    stack = model._stack((2, 5))
+    stack = model._one._stack((2, 5))
     run = stack.run
 
     def watch(level: int, start: int, end: int, *rest: Any) -> None:

@@ -59,7 +59,7 @@ def kept(model: Model, text: list[int]) -> dict[int, list[np.ndarray]]:
 
 
 def last_logits(model: Model) -> np.ndarray:
-    return model._stack(()).final.logits[0].copy()
+    return model._one._stack(()).final.logits[0].copy()
 
 
 @torch.no_grad()
