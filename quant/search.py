@@ -173,7 +173,7 @@ def search(
     rounded = {}
     for bits, wanted in formats.items():
         advance = stage(f"Rounding to {CODE_TYPES[bits].name}", depth)
-        flat = Assignment(wanted, {}, tables=dict.fromkeys(assignment.tables))
+        flat = Assignment({**dict.fromkeys(assignment.matrices), **wanted}, {}, tables=dict.fromkeys(assignment.tables))
         rounding = LayerwiseRounding(source, flat, method, seen, tuning=tuning, follows_floats=True)
         rounded[bits] = _round_all(rounding, advance)
     candidates = _Candidates(source, rows[-measured:], rounded)
@@ -246,7 +246,8 @@ def _round_all(rounding: LayerwiseRounding, advance: Callable[[float], None]) ->
             if isinstance(rounded, Rounded):
                 found |= {name: t for name, t in rounded.tensors.items() if isinstance(t, BlockTensor)}
         advance(1)
-    found |= {rows.name: rows.rounded() for rows in rounding.heads()}
+    kept = rounding.source.reader.kept_names
+    found |= {rows.name: rows.rounded() for rows in rounding.heads() if rows.name not in kept}
     return found
 
 
