@@ -50,6 +50,12 @@ def read_ropes(family: Family, config: Config, context: int, head_dim: int, type
         UnsupportedError: The rotary embedding is of a kind this version cannot export.
     """
     fields = rope_section(config, family.rope_parameters)
+    if fields is not None and not any(name in config for name in ("rope_parameters", "rope_scaling")):
+        log.warning(
+            "%s is missing: the family's default, %s, takes its place, as in transformers",
+            config.where("rope_parameters"),
+            fields.data["rope_type"],
+        )
     if family.local_rope is None:
         _refuse_nested(config)
         rope = _rope(family, config, fields, Key(family.theta_key, family.rope_theta), context, head_dim)
@@ -86,6 +92,8 @@ def _rope(
     dims = _dims(family, config, fields, head_dim)
     if fields is not None and "rope_theta" in fields:
         theta = _base(fields, "rope_theta")
+        if isinstance(base, Key):
+            _say_ignored(config, base.name, fields, "rope_theta")
     else:
         theta = _base(config, base.name, base.default) if isinstance(base, Key) else base
     scaling = RopeScaling() if fields is None else _scaling(family, config, fields, context, dims)
@@ -106,6 +114,7 @@ def _scaling(family: Family, config: Config, fields: Config, context: int, dims:
             raise CheckpointError(f"{fields.where('rope_type')} is missing", expected=f"one of {', '.join(_SHOWN)}")
         return RopeScaling()
     kind = fields.read(str, key)
+    _say_ignored(fields, _TYPE_KEYS[1], fields, _TYPE_KEYS[0])
     if kind == "dynamic":
         positive_float(fields, "factor")
     kind = {**_SAME_AS, **family.rope_same_as}.get(kind, kind)
@@ -197,6 +206,8 @@ def _dims(family: Family, config: Config, fields: Config | None, head_dim: int) 
     key = family.rope_share
     spellings = [(fields, "partial_rotary_factor"), (config, key.name)]
     found = next(((place, name) for place, name in spellings if place is not None and name in place), None)
+    if found is not None and found[0] is fields:
+        _say_ignored(config, key.name, *found)
     share = key.default if found is None else found[0].read(float, found[1])
     dims = int(head_dim * share) if 0 < share <= 1 else 0
     if dims < 2 or dims % 2:
@@ -205,6 +216,19 @@ def _dims(family: Family, config: Config, fields: Config | None, head_dim: int) 
             place.where(name), found=share, expected=f"a share of {head_dim} columns that is an even number of them"
         )
     return dims
+
+
+def _say_ignored(config: Config, key: str, wins: Config, winner: str) -> None:
+    """Warn of a field that says something else than the one that counts."""
+    ignored, used = config.data.get(key), wins.data.get(winner)
+    if ignored is not None and used is not None and ignored != used:
+        log.warning(
+            "%s, %r, is not used: %s, %r, takes its place, as in transformers",
+            config.where(key),
+            ignored,
+            wins.where(winner),
+            used,
+        )
 
 
 def positive_float(config: Config, key: str, default: float | None = None) -> float:

@@ -234,3 +234,36 @@ def test_fields_that_transformers_does_not_read_there_are_refused(model_type: st
 def test_an_object_for_each_type_of_layer_is_refused_by_other_families(model_type: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"rope_parameters\.{FULL}: a rotary embedding for some layers"):
         read(fields_of(model_type, rope_parameters={FULL: {"rope_type": "default"}}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "said"),
+    [
+        (
+            "qwen3",
+            {"rope_theta": 123.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta, 123",
+        ),
+        (
+            "gpt_neox",
+            {"rotary_pct": 0.5, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "rotary_pct, 0.5",
+        ),
+        (
+            "qwen3",
+            {"rope_parameters": {"rope_type": "linear", "type": "default", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_parameters.type, 'default'",
+        ),
+        ("ministral3", {"rope_parameters": None}, "rope_parameters is missing"),
+    ],
+)
+def test_a_field_that_does_not_count_is_named(
+    model_type: str, changes: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    read(fields_of(model_type) | changes)
+    (message,) = {message for message in caplog.messages if "takes its place" in message}
+    assert said in message
+    caplog.clear()
+    if changes["rope_parameters"] is not None:
+        read(fields_of(model_type))
+        assert not caplog.messages
