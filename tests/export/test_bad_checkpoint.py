@@ -277,7 +277,7 @@ def test_a_quantized_checkpoint_whose_config_does_not_say_so_is_known_by_its_ten
 ) -> None:
     stem = DOWN.removesuffix("weight")
     edit_tensors(checkpoint, lambda tensors: tensors.update({f"{stem}{suffix}": np.zeros(4, np.float32)}))
-    refused(["export", checkpoint, tmp_path / "out", "-e", 1], f"is quantized by {tool}")
+    refused(["export", checkpoint, tmp_path / "out", "-e", 1], f"tensors as {tool} writes them", "quantization_config")
 
 
 def test_the_default_context_of_a_bundle_is_bounded_and_said(

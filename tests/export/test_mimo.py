@@ -25,7 +25,7 @@ def test_mimo_is_qwen2_by_another_name(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_layers_that_predict_further_tokens_are_named_in_one_line(count: int, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "shortstack"):
         read(fields_of("mimo", **FEW, num_nextn_predict_layers=count))
     says = f"num_nextn_predict_layers is {count}: model.mtp_layers, which predict further tokens, are left out"
     assert [says in message for message in caplog.messages] == [True] * (count > 0)

@@ -12,6 +12,7 @@ import pytest
 # Command, and a package that it cannot do without.
 COMMANDS = {
     "bench": "onnxruntime",
+    "bench.batches": "onnxruntime",
     "bench.early_exit": "rich",
     "bench.hf_folder": "safetensors",
     "bench.kv_sharing": "torch",
@@ -29,7 +30,7 @@ COMMANDS = {
     "texts.make_heldout_text": "onnxruntime",
 }
 # These need click alone, or start other commands.
-WITHOUT_EXTRAS = {"demo", "fetch_model"}
+WITHOUT_EXTRAS = {"bench.straight", "demo", "fetch_model"}
 # These run by path, under an interpreter that has the engine.
 OF_OTHER_INTERPRETERS = {"bench.genai_worker", "bench.llama_worker"}
 
