@@ -10,22 +10,15 @@ common pool, since onnxruntime knows either the one or the other, and each load 
 
 from __future__ import annotations
 
-import os
-
 import onnxruntime as ort
 
+from shortstack.cores import usable_cores
 from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.errors import RequestError
 
 _MOST_THREADS = 1024
 _pool_threads: int | None = None
 _has_own_pools = False
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def make_thread_pool(threads: int | None = None) -> None:

@@ -130,7 +130,6 @@ def export(
     """
     from shortstack.export.assemble import export_bundle
     from shortstack.export.kept_blocks import KeptBlocks
-    from shortstack.export.quantized import export_quantized
     from shortstack.export.spec import DTYPES, ExportSpec
     from shortstack.quant.quality_table import error_lines, tuning_lines
     from shortstack.quant.record import read_record
@@ -161,6 +160,8 @@ def export(
     if mixing.preset_name is None:
         bundle = export_bundle(request, chosen.append)
     else:
+        from shortstack.export.quantized import export_quantized
+
         bundle = export_quantized(request, calibrating.quantization(mixing), chosen.append)
     record = read_record(bundle)
     for kept in chosen:

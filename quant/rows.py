@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from shortstack.cores import usable_cores
 from shortstack.graphs.ir.block_tensor import BlockTensor, stacked
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.methods import Rounding
 from shortstack.quant.methods.offsets import with_offsets
 from shortstack.quant.methods.stats import Floats, InputStats, energy
-from shortstack.threads import usable_cores
 
 T = TypeVar("T")
 CACHED_WEIGHTS = 1 << 16

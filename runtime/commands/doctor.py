@@ -12,12 +12,12 @@ import onnxruntime as ort
 from shortstack import __version__
 from shortstack.command_options import Command, provider_option, threads_option
 from shortstack.command_paths import BundlePath
+from shortstack.cores import usable_cores
 from shortstack.graphs.origins import grouped
 from shortstack.graphs.precision import EXACT_BLOCK_SIZES
 from shortstack.runtime.commands.machine import processor
 from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
 from shortstack.runtime.model import Model, load
-from shortstack.threads import usable_cores
 
 _TEXT = (
     "The quick brown fox jumps over the lazy dog, and then it sits down to count: one, two, three, four, five, six, "

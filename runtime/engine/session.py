@@ -12,13 +12,14 @@ from typing import Any
 
 import onnxruntime as ort
 
+from shortstack.cores import usable_cores
 from shortstack.graphs import names
 from shortstack.graphs.arguments import expect, is_whole
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import GraphContract, Port, PortType, check_ports
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.packing import LEAST_ONNXRUNTIME, can_pack
-from shortstack.threads import describe_threads, make_thread_pool, session_options, usable_cores, use_own_pools
+from shortstack.threads import describe_threads, make_thread_pool, session_options, use_own_pools
 
 log = logging.getLogger(__name__)
 

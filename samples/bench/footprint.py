@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from shortstack.cores import usable_cores
 from shortstack.samples.bench.artifacts import Artifacts, stored_bytes
 from shortstack.samples.bench.figures import Spread, ratios, spread
 from shortstack.samples.bench.loading import measure_loads
@@ -12,7 +13,6 @@ from shortstack.samples.bench.pipe import WorkerProcess, bundle_worker
 from shortstack.samples.bench.report import Row, Section, at_most, progress
 from shortstack.samples.bench.rivals import GENAI, Rival
 from shortstack.samples.bench.settings import Settings, cut, head_name
-from shortstack.threads import usable_cores
 
 MAX_DISK = 1.02
 MAX_PEAK = 1.1

@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pytest
 
 from shortstack import __main__, __version__
+from shortstack.cores import usable_cores
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.precision import BlockFormat, Precision
 from shortstack.runtime.commands import doctor as doctor_module
 from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
-from shortstack.threads import usable_cores
 
 FACTS = {"shortstack", "python", "onnxruntime", "providers", "cpu", "cpu_flags", "cores"}
 VOCAB = 20

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from shortstack import threads as threads_module
+from shortstack.cores import usable_cores
 from shortstack.graphs.errors import RequestError
-from shortstack.threads import describe_threads, make_thread_pool, session_options, usable_cores, use_own_pools
+from shortstack.threads import describe_threads, make_thread_pool, session_options, use_own_pools
 
 
 @pytest.fixture(autouse=True)
