@@ -50,12 +50,6 @@ def read_ropes(family: Family, config: Config, context: int, head_dim: int, type
         UnsupportedError: The rotary embedding is of a kind this version cannot export.
     """
     fields = rope_section(config, family.rope_parameters)
-    if fields is not None and not any(name in config for name in ("rope_parameters", "rope_scaling")):
-        log.warning(
-            "%s is missing: the family's default, %s, takes its place, as in transformers",
-            config.where("rope_parameters"),
-            fields.data["rope_type"],
-        )
     if family.local_rope is None:
         _refuse_nested(config)
         rope = _rope(family, config, fields, Key(family.theta_key, family.rope_theta), context, head_dim)
