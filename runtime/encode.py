@@ -30,17 +30,7 @@ class PromptEncoder:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return a prompt's token ids, checked against the vocabulary and the context.
-
-        Args:
-            prompt: Text, chat messages or token ids.
-            tools: See :class:`~shortstack.runtime.request.Request`.
-            template_variables: Likewise.
-
-        Raises:
-            RequestError: The prompt is of another type, is empty or too long, holds an id outside the vocabulary, or
-                the chat template refuses it.
-        """
+        """See :meth:`shortstack.runtime.model.Model.encode`."""
         items = prompt_items(prompt)
         if items is None:
             ids = self._tokenizer.encode(str(prompt))

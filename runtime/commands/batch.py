@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any
 
 import click
 
@@ -24,9 +24,13 @@ from shortstack.runtime.commands.options import (
     Exiting,
     Showing,
     drafting_options,
+    exit_layers_option,
     exiting_options,
+    max_new_tokens_option,
     refuse_options_without_effect,
     sampling_options,
+    stop_option,
+    strategy_option,
 )
 from shortstack.runtime.commands.slots import slots_option, usual_slots
 from shortstack.runtime.decode.sampling import SamplingParams
@@ -118,24 +122,10 @@ class Totals:
 )
 @option_group(
     "Decoding",
-    click.option("--strategy", type=click.Choice(get_args(StrategyName)), help="How to decode.  [default: plain]"),
-    click.option(
-        "--exit-layer",
-        "-e",
-        "exit_layers",
-        type=int,
-        multiple=True,
-        metavar="E",
-        help="The exit that drafts [default: the lowest]. With early exit: where tokens may leave; may be given more "
-        "than once [default: all].",
-    ),
-    click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Most tokens to generate."),
-    click.option(
-        "--stop",
-        multiple=True,
-        metavar="TEXT",
-        help="End before TEXT, which may be a special token's; may be given more than once.",
-    ),
+    strategy_option,
+    exit_layers_option,
+    max_new_tokens_option,
+    stop_option,
 )
 @sampling_options
 @drafting_options

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,10 +20,14 @@ from shortstack.runtime.commands.options import (
     Exiting,
     Showing,
     drafting_options,
+    exit_layers_option,
     exiting_options,
+    max_new_tokens_option,
     refuse_options_without_effect,
     sampling_options,
     showing_options,
+    stop_option,
+    strategy_option,
     unchecked_exits,
 )
 from shortstack.runtime.commands.prompt_argument import PromptCommand, read_prompt
@@ -54,27 +58,13 @@ _TURNS = 3  # of early exit and plain decoding for a report, since times vary
 )
 @option_group(
     "Decoding",
-    click.option("--strategy", type=click.Choice(get_args(StrategyName)), help="How to decode.  [default: plain]"),
+    strategy_option,
     click.option(
         "--compare", is_flag=True, help="Decode plainly, self-speculatively and as --exit-when says; compare."
     ),
-    click.option(
-        "--exit-layer",
-        "-e",
-        "exit_layers",
-        type=int,
-        multiple=True,
-        metavar="E",
-        help="The exit that drafts [default: the lowest]. With early exit: where tokens may leave; may be given more "
-        "than once [default: all].",
-    ),
-    click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Most tokens to generate."),
-    click.option(
-        "--stop",
-        multiple=True,
-        metavar="TEXT",
-        help="End before TEXT, which may be a special token's; may be given more than once.",
-    ),
+    exit_layers_option,
+    max_new_tokens_option,
+    stop_option,
     click.option(
         "--stop-id",
         "stop_ids",

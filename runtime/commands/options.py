@@ -147,6 +147,28 @@ class Showing:
     as_json: bool
 
 
+strategy_option = click.option(
+    "--strategy", type=click.Choice(get_args(StrategyName)), help="How to decode.  [default: plain]"
+)
+exit_layers_option = click.option(
+    "--exit-layer",
+    "-e",
+    "exit_layers",
+    type=int,
+    multiple=True,
+    metavar="E",
+    help="The exit that drafts [default: the lowest]. With early exit: where tokens may leave; may be given more "
+    "than once [default: all].",
+)
+max_new_tokens_option = click.option(
+    "--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Most tokens to generate."
+)
+stop_option = click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End before TEXT, which may be a special token's; may be given more than once.",
+)
 drafting_options = gather(
     Drafting,
     "drafting",

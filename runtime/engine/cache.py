@@ -44,6 +44,16 @@ class CachePlace:
     head_dim: int
 
 
+def context_error(positions: int, max_length: int) -> RequestError:
+    """Return what a text of ``positions`` positions gets that does not fit into a context of ``max_length``."""
+    return RequestError(
+        "the text is longer than the bundle's context",
+        found=f"{positions} positions",
+        expected=f"at most {max_length}",
+        remedy="shorten the prompt, or export with a larger --max-length",
+    )
+
+
 class KVCache:
     """KV buffers of one sequence.
 
@@ -105,12 +115,7 @@ class KVCache:
         if positions <= self.capacity:
             return
         if positions > self.max_length:
-            raise RequestError(
-                "the text is longer than the bundle's context",
-                found=f"{positions} positions",
-                expected=f"at most {self.max_length}",
-                remedy="shorten the prompt, or export with a larger --max-length",
-            )
+            raise context_error(positions, self.max_length)
         # Graphs may write one spare row after the last position (Precision.has_spare_row).
         capacity = min(-(-positions // CHUNK_POSITIONS) * CHUNK_POSITIONS, self.max_length) + SPARE_ROWS
         self.generation += 1  # first, so that no binding keeps using the old buffers if memory runs out halfway

@@ -10,8 +10,8 @@ import numpy as np
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import cache_heads
-from shortstack.graphs.errors import RequestError
 from shortstack.graphs.kv_map import consumers
+from shortstack.runtime.engine.cache import context_error
 from shortstack.runtime.engine.decoder import Head
 from shortstack.runtime.engine.levels import Levels, levels_of
 from shortstack.runtime.engine.packed_segment import Part
@@ -103,12 +103,7 @@ class Slot:
     def reserve(self, positions: int, keep: int) -> None:
         """See :meth:`~LeveledState.reserve`; a slot has room for the longest context from the start."""
         if positions > self.max_length:
-            raise RequestError(
-                "the text is longer than the bundle's context",
-                found=f"{positions} positions",
-                expected=f"at most {self.max_length}",
-                remedy="shorten the prompt, or export with a larger --max-length",
-            )
+            raise context_error(positions, self.max_length)
 
     def part(self, segment: int, rows: range, past: int, num_rows: int, with_logits: bool) -> Part:
         """Return the part for a segment on rows of a round.

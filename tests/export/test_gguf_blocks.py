@@ -15,6 +15,7 @@ import pytest
 from helpers import block_kinds, tolerances
 from helpers.bad_input import Refused, left_behind
 from helpers.gguf_files import HEAD_DIM, SMALL, Kind, byte_level, of_checkpoint, weights, write
+from helpers.speculation import check_drafts
 from helpers.tiny_models import BASE, SPECULATOR, TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.arch import resolve
@@ -29,7 +30,7 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, describe_files, open_bundle, write_manifest
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
-from shortstack.runtime import DraftPolicy, load
+from shortstack.runtime import load
 
 EXACT = ["MXFP4", "Q4_0", "Q5_0", "Q8_0"]  # whose blocks are narrow enough for the smallest files here
 EXITS = (1, 3, 4)
@@ -214,22 +215,7 @@ def test_self_speculation_emits_the_plain_tokens(
 ) -> None:
     file = tiny_file(tiny_bundles, tiny, tmp_path / "m.gguf", kind)
     model = load(export_bundle(ExportSpec(str(file), tmp_path / "out", EXITS, draft_vocab, keep_blocks=True)).folder)
-    drafted = accepted = 0
-    for seed, exit_layer in enumerate(EXITS * 2):
-        prompt = np.random.default_rng(seed).integers(3, tiny.vocab, 5 + 6 * seed).tolist()
-        expected = model.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True).tokens
-        result = model.generate(
-            prompt,
-            max_new_tokens=TOKENS,
-            ignore_eos=True,
-            strategy="self-speculative",
-            exit_layer=exit_layer,
-            draft=DraftPolicy(2 + seed, has_bonus=bool(seed % 2)),
-        )
-        assert result.tokens == expected
-        drafted += result.stats.drafted
-        accepted += result.stats.accepted
-    assert 0 < accepted < drafted
+    check_drafts(model, EXITS, tiny.vocab, TOKENS, 6)
 
 
 def test_exits_share_the_kept_rows_of_a_trimmed_head(tiny_bundles: TinyBundles, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from helpers.quantized_folders import (
     compressed,
     gptq,
 )
+from helpers.speculation import check_drafts
 from helpers.tiny_models import TinyModel
 from shortstack.__main__ import run
 from shortstack.export.adapter import AdaptedCheckpoint
@@ -47,7 +48,7 @@ from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.read_matrix import StoredMatrices
 from shortstack.graphs.precision import BlockFormat
-from shortstack.runtime import DraftPolicy, load
+from shortstack.runtime import load
 from shortstack.runtime.commands.row_check import check_rows
 
 QKV, O_PROJ = (names.layer_weight(0, f"attn.{name}_proj.weight") for name in ("qkv", "o"))
@@ -113,22 +114,7 @@ def test_self_speculation_emits_the_plain_tokens_of_a_bundle_with_kept_blocks(
     folders: Folders, model: TinyModel | FamilyRow, name: str
 ) -> None:
     loaded = load(folders.bundle(folders(model, KEPT[name], name), keep=True, draft_vocab=64))
-    drafted = accepted = 0
-    for seed, exit_layer in enumerate(EXITS * 2):
-        prompt = np.random.default_rng(seed).integers(3, 300, 5 + 4 * seed).tolist()
-        expected = loaded.generate(prompt, max_new_tokens=24, ignore_eos=True).tokens
-        result = loaded.generate(
-            prompt,
-            max_new_tokens=24,
-            ignore_eos=True,
-            strategy="self-speculative",
-            exit_layer=exit_layer,
-            draft=DraftPolicy(2 + seed, has_bonus=bool(seed % 2)),
-        )
-        assert result.tokens == expected
-        drafted += result.stats.drafted
-        accepted += result.stats.accepted
-    assert 0 < accepted < drafted
+    check_drafts(loaded, EXITS, 300, 24, 4)
 
 
 @pytest.mark.parametrize("name", SPECULATED)

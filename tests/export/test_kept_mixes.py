@@ -12,6 +12,7 @@ import pytest
 from helpers.bad_input import Refused, left_behind
 from helpers.block_kinds import Kind
 from helpers.gguf_files import byte_level, of_checkpoint, write
+from helpers.speculation import check_drafts
 from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
@@ -27,7 +28,7 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.ir.block_tensor import nearest
 from shortstack.graphs.ir.read_matrix import StoredMatrices
 from shortstack.graphs.precision import BlockFormat
-from shortstack.runtime import DraftPolicy, load
+from shortstack.runtime import load
 from shortstack.runtime.commands.row_check import check_rows
 
 TINY = replace(
@@ -114,22 +115,7 @@ def test_a_mix_is_kept_computes_what_its_floats_do_and_verifies_exactly(
         print(f"{mix}, {depth} layers: {error:.4f}")
         assert 0 < error < ROUNDED_ACTIVATIONS
     assert all(check.is_exact for check in check_rows(model, text))
-    drafted = accepted = 0
-    for seed, exit_layer in enumerate(EXITS * 2):
-        prompt = np.random.default_rng(seed).integers(3, TINY.vocab, 5 + 6 * seed).tolist()
-        plain = model.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True).tokens
-        draft = DraftPolicy(2 + seed, has_bonus=bool(seed % 2))
-        result = model.generate(
-            prompt,
-            max_new_tokens=TOKENS,
-            ignore_eos=True,
-            strategy="self-speculative",
-            exit_layer=exit_layer,
-            draft=draft,
-        )
-        assert result.tokens == plain
-        drafted, accepted = drafted + result.stats.drafted, accepted + result.stats.accepted
-    assert 0 < accepted < drafted
+    check_drafts(model, EXITS, TINY.vocab, TOKENS, 6)
 
 
 def test_a_stack_of_several_types_takes_the_narrowest_format_that_holds_all(

@@ -11,16 +11,6 @@ from helpers.family_rows import ROWS, FamilyRow
 from helpers.family_table import PASSES, read_table
 from shortstack.export.arch import ARCHITECTURES
 
-FOLDERS: dict[str, MadeFamily] = {}
-
-
-@pytest.fixture
-def made(row: FamilyRow, tmp_path_factory: pytest.TempPathFactory) -> MadeFamily:
-    if row.name not in FOLDERS:
-        FOLDERS.clear()  # the checks of one family follow each other: only its files are kept
-        FOLDERS[row.name] = MadeFamily(row, tmp_path_factory.mktemp(row.model_type))
-    return FOLDERS[row.name]
-
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

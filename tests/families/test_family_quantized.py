@@ -21,15 +21,6 @@ from shortstack.quant.search import units
 from shortstack.quant.source import Source
 
 SLICE = {"awq-gptq": "Qwen3", "--max-kl": "GPT-2", "awq": "Gemma 4 12B, 31B"}
-FOLDERS: dict[str, MadeFamily] = {}
-
-
-@pytest.fixture
-def made(row: FamilyRow, tmp_path_factory: pytest.TempPathFactory) -> MadeFamily:
-    if row.name not in FOLDERS:
-        FOLDERS.clear()  # the checks of one family follow each other: only its files are kept
-        FOLDERS[row.name] = MadeFamily(row, tmp_path_factory.mktemp(row.model_type))
-    return FOLDERS[row.name]
 
 
 def cases() -> Iterator[object]:

@@ -21,15 +21,6 @@ from shortstack.samples.recipes import kv_sharing
 SLICE = {"kv_sharing": ("qwen3", "gemma2", "gpt_neox")}
 SLICE_OF_OTHERS = ("gemma2",)
 SHARE_ALREADY = ("Gemma 4 E2B, E4B",)
-FOLDERS: dict[str, MadeFamily] = {}
-
-
-@pytest.fixture
-def made(row: FamilyRow, tmp_path_factory: pytest.TempPathFactory) -> MadeFamily:
-    if row.name not in FOLDERS:
-        FOLDERS.clear()  # the recipes of one family follow each other: only its files are kept
-        FOLDERS[row.name] = MadeFamily(row, tmp_path_factory.mktemp(row.model_type))
-    return FOLDERS[row.name]
 
 
 def cases() -> Iterator[object]:

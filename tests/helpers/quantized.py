@@ -11,10 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
+from shortstack.graphs.contract import GraphContract, Port
+from shortstack.graphs.ir.block_tensor import BlockTensor
+from shortstack.graphs.ir.builder import GraphBuilder
+from shortstack.graphs.ir.matrix import project
+from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.preset import Format, Preset
@@ -92,6 +98,21 @@ def open_session(model: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def product_graph(folder: Path, tensors: Mapping[str, BlockTensor]) -> tuple[ir.Model, Path]:
+    """A graph of the products of one input ``x`` with each matrix, each output named as its matrix; and the weights."""
+    with WeightStore(folder) as store:
+        for name, tensor in tensors.items():
+            store.add_blocks(name, tensor, "float32")
+    source = Port("x", "float32", ("batch", "seq", "width"))
+    results = [Port(name, "float32", ("batch", "seq", "rows")) for name in tensors]
+    g = GraphBuilder("test", store)
+    x = g.input(source)
+    outputs = {name: project(g, x, name, f"/{name}") for name in tensors}
+    model = g.finish(GraphContract((source,), tuple(results)), outputs, "test 0")
+    ir.external_data.load_to_model(model)
+    return model, folder / names.WEIGHTS_FILE
 
 
 def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.float64]:

@@ -12,12 +12,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from helpers.quantized import open_session
+from helpers.quantized import open_session, product_graph
 from shortstack.graphs import names
-from shortstack.graphs.contract import GraphContract, Port
 from shortstack.graphs.ir.block_tensor import BlockTensor, nearest
-from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.matrix import project
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.precision import CODE_TYPES, EXACT_BLOCK_SIZE, BlockFormat, Precision
 
@@ -37,20 +34,6 @@ def reordered(weight: Floats, order: npt.NDArray[np.int64], block_format: BlockF
     """Round a matrix in blocks of columns that are neighbours in some order."""
     blocks = nearest(np.ascontiguousarray(weight[:, order]), block_format)
     return replace(blocks, format=replace(block_format, is_reordered=True), order=order)
-
-
-def built(folder: Path, tensors: dict[str, BlockTensor]) -> tuple[ir.Model, Path]:
-    with WeightStore(folder) as store:
-        for name, tensor in tensors.items():
-            store.add_blocks(name, tensor, "float32")
-    source = Port("x", "float32", ("batch", "seq", "width"))
-    results = [Port(name, "float32", ("batch", "seq", "rows")) for name in tensors]
-    g = GraphBuilder("test", store)
-    x = g.input(source)
-    outputs = {name: project(g, x, name, f"/{name}") for name in tensors}
-    model = g.finish(GraphContract((source,), tuple(results)), outputs, "test 0")
-    ir.external_data.load_to_model(model)
-    return model, folder / names.WEIGHTS_FILE
 
 
 def run(model: ir.Model, outputs: list[str], feeds: list[Floats]) -> list[list[Any]]:
@@ -78,7 +61,7 @@ def test_a_reordered_product_is_the_product_with_its_floats_and_its_rows_do_not_
     tensor = reordered(weight, order, block_format)
     x = rng.standard_normal((1, 8, WIDTH)).astype(np.float32)
     x[0, 3] *= 40  # a row with large values must not touch the others
-    model, _ = built(tmp_path, {DOWN: tensor})
+    model, _ = product_graph(tmp_path, {DOWN: tensor})
     pairs = [x[:, [i, 3]] for i in range(8)]  # one row alone may be of a class of its own, see docs/exactness.md
     whole, *paired = (found[0] for found in run(model, [DOWN], [x, *pairs]))
     expected = x @ tensor.dequantize().T
@@ -93,7 +76,7 @@ def test_one_order_is_stored_and_applied_once_for_all_products_of_an_input(
     order = rng.permutation(WIDTH)
     weights = [rng.standard_normal((ROWS, WIDTH)).astype(np.float32) for _ in range(3)]
     tensors = {name: reordered(w, order, FORMATS[0]) for name, w in zip((GATE, UP, DOWN), weights, strict=True)}
-    model, file = built(tmp_path, tensors)
+    model, file = product_graph(tmp_path, tensors)
     gathers = [node for node in model.graph if node.op_type == "Gather"]
     assert len(gathers) == 2  # gate and up read one input; down has another name for its own
     assert file.read_bytes().count(order.astype(np.int64).tobytes()) == 1

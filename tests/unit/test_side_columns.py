@@ -12,13 +12,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from helpers.quantized import open_session
+from helpers.quantized import open_session, product_graph
 from shortstack.graphs import names
-from shortstack.graphs.contract import GraphContract, Port
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.ir.block_tensor import BlockTensor, Side, nearest
-from shortstack.graphs.ir.builder import GraphBuilder
-from shortstack.graphs.ir.matrix import project
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.precision import CODE_TYPES, EXACT_BLOCK_SIZE, BlockFormat, Precision
 from shortstack.quant.methods.offsets import with_offsets
@@ -63,16 +60,7 @@ def run(
     folder: Path, tensors: dict[str, BlockTensor], feeds: list[Floats], level: int | None = None
 ) -> list[list[Any]]:
     """The products of each input with all matrices; at another accuracy level if that is asked for."""
-    with WeightStore(folder) as store:
-        for name, tensor in tensors.items():
-            store.add_blocks(name, tensor, "float32")
-    source = Port("x", "float32", ("batch", "seq", "width"))
-    results = [Port(name, "float32", ("batch", "seq", "rows")) for name in tensors]
-    g = GraphBuilder("test", store)
-    x = g.input(source)
-    outputs = {name: project(g, x, name, f"/{name}") for name in tensors}
-    model = g.finish(GraphContract((source,), tuple(results)), outputs, "test 0")
-    ir.external_data.load_to_model(model)
+    model, _ = product_graph(folder, tensors)
     for node in model.graph:
         if node.op_type == "MatMulNBits" and level is not None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
