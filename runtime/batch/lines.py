@@ -11,7 +11,8 @@ line of a prompt                                            what it is
 ==========================================================  ==========================================================
 
 The first three may have an ``id``, and options of their own (:data:`OPTIONS`), which win over those of the command.
-Without an ``id`` the number of the line is the id. OpenAI's lines are answered in OpenAI's form. In their bodies,
+Without an ``id`` the number of the line is the id. ``kind`` and ``metadata`` are the user's own notes: they are not
+looked at. OpenAI's lines are answered in OpenAI's form. In their bodies,
 fields that are not known are ignored, as OpenAI's clients expect, and an object ``shortstack`` may hold our options.
 """
 
@@ -47,6 +48,7 @@ OPTIONS = (
 )
 """What a line may say besides its prompt, by the names of the Python calls."""
 _PROMPTS = ("prompt", "messages", "text")
+_NOTES = ("kind", "metadata")
 _SAMPLING = tuple(SamplingParams.__dataclass_fields__)
 _STRATEGY = ("strategy", "exit_layer", "exits")
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -121,8 +123,12 @@ def read_lines(path: Path, defaults: Request, tokenizer: Tokenizer) -> list[Line
 def _parse(entry: Mapping[str, Any], number: int, defaults: Request, tokenizer: Tokenizer) -> Line:
     if "custom_id" in entry or "body" in entry:
         return _parse_openai(entry, defaults, tokenizer)
-    if unknown := sorted(entry.keys() - {"id", *_PROMPTS, *OPTIONS}):
-        raise RequestError(f"unknown field {', '.join(unknown)}", expected=f"id, {', '.join((*_PROMPTS, *OPTIONS))}")
+    if unknown := sorted(entry.keys() - {"id", *_PROMPTS, *OPTIONS, *_NOTES}):
+        raise RequestError(
+            f"unknown field {', '.join(unknown)}",
+            expected=f"id, {', '.join((*_PROMPTS, *OPTIONS))}",
+            remedy="put notes of your own into metadata",
+        )
     given = [name for name in _PROMPTS if name in entry]
     if len(given) != 1:
         raise RequestError("prompt", found=" and ".join(given) or "none", expected=f"one of {', '.join(_PROMPTS)}")

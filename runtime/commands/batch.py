@@ -156,7 +156,7 @@ def batch(
     stopped. Exits with 2 where lines failed; FILE says why.
     """
     showing = Showing(show_exits=False, report=None, no_sweep=False, as_json=as_json)
-    refuse_options_without_effect(strategy, False, exit_layers, exiting, sampling.temperature, showing)
+    refuse_options_without_effect(strategy, None, exit_layers, exiting, sampling.temperature, showing)
     refuse_given(_ALONE, "in a batch all segments share the machine", "leave it out")
     if strategy == "early-exit":
         exiting.check()

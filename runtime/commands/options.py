@@ -268,7 +268,7 @@ showing_options = gather(
 
 def refuse_options_without_effect(
     strategy: StrategyName | None,
-    compare: bool,
+    compare: bool | None,
     exit_layers: tuple[int, ...],
     exiting: Exiting,
     sampling_temperature: float,
@@ -276,9 +276,18 @@ def refuse_options_without_effect(
 ) -> None:
     """Refuse options that were given on the command line and would do nothing.
 
+    Args:
+        strategy: The one that was asked for.
+        compare: Whether every strategy runs; None where the command has no ``--compare``.
+        exit_layers: The exits that were named.
+        exiting: When tokens leave early.
+        sampling_temperature: 0 is greedy.
+        showing: What is shown.
+
     Raises:
         RequestError: There are some; names them and what to do.
     """
+    or_compare = "" if compare is None else ", or add --compare"
     drafts = compare or strategy == "self-speculative"
     exits = strategy == "early-exit" or (compare and exiting.is_asked)
     exit_names = tuple(field.name for field in fields(Exiting))
@@ -286,10 +295,10 @@ def refuse_options_without_effect(
     if compare and strategy is not None:
         raise RequestError("--compare runs every strategy", remedy="drop --strategy")
     if not drafts and not exits:
-        remedy = "add --strategy self-speculative or --compare"
+        remedy = f"add --strategy self-speculative{or_compare}"
         refuse_given(("exit_layers", *draft_names), "plain decoding drafts nothing", remedy)
     if not drafts:
-        refuse_given(draft_names, f"{strategy or 'plain'} decoding does not draft", "drop it, or add --compare")
+        refuse_given(draft_names, f"{strategy or 'plain'} decoding does not draft", f"drop it{or_compare}")
     if not exits and not compare:
         refuse_given(exit_names, "no token leaves early", "add --strategy early-exit")
     elif not exits:

@@ -13,6 +13,8 @@ from helpers.quantized import QuantizedBundles, preset
 from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.__main__ import run
 from shortstack.graphs.precision import BlockFormat
+from shortstack.graphs.texts import PROMPTS_FILE
+from shortstack.graphs.texts.prompts import prompts
 from shortstack.runtime import ExitEarly, ExitPolicy, Model, Request, SamplingParams, load, parse_criterion
 from shortstack.runtime.batch.answers import open_answers
 from shortstack.runtime.batch.lines import read_lines
@@ -129,6 +131,7 @@ def test_a_prompt_that_is_too_long_fails_alone_and_is_tried_again(
         ('{"prompt": 3}', "prompt"),
         ('{"text": "a", "prompt": "b"}', "prompt and text"),
         ('{"text": "a", "temprature": 1}', "temprature"),
+        ('{"text": "a", "note": 1}', "into metadata"),
         ('{"text": "a", "temperature": -1}', "temperature"),
         ('{"text": "a", "exit_layer": 2}', "exit_layer"),
         ('{"text": "a", "id": []}', "id"),
@@ -212,3 +215,26 @@ def test_a_line_changes_one_option_of_the_command_and_keeps_the_others(bundle: P
     strategy = found[3].request.strategy
     assert isinstance(strategy, ExitEarly)
     assert (strategy.policy.verify, str(strategy.policy.criterion)) == ("exact", "top_prob >= 0.5")
+
+
+def test_the_prompts_that_are_shipped_are_a_file_of_prompts(bundle: Path) -> None:
+    with load(bundle) as model:
+        found = read_lines(PROMPTS_FILE, Request("any"), model.tokenizer)
+    assert len(found) == len(prompts())
+
+
+def test_notes_of_the_user_change_no_request(bundle: Path, tmp_path: Path) -> None:
+    lines = [{"id": "a", "text": "a"}, {"id": "b", "text": "a", "kind": "story", "metadata": {"page": 3}}]
+    with load(bundle) as model:
+        first, second = read_lines(write_lines(tmp_path / "in.jsonl", lines), Request("any"), model.tokenizer)
+    assert first.request == second.request
+
+
+@pytest.mark.parametrize("option", ["-e", "-k"])
+def test_a_batch_offers_no_comparison(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert command(bundle, write_lines(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl", option, "1") == 2
+    said = capsys.readouterr().err
+    assert "--strategy self-speculative" in said
+    assert "--compare" not in said
