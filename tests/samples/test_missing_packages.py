@@ -11,7 +11,7 @@ import pytest
 
 # Command, and a package that it cannot do without.
 COMMANDS = {
-    "bench": "onnxruntime",
+    "bench": "tokenizers",
     "bench.batches": "onnxruntime",
     "bench.early_exit": "rich",
     "bench.hf_folder": "safetensors",
