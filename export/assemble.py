@@ -17,6 +17,8 @@ from shortstack.export.arch.architecture import Architecture
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.checkpoint import notes
 from shortstack.export.draft_vocab import choose_draft_vocab
+from shortstack.export.drafters import Drafter, ModelOfDrafter, open_drafter
+from shortstack.export.drafters.store import store_drafter
 from shortstack.export.exit_plan import plan_exits
 from shortstack.export.kept_blocks import REQUANTIZED_FORMAT, KeptBlocks, choose_blocks, dequantized_line
 from shortstack.export.sources import matrix_sources
@@ -26,6 +28,7 @@ from shortstack.export.text_files import check_text_files, text_ends
 from shortstack.export.weights import ExitWeights, store_exits, store_weights
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
+from shortstack.graphs.drafter_weights import HEAD_IDS as DRAFTER_IDS
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import HEAD_IDS
 from shortstack.graphs.genai_config import TextEnds, check_uncut
@@ -54,6 +57,7 @@ class OpenedModel:
         blocks: Which matrices keep the checkpoint's blocks.
         files: The content of the bundle's other files, by name.
         ends: The tokens around a text, for onnxruntime-genai; None where nothing is written for it.
+        drafter: A trained drafter; None without one.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +69,7 @@ class OpenedModel:
     blocks: KeptBlocks
     files: Mapping[str, bytes]
     ends: TextEnds | None = None
+    drafter: Drafter | None = None
 
     def manifest(self, request: ExportSpec, dtype: DType, source_sha256: str) -> Manifest:
         """Return the manifest of a bundle of floats; files and formats are filled in when they are written."""
@@ -100,7 +105,15 @@ def open_model(request: ExportSpec) -> OpenedModel:
     ends = text_ends(checkpoint.source, files) if request.genai else None
     exit_weights = _with_draft_vocabs(exit_weights, request, plan, spec, files)
     files = {**files, **_id_maps(plan, exit_weights)}
-    return OpenedModel(checkpoint, arch, spec, plan, exit_weights, max_length, blocks, files, ends)
+    drafter = None
+    if request.drafter is not None:
+        model = ModelOfDrafter(checkpoint, spec)
+        options = {"follow_links": request.follow_links, "allow_pickle": request.allow_pickle}
+        drafter = open_drafter(request.drafter, model, **options)
+        plan = replace(plan, drafter=drafter.spec)
+        if drafter.spec.draft_vocab is not None:
+            files[names.drafter_vocab_file()] = npy_bytes(drafter.part(DRAFTER_IDS))
+    return OpenedModel(checkpoint, arch, spec, plan, exit_weights, max_length, blocks, files, ends, drafter)
 
 
 def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lambda blocks: None) -> Bundle:
@@ -129,6 +142,8 @@ def export_bundle(request: ExportSpec, tell: Callable[[KeptBlocks], None] = lamb
                 store_weights(tensors, request.dtype, model.max_length, store, advance)
                 own_format = REQUANTIZED_FORMAT if store.formats else None
                 store_exits(tensors, model.plan, model.exit_weights, request.dtype, store, own_format)
+                if model.drafter is not None:
+                    store_drafter(model.drafter, model.spec, model.max_length, request.dtype, store, own_format)
             blocks = model.blocks.measured(tensors.errors)
             advance = stage("Hashing the checkpoint", 1)
             manifest = model.manifest(request, request.dtype, model.checkpoint.digest())
@@ -162,10 +177,16 @@ def _id_maps(plan: SplitPlan, exit_weights: Mapping[str, npt.NDArray[np.generic]
     files = {}
     for exit_spec in plan.exits:
         if exit_spec.draft_vocab is not None:
-            file = io.BytesIO()
-            np.save(file, exit_weights[names.exit_weight(exit_spec.exit_layer, HEAD_IDS)], allow_pickle=False)
-            files[names.draft_vocab_file(exit_spec.exit_layer)] = file.getvalue()
+            ids = exit_weights[names.exit_weight(exit_spec.exit_layer, HEAD_IDS)]
+            files[names.draft_vocab_file(exit_spec.exit_layer)] = npy_bytes(ids)
     return files
+
+
+def npy_bytes(array: npt.NDArray[np.generic]) -> bytes:
+    """Return the content of the file that ``numpy.save`` writes."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
 
 
 def _open(request: ExportSpec) -> Checkpoint:
@@ -183,7 +204,11 @@ def _source_name(request: ExportSpec) -> str:
     path = Path(request.checkpoint).expanduser()
     name = path.name if path.exists() else request.checkpoint
     folders = [folder for folder in (request.adapter, request.exits) if folder is not None]
-    return " + ".join((name, *(folder.resolve().name for folder in folders)))
+    others = [folder.resolve().name for folder in folders]
+    if request.drafter is not None:
+        path = Path(request.drafter).expanduser()
+        others.append(path.resolve().name if path.exists() else request.drafter)
+    return " + ".join((name, *others))
 
 
 def _max_length(request: ExportSpec, spec: ModelSpec) -> int:

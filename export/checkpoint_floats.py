@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.export.assemble import OpenedModel
+from shortstack.export.drafters.store import drafter_rope_tables, own_names, read_weight, stored_floats
 from shortstack.export.kept_blocks import KeptBlocks
 from shortstack.export.tensors import Floats, ModelTensors
 from shortstack.export.weights import end_vectors, exit_arrays, stored_exit_floats, stored_rope_tables
 from shortstack.graphs import names
+from shortstack.graphs.drafter_weights import MODEL_NORM
 from shortstack.graphs.exit_parts import HEAD_IDS, mlp_norm
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.exit import full_head
@@ -66,6 +68,9 @@ class CheckpointFloats:
             if exit_spec.head == "shared" and exit_spec.draft_vocab is not None:
                 ids = np.asarray(self._of_exits[names.exit_weight(depth, HEAD_IDS)], np.int64)
                 self._trimmed[names.exit_weight(depth, "head.weight")] = ids
+        self._drafter, self._of_drafter = model.drafter, set[str]()
+        if model.drafter is not None:
+            self._of_drafter = set(own_names(model.drafter.spec, model.spec))
         self._head = full_head(model.spec)
         self._kept_trimmed = frozenset(self._trimmed) if keeps_trimmed and self._head in self._kept else frozenset()
         self._last_kept: tuple[str, BlockTensor] | None = None
@@ -112,6 +117,8 @@ class CheckpointFloats:
 
     def array(self, name: str) -> npt.NDArray[np.generic]:
         """Return a tensor as a bundle stores it; ids are int64."""
+        if self._drafter is not None and name == names.drafter_weight(HEAD_IDS):
+            return np.asarray(self._drafter.part(HEAD_IDS))
         if name.endswith(f".{HEAD_IDS}"):
             return np.asarray(self._of_exits[name], np.int64)
         return self.floats(name)
@@ -127,8 +134,13 @@ class CheckpointFloats:
         if name in self._of_exits:
             depth, part = name.removeprefix("exits.").split(".", 1)
             return np.ascontiguousarray(stored_exit_floats(part, self._of_exits[names.exit_weight(int(depth), part)]))
+        if name in self._of_drafter:
+            assert self._drafter is not None
+            return np.ascontiguousarray(stored_floats(name, read_weight(self._drafter, name)))
         if name in self._ends:
             return self._ends[name]()
+        if name == names.drafter_weight(MODEL_NORM):
+            return self._ends[names.FINAL_NORM]()
         if name == names.UNIT_NORM:
             return np.ones(self._manifest.spec.hidden_size, np.float32)
         return self._rope_table(name)
@@ -139,6 +151,9 @@ class CheckpointFloats:
             return self._trimmed_head(self._trimmed[name])
         if name in self._of_exits:
             return np.ascontiguousarray(self._of_exits[name], np.float32)
+        if name in self._of_drafter:
+            assert self._drafter is not None
+            return np.ascontiguousarray(read_weight(self._drafter, name))
         found = self._tensors.matrix(name)
         return found.dequantize() if isinstance(found, BlockTensor) else np.ascontiguousarray(found)
 
@@ -169,4 +184,6 @@ class CheckpointFloats:
             for number in range(len(self._manifest.spec.ropes)):
                 if name in [names.rope_table(number, part) for part in names.ROPE_PARTS]:
                     self._ropes |= stored_rope_tables(self._tensors, number, self._max_length, self._max_length)
+            if self._drafter is not None:
+                self._ropes |= drafter_rope_tables(self._drafter.spec, self._manifest.spec, self._max_length)
         return self._ropes[name]

@@ -58,6 +58,15 @@ from shortstack.quant.options import PRESET_HELP, Calibrating, Mixing, calibrati
     ),
 )
 @option_group(
+    "Drafter",
+    click.option(
+        "--drafter",
+        metavar="DRAFTER",
+        help="Write a trained drafter beside the model: the folder or hub id of an EAGLE, EAGLE-2 or EAGLE-3 head, or "
+        "`mtp` for the layer for multi-token prediction that the checkpoint itself has.",
+    ),
+)
+@option_group(
     "Model",
     click.option("--revision", help="Branch, tag or commit of a hub id."),
     follow_links_option,
@@ -109,6 +118,7 @@ def export(
     exits: Path | None,
     draft_vocab: int | None,
     draft_text: Path | None,
+    drafter: str | None,
     dtype: str,
     keep_blocks: bool,
     adapter: Path | None,
@@ -156,6 +166,7 @@ def export(
         overwrite=overwrite,
         adapter=adapter,
         exits=exits,
+        drafter=drafter,
     )
     if mixing.preset_name is None:
         bundle = export_bundle(request, chosen.append)

@@ -11,6 +11,9 @@ from shortstack.graphs.spec import DType
 DTYPES: dict[str, DType] = {"fp32": "float32", "fp16": "float16"}
 
 
+OWN_DRAFTER = "mtp"
+"""In place of a drafter's folder: the layers for multi-token prediction that the checkpoint itself has."""
+
 DEFAULT_LONGEST = 131_072
 """The longest context of a bundle unless ``max_length`` asks for more: its rotary tables take memory and disk."""
 
@@ -42,6 +45,7 @@ class ExportSpec:
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.
         adapter: The folder of a LoRA adapter to merge, as peft saves it.
+        drafter: A trained drafter to write beside the model: its folder or hub id, or :data:`OWN_DRAFTER`.
         genai: Also write what onnxruntime-genai needs to run the uncut model from the same weights.
         follow_links: Follow links that lead out of the checkpoint's folder. Those of the hub's cache always are.
         allow_pickle: Read tensors from pickles, where there are no safetensors. Code in them is never run.
@@ -59,6 +63,7 @@ class ExportSpec:
     overwrite: bool = False
     adapter: Path | None = None
     exits: Path | None = None
+    drafter: str | None = None
     follow_links: bool = False
     genai: bool = False
     allow_pickle: bool = False

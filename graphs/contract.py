@@ -55,9 +55,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shortstack.graphs import names
+from shortstack.graphs.drafter_spec import DrafterSpec
 from shortstack.graphs.errors import ContractError
 from shortstack.graphs.kv_map import borrowed, lenders, producers
-from shortstack.graphs.plan import ExitSpec, Segment
+from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import DType, ModelSpec
 
@@ -124,25 +125,24 @@ def cache_heads(spec: ModelSpec, owner: names.CacheOwner) -> tuple[int, int]:
 
 def segment_contract(
     spec: ModelSpec,
+    plan: SplitPlan,
     segment: Segment,
-    exit_spec: ExitSpec | None,
     dtype: DType,
     kv_cache: KVType = "float",
     *,
-    has_final_state: bool = False,
     is_packed: bool = False,
 ) -> GraphContract:
     """Return the contract of one segment.
 
     Args:
         spec: The model.
-        segment: The layers and their place in the stack.
-        exit_spec: The exit node at the segment's upper boundary; None for the last segment.
+        plan: Where it is cut, and what drafts for it.
+        segment: Which segment.
         dtype: Type of activations.
         kv_cache: Type of the cache.
-        has_final_state: The last segment gives states, for the exits that see them; :attr:`SplitPlan.has_state`.
         is_packed: The form of several sequences, see :mod:`shortstack.graphs.packing`.
     """
+    exit_spec = plan.exit_of(segment)
     hidden = ("batch", "seq", spec.hidden_size)
     state = ("batch", "rows", spec.hidden_size)
     sees_token = (exit_spec is not None and exit_spec.sees_token) or spec.reads_tokens(
@@ -179,13 +179,16 @@ def segment_contract(
         Port(names.LOGITS, dtype, ("batch", "rows", vocab)),
         *([Port(names.GATE, dtype, ("batch", "rows"))] if exit_spec is not None and exit_spec.has_gate else []),
         *([Port(names.EXIT_STATE_OUT, dtype, state)] if sees_state else []),
-        *([Port(names.FINAL_STATE, dtype, state)] if segment.is_last and has_final_state else []),
+        *([Port(names.FINAL_STATE, dtype, state)] if segment.is_last and plan.has_state else []),
         *(
             Port(names.present(j, part), own, cache_shape(spec, j))
             for j, own in owned.items()
             for part in names.KV_PARTS
         ),
     ]
+    outputs += [Port(names.feature(depth), dtype, hidden) for depth in plan.features_of(segment)]
+    if plan.gives_state(segment):
+        outputs.append(Port(names.DRAFT_STATE, dtype, hidden))
     if is_packed:
         outputs += [
             Port(names.present(j, part), kv, cache_shape(spec, spec.kv_map[j]))
@@ -195,6 +198,44 @@ def segment_contract(
         ]
         outputs += _new_rows(spec, lenders(spec.kv_map, segment.start, segment.end), dtype)
     return GraphContract(tuple(inputs), tuple(outputs))
+
+
+def drafter_contract(spec: ModelSpec, drafter: DrafterSpec, dtype: DType) -> GraphContract:
+    """Return the contract of the graph of a drafter's layers and head. It runs rows of one sequence.
+
+    Row r of a run is the pair of the token ``input_ids[r]`` and the state ``draft_state[r]`` of the position before.
+    """
+    state = ("batch", "seq", drafter.hidden_size)
+    vocab = spec.vocab_size if drafter.draft_vocab is None else drafter.draft_vocab
+    caches = [
+        (names.drafter_layer(layer), ("batch", own.attention.kv_heads, "capacity", own.attention.cache_head_dim))
+        for layer, own in enumerate(drafter.layers)
+    ]
+    inputs = [
+        Port(names.INPUT_IDS, "int64", ("batch", "seq")),
+        Port(names.DRAFT_STATE, dtype, state),
+        Port(names.SEQLENS_K, "int32", ("batch",)),
+        Port(names.TOTAL_SEQUENCE_LENGTH, "int32", ()),
+        Port(names.NUM_ROWS, "int64", ()),
+        *(Port(names.past(owner, part), dtype, shape) for owner, shape in caches for part in names.KV_PARTS),
+    ]
+    outputs = [
+        Port(names.TOKEN, "int64", ("batch", "rows")),
+        Port(names.TOP_PROB, dtype, ("batch", "rows")),
+        Port(names.MARGIN, dtype, ("batch", "rows")),
+        Port(names.ENTROPY, dtype, ("batch", "rows")),
+        Port(names.LOGITS, dtype, ("batch", "rows", vocab)),
+        Port(names.DRAFT_STATE_OUT, dtype, ("batch", "rows", drafter.hidden_size)),
+        *(Port(names.present(owner, part), dtype, shape) for owner, shape in caches for part in names.KV_PARTS),
+    ]
+    return GraphContract(tuple(inputs), tuple(outputs))
+
+
+def fuse_contract(spec: ModelSpec, drafter: DrafterSpec, dtype: DType) -> GraphContract:
+    """Return the contract of the graph that makes a drafter's states from depths of the model's residual stream."""
+    hidden = ("batch", "seq", spec.hidden_size)
+    inputs = tuple(Port(names.feature(depth), dtype, hidden) for depth in drafter.features)
+    return GraphContract(inputs, (Port(names.DRAFT_STATE, dtype, ("batch", "seq", drafter.hidden_size)),))
 
 
 def _packing_inputs(spec: ModelSpec, segment: Segment) -> list[Port]:

@@ -2,11 +2,12 @@
 
 Layout of the JSON object::
 
-    format_version   4; 3 knows Llama's layers only, as a flat model; 2 has exits of exit_layer and draft_vocab only;
-                     1 also lacks the field precision
+    format_version   5; 4 has no field drafter; 3 knows Llama's layers only, as a flat model; 2 has exits of exit_layer
+                     and draft_vocab only; 1 also lacks the field precision
     digest           sha256 of the rest, so that an edited file is noticed
     model            ModelSpec, as in spec_json.py
     exits            [every field of ExitSpec], ascending
+    drafter          {spec: DrafterSpec, as in spec_json.py; graphs: [{file, inputs, outputs}]}, or null
     dtype            float32 | float16: activations, and weights and cache where precision does not say otherwise
     precision        {weights: {name: {bits, block_size, is_symmetric, has_offsets}}, kv_cache: float | int8};
                      side_columns and is_reordered besides, where a matrix has them
@@ -30,7 +31,17 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.graphs import names
-from shortstack.graphs.contract import CacheType, GraphContract, Port, cache_type, cache_types, segment_contract
+from shortstack.graphs.contract import (
+    CacheType,
+    GraphContract,
+    Port,
+    cache_type,
+    cache_types,
+    drafter_contract,
+    fuse_contract,
+    segment_contract,
+)
+from shortstack.graphs.drafter_spec import DrafterSpec, check_drafter
 from shortstack.graphs.errors import BundleError, RequestError
 from shortstack.graphs.origins import Origin, origins_from_json, origins_to_json
 from shortstack.graphs.packing import LEAST_ONNXRUNTIME
@@ -38,11 +49,12 @@ from shortstack.graphs.plan import ExitSpec, Segment, SplitPlan
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.read_file import read_json_object
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.graphs.spec_json import spec_from_json, spec_to_json
+from shortstack.graphs.spec_json import drafter_from_json, drafter_to_json, spec_from_json, spec_to_json
 
-FORMAT_VERSION = 4
-_READABLE_VERSIONS = (1, 2, 3, 4)
+FORMAT_VERSION = 5
+_READABLE_VERSIONS = (1, 2, 3, 4, 5)
 _FLAT_VERSIONS = (1, 2, 3)
+_LAST_WITHOUT_DRAFTER = 4
 _REEXPORT = "restore the file or re-export the bundle"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f]")  # a plain file name on any system has none of these
@@ -73,15 +85,18 @@ class Manifest:
 
     def contract(self, segment: Segment, *, is_packed: bool = False) -> GraphContract:
         """Return the contract of one of the plan's segments, in the form of one sequence or of several."""
-        return segment_contract(
-            self.spec,
-            segment,
-            self.plan.exit_of(segment),
-            self.dtype,
-            self.precision.kv_cache,
-            has_final_state=self.plan.has_state,
-            is_packed=is_packed,
-        )
+        kv_cache = self.precision.kv_cache
+        return segment_contract(self.spec, self.plan, segment, self.dtype, kv_cache, is_packed=is_packed)
+
+    def drafter_contracts(self) -> dict[str, GraphContract]:
+        """Return the contracts of the drafter's graphs, by file; none without a drafter."""
+        drafter = self.plan.drafter
+        if drafter is None:
+            return {}
+        found = {names.DRAFTER_FILE: drafter_contract(self.spec, drafter, self.dtype)}
+        if drafter.features:
+            found[names.FUSE_FILE] = fuse_contract(self.spec, drafter, self.dtype)
+        return found
 
     @property
     def has_packed_form(self) -> bool:
@@ -108,6 +123,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "model": spec_to_json(self.spec),
             "exits": [asdict(e) for e in self.plan.exits],
+            "drafter": None if self.plan.drafter is None else self._drafter_json(self.plan.drafter),
             "dtype": self.dtype,
             "precision": self.precision.to_json(),
             "max_length": self.max_length,
@@ -119,6 +135,10 @@ class Manifest:
         if self.origins:
             body["origins"] = origins_to_json(self.origins)
         return {"format_version": FORMAT_VERSION, "digest": _digest(body), **body}
+
+    def _drafter_json(self, drafter: DrafterSpec) -> dict[str, Any]:
+        graphs = [{"file": file, **_contract_json(own)} for file, own in self.drafter_contracts().items()]
+        return {"spec": drafter_to_json(drafter), "graphs": graphs}
 
     def _segment_json(self, segment: Segment) -> dict[str, Any]:
         found = {
@@ -207,6 +227,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _parse(path: Path, data: dict[str, Any]) -> Manifest:
     spec = spec_from_json(data["model"], f"{path}: model", is_flat=data["format_version"] in _FLAT_VERSIONS)
     exits = tuple(_read_exit(path, entry, spec, data["format_version"]) for entry in data["exits"])
+    drafter = _read_drafter(path, data["drafter"], spec) if data["format_version"] > _LAST_WITHOUT_DRAFTER else None
     if data["dtype"] not in ("float32", "float16"):
         raise BundleError(
             f"{path}: field dtype", found=repr(data["dtype"]), expected="float32 or float16", remedy=_REEXPORT
@@ -226,7 +247,7 @@ def _parse(path: Path, data: dict[str, Any]) -> Manifest:
     precision = Precision.from_json(data["precision"]) if data["format_version"] > 1 else Precision()
     manifest = Manifest(
         spec=spec,
-        plan=SplitPlan(spec.num_hidden_layers, exits),
+        plan=SplitPlan(spec.num_hidden_layers, exits, drafter),
         dtype=data["dtype"],
         max_length=max_length,
         files=files,
@@ -266,6 +287,32 @@ def _read_exit(path: Path, entry: dict[str, Any], spec: ModelSpec, version: int)
     return ExitSpec(layer, vocab) if version < 3 else ExitSpec.from_json(entry)
 
 
+def _read_drafter(path: Path, entry: object, spec: ModelSpec) -> DrafterSpec | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, Mapping):
+        raise BundleError(f"{path}: field drafter", found=repr(entry), expected="an object or null", remedy=_REEXPORT)
+    drafter = drafter_from_json(entry["spec"], f"{path}: drafter.spec")
+    try:
+        check_drafter(drafter, spec)
+    except ValueError as error:
+        raise BundleError(f"{path}: drafter.spec: {error}", remedy=_REEXPORT) from None
+    return drafter
+
+
+def drafter_files(plan: SplitPlan) -> set[str]:
+    """Return the files that a plan's drafter needs besides the weights."""
+    drafter = plan.drafter
+    if drafter is None:
+        return set()
+    found = {names.DRAFTER_FILE}
+    if drafter.features:
+        found.add(names.FUSE_FILE)
+    if drafter.draft_vocab is not None:
+        found.add(names.drafter_vocab_file())
+    return found
+
+
 def packed_files(plan: SplitPlan) -> set[str]:
     """Return the files of a plan's graphs in the form of several sequences."""
     return {names.packed_file(s.start, s.end) for s in plan.segments}
@@ -275,4 +322,4 @@ def required_files(plan: SplitPlan) -> set[str]:
     """Return the files without which a bundle of this plan cannot run."""
     graphs = {names.segment_file(s.start, s.end) for s in plan.segments}
     maps = {names.draft_vocab_file(e.exit_layer) for e in plan.exits if e.draft_vocab is not None}
-    return graphs | maps | {names.WEIGHTS_FILE, names.TOKENIZER_FILE}
+    return graphs | maps | drafter_files(plan) | {names.WEIGHTS_FILE, names.TOKENIZER_FILE}

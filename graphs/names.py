@@ -33,6 +33,8 @@ LOGITS = "logits"
 GATE = "gate"
 EXIT_STATE_OUT = "exit_state_out"
 FINAL_STATE = "final_state"
+DRAFT_STATE = "draft_state"  # an input of a drafter, too
+DRAFT_STATE_OUT = "draft_state_out"
 
 # Files of a bundle
 MANIFEST_FILE = "bundle.json"
@@ -50,8 +52,12 @@ GENAI_GRAPH_FILE = "model.onnx"  # the uncut model, for onnxruntime-genai
 GENAI_CONFIG_FILE = "genai_config.json"
 GENAI_FILES = (GENAI_GRAPH_FILE, GENAI_CONFIG_FILE)
 
+DRAFTER_FILE = "drafter.onnx"
+FUSE_FILE = "drafter-fuse.onnx"
+
 KV_PARTS = ("key", "value")
-CacheOwner: TypeAlias = int | str  # a producer layer, or the block of an exit: what :func:`exit_block` returns
+CacheOwner: TypeAlias = int | str
+"""A producer layer; or the block of an exit, :func:`exit_block`; or a layer of the drafter, :func:`drafter_layer`."""
 
 
 def exit_block(exit_layer: int) -> str:
@@ -62,6 +68,16 @@ def exit_block(exit_layer: int) -> str:
 def exit_depth(owner: str) -> int:
     """Return the exit whose block has this cache, the inverse of :func:`exit_block`."""
     return int(owner.removeprefix("exits."))
+
+
+def drafter_layer(layer: int) -> str:
+    """Return the owner of the cache that a layer of the drafter has."""
+    return f"drafter.{layer}"
+
+
+def feature(depth: int) -> str:
+    """Return the output, and the input of a drafter, that carries the residual stream after ``depth`` layers."""
+    return f"feature.{depth}"
 
 
 def past(owner: CacheOwner, part: str) -> str:
@@ -206,3 +222,13 @@ def layer_weight(layer: int, part: str) -> str:
 def exit_weight(exit_layer: int, part: str) -> str:
     """Return a weight of one exit node; ``part`` is such as ``head.weight``."""
     return f"exits.{exit_layer}.{part}"
+
+
+def drafter_weight(part: str) -> str:
+    """Return a weight of the drafter; ``part`` is such as ``head.weight`` or ``layers.0.attn.o_proj.weight``."""
+    return f"drafter.{part}"
+
+
+def drafter_vocab_file() -> str:
+    """Return the file that maps the rows of a drafter's trimmed head to token ids: int64 [draft_vocab], ascending."""
+    return "draft-vocab-drafter.npy"

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from shortstack.graphs import names
+from shortstack.graphs.drafter_spec import DrafterSpec
 from shortstack.graphs.errors import RequestError
 
 Branch = Literal["none", "linear", "mlp", "block"]
@@ -148,10 +150,12 @@ class SplitPlan:
     Attributes:
         num_layers: L.
         exits: One exit node per boundary, ascending; may be empty (an uncut model).
+        drafter: A trained drafter beside the model; None without one.
     """
 
     num_layers: int
     exits: tuple[ExitSpec, ...]
+    drafter: DrafterSpec | None = None
 
     def __post_init__(self) -> None:
         layers = [e.exit_layer for e in self.exits]
@@ -163,6 +167,7 @@ class SplitPlan:
                     expected=f"1..{self.num_layers - 1} for a model of {self.num_layers} layers",
                     remedy="choose a depth inside the model",
                 )
+        self._check_drafter()
         if sorted(set(layers)) != layers:
             raise RequestError(
                 "--exit-layer values must be different and ascending",
@@ -170,6 +175,31 @@ class SplitPlan:
                 expected=sorted(set(layers)),
                 remedy="give each depth once",
             )
+
+    def _check_drafter(self) -> None:
+        """Refuse a drafter that reads depths which the model does not have."""
+        beyond = [] if self.drafter is None else [depth for depth in self.drafter.features if depth > self.num_layers]
+        if beyond:
+            raise RequestError(
+                "the drafter reads the residual stream at a depth that the model does not have",
+                found=", ".join(map(str, beyond)),
+                expected=f"1..{self.num_layers}, the number of layers run before",
+                remedy="take the drafter that was trained for this model",
+            )
+
+    def features_of(self, segment: Segment) -> tuple[int, ...]:
+        """Return the depths of the residual stream that a drafter reads and that the segment gives, ascending."""
+        depths = () if self.drafter is None else self.drafter.features
+        return tuple(depth for depth in depths if segment.start < depth <= segment.end)
+
+    def taps_of(self, segment: Segment) -> tuple[str, ...]:
+        """Return the outputs of a segment that a drafter reads."""
+        features = tuple(names.feature(depth) for depth in self.features_of(segment))
+        return (*features, names.DRAFT_STATE) if self.gives_state(segment) else features
+
+    def gives_state(self, segment: Segment) -> bool:
+        """Return whether the segment gives the normalised final state, for a drafter that reads it."""
+        return segment.is_last and self.drafter is not None and not self.drafter.features
 
     @property
     def boundaries(self) -> tuple[int, ...]:

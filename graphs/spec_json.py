@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from shortstack.graphs.drafter_spec import DrafterSpec
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.kv_map import validate_kv_map
 from shortstack.graphs.layer_spec import Attention, Ends, Layer, Mlp, Norm, Rope, RopeScaling
@@ -74,6 +75,18 @@ def spec_from_json(data: Mapping[str, Any], where: str, *, is_flat: bool = False
     shared = {name: getattr(written, name) for name in (*_SIZES, "ends", "ropes", "kv_map", "masks_diagonal")}
     layers = tuple(written.layer_kinds[number] for number in written.layers)
     return _checked(where, lambda: ModelSpec(**shared, layers=layers))
+
+
+def drafter_to_json(drafter: DrafterSpec) -> dict[str, Any]:
+    """Return a drafter as JSON-ready data: its fields, without those that have their default."""
+    data: dict[str, Any] = _encode(drafter)
+    return data
+
+
+def drafter_from_json(data: object, where: str) -> DrafterSpec:
+    """Rebuild a drafter that :func:`drafter_to_json` wrote; errors as in :func:`spec_from_json`."""
+    found: DrafterSpec = _decode(DrafterSpec, data, where)
+    return found
 
 
 def llama_spec(
@@ -189,6 +202,8 @@ def _from_flat(data: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def _encode(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
     if not is_dataclass(value):
         return value
     found = {field.name: (getattr(value, field.name), field.default) for field in fields(value)}

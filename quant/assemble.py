@@ -64,6 +64,7 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
         key = job_key(job, assignment, manifest.to_json(), weights.stat().st_mtime_ns, tool_versions())
         with staged_folder(request.out, overwrite=request.overwrite, work=key) as folder:
             graphs = {names.segment_file(s.start, s.end) for s in manifest.plan.segments} | packed_files(manifest.plan)
+            graphs |= manifest.drafter_contracts().keys()
             # A float16 copy made by `shortstack quantize` has a record and a report: on itself, not on what is made
             # of it.
             own = {names.WEIGHTS_FILE, names.QUANTIZATION_FILE, names.QUALITY_FILE, *names.GENAI_FILES}

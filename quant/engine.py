@@ -15,6 +15,7 @@ import numpy as np
 
 from shortstack.graphs import names
 from shortstack.graphs.errors import UnsupportedError
+from shortstack.graphs.exit_parts import HEAD_IDS
 from shortstack.graphs.genai_config import TextEnds
 from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.ir.cast import cast
@@ -247,16 +248,20 @@ class _Writing:
             store.add(names.EMBED_POSITIONS, cast(names.EMBED_POSITIONS, table, dtype))
         for name, norm in source.final_norm().items():
             store.add(name, cast(name, norm, dtype))
-        for name in names.rope_tables(len(source.spec.ropes)):
+        drafter = source.manifest.plan.drafter
+        for name in names.rope_tables(len(source.spec.ropes) + (0 if drafter is None else len(drafter.ropes))):
             table, fill = source.floats(name), float(name.endswith(names.ROPE_PARTS[0]))
             # A bundle before format 2 is without the spare row.
             missing = max(0, source.manifest.max_length + SPARE_ROWS - len(table))
             store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
+        if drafter is not None and drafter.draft_vocab is not None:
+            name = names.drafter_weight(HEAD_IDS)
+            store.add(name, np.asarray(source.reader.array(name)))
         known: dict[bytes, str] = {}  # id maps of trimmed heads: equal ones once
         for exit_spec in source.manifest.plan.exits:
             if exit_spec.draft_vocab is None:
                 continue
-            name = names.exit_weight(exit_spec.exit_layer, "head.ids")
+            name = names.exit_weight(exit_spec.exit_layer, HEAD_IDS)
             ids = np.asarray(source.reader.array(name))
             if (same := known.setdefault(ids.tobytes(), name)) == name:
                 store.add(name, ids)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.drafter_spec import DrafterSpec
+from shortstack.graphs.drafter_weights import FUSE, MODEL_NORM, feature_norms, is_rows, stored_drafter
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, mlp_norm, stored_parts
 from shortstack.graphs.ir.exit import uses_unit_norm
@@ -71,6 +73,25 @@ def float_tensors(manifest: Manifest) -> dict[str, FloatTensor]:
     add(last, {names.FINAL_NORM: vector} | ({} if spec.tie_word_embeddings else {names.LM_HEAD: matrix}))
     if uses_unit_norm(plan):
         add(last if plan.has_state else first, {names.UNIT_NORM: vector})
+    if plan.drafter is not None:
+        found |= _drafter_tensors(manifest, plan.drafter)
+    return found
+
+
+def _drafter_tensors(manifest: Manifest, drafter: DrafterSpec) -> dict[str, FloatTensor]:
+    spec, last = manifest.spec, manifest.plan.segments[-1]
+    of_part = {FUSE: names.FUSE_FILE, MODEL_NORM: names.segment_file(last.start, last.end)}
+    of_part |= dict.fromkeys(feature_norms(drafter), names.FUSE_FILE)
+    graphs = {names.drafter_weight(part): graph for part, graph in of_part.items()}
+    found = {}
+    for name, shape in stored_drafter(drafter, spec.hidden_size, spec.vocab_size).items():
+        dtype = "int64" if name.endswith(HEAD_IDS) else manifest.dtype
+        stored = shape if is_rows(name) else _turned(shape)
+        found[name] = FloatTensor(graphs.get(name, names.DRAFTER_FILE), dtype, stored)
+    for number, rope in enumerate(drafter.ropes, len(spec.ropes)):
+        table = (manifest.max_length, cache_head_dim(rope.head_dim) // 2)
+        tables = [names.rope_table(number, part) for part in names.ROPE_PARTS]
+        found |= dict.fromkeys(tables, FloatTensor(names.DRAFTER_FILE, manifest.dtype, table))
     return found
 
 

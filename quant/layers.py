@@ -108,7 +108,7 @@ class LayerGraph:
             caches = Caches(g)
             tokens = Tokens(values[names.INPUT_IDS], values[_EMBEDDINGS], spec.hidden_size) if reads_tokens else None
             below = Residual(values[names.HIDDEN_STATES])
-            x = decoder_layer(g, spec, layer_site(spec, layer), below, lengths, caches, tokens=tokens)
+            x = decoder_layer(g, layer_site(spec, layer), below, lengths, caches, tokens=tokens)
             outputs = {names.HIDDEN_STATES_OUT: residual_sum(g, x, "/hidden_states_out"), **caches.presents()}
             ports = [Port(names.HIDDEN_STATES_OUT, _DTYPE, hidden)]
             ports += [Port(name, _DTYPE, cache) for name in self._presents.values()]

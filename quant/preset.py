@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from shortstack.graphs import names
+from shortstack.graphs.drafter_weights import drafter_matrices, is_rows
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.exit_parts import ROWS, exit_matrices
 from shortstack.graphs.layer_weights import matrix_parts, table_parts
@@ -99,7 +100,7 @@ class Assignment:
         matrices: By name: embedding, untied LM head, every layer matrix. None: floats.
         draft_heads: By depth, exits whose head is a tensor of its own.
         first_rows: Rows of the LM head that have another format, and which; None where all have one.
-        exit_matrices: By name: the exits' other own matrices, of branches and of low-rank heads.
+        exit_matrices: By name: the exits' other own matrices, of branches and of low-rank heads; and the drafter's.
         tables: By name: tables of the layers, whose rows are looked up.
     """
 
@@ -149,16 +150,19 @@ def assign(preset: Preset, spec: ModelSpec, plan: SplitPlan) -> Assignment:
     exit_formats: dict[str, Format] = {}
     # A branch is small compared with the layers below it, and rounding it costs accepted drafts: 8 bits.
     branch = None if preset.weights is None else BlockFormat(8, preset.weights.block_size)
+    wanted_head = preset.head if isinstance(preset.draft_head, str) else preset.draft_head
     for exit_spec in plan.exits:
         depth_of_exit = exit_spec.exit_layer
         follows = preset.draft_head == "as head"
         is_own = exit_spec.head == "own" or (exit_spec.head == "shared" and exit_spec.draft_vocab is not None)
-        wanted_head = preset.head if isinstance(preset.draft_head, str) else preset.draft_head
         if is_own or (exit_spec.head == "shared" and not follows and wanted_head != preset.head):
             draft_heads[depth_of_exit] = wanted_head
         for part in exit_matrices(spec, exit_spec):
             if part != "head.weight":
                 exit_formats[names.exit_weight(depth_of_exit, part)] = wanted_head if part in ROWS else branch
+    if plan.drafter is not None:
+        for name in drafter_matrices(plan.drafter, spec.hidden_size, spec.vocab_size):
+            exit_formats[name] = wanted_head if is_rows(name) else preset.weights
     first_rows = None
     # In a small vocabulary all rows are first rows: then one format is enough.
     if preset.first_rows_format is not None and preset.head is not None and preset.first_rows < spec.vocab_size:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.graphs import names
+from shortstack.graphs.drafter_weights import stored_drafter
 from shortstack.graphs.exit_parts import HEAD_IDS, mlp_norm, stored_parts
 from shortstack.graphs.ir.block_tensor import BlockTensor, Side
 from shortstack.graphs.kv_map import producers
@@ -145,7 +146,7 @@ class LayerwiseRounding:
             yield self._rows_of(own, own if own in source else head, wanted_head, seen)
 
     def exits(self) -> Iterator[Rounded]:
-        """Round the exits' own matrices other than heads; biases, norms and gates stay floats."""
+        """Round the exits' own matrices other than heads, and the drafter's; biases, norms and gates stay floats."""
         source = self.source
         for exit_spec in source.manifest.plan.exits:
             for part in stored_parts(source.spec, exit_spec):
@@ -159,6 +160,19 @@ class LayerwiseRounding:
                 norm = mlp_norm(source.spec, exit_spec.exit_layer)
                 own = [names.exit_weight(exit_spec.exit_layer, part) for part in norm]
                 yield Rounded({name: source.floats(name) for name in own})
+        yield from self._drafter()
+
+    def _drafter(self) -> Iterator[Rounded]:
+        """Round the matrices of a drafter, without text; norms and biases stay floats."""
+        source, drafter = self.source, self.source.manifest.plan.drafter
+        if drafter is None:
+            return
+        for name in stored_drafter(drafter, source.spec.hidden_size, source.spec.vocab_size):
+            wanted = self._assignment.exit_matrices.get(name)
+            if wanted is not None:
+                yield self._round({name: source.matrix(name)}, {name: wanted}, {})
+            elif not name.endswith(HEAD_IDS):
+                yield Rounded({name: source.floats(name)})
 
     def _matrices(self, layer: int) -> list[str]:
         return [names.layer_weight(layer, part) for part in matrix_parts(self.source.spec.weights(layer))]

@@ -15,6 +15,7 @@ from shortstack.runtime.decode.runs import Loop
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats
+from shortstack.runtime.decode.trained_drafter import FromBundle, FromDrafter
 from shortstack.runtime.early_exit.adaptive import Adaptive, AdaptiveThreshold
 from shortstack.runtime.early_exit.auto import AutoCatchUp, WayCosts
 from shortstack.runtime.early_exit.catch_up import CatchUp, FlushCatchUp
@@ -84,8 +85,10 @@ class Loops:
         policy: DraftPolicy,
         source: DraftSource,
     ) -> Loop:
-        if isinstance(source, FromExit):  # the lowest exit is the same source whether it was named or not
-            source = FromExit(stack.exit_layer)
+        if isinstance(source, FromExit | FromBundle):  # the same source whether it was named or not
+            source = FromExit(stack.exit_layer) if stack.exit_layer else FromDrafter()
+        if isinstance(source, FromDrafter):  # its drafts run no row of the model, so a row for the last one is worth it
+            policy = replace(policy, has_bonus=True)
         length = self._lengths.setdefault((source, policy), DraftLength(policy))
         return speculative(stack, sequence, choice, stats, limit, length, source.drafter(stack, choice))
 

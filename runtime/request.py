@@ -23,6 +23,7 @@ from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.drafters import DraftSource, FromExit
 from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
+from shortstack.runtime.decode.trained_drafter import FromBundle
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy
@@ -51,7 +52,8 @@ class Speculate:
     """An exit, or another source, drafts and the whole model verifies: plain decoding's output, sooner.
 
     Attributes:
-        exit_layer: Which exit drafts, by the number of layers run before it; None takes the lowest.
+        exit_layer: Which exit drafts, by the number of layers run before it. None takes the bundle's trained
+            drafter, or the lowest exit where it has none.
         draft: How many tokens to draft. None drafts adaptively, four at most; if the sampling has a seed, None always
             drafts four. Drafts decide how random draws are used, and adaptive lengths depend on measured times, so a
             seed alone would not repeat the output.
@@ -80,7 +82,9 @@ class Speculate:
     @property
     def drafts_from(self) -> DraftSource:
         """Where drafts come from."""
-        return FromExit(self.exit_layer) if self.source is None else self.source
+        if self.source is not None:
+            return self.source
+        return FromBundle() if self.exit_layer is None else FromExit(self.exit_layer)
 
     def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
         """Return the exits that the drafts need in a bundle of this plan; errors as in :class:`FromExit`."""

@@ -34,7 +34,10 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
     head = arch.tensor_name(LM_HEAD)
     missing = [name for name in expected if name not in names]
     unread = _unread(arch, spec)
-    extra = sorted(name for name in names - expected.keys() - unread if not _is_unread(arch, name))
+    drafting = drafting_layers(checkpoint, spec)
+    extra = sorted(
+        name for name in names - expected.keys() - unread if not (_is_unread(arch, name) or name.startswith(drafting))
+    )
     extra = [name for name in extra if not _is_bias_of_nothing(checkpoint, name)]
     misshapen = [
         f"{name} is {list(checkpoint.shape(name))}, not {list(shape)}{_transposed(checkpoint.shape(name), shape)}"
@@ -61,6 +64,15 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
         )
     if stored_head_of_tied:
         _check_same(checkpoint, arch.tensor_name(EMBEDDING), head)
+
+
+def drafting_layers(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+    """Return what the tensors of layers above the last one begin with, if these predict further tokens (MTP)."""
+    found, number, present = [], spec.num_hidden_layers, checkpoint.names()
+    while f"model.layers.{number}.eh_proj.weight" in present:
+        found.append(f"model.layers.{number}.")
+        number += 1
+    return tuple(found)
 
 
 def _is_unread(arch: Architecture, name: str) -> bool:

@@ -93,7 +93,7 @@ def exit_node(
         # from what it predicts for the same row among several. Keys and values do not differ, and no verified token
         # depends on the prediction.
         site = exit_layer_site(spec, exit_spec.exit_layer)
-        x = decoder_layer(g, spec, site, Residual(given.hidden), given.lengths, given.caches, num_rows)
+        x = decoder_layer(g, site, Residual(given.hidden), given.lengths, given.caches, num_rows)
     else:
         x = Residual(hidden)
 
@@ -165,4 +165,4 @@ def _head(g: GraphBuilder, spec: ModelSpec, exit_spec: ExitSpec, normed: ir.Valu
         weight, down = names.exit_weight(depth, "head.up.weight"), names.exit_weight(depth, "head.down.weight")
     elif not g.has_weight(weight):
         weight = full_head(spec)
-    return head(g, normed, spec, f"/exits.{depth}", weight=weight, id_map=id_map, down=down)
+    return head(g, normed, spec.hidden_size, spec.ends, f"/exits.{depth}", weight=weight, id_map=id_map, down=down)

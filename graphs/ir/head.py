@@ -19,7 +19,6 @@ from shortstack.graphs import names
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.matrix import head_product, project
 from shortstack.graphs.layer_spec import Ends
-from shortstack.graphs.spec import ModelSpec
 
 _TO_THE_END = 2**62
 
@@ -41,7 +40,8 @@ def last_rows(g: GraphBuilder, x: ir.Value, num_rows: ir.Value, node: str) -> ir
 def head(
     g: GraphBuilder,
     normed: ir.Value,
-    spec: ModelSpec,
+    hidden: int,
+    ends: Ends,
     node: str,
     *,
     weight: str,
@@ -53,7 +53,8 @@ def head(
     Args:
         g: The graph.
         normed: Normalised hidden states of the rows to evaluate, [batch, rows, hidden].
-        spec: The model, for the scale and the cap of its logits.
+        hidden: Width of these.
+        ends: The scale and the cap of its logits.
         node: Prefix of the node names.
         weight: Name of the head's weight [vocab, hidden], or [vocab, rank] of a low-rank one.
         id_map: Name of the row-to-token-id map int64 [vocab] of a trimmed head; None when rows are token ids.
@@ -63,10 +64,10 @@ def head(
         The outputs by port name.
     """
     batch_rows = g.op("Shape", [normed], f"{node}/batch_rows", start=0, end=2)
-    flat = g.op("Reshape", [normed, g.constant([-1, spec.hidden_size])], f"{node}/flatten")  # [batch * rows, hidden]
+    flat = g.op("Reshape", [normed, g.constant([-1, hidden])], f"{node}/flatten")  # [batch * rows, hidden]
     if down is not None:
         flat = project(g, flat, down, f"{node}/down")  # [batch * rows, rank]
-    logits = logits_of(g, spec.ends, flat, weight, node)  # [batch * rows, vocab]
+    logits = logits_of(g, ends, flat, weight, node)  # [batch * rows, vocab]
 
     best, best_row = g.ops("TopK", [logits, g.constant([2])], f"{node}/TopK", ("/values", "/indices"), axis=-1)
     zero = g.constant([0])

@@ -103,19 +103,18 @@ def residual_sum(g: GraphBuilder, x: Residual, name: str) -> ir.Value:
 
 def decoder_layer(
     g: GraphBuilder,
-    spec: ModelSpec,
     site: LayerSite,
     x: Residual,
     lengths: Lengths,
     caches: Caches,
     num_rows: ir.Value | None = None,
     tokens: Tokens | None = None,
+    reads: ir.Value | None = None,
 ) -> Residual:
     """Append one decoder layer.
 
     Args:
         g: The graph.
-        spec: The model.
         site: Which layer, and whose cache it has.
         x: The residual stream before it, [batch, seq, hidden].
         lengths: How far the run reaches.
@@ -123,13 +122,14 @@ def decoder_layer(
         num_rows: How many trailing positions the layer is computed for, int64 []; None for all. Keys and values are
             written for all positions in any case.
         tokens: What a branch on tokens reads; None where the layer has none.
+        reads: What attention reads in place of the stream, [batch, seq, width].
 
     Returns:
         The residual after the layer, [batch, rows, hidden].
     """
     node, layer = site.node, site.layer
     normed, stream = _before(g, layer.before_attention, x, site.weight("input_norm.weight"), f"{node}/input_norm")
-    mixed = attention(g, site, normed, lengths, caches)
+    mixed = attention(g, site, normed if reads is None else reads, lengths, caches)
     if num_rows is not None:
         mixed = last_rows(g, mixed, num_rows, f"{node}/attn/last_rows")  # [batch, rows, heads * head_dim]
         stream = last_rows(g, stream, num_rows, f"{node}/last_rows")  # [batch, rows, hidden]

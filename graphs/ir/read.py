@@ -54,8 +54,9 @@ def read_tensors(bundle: Bundle) -> Mapping[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     size = bundle.manifest.files[names.WEIGHTS_FILE].bytes
-    for segment in bundle.manifest.plan.segments:
-        path = bundle.graph_path(segment)
+    paths = [bundle.graph_path(segment) for segment in bundle.manifest.plan.segments]
+    paths += [bundle.folder / file for file in bundle.manifest.drafter_contracts()]
+    for path in paths:
         try:
             graph = onnx.load_model(path, load_external_data=False).graph
             tensors = [ir.serde.deserialize_tensor(proto) for proto in graph.initializer]

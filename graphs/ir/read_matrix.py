@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.drafter_weights import is_rows as is_drafter_rows
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import ROWS
 from shortstack.graphs.ir.block_tensor import in_place
@@ -24,7 +25,7 @@ _REMEDY = "copy the bundle again as a whole, or make it again"
 def is_stored_as_rows(name: str) -> bool:
     """Whether a matrix of floats is stored as [out, in], as tables of rows are too; the others are [in, out]."""
     is_vocabulary = name in (names.EMBED_TOKENS, names.LM_HEAD) or name.endswith(f".{names.PER_LAYER_EMBED}")
-    return is_vocabulary or (name.startswith("exits.") and name.endswith(ROWS))
+    return is_vocabulary or is_drafter_rows(name) or (name.startswith("exits.") and name.endswith(ROWS))
 
 
 class StoredMatrices:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from shortstack import __version__
 from shortstack.graphs import names
 from shortstack.graphs.contract import segment_contract
+from shortstack.graphs.drafter_weights import MODEL_NORM
 from shortstack.graphs.errors import UnsupportedError
 from shortstack.graphs.ir.attention import Caches, layer_site
 from shortstack.graphs.ir.builder import GraphBuilder
@@ -22,6 +23,7 @@ from shortstack.graphs.ir.exit import ExitInputs, exit_node, full_head
 from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.layer import Residual, Tokens, decoder_layer, norm, residual_sum, unit_rms
 from shortstack.graphs.ir.lengths import Lengths, Packing, with_spare_row
+from shortstack.graphs.ir.norm import norm_op
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.kv_map import check_boundaries, lenders
 from shortstack.graphs.plan import Segment, SplitPlan
@@ -64,9 +66,7 @@ def segment_model(
             expected="2 or more",
         )
     exit_spec = plan.exit_of(segment)
-    contract = segment_contract(
-        spec, segment, exit_spec, dtype, kv_cache, has_final_state=plan.has_state, is_packed=is_packed
-    )
+    contract = segment_contract(spec, plan, segment, dtype, kv_cache, is_packed=is_packed)
     g = GraphBuilder(f"layers [{segment.start}, {segment.end})", store)
     inputs = {port.name: g.input(port) for port in contract.inputs}
 
@@ -93,7 +93,11 @@ def segment_model(
         scaled = x.stream if segment.is_first else embed_tokens(g, spec, ids, "/model/embed_tokens")
         tokens = Tokens(ids, scaled, spec.hidden_size)
     for layer in layers:
-        x = decoder_layer(g, spec, layer_site(spec, layer, kv_cache), x, lengths, caches, tokens=tokens)
+        x = decoder_layer(g, layer_site(spec, layer, kv_cache), x, lengths, caches, tokens=tokens)
+        if layer + 1 in plan.features_of(segment):
+            name = f"/features.{layer + 1}"
+            total = residual_sum(g, x, name)  # beside the stream, which stays as it is without a drafter
+            outputs[names.feature(layer + 1)] = g.op("Identity", [total], f"{name}/Identity")
 
     if is_packed:
         for owner in lenders(spec.kv_map, segment.start, segment.end):
@@ -113,5 +117,10 @@ def segment_model(
         last = last_rows(g, stream, num_rows, "/final_state/last_rows")
         outputs[names.FINAL_STATE] = unit_rms(g, spec, last, "/final_state")
     rows = last_rows(g, normed, num_rows, "/lm_head/last_rows")
-    outputs |= head(g, rows, spec, "/lm_head", weight=full_head(spec), id_map=None) | caches.presents()
+    if plan.gives_state(segment):
+        own = names.drafter_weight(MODEL_NORM)
+        outputs[names.DRAFT_STATE] = norm_op(g, spec.ends.final_norm, stream, own, "/draft_state")
+    outputs |= (
+        head(g, rows, spec.hidden_size, spec.ends, "/lm_head", weight=full_head(spec), id_map=None) | caches.presents()
+    )
     return g.finish(contract, outputs, f"shortstack {__version__}")

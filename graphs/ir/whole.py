@@ -83,7 +83,7 @@ def whole_model(
     for layer in layers:
         if layer in plan.boundaries:
             x = Residual(residual_sum(g, x, f"/model/layers.{layer}/stream"))
-        x = decoder_layer(g, spec, layer_site(spec, layer, kv_cache), x, lengths, caches, tokens=tokens)
+        x = decoder_layer(g, layer_site(spec, layer, kv_cache), x, lengths, caches, tokens=tokens)
     normed, _ = norm(g, spec.ends.final_norm, x, names.FINAL_NORM, "/lm_head/norm")
     outputs = {names.LOGITS: _logits(g, spec, normed)} | caches.presents()
     model = g.finish(contract, outputs, f"shortstack {__version__}")

@@ -17,6 +17,7 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import describe_files, open_bundle, write_manifest
 from shortstack.graphs.errors import ContractError
 from shortstack.graphs.genai_config import TextEnds, genai_config
+from shortstack.graphs.ir.drafter import drafter_models
 from shortstack.graphs.ir.lint import lint
 from shortstack.graphs.ir.segment import segment_model
 from shortstack.graphs.ir.weights import WeightStore
@@ -67,6 +68,10 @@ def write_bundle(
             lint(model, name)
             ir.save(model, folder / name)
         advance(1)
+    if plan.drafter is not None:
+        for name, model in drafter_models(spec, plan.drafter, manifest.dtype, store).items():
+            lint(model, name)
+            ir.save(model, folder / name)
     if genai is not None:
         whole = whole_model(manifest.spec, plan, manifest.dtype, store, manifest.precision.kv_cache)
         lint(whole, names.GENAI_GRAPH_FILE)
@@ -92,11 +97,15 @@ def _check_written(folder: Path) -> None:
         ContractError: A graph does not have the inputs and outputs that bundle.json says.
     """
     bundle = open_bundle(folder)
-    for segment in bundle.manifest.plan.segments:
-        for is_packed in (False, True) if bundle.manifest.has_packed_form else (False,):
+    manifest = bundle.manifest
+    contracts = {folder / name: contract for name, contract in manifest.drafter_contracts().items()}
+    for segment in manifest.plan.segments:
+        for is_packed in (False, True) if manifest.has_packed_form else (False,):
             path = bundle.graph_path(segment, is_packed=is_packed)
-            graph, contract = ir.load(path).graph, bundle.manifest.contract(segment, is_packed=is_packed)
-            for found, wanted in ((graph.inputs, contract.inputs), (graph.outputs, contract.outputs)):
-                names_found, names_wanted = [value.name for value in found], [port.name for port in wanted]
-                if names_found != names_wanted:
-                    raise ContractError(path.name, found=names_found, expected=names_wanted)
+            contracts[path] = manifest.contract(segment, is_packed=is_packed)
+    for path, contract in contracts.items():
+        graph = ir.load(path).graph
+        for found, wanted in ((graph.inputs, contract.inputs), (graph.outputs, contract.outputs)):
+            names_found, names_wanted = [value.name for value in found], [port.name for port in wanted]
+            if names_found != names_wanted:
+                raise ContractError(path.name, found=names_found, expected=names_wanted)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.batch.prefixes import Slots
 from shortstack.runtime.batch.work import PromptWork, RoundWork, Work, work_of
-from shortstack.runtime.decode.runs import Loop, Run
+from shortstack.runtime.decode.runs import Loop, OwnRun, Run
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.engine.open_graphs import OpenGraphs
@@ -96,11 +96,10 @@ class Engine:
 
     def __init__(self, graphs: OpenGraphs, slots: int, fewest_rows: int) -> None:
         manifest = graphs.bundle.manifest
-        self._bundle = graphs.bundle
         self.cache: SlotCache = graphs.new_slots(slots, WINDOW_ROWS)
         segments = range(len(manifest.plan.segments))
         self._segments = [PackedSegment(graphs, index, self.cache, fewest_rows) for index in segments]
-        self._slots = Slots(graphs.bundle, self.cache)
+        self._slots = Slots(graphs, self.cache)
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
         self._round_s = 0.0  # of the others, since the last chunk of a prompt
@@ -220,6 +219,8 @@ class Engine:
                     self._has_emitted = True
                     if not job.receive(item):
                         break
+                elif isinstance(item, OwnRun):
+                    self._run_own(job.slot, item)
                 else:
                     job.work = work_of(item, job.slot, job.kept)
                 if job.work is None:
@@ -235,6 +236,14 @@ class Engine:
             raise
         if job.work is None:
             self._finish(job)
+
+    def _run_own(self, slot: Slot, run: OwnRun) -> None:
+        """Perform a run that no other sequence can share."""
+        started = time.perf_counter()
+        run.perform()
+        elapsed_s = time.perf_counter() - started
+        self._round_s += elapsed_s
+        slot.charge(elapsed_s)
 
     def _finish(self, job: Job) -> None:
         if job.is_done:  # what receives its steps has ended it

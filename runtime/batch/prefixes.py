@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shortstack.graphs.bundle import Bundle
 from shortstack.runtime.decode.sequence import TokenSequence
+from shortstack.runtime.engine.open_graphs import OpenGraphs
 from shortstack.runtime.engine.slot import Slot
 from shortstack.runtime.engine.slot_cache import SlotCache
 
@@ -21,12 +21,12 @@ class Slots:
     """The slots of one engine.
 
     Args:
-        bundle: The bundle.
+        graphs: The bundle's graphs, in the packed form.
         cache: Its KV buffers.
     """
 
-    def __init__(self, bundle: Bundle, cache: SlotCache) -> None:
-        self._bundle = bundle
+    def __init__(self, graphs: OpenGraphs, cache: SlotCache) -> None:
+        self._graphs = graphs
         self._cache = cache
         self._texts = [TokenSequence() for _ in range(cache.slots)]
         self._free = list(range(cache.slots))  # least recently used first
@@ -61,7 +61,7 @@ class Slots:
     def _slot(self, number: int, exit_layers: tuple[int, ...]) -> Slot:
         key = (number, exit_layers)
         if key not in self._made:
-            self._made[key] = Slot(self._bundle, number, exit_layers)
+            self._made[key] = Slot(self._graphs, number, exit_layers)
         return self._made[key]
 
 

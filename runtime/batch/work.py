@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from shortstack.runtime.decode.runs import DraftRow, LevelRun, Prefill, PrefillLevel, Run, Verify
+from shortstack.runtime.decode.runs import DraftRow, LevelRun, OwnRun, Prefill, PrefillLevel, Run, Verify
 from shortstack.runtime.engine.packed_segment import Part
 from shortstack.runtime.engine.slot import Chunk, Slot
 
@@ -127,3 +127,5 @@ def work_of(run: Run, slot: Slot, kept: list[Chunk]) -> Work | None:
             return RoundWork(slot, LevelRun(levels - 1, 0, rows, past, rows, with_logits))
         case LevelRun():
             return RoundWork(slot, run)
+        case OwnRun():
+            raise AssertionError("a run of a sequence's own is not merged")

@@ -21,7 +21,7 @@ from shortstack.runtime.decode.sampling import (
     not_finite,
     residual,
 )
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.head import Head
 
 
 @dataclass(frozen=True, slots=True)

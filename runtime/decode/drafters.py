@@ -54,6 +54,22 @@ class Drafter(Protocol):
         """
         ...
 
+    def start(self, tokens: Sequence[int], cached: int) -> int:
+        """Begin a text, before its prompt runs.
+
+        Args:
+            tokens: The prompt.
+            cached: How many of its positions are in the model's cache already, from the text before.
+
+        Returns:
+            How many of these may stay. A drafter that must see the model run a position names fewer.
+        """
+        ...
+
+    def end(self) -> None:
+        """End the text."""
+        ...
+
     def observe(self, emitted: int, rows: int) -> None:
         """Learn the outcome of a round, or of a plain step between rounds.
 
@@ -141,6 +157,13 @@ class ExitDrafter:
             if proposals[-1].confidence < least_confidence:
                 break
         return Draft(proposals, rows_run=len(proposals))
+
+    def start(self, tokens: Sequence[int], cached: int) -> int:
+        """See :meth:`Drafter.start`."""
+        return cached
+
+    def end(self) -> None:
+        """See :meth:`Drafter.end`."""
 
     def observe(self, emitted: int, rows: int) -> None:
         """See :meth:`Drafter.observe`; the exit shares the model's cache and state, so there is nothing to do."""

@@ -85,7 +85,17 @@ class PrefillLevel(NamedTuple):
         stack.prefill_level(*self)
 
 
-Run: TypeAlias = Prefill | DraftRow | Verify | LevelRun | PrefillLevel
+class OwnRun(NamedTuple):
+    """A run of something that belongs to one sequence alone, such as its drafter."""
+
+    perform: Callable[[], None]
+
+    def on(self, stack: Decoder) -> None:
+        """Perform the run."""
+        self.perform()
+
+
+Run: TypeAlias = Prefill | DraftRow | Verify | LevelRun | PrefillLevel | OwnRun
 Loop: TypeAlias = Generator[Run | Step, None, None]
 Result = TypeVar("Result")
 Asking: TypeAlias = Generator[Run, None, Result]

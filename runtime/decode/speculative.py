@@ -52,17 +52,21 @@ def speculative(
     """
     if max_new_tokens < 1:
         return
-    token = yield from prefill(stack, sequence, choice, stats)
-    sequence.append(token)
-    stats.count_emitted(stack.num_layers)
-    yield Step(token, False, stack.num_layers, float(stack.final.top_prob[0]))
-    left = max_new_tokens - 1
-    while left and len(sequence) < stack.max_length:
-        # Each row emits at most one token, so there are no more rows than the request and the context have room for.
-        rows = min(left, stack.max_length - len(sequence), stack.window)
-        drafts, verdict = yield from _round(stack, sequence, choice, stats, length, drafter, rows)
-        left -= len(verdict.tokens)
-        yield from emit(stack, sequence, stats, drafts, verdict)
+    sequence.cached = stats.reused = drafter.start(sequence.tokens, sequence.cached)
+    try:
+        token = yield from prefill(stack, sequence, choice, stats)
+        sequence.append(token)
+        stats.count_emitted(stack.num_layers)
+        yield Step(token, False, stack.num_layers, float(stack.final.top_prob[0]))
+        left = max_new_tokens - 1
+        while left and len(sequence) < stack.max_length:
+            # Each row emits at most one token: there are no more than the request and the context have room for.
+            rows = min(left, stack.max_length - len(sequence), stack.window)
+            drafts, verdict = yield from _round(stack, sequence, choice, stats, length, drafter, rows)
+            left -= len(verdict.tokens)
+            yield from emit(stack, sequence, stats, drafts, verdict)
+    finally:
+        drafter.end()
 
 
 def _round(

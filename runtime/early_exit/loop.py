@@ -37,7 +37,8 @@ from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.policy import ExitPolicy
 from shortstack.runtime.early_exit.reading import Reading, read
-from shortstack.runtime.engine.decoder import Head, LeveledState
+from shortstack.runtime.engine.decoder import LeveledState
+from shortstack.runtime.engine.head import Head
 
 Observer = Callable[[Reading, bool], None]
 

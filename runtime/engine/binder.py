@@ -35,6 +35,7 @@ class Rows:
             reads it.
         final_state: Where the final head writes the whole model's state of each row, [1, num_rows, hidden]; None if
             nothing reads it.
+        taps: Where the segment writes what a drafter reads, [1, rows, hidden] each, by port.
     """
 
     ids: np.ndarray
@@ -45,6 +46,7 @@ class Rows:
     exit_state: np.ndarray | None = None
     exit_state_out: np.ndarray | None = None
     final_state: np.ndarray | None = None
+    taps: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class SegmentBinder:
@@ -95,7 +97,7 @@ class SegmentBinder:
             names.EXIT_STATE: rows.exit_state,
         }
         inputs = {name: tensor for name, tensor in given.items() if tensor is not None and name in self._inputs}
-        outputs = dict(rows.head)
+        outputs = {**rows.head, **rows.taps}
         if not self._segment.is_last and rows.hidden_out is not None:
             outputs[names.HIDDEN_STATES_OUT] = rows.hidden_out
         if names.EXIT_STATE in inputs and rows.exit_state_out is not None:

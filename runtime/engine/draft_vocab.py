@@ -1,4 +1,4 @@
-"""The id map of a trimmed exit head: which token each row of the head's weight predicts."""
+"""The id map of a trimmed head: which token each row of the head's weight predicts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,20 @@ def read_draft_vocab(bundle: Bundle, exit_spec: ExitSpec) -> npt.NDArray[np.int6
     """
     if exit_spec.draft_vocab is None:
         return None
-    path = bundle.folder / names.draft_vocab_file(exit_spec.exit_layer)
+    return _read(bundle, names.draft_vocab_file(exit_spec.exit_layer), exit_spec.draft_vocab)
+
+
+def read_drafter_vocab(bundle: Bundle) -> npt.NDArray[np.int64] | None:
+    """Return the same for the head of the bundle's drafter."""
+    drafter = bundle.manifest.plan.drafter
+    if drafter is None or drafter.draft_vocab is None:
+        return None
+    return _read(bundle, names.drafter_vocab_file(), drafter.draft_vocab)
+
+
+def _read(bundle: Bundle, file: str, size: int) -> npt.NDArray[np.int64]:
+    path = bundle.folder / file
     remedy = "copy the bundle again as a whole, or re-export it"
-    size = exit_spec.draft_vocab
     content = read_file(path, BundleError, remedy, limit=size * np.dtype(np.int64).itemsize + _MAX_HEADER_BYTES)
     try:
         ids = np.load(io.BytesIO(content), allow_pickle=False)

@@ -27,6 +27,8 @@ class Levels:
         exits: The exit of each level but the last.
         first_without_cache: Index of the segment above the last one that owns a cache. From there on a position that
             does not run leaves no hole.
+        on_last_row: Index of the segment from which on a prompt runs on its last position only. It is
+            ``first_without_cache``, or the number of segments where a drafter reads all positions.
         filling: How many levels, from the bottom, must run on a position to complete its keys and values; 1 or more.
     """
 
@@ -34,6 +36,7 @@ class Levels:
     depths: tuple[int, ...]
     exits: tuple[ExitSpec, ...]
     first_without_cache: int
+    on_last_row: int
     filling: int
 
     def __len__(self) -> int:
@@ -65,5 +68,6 @@ def levels_of(manifest: Manifest, exit_layers: Sequence[int]) -> Levels:
         (*exit_layers, manifest.spec.num_hidden_layers),
         tuple(exits),
         first_without_cache,
+        first_without_cache if plan.drafter is None else len(plan.segments),
         filling=sum(level.start < first_without_cache for level in segments),
     )

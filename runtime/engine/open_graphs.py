@@ -11,6 +11,7 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import cache_heads
 from shortstack.graphs.names import CacheOwner
 from shortstack.runtime.engine.cache import CachePlace, KVCache
+from shortstack.runtime.engine.drafter_graphs import DrafterGraphs
 from shortstack.runtime.engine.session import Device, Placement, open_sessions
 from shortstack.runtime.engine.slot_cache import SlotCache
 
@@ -24,12 +25,14 @@ class OpenGraphs:
         sessions: Its graphs, bottom to top.
         devices: Where each graph's cache lives.
         is_packed: They are in the form of several sequences.
+        drafter: The graphs of a trained drafter; None without one.
     """
 
     bundle: Bundle
     sessions: tuple[ort.InferenceSession, ...]
     devices: tuple[Device, ...]
     is_packed: bool = False
+    drafter: DrafterGraphs | None = None
 
     def new_cache(self, max_length: int) -> KVCache:
         """Return a cache for one sequence of at most ``max_length`` positions; it has no room until it is reserved."""
@@ -58,4 +61,6 @@ def open_graphs(
 ) -> OpenGraphs:
     """Open a bundle's graphs; see :func:`~shortstack.runtime.engine.session.open_sessions` for arguments and errors."""
     sessions, devices = open_sessions(bundle, providers, threads, upper, is_packed=is_packed)
-    return OpenGraphs(bundle, tuple(sessions), tuple(devices), is_packed)
+    has_drafter = bundle.manifest.plan.drafter is not None
+    drafter = DrafterGraphs(bundle, providers, threads, devices[0]) if has_drafter else None
+    return OpenGraphs(bundle, tuple(sessions), tuple(devices), is_packed, drafter)

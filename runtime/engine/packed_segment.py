@@ -80,6 +80,8 @@ class PackedSegment:
         self._lends = [
             names.new_rows(j, part) for j in lenders(kv_map, segment.start, segment.end) for part in names.KV_PARTS
         ]
+        self._taps = set(manifest.plan.taps_of(segment))
+        self._per_row = {names.HIDDEN_STATES_OUT, *self._lends, *self._taps}
         self._borrows = [names.new_rows(j, part) for j in self._borrowed for part in names.KV_PARTS]
         self._bindings: dict[tuple[int, int, frozenset[str]], Binding] = {}
 
@@ -123,23 +125,22 @@ class PackedSegment:
     def _room(self, parts: Sequence[Part], count: int, seen: int) -> dict[str, np.ndarray]:
         """Return arrays for the outputs that some part wants."""
         wanted = {names.HIDDEN_STATES_OUT} if names.HIDDEN_STATES_OUT in self._outputs else set()
-        wanted |= set(self._lends)
+        wanted |= set(self._lends) | {name for part in parts for name in part.rows.taps}
         if seen:
             for part in parts:
                 wanted |= part.rows.head.keys()
                 wanted |= {names.EXIT_STATE_OUT} if part.rows.exit_state_out is not None else set()
                 wanted |= {names.FINAL_STATE} if part.rows.final_state is not None else set()
-        per_row = {names.HIDDEN_STATES_OUT, *self._lends}
         room = {}
         for name in wanted & self._outputs.keys():
             port = self._outputs[name]
-            rows = count if name in per_row else seen
+            rows = count if name in self._per_row else seen
             room[name] = np.empty((1, rows, *(int(width) for width in port.shape[2:])), port.dtype)
         return room
 
     def _scatter(self, order: _Order, outputs: Mapping[str, np.ndarray]) -> None:
         for name, array in outputs.items():
-            for part, rows in order.of(name in (names.HIDDEN_STATES_OUT, *self._lends)):
+            for part, rows in order.of(name in self._per_row):
                 target = _target(part, name)
                 if target is not None:
                     target[0] = array[0, rows]

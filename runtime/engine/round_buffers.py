@@ -16,13 +16,16 @@ row 0; it is the only copy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from shortstack.graphs.bundle import Bundle
 from shortstack.runtime.engine.binder import Rows
-from shortstack.runtime.engine.decoder import Head
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
+from shortstack.runtime.engine.head import Head
 from shortstack.runtime.engine.levels import Levels
+from shortstack.runtime.engine.taps import RoundTaps
 
 
 class RoundBuffers:
@@ -37,6 +40,7 @@ class RoundBuffers:
         heads: Outputs of each level's head, by row; the final head comes last.
         exit: Outputs of the lowest level's head; for an uncut stack, a head that no run writes to.
         hidden: By boundary, the residual stream [1, window + 1, hidden].
+        taps: What a drafter reads.
     """
 
     def __init__(self, bundle: Bundle, levels: Levels, window: int) -> None:
@@ -57,6 +61,7 @@ class RoundBuffers:
         self._ids = np.zeros((1, rows + 1), np.int64)
         self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input, without a copy
         self.hidden = [np.zeros((1, rows, self._hidden_size), self._dtype) for _ in manifest.plan.segments[1:]]
+        self.taps = RoundTaps(manifest, rows)
         # No rows if no exit in use sees a state: then exits that are not in use are bound to empty states.
         self._states = np.zeros((1, rows + 1 if self._has_state else 0, self._hidden_size), self._dtype)
 
@@ -73,28 +78,38 @@ class RoundBuffers:
         """Return the tensors for a segment on rows ``[start, end)``, with its head on the last ``num_rows`` of them."""
         below = None if segment == 0 else self.hidden[segment - 1][:, start:end]
         above = self.hidden[segment][:, start:end] if segment < len(self.hidden) else None
-        return self._rows(self._ids[:, start:end], below, above, end - num_rows, num_rows, head, with_logits)
+        taps = self.taps.of_round(segment, start, end)
+        return self._rows(self._ids[:, start:end], below, above, end - num_rows, num_rows, head, with_logits, taps)
 
     def prompt_rows(
-        self, segment: int, ids: np.ndarray, below: np.ndarray, head: Head | None, with_logits: bool, spare: int = 0
+        self,
+        segment: int,
+        ids: np.ndarray,
+        past: int,
+        below: np.ndarray,
+        head: Head | None,
+        with_logits: bool,
+        spare: int = 0,
     ) -> tuple[Rows, np.ndarray]:
         """Return the tensors for a segment on a chunk of a prompt, and the array that gets its residual stream.
 
         Args:
             segment: Which segment.
             ids: The chunk's token ids [1, rows].
+            past: Position of the first.
             below: The residual stream that the segment below left, [1, rows, hidden]; the lowest segment ignores it.
             head: The head that sees the chunk's last position; None for no head.
             with_logits: Whether the head returns logits.
             spare: How many rows to append whose results are not read; the head sees them too.
         """
+        taps = self.taps.of_prompt(segment, past, ids.shape[1], spare)
         if spare:
             ids = np.pad(ids, ((0, 0), (0, spare)))
             below = below if segment == 0 else np.pad(below, ((0, 0), (0, spare), (0, 0)))
         above = np.empty((1, ids.shape[1], self._hidden_size), self._dtype)
         hidden = None if segment == 0 else below
         num_rows = 0 if head is None else 1 + spare
-        return self._rows(ids, hidden, above, 0, num_rows, head or self.heads[-1], with_logits), above
+        return self._rows(ids, hidden, above, 0, num_rows, head or self.heads[-1], with_logits, taps), above
 
     def _rows(
         self,
@@ -105,6 +120,7 @@ class RoundBuffers:
         num_rows: int,
         head: Head,
         with_logits: bool,
+        taps: Mapping[str, np.ndarray],
     ) -> Rows:
         """Collect the tensors of a run whose head begins at row ``start`` of the round."""
         states = self._states
@@ -117,4 +133,5 @@ class RoundBuffers:
             exit_state=states[:, start : start + num_rows],
             exit_state_out=states[:, start + 1 : start + 1 + num_rows] if num_rows else None,
             final_state=states[:, start : start + num_rows] if num_rows and self._has_state else None,
+            taps=taps,
         )

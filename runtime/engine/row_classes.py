@@ -57,7 +57,7 @@ def _may_depend(manifest: Manifest) -> bool:
 def _packed_logits(graphs: OpenGraphs, rows: int) -> list[np.ndarray]:
     """Return the logits of every head in the first of some rows that run together."""
     manifest = graphs.bundle.manifest
-    slot = Slot(graphs.bundle, 0, manifest.plan.boundaries)
+    slot = Slot(graphs, 0, manifest.plan.boundaries)
     cache = graphs.new_slots(1, rows)
     for row in range(rows):
         slot.put(row, _TOKENS[row])

@@ -165,8 +165,7 @@ def open_sessions(
         options = session_options(lower_threads if segment.is_first else upper_threads)
         options.log_severity_level = 3
         graph_started_s = time.monotonic()
-        session = _open(path, options, wanted)
-        check_ports(str(path), _contract(path, session), bundle.manifest.contract(segment, is_packed=is_packed))
+        session = open_graph(path, options, wanted, bundle.manifest.contract(segment, is_packed=is_packed))
         sessions.insert(0, session)
         devices.insert(0, Device("cuda" if wanted[0].startswith(("CUDA", "NvTensorRT")) else "cpu"))
         log.debug("%s opened on %s in %.2f s", path.name, wanted[0], time.monotonic() - graph_started_s)
@@ -179,6 +178,15 @@ def open_sessions(
         describe_threads(lower_threads, upper_threads),
     )
     return sessions, devices
+
+
+def open_graph(
+    path: Path, options: ort.SessionOptions, providers: list[str], contract: GraphContract
+) -> ort.InferenceSession:
+    """Open one graph and compare it with its contract; errors as in :func:`open_sessions`."""
+    session = _open(path, options, providers)
+    check_ports(str(path), _contract(path, session), contract)
+    return session
 
 
 def check_packed(bundle: Bundle) -> None:

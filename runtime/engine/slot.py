@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shortstack.graphs import names
-from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import cache_heads
 from shortstack.graphs.kv_map import consumers
 from shortstack.runtime.engine.cache import context_error
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.drafter_rows import DrafterRows
+from shortstack.runtime.engine.head import Head
 from shortstack.runtime.engine.levels import Levels, levels_of
+from shortstack.runtime.engine.open_graphs import OpenGraphs
 from shortstack.runtime.engine.packed_segment import Part
 from shortstack.runtime.engine.round_buffers import RoundBuffers
 from shortstack.runtime.engine.stack import WINDOW_ROWS
@@ -49,13 +50,16 @@ class Slot:
     """The :class:`~shortstack.runtime.engine.decoder.LeveledState` of one sequence.
 
     Args:
-        bundle: The bundle.
+        graphs: The bundle's graphs, in the packed form.
         number: Its slot of the cache.
         exit_layers: The exits in use, ascending.
     """
 
-    def __init__(self, bundle: Bundle, number: int, exit_layers: Sequence[int]) -> None:
+    def __init__(self, graphs: OpenGraphs, number: int, exit_layers: Sequence[int]) -> None:
+        bundle = graphs.bundle
         manifest = bundle.manifest
+        self._drafter_graphs = graphs.drafter
+        self._drafter: DrafterRows | None = None
         spec = manifest.spec
         self.number = number
         self.levels: Levels = levels_of(manifest, exit_layers)
@@ -79,6 +83,14 @@ class Slot:
         self.heads: Sequence[Head] = self._buffers.heads
         self.exit = self._buffers.exit
         self.final = self._buffers.heads[-1]
+
+    @property
+    def drafter(self) -> DrafterRows:
+        """See :attr:`~State.drafter`."""
+        if self._drafter is None:
+            assert self._drafter_graphs is not None, "the bundle has no drafter"
+            self._drafter = DrafterRows(self._drafter_graphs, self._buffers.taps, WINDOW_ROWS + 1)
+        return self._drafter
 
     def clock(self) -> float:
         """Return the seconds that the sequence has been charged."""
@@ -129,14 +141,14 @@ class Slot:
 
         Segments above the last one that owns a cache run on the prompt's last position only: None for other chunks.
         """
-        if segment >= self.levels.first_without_cache:
+        if segment >= self.levels.on_last_row:
             if not chunk.is_end:
                 return None
             chunk = chunk.last()
         level = self.levels.level_of(segment)
         has_head = with_head and chunk.is_end and segment == self.levels.segments[level][-1]
         head = self.heads[level] if has_head else None
-        tensors, above = self._buffers.prompt_rows(segment, chunk.ids, chunk.hidden, head, with_logits)
+        tensors, above = self._buffers.prompt_rows(segment, chunk.ids, chunk.past, chunk.hidden, head, with_logits)
         new_rows = self._new_rows_of(chunk.ids.shape[1]) | chunk.new_rows
         part = Part(self.number, chunk.past, tensors, int(has_head), new_rows)
         return part, Chunk(chunk.ids, chunk.past, chunk.is_end, above, new_rows)

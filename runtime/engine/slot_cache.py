@@ -7,7 +7,6 @@ is touched. So a slot can hold the longest context without costing more than the
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,6 +16,7 @@ from shortstack.graphs import names
 from shortstack.graphs.names import CacheOwner
 from shortstack.graphs.precision import SPARE_ROWS
 from shortstack.runtime.engine.cache import CachePlace
+from shortstack.runtime.engine.mapped import mapped_zeros
 
 
 class SlotCache:
@@ -38,7 +38,7 @@ class SlotCache:
         for owner, place in owners.items():
             shape = (slots, place.kv_heads, self.capacity, place.head_dim)
             for part in names.KV_PARTS:
-                self._arrays[owner, part] = _mapped(shape, np.dtype(place.dtype))
+                self._arrays[owner, part] = mapped_zeros(shape, np.dtype(place.dtype))
 
     def buffer(self, owner: CacheOwner, part: str, first: int, end: int) -> ort.OrtValue:
         """Return the slots ``[first, end)`` of an owner's ``key`` or ``value``; no copy."""
@@ -52,13 +52,3 @@ class SlotCache:
     def read(self, owner: CacheOwner, slot: int, positions: int) -> list[np.ndarray]:
         """Return copies of a slot's keys and values, [kv_heads, positions, head_dim]."""
         return [self._arrays[owner, part][slot, :, :positions].copy() for part in names.KV_PARTS]
-
-
-def _mapped(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> np.ndarray:
-    """Return an array of zeros whose pages are taken when they are written."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    memory = mmap.mmap(-1, size, flags=flags) if hasattr(mmap, "MAP_PRIVATE") else mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page, 2 MB, would be taken for the first position of each head
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)

@@ -27,7 +27,8 @@ import numpy as np
 from shortstack.runtime.engine.binder import SegmentBinder
 from shortstack.runtime.engine.binding import Binding
 from shortstack.runtime.engine.cache import KVCache
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.drafter_rows import DrafterRows
+from shortstack.runtime.engine.head import Head
 from shortstack.runtime.engine.levels import levels_of
 from shortstack.runtime.engine.open_graphs import OpenGraphs
 from shortstack.runtime.engine.passes import PrefillPasses, run_as_trained, run_passes
@@ -81,6 +82,16 @@ class Stack:
         self.heads: Sequence[Head] = self._buffers.heads
         self.exit = self._buffers.exit
         self.final = self._buffers.heads[-1]
+        self._drafter_graphs = graphs.drafter
+        self._drafter: DrafterRows | None = None
+
+    @property
+    def drafter(self) -> DrafterRows:
+        """See :attr:`~State.drafter`."""
+        if self._drafter is None:
+            assert self._drafter_graphs is not None, "the bundle has no drafter"
+            self._drafter = DrafterRows(self._drafter_graphs, self._buffers.taps, WINDOW_ROWS + 1)
+        return self._drafter
 
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
         """See :meth:`~Decoder.prefill`; long prompts run in chunks."""
@@ -194,7 +205,7 @@ class Stack:
         on the prompt's last position only.
         """
         for index in segments:
-            if index >= self._levels.first_without_cache:
+            if index >= self._levels.on_last_row:
                 if not is_end:
                     return below
                 past, ids, below = past + ids.shape[1] - 1, ids[:, -1:], below[:, -1:]
@@ -204,7 +215,7 @@ class Stack:
             spare = self._spare_rows(past, past + count, 1 if head is not None else 0)
             binder = self._binders[index]
             binder.set_lengths(past, count + spare)
-            rows, above = self._buffers.prompt_rows(index, ids, below, head, with_logits, spare)
+            rows, above = self._buffers.prompt_rows(index, ids, past, below, head, with_logits, spare)
             binding = binder.bind(rows)
             positions = past, past + count
             if count == 1 or not binder.groups:

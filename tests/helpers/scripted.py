@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.runtime.decode import stream
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.head import Head
 
 _SPREAD = 2.5  # logits lie in -2.5..2.5: the best of eight tokens has about 0.4 on average
 

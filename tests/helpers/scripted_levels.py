@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from helpers.scripted import Prefix, ScriptedError, ScriptedModel, say
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.head import Head
 
 HIDDEN = 4
 

@@ -15,7 +15,7 @@ from shortstack.graphs.errors import ContractError
 from shortstack.runtime import ExitPolicy, Model, load, parse_criterion
 from shortstack.runtime.decode.choice import GreedyChoice, Proposal
 from shortstack.runtime.early_exit.loop import judge_likely
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.head import Head
 
 ALWAYS = parse_criterion("always")
 WAYS: dict[str, dict[str, Any]] = {

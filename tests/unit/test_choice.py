@@ -9,7 +9,7 @@ import pytest
 
 from shortstack.runtime.decode.choice import Choice, GreedyChoice, Proposal, SampledChoice, Verdict, make_choice
 from shortstack.runtime.decode.sampling import SamplingParams
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.head import Head
 
 VOCAB = 4
 DEPTH = 2

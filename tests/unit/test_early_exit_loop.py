@@ -28,7 +28,7 @@ from shortstack.runtime.early_exit.expression import parse_criterion
 from shortstack.runtime.early_exit.loop import EarlyExit, judge_likely
 from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.early_exit.policy import ExitPolicy, KVPolicy
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.head import Head
 
 CRITERIA = (
     "top_prob >= 0.3",

@@ -30,7 +30,7 @@ from shortstack.runtime.decode.runs import solo
 from shortstack.runtime.decode.sampling import Distribution, SamplingParams, distribution
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats
-from shortstack.runtime.engine.decoder import Head
+from shortstack.runtime.engine.head import Head
 
 VOCAB = 5
 PROMPT = [3, 1, 4]

@@ -1,0 +1,197 @@
+"""A drafter that was opened: what it is, where its weights come from, and whether it fits its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from shortstack.export.arch import ARCHITECTURES
+from shortstack.export.checkpoint.checkpoint import Checkpoint
+from shortstack.export.checkpoint.config import Config, not_one_of
+from shortstack.graphs.drafter_spec import DrafterSpec, check_drafter
+from shortstack.graphs.drafter_weights import HEAD, HEAD_IDS, MODEL_NORM, drafter_layer_weights, end_parts
+from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.layer_spec import Layer, Rope
+from shortstack.graphs.layer_weights import Shape, parameter_name
+from shortstack.graphs.spec import ModelSpec
+
+Array = npt.NDArray[Any]
+_DECODER_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # whose layers are Llama's, biases and norms of heads aside
+_REMEDY = "take the drafter that was trained for this model, and all of its files"
+
+
+@runtime_checkable
+class RawReader(Protocol):
+    """A checkpoint that can read tensors that are no floats."""
+
+    def raw(self, name: str) -> Array:
+        """Read a tensor in its stored type."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOfDrafter:
+    """The model that a drafter drafts for.
+
+    Attributes:
+        checkpoint: Its checkpoint.
+        spec: What it is.
+    """
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """An opened drafter.
+
+    Attributes:
+        checkpoint: Where its weights are.
+        spec: What it is.
+        tensors: The tensor of each weight outside the layers, by part.
+        layers: The tensor of each weight of each layer, by role.
+        offsets: The tensor of the offsets that turn rows of a trimmed head into token ids: id = row + offset.
+    """
+
+    checkpoint: Checkpoint
+    spec: DrafterSpec
+    tensors: Mapping[str, str]
+    layers: tuple[Mapping[str, str], ...]
+    offsets: str | None = None
+
+    def part(self, part: str) -> Array:
+        """Read a weight outside the layers, as its formula has it: a matrix [out, in], rows of the head by id."""
+        if part == HEAD_IDS:
+            return np.sort(self._ids())
+        value = self.checkpoint.tensor(self.tensors[part])
+        return value[np.argsort(self._ids(), kind="stable")] if part == HEAD and self.offsets is not None else value
+
+    def role(self, layer: int, role: str) -> Array:
+        """Read a weight of a layer."""
+        return self.checkpoint.tensor(self.layers[layer][role])
+
+    def _ids(self) -> npt.NDArray[np.int64]:
+        assert self.offsets is not None
+        offsets = _integers(self.checkpoint, self.offsets)
+        return np.arange(len(offsets), dtype=np.int64) + offsets
+
+    def checked(self, model: ModelOfDrafter) -> Drafter:
+        """Return the drafter, if all of it is there and fits the model.
+
+        Raises:
+            CheckpointError: Listing all that is missing, misshapen or does not fit.
+        """
+        problems = []
+        try:
+            check_drafter(self.spec, model.spec)
+        except ValueError as error:
+            problems.append(str(error))
+        wanted: dict[str, Shape] = {}
+        for part, shape in end_parts(self.spec, model.spec.hidden_size, model.spec.vocab_size).items():
+            if part not in (HEAD_IDS, MODEL_NORM):
+                wanted[self.tensors[part]] = shape
+        if self.offsets is not None and self.spec.draft_vocab is not None:
+            wanted[self.offsets] = (self.spec.draft_vocab,)
+        for number in range(len(self.spec.layers)):
+            for weight in drafter_layer_weights(self.spec, number):
+                wanted[self.layers[number][weight.role]] = weight.shape
+        present = self.checkpoint.names()
+        missing = sorted(wanted.keys() - present)
+        if missing:
+            problems.append(f"it has no tensor {', '.join(missing)}")
+        for name in sorted(wanted.keys() & present):
+            if (found := self.checkpoint.shape(name)) != wanted[name]:
+                problems.append(f"tensor {name} is {list(found)}, not {list(wanted[name])}")
+        if self.offsets is not None and not problems:
+            ids, vocab = self._ids(), model.spec.vocab_size
+            outside = ids[(ids < 0) | (ids >= vocab)]
+            if len(outside):
+                problems.append(f"{self.offsets} names token id {outside[0]}, and the model has 0..{vocab - 1}")
+            elif len(np.unique(ids)) != len(ids):
+                problems.append(f"{self.offsets} names a token id twice")
+        if problems:
+            raise CheckpointError(
+                f"{self.checkpoint.source} does not draft for {model.checkpoint.source}: {'; '.join(problems)}",
+                remedy=_REMEDY,
+            )
+        return self
+
+
+def _integers(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.int64]:
+    """Read a tensor of whole numbers.
+
+    Raises:
+        CheckpointError: It holds something else.
+    """
+    value = checkpoint.raw(name) if isinstance(checkpoint, RawReader) else checkpoint.tensor(name)
+    if value.ndim != 1 or not np.issubdtype(value.dtype, np.integer):
+        raise CheckpointError(
+            f"{checkpoint.source}: tensor {name}",
+            found=f"{value.dtype} {list(value.shape)}",
+            expected="whole numbers, one for each row of the head",
+            remedy="take the file from the drafter's original repository",
+        )
+    return np.asarray(value, np.int64)
+
+
+def read_layers(config: Config, count: int | None = None) -> ModelSpec:
+    """Read a drafter's layers from a config, which is that of a small model of a known family.
+
+    Args:
+        config: The config.
+        count: How many layers; None as the config says.
+
+    Raises:
+        CheckpointError: A field is missing or wrong.
+        UnsupportedError: Its layers are of another family.
+    """
+    data = dict(config.data)
+    if count is not None:
+        data["num_hidden_layers"] = count
+        data.pop("layer_types", None)
+    kind = config.read(str, "model_type", "llama")
+    if kind not in _DECODER_FAMILIES:
+        raise not_one_of(config.where("model_type"), kind, _DECODER_FAMILIES)
+    return ARCHITECTURES[kind].read_spec(Config(data, config.file, config.prefix, config.remedy))
+
+
+def with_model_ropes(
+    layers: tuple[Layer, ...], ropes: tuple[Rope, ...], model: ModelSpec
+) -> tuple[tuple[Layer, ...], tuple[Rope, ...]]:
+    """Return layers that name the model's rotary embeddings where these are the same, and the others.
+
+    Args:
+        layers: The drafter's layers.
+        ropes: Its rotary embeddings.
+        model: The model.
+
+    Raises:
+        UnsupportedError: A rotary embedding has divisors of its own.
+    """
+    known, own = list(model.ropes), list[Rope]()
+    places = []
+    for rope in ropes:
+        if rope.scaling.kind == "factors":
+            raise UnsupportedError("the drafter's rotary embedding has divisors in a tensor of their own")
+        if rope in known:
+            places.append(known.index(rope))
+        else:
+            known.append(rope)
+            own.append(rope)
+            places.append(len(known) - 1)
+    moved = tuple(
+        layer
+        if layer.attention.rope is None
+        else replace(layer, attention=replace(layer.attention, rope=places[layer.attention.rope]))
+        for layer in layers
+    )
+    return moved, tuple(own)
+
+
+def layer_tensors(prefix: str, spec: DrafterSpec, layer: int) -> dict[str, str]:
+    """Return the tensor of each weight of a layer, by role, where names are transformers' Llama's."""
+    return {weight.role: f"{prefix}.{parameter_name(weight.role)}" for weight in drafter_layer_weights(spec, layer)}

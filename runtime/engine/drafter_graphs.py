@@ -1,0 +1,51 @@
+"""The sessions of a bundle's trained drafter, opened when something drafts with it for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnxruntime as ort
+
+from shortstack.graphs import names
+from shortstack.graphs.bundle import Bundle
+from shortstack.runtime.engine.session import Device, open_graph, resolve_providers
+from shortstack.threads import session_options
+
+
+class DrafterGraphs:
+    """A drafter's graphs; they compute where the model's lowest segment does.
+
+    Args:
+        bundle: A bundle.
+        providers: See :func:`~shortstack.runtime.engine.session.open_sessions`.
+        threads: Likewise.
+
+    Attributes:
+        bundle: The bundle.
+        device: Where the graphs compute.
+    """
+
+    def __init__(self, bundle: Bundle, providers: Sequence[str] | None, threads: int | None, device: Device) -> None:
+        self.bundle = bundle
+        self.device = device
+        self._providers = providers
+        self._threads = threads
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def drafts(self) -> ort.InferenceSession:
+        """Return the session of layers and head; errors as in :func:`open_sessions`."""
+        return self._session(names.DRAFTER_FILE)
+
+    def fuses(self) -> ort.InferenceSession | None:
+        """Return the session that makes states from features; None where the drafter reads the final state."""
+        has_it = names.FUSE_FILE in self.bundle.manifest.drafter_contracts()
+        return self._session(names.FUSE_FILE) if has_it else None
+
+    def _session(self, file: str) -> ort.InferenceSession:
+        if file not in self._sessions:
+            contract = self.bundle.manifest.drafter_contracts()[file]
+            options = session_options(self._threads)
+            self._sessions[file] = open_graph(
+                self.bundle.folder / file, options, resolve_providers(self._providers), contract
+            )
+        return self._sessions[file]

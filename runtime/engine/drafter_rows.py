@@ -1,0 +1,196 @@
+"""A trained drafter on one text: its own keys and values, and the rows of the round that it drafts.
+
+Row p of its cache is the pair of the model's state at position p and the token at p + 1. So with T tokens, rows 0 to
+T - 2 are *true*: the model has run all their states. :meth:`DrafterRows.refill` runs the true rows that are missing,
+whose last one gives the first draft; each further draft runs one row on the state that the drafter gave for the row
+before. Those rows are overwritten by true ones in the next round::
+
+    positions     0 ... T-2 | T-1 ... T+k-3        T tokens, the newest at T-1; k drafts
+    rows          true        drafted
+    gives         d1 (T-2)    d2 ... dk
+
+The rows that the model runs between two refills are queued as tensors of the model; plain steps leave them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shortstack.graphs import names
+from shortstack.graphs.drafter_spec import DrafterSpec
+from shortstack.runtime.engine.binding import Binding, Tensor
+from shortstack.runtime.engine.draft_vocab import read_drafter_vocab
+from shortstack.runtime.engine.drafter_graphs import DrafterGraphs
+from shortstack.runtime.engine.head import Head
+from shortstack.runtime.engine.mapped import mapped_zeros
+from shortstack.runtime.engine.taps import RoundTaps
+
+_CHUNK_ROWS = 256  # of a prompt
+
+
+class DrafterRows:
+    """The drafter of one sequence.
+
+    Args:
+        graphs: The drafter's graphs.
+        taps: What the sequence's model leaves for it.
+        rows: The most rows of a round.
+
+    Attributes:
+        head: Outputs of its head: row 0 of the refill, row r of draft r + 1.
+    """
+
+    def __init__(self, graphs: DrafterGraphs, taps: RoundTaps, rows: int) -> None:
+        manifest = graphs.bundle.manifest
+        drafter = manifest.plan.drafter
+        assert drafter is not None, "the bundle has no drafter"
+        self._graphs, self._taps, self._spec = graphs, taps, drafter
+        self._dtype = np.dtype(manifest.dtype)
+        self._capacity = manifest.max_length + rows
+        ids = read_drafter_vocab(graphs.bundle)
+        self.head = Head(rows, manifest.spec.vocab_size if ids is None else len(ids), self._dtype, ids)
+        self._cache = _caches(drafter, self._capacity, self._dtype)
+        self._filled = 0  # true rows in the cache
+        self._tokens: list[int] = []  # the text that they belong to: one token more than rows
+        self._queued: list[dict[str, np.ndarray]] = []  # what the model left of the rows that follow them
+        self._waiting = 0  # rows of these
+        self._ids = np.zeros((1, rows), np.int64)
+        self._states = np.zeros((1, rows + 1, drafter.hidden_size), self._dtype)
+        self._pair_ids = np.zeros((1, rows), np.int64)
+        self._pair_states = np.zeros((1, rows, drafter.hidden_size), self._dtype)
+        self._past_end, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
+        self._num_rows = [np.array(count, np.int64) for count in (0, 1)]
+        self._bindings: dict[tuple[int, int, bool], Binding] = {}
+
+    def start(self, tokens: Sequence[int], cached: int) -> int:
+        """Begin a text; return how many of its cached positions may stay, so that the drafter sees all that follows.
+
+        Args:
+            tokens: The prompt.
+            cached: How many of its positions the model's cache holds.
+        """
+        common = 0
+        for old, new in zip(self._tokens, tokens, strict=False):
+            if old != new:
+                break
+            common += 1
+        self._filled = min(self._filled, max(common - 1, 0), cached)
+        self._queued.clear()
+        self._waiting = 0
+        self._taps.take_prompt()
+        self._taps.keeps_prompts = True
+        return self._filled
+
+    def end(self) -> None:
+        """End the text: prompts of other generations need not be kept."""
+        self._taps.keeps_prompts = False
+
+    def keep_round(self, rows: int) -> None:
+        """Queue the first rows of the round that the model has just judged; they belong to the text."""
+        self._take_prompt()
+        self._queue({name: array.copy() for name, array in self._taps.round(rows).items()})
+
+    def refill(self, tokens: Sequence[int], with_logits: bool) -> None:
+        """Run all true rows of a text that are missing; the head sees the last one, as row 0.
+
+        Args:
+            tokens: The text; the model has run all its positions but the last.
+            with_logits: Whether the head returns logits.
+        """
+        self._take_prompt()
+        assert self._filled + self._waiting == len(tokens) - 1, "rows of the text were not queued"
+        queued = {name: np.concatenate([own[name] for own in self._queued]) for name in self._taps.names}
+        self._queued.clear()
+        start = 0
+        while start < self._waiting:
+            count = min(_CHUNK_ROWS, self._waiting - start)
+            is_last = start + count == self._waiting
+            first = self._filled + 1
+            ids = np.asarray(tokens[first : first + count], np.int64)
+            self._run_pairs(
+                ids, {name: array[start : start + count] for name, array in queued.items()}, is_last, with_logits
+            )
+            self._filled += count
+            start += count
+        self._waiting = 0
+        self._tokens = list(tokens)
+
+    def put(self, row: int, token: int) -> None:
+        """Set the token of a drafted row, 1 or later."""
+        self._ids[0, row] = token
+
+    def step(self, row: int, with_logits: bool) -> None:
+        """Run a drafted row, 1 or later; its head's outputs are row ``row``."""
+        self._set_lengths(self._filled + row - 1, 1)
+        key = (-row, 1, with_logits)
+        if key not in self._bindings:
+            inputs = {names.INPUT_IDS: self._ids[:, row : row + 1], names.DRAFT_STATE: self._states[:, row : row + 1]}
+            self._bindings[key] = self._bind(inputs, row, with_logits)
+        self._bindings[key].run()
+
+    def _take_prompt(self) -> None:
+        for past, tensors in self._taps.take_prompt():
+            assert past == self._filled + self._waiting, "a part of the prompt was not kept"
+            self._queue(tensors)
+
+    def _queue(self, tensors: dict[str, np.ndarray]) -> None:
+        self._queued.append(tensors)
+        self._waiting += len(next(iter(tensors.values())))
+
+    def _run_pairs(self, ids: np.ndarray, tensors: dict[str, np.ndarray], has_head: bool, with_logits: bool) -> None:
+        count = len(ids)
+        self._set_lengths(self._filled, count)
+        states = self._fused(tensors)
+        if count > self._pair_ids.shape[1]:
+            inputs: dict[str, np.ndarray] = {names.INPUT_IDS: ids[None], names.DRAFT_STATE: states}
+            self._bind(inputs, 0 if has_head else None, with_logits).run()
+            return
+        self._pair_ids[0, :count] = ids
+        self._pair_states[:, :count] = states
+        key = (count, int(has_head), with_logits)
+        if key not in self._bindings:
+            inputs = {names.INPUT_IDS: self._pair_ids[:, :count], names.DRAFT_STATE: self._pair_states[:, :count]}
+            self._bindings[key] = self._bind(inputs, 0 if has_head else None, with_logits)
+        self._bindings[key].run()
+
+    def _fused(self, tensors: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the states [1, rows, hidden] of rows of the model."""
+        session = self._graphs.fuses()
+        if session is None:
+            return np.ascontiguousarray(tensors[names.DRAFT_STATE][None])
+        inputs: dict[str, Tensor] = {name: np.ascontiguousarray(array[None]) for name, array in tensors.items()}
+        rows = len(next(iter(tensors.values())))
+        states = np.zeros((1, rows, self._spec.hidden_size), self._dtype)
+        Binding(session, inputs, {names.DRAFT_STATE: states}, self._graphs.device).run()
+        return states
+
+    def _set_lengths(self, past: int, rows: int) -> None:
+        self._past_end[0] = past + rows - 1
+        self._total[...] = past + rows
+
+    def _bind(self, rows: dict[str, np.ndarray], head_row: int | None, with_logits: bool) -> Binding:
+        """Return a binding of rows; the head sees the last one and writes to ``head_row``, or sees none."""
+        inputs: dict[str, Tensor] = {
+            **rows,
+            names.SEQLENS_K: self._past_end,
+            names.TOTAL_SEQUENCE_LENGTH: self._total,
+            names.NUM_ROWS: self._num_rows[head_row is not None],
+        }
+        outputs: dict[str, Tensor] = {}
+        if head_row is not None:
+            outputs |= self.head.outputs(head_row, head_row + 1, with_logits)
+            outputs[names.DRAFT_STATE_OUT] = self._states[:, head_row + 1 : head_row + 2]
+        for (owner, part), array in self._cache.items():
+            inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = array
+        return Binding(self._graphs.drafts(), inputs, outputs, self._graphs.device)
+
+
+def _caches(drafter: DrafterSpec, capacity: int, dtype: np.dtype[np.generic]) -> dict[tuple[str, str], np.ndarray]:
+    found = {}
+    for layer, own in enumerate(drafter.layers):
+        shape = (1, own.attention.kv_heads, capacity, own.attention.cache_head_dim)
+        for part in names.KV_PARTS:
+            found[names.drafter_layer(layer), part] = mapped_zeros(shape, dtype)
+    return found
