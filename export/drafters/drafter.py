@@ -103,9 +103,11 @@ class Drafter:
         missing = sorted(wanted.keys() - present)
         if missing:
             problems.append(f"it has no tensor {', '.join(missing)}")
-        for name in sorted(wanted.keys() & present):
-            if (found := self.checkpoint.shape(name)) != wanted[name]:
-                problems.append(f"tensor {name} is {list(found)}, not {list(wanted[name])}")
+        problems += [
+            f"tensor {name} is {list(self.checkpoint.shape(name))}, not {list(wanted[name])}"
+            for name in sorted(wanted.keys() & present)
+            if self.checkpoint.shape(name) != wanted[name]
+        ]
         if self.offsets is not None and not problems:
             ids, vocab = self._ids(), model.spec.vocab_size
             outside = ids[(ids < 0) | (ids >= vocab)]

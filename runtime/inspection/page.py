@@ -86,6 +86,7 @@ def _shares(report: Report) -> list[Share]:
         *layers,
         Share("LM head", weights.lm_head, "table"),
         Share("what exits have of their own", weights.draft_heads, "exit"),
+        Share("a drafter", weights.drafter, "exit"),
         Share("rotary tables, final norm", weights.other, "other"),
     ]
     return [part for part in parts if part.bytes]

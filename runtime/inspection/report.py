@@ -28,6 +28,7 @@ from shortstack.graphs.origins import Origin
 from shortstack.graphs.plan import ExitSpec, Segment
 from shortstack.graphs.precision import Precision
 from shortstack.graphs.spec import DType, ModelSpec
+from shortstack.runtime.inspection.drafter import DrafterReport, drafter_report
 from shortstack.runtime.inspection.parameters import (
     LayerParameters,
     ModelParameters,
@@ -39,12 +40,14 @@ from shortstack.runtime.inspection.sizes import (
     block_cache_bytes_per_token,
     cache_bytes_per_token,
     draft_heads_bytes,
+    drafter_bytes,
     exit_head,
     final_head,
     layer_bytes,
     layers_bytes,
     other_bytes,
     read_bytes,
+    stored_as,
     vocabulary_bytes,
 )
 
@@ -157,6 +160,7 @@ class WeightReport:
         layers: All decoder layers.
         lm_head: An untied LM head.
         draft_heads: What exits have of their own, with the id maps of trimmed heads; equal heads are stored once.
+        drafter: What a trained drafter has of its own; 0 without one.
         other: Rotary tables and the final norm.
         stored: Size of weights.data.
     """
@@ -165,13 +169,14 @@ class WeightReport:
     layers: int
     lm_head: int
     draft_heads: int
+    drafter: int
     other: int
     stored: int
 
     @property
     def predicted(self) -> int:
         """The sum by spec and precision."""
-        return self.embedding + self.layers + self.lm_head + self.draft_heads + self.other
+        return self.embedding + self.layers + self.lm_head + self.draft_heads + self.drafter + self.other
 
     @property
     def as_predicted(self) -> bool:
@@ -199,6 +204,7 @@ class Report:
         weights: What weights.data holds.
         layers: Bottom to top.
         segments: Bottom to top.
+        drafter: A trained drafter; None without one.
         iterated_groups: Layers that run in passes over a prompt, bottom to top.
         cache_bytes_per_token: Of all segments.
         files: Name to size in bytes, bundle.json not included.
@@ -220,6 +226,7 @@ class Report:
     weights: WeightReport
     layers: tuple[LayerReport, ...]
     segments: tuple[SegmentReport, ...]
+    drafter: DrafterReport | None
     iterated_groups: tuple[IteratedGroup, ...]
     cache_bytes_per_token: int
     files: dict[str, int]
@@ -286,6 +293,7 @@ def build_report(bundle: Bundle, *, verified: bool = False) -> Report:
             for layer, kv_layer in enumerate(spec.kv_map)
         ),
         segments=segments,
+        drafter=drafter_report(manifest),
         iterated_groups=iterated_groups(spec.kv_map),
         cache_bytes_per_token=sum(segment.cache_bytes_per_token for segment in segments),
         files={name: entry.bytes for name, entry in sorted(manifest.files.items())},
@@ -335,7 +343,7 @@ def _head(manifest: Manifest, end: int, exit_spec: ExitSpec | None) -> HeadRepor
         is_final=exit_spec is None,
         rows=spec.vocab_size if exit_spec is None or exit_spec.draft_vocab is None else exit_spec.draft_vocab,
         kv_complete=is_kv_complete(spec.kv_map, end) and not is_below_block,
-        stored_as=_stored_as(manifest, own or final_head(spec)),
+        stored_as=stored_as(manifest, own or final_head(spec)),
         owns_weights=own is not None or (exit_spec is None and not spec.tie_word_embeddings),
         weight_bytes=read,
         draft_cost=round((below + read) / (layers_bytes(manifest) + read_bytes(manifest, None)), 6),
@@ -345,19 +353,13 @@ def _head(manifest: Manifest, end: int, exit_spec: ExitSpec | None) -> HeadRepor
     )
 
 
-def _stored_as(manifest: Manifest, name: str) -> str:
-    formats = manifest.precision.weights
-    words = str(formats.get(name, manifest.dtype))
-    first = formats.get(names.first_rows(name))
-    return words if first is None else f"first rows {first}; others {words}"
-
-
 def _weights(manifest: Manifest) -> WeightReport:
     return WeightReport(
         embedding=vocabulary_bytes(manifest, names.EMBED_TOKENS),
         layers=layers_bytes(manifest),
         lm_head=0 if manifest.spec.tie_word_embeddings else vocabulary_bytes(manifest, names.LM_HEAD),
         draft_heads=draft_heads_bytes(manifest),
+        drafter=drafter_bytes(manifest),
         other=other_bytes(manifest),
         stored=manifest.files[names.WEIGHTS_FILE].bytes,
     )

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shortstack.graphs import names
+from shortstack.graphs.drafter_spec import DrafterSpec
+from shortstack.graphs.drafter_weights import EMBED_TOKENS, FUSE, MODEL_NORM, stored_drafter
+from shortstack.graphs.drafter_weights import HEAD_IDS as DRAFTER_IDS
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, head_rows, stored_parts
 from shortstack.graphs.kv_bytes import kv_bytes_per_token
 from shortstack.graphs.layer_spec import cache_head_dim
@@ -112,6 +115,14 @@ def vocabulary_bytes(manifest: Manifest, name: str) -> int:
     )
 
 
+def stored_as(manifest: Manifest, name: str) -> str:
+    """Return how a matrix is stored, in words."""
+    formats = manifest.precision.weights
+    words = str(formats.get(name, manifest.dtype))
+    first = formats.get(names.first_rows(name))
+    return words if first is None else f"first rows {first}; others {words}"
+
+
 def exit_head(manifest: Manifest, exit_spec: ExitSpec) -> str | None:
     """Return the name of an exit's own head matrix [rows, ...]; None if it uses the final head's."""
     if exit_spec.head == "low_rank":
@@ -175,6 +186,39 @@ def draft_heads_bytes(manifest: Manifest) -> int:
     return fixed + min(shared, apart, key=lambda heads: abs(left - heads))
 
 
+def drafter_bytes(manifest: Manifest) -> int:
+    """Return what a trained drafter has of its own, id map and rotary tables included; 0 without one."""
+    drafter = manifest.plan.drafter
+    if drafter is None:
+        return 0
+    parts, value_bytes = _drafter_part_bytes(manifest, drafter), BYTES_PER_VALUE[manifest.dtype]
+    positions = manifest.max_length + (0 if manifest.precision.is_float else SPARE_ROWS)
+    tables = positions * sum(cache_head_dim(rope.head_dim) for rope in drafter.ropes) * value_bytes
+    shared_norm = names.drafter_weight(MODEL_NORM) if manifest.precision.is_float else None  # the model's, stored once
+    return tables + sum(size for name, size in parts.items() if name != shared_norm)
+
+
+def draft_bytes(manifest: Manifest) -> int:
+    """Return the weights that a trained drafter reads for one further draft: its layers and the head."""
+    drafter = manifest.plan.drafter
+    assert drafter is not None
+    looked_up = {names.drafter_weight(part) for part in (EMBED_TOKENS, FUSE, MODEL_NORM, DRAFTER_IDS)}
+    parts = _drafter_part_bytes(manifest, drafter)
+    own = sum(size for name, size in parts.items() if name not in looked_up)
+    return own if drafter.has_own_head else own + vocabulary_bytes(manifest, final_head(manifest.spec))
+
+
+def _drafter_part_bytes(manifest: Manifest, drafter: DrafterSpec) -> dict[str, int]:
+    spec, value_bytes = manifest.spec, BYTES_PER_VALUE[manifest.dtype]
+    found = {}
+    for name, shape in stored_drafter(drafter, spec.hidden_size, spec.vocab_size).items():
+        if len(shape) == 2:
+            found[name] = matrix_bytes(manifest, name, shape[0], shape[1])
+        else:
+            found[name] = shape[0] * (ID_BYTES if name == names.drafter_weight(DRAFTER_IDS) else value_bytes)
+    return found
+
+
 def other_bytes(manifest: Manifest) -> int:
     """Return what final norm, learned positions and rotary tables take, these [max_length (+ spare), head_dim / 2]."""
     spec, precision = manifest.spec, manifest.precision
@@ -200,7 +244,8 @@ def block_cache_bytes_per_token(manifest: Manifest, exit_spec: ExitSpec | None) 
 def _without_exits(manifest: Manifest) -> int:
     """Return the size of weights.data without the exits' own heads."""
     head = 0 if manifest.spec.tie_word_embeddings else vocabulary_bytes(manifest, names.LM_HEAD)
-    return other_bytes(manifest) + layers_bytes(manifest) + head + vocabulary_bytes(manifest, names.EMBED_TOKENS)
+    rest = other_bytes(manifest) + layers_bytes(manifest) + drafter_bytes(manifest)
+    return rest + head + vocabulary_bytes(manifest, names.EMBED_TOKENS)
 
 
 def _first_rows(manifest: Manifest, name: str) -> int:
@@ -211,7 +256,7 @@ def _first_rows(manifest: Manifest, name: str) -> int:
     spec, first = manifest.spec, names.first_rows(name)
     hidden = spec.hidden_size
     per_first, per_other = (matrix_bytes(manifest, part, 1, hidden) for part in (first, name))
-    rest = other_bytes(manifest) + layers_bytes(manifest) + draft_heads_bytes(manifest)
+    rest = other_bytes(manifest) + layers_bytes(manifest) + draft_heads_bytes(manifest) + drafter_bytes(manifest)
     if not spec.tie_word_embeddings:
         rest += matrix_bytes(manifest, names.EMBED_TOKENS, spec.vocab_size, hidden)
     beyond = manifest.files[names.WEIGHTS_FILE].bytes - rest - spec.vocab_size * per_other

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from shortstack.graphs import names
 from shortstack.graphs.contract import Port
+from shortstack.graphs.drafter_weights import drafter_matrices
 from shortstack.graphs.exit_parts import exit_matrices
 from shortstack.graphs.kv_map import IteratedGroup
 from shortstack.graphs.layer_weights import matrix_parts
@@ -121,6 +122,8 @@ def precision_words(report: Report) -> str:
         return f"{report.dtype} activations{cache}"
     vocabulary = {names.EMBED_TOKENS} if report.spec.tie_word_embeddings else {names.EMBED_TOKENS, names.LM_HEAD}
     exits = {name for head in report.exits for name in _own_matrices(head, report.spec)}
+    if report.drafter is not None:
+        exits |= drafter_matrices(report.drafter.spec, report.spec.hidden_size, report.spec.vocab_size).keys()
     layers = {
         names.layer_weight(layer, part)
         for layer in range(report.spec.num_hidden_layers)
@@ -151,6 +154,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("model", model_words(report)),
         ("precision", precision_words(report)),
         *origin_facts(report),
+        *drafter_facts(report),
         ("max length", f"{report.max_length:,} tokens"),
         ("cache", f"{size(per_token)} per token, {size(per_token * report.max_length)} at max length"),
         *attention_facts(report),
@@ -159,6 +163,30 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("hashes", hashes),
         ("on disk", f"{size(report.total_bytes)} in {len(report.files)} files"),
     ]
+
+
+_DRAFTERS = {"eagle3": "EAGLE-3 head", "eagle": "EAGLE head", "mtp": "layer for multi-token prediction"}
+
+
+def drafter_facts(report: Report) -> list[tuple[str, str]]:
+    """Return what drafts beside the model, if something does."""
+    found = report.drafter
+    if found is None:
+        return []
+    spec, layers = found.spec, len(found.spec.layers)
+    depths = ", ".join(map(str, spec.features))
+    reads = f"the residual stream after {depths} layers" if depths else "the normalised final state"
+    rows = f"{found.rows:,} of {report.spec.vocab_size:,} tokens" if spec.draft_vocab else "all tokens"
+    words = [
+        _DRAFTERS[spec.kind],
+        f"{layers} layer{'s' * (layers != 1)}, hidden {spec.hidden_size}, {found.stored_as}",
+        f"reads {reads}",
+        f"drafts {rows}",
+        size(found.weight_bytes),
+        f"{size(found.cache_bytes_per_token)} per token",
+        f"f {found.draft_cost:.3f}, predicted from weight bytes read",
+    ]
+    return [("drafter", " · ".join(words))]
 
 
 def origin_facts(report: Report) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from shortstack.command_paths import BundlePath
 
 GROUPED = {
     "generate": ["Prompt", "Decoding", "Sampling", "Drafting", "Early exit", "Machine", "Output"],
-    "export": ["Exits", "Model", "Formats", "Calibration", "Output"],
+    "export": ["Exits", "Drafter", "Model", "Formats", "Calibration", "Output"],
     "calibrate": ["Prompts", "Guarantee", "Early exit", "Machine", "Output"],
     "parity": ["Reference", "Prompts", "Machine", "Output"],
 }

@@ -30,6 +30,13 @@ class LookUp:
     def __init__(self, tokens: Sequence[int] | None = None) -> None:
         self._tokens = tokens
         self.observed: list[tuple[int, int]] = []
+        self.is_ended = False
+
+    def start(self, tokens: Sequence[int], cached: int) -> int:
+        return cached
+
+    def end(self) -> None:
+        self.is_ended = True
 
     def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft:
         assert past == len(tokens) - 1
