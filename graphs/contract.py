@@ -131,6 +131,7 @@ def segment_contract(
     kv_cache: KVType = "float",
     *,
     is_packed: bool = False,
+    rewrites: bool = True,
 ) -> GraphContract:
     """Return the contract of one segment.
 
@@ -141,6 +142,7 @@ def segment_contract(
         dtype: Type of activations.
         kv_cache: Type of the cache.
         is_packed: The form of several sequences, see :mod:`shortstack.graphs.packing`.
+        rewrites: Layers that use another one's int8 cache have a present for it, see :attr:`Manifest.rewrites`.
     """
     exit_spec = plan.exit_of(segment)
     hidden = ("batch", "seq", spec.hidden_size)
@@ -189,13 +191,14 @@ def segment_contract(
     outputs += [Port(names.feature(depth), dtype, hidden) for depth in plan.features_of(segment)]
     if plan.gives_state(segment):
         outputs.append(Port(names.DRAFT_STATE, dtype, hidden))
-    if is_packed:
+    if is_packed or (rewrites and kv == "int8"):
         outputs += [
             Port(names.present(j, part), kv, cache_shape(spec, spec.kv_map[j]))
             for j in range(segment.start, segment.end)
             if spec.kv_map[j] != j
             for part in names.KV_PARTS
         ]
+    if is_packed:
         outputs += _new_rows(spec, lenders(spec.kv_map, segment.start, segment.end), dtype)
     return GraphContract(tuple(inputs), tuple(outputs))
 

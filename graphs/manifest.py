@@ -2,8 +2,8 @@
 
 Layout of the JSON object::
 
-    format_version   5; 4 has no field drafter; 3 knows Llama's layers only, as a flat model; 2 has exits of exit_layer
-                     and draft_vocab only; 1 also lacks the field precision
+    format_version   5; 4 has no field drafter, and fewer presents beside an int8 cache; 3 knows Llama's layers only,
+                     as a flat model; 2 has exits of exit_layer and draft_vocab only; 1 also lacks the field precision
     digest           sha256 of the rest, so that an edited file is noticed
     model            ModelSpec, as in spec_json.py
     exits            [every field of ExitSpec], ascending
@@ -70,7 +70,12 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of bundle.json; see the module's docstring for the fields."""
+    """The content of bundle.json; see the module's docstring for the fields.
+
+    Attributes:
+        rewrites: Layers that use another one's int8 cache have a present for it, bound to the same buffer. Without it,
+            as in formats before 5, the kernel copies the cache in each run.
+    """
 
     spec: ModelSpec
     plan: SplitPlan
@@ -82,11 +87,14 @@ class Manifest:
     tools: dict[str, str]
     precision: Precision = field(default_factory=Precision)
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    rewrites: bool = True
 
     def contract(self, segment: Segment, *, is_packed: bool = False) -> GraphContract:
         """Return the contract of one of the plan's segments, in the form of one sequence or of several."""
         kv_cache = self.precision.kv_cache
-        return segment_contract(self.spec, self.plan, segment, self.dtype, kv_cache, is_packed=is_packed)
+        return segment_contract(
+            self.spec, self.plan, segment, self.dtype, kv_cache, is_packed=is_packed, rewrites=self.rewrites
+        )
 
     def drafter_contracts(self) -> dict[str, GraphContract]:
         """Return the contracts of the drafter's graphs, by file; none without a drafter."""
@@ -256,6 +264,7 @@ def _parse(path: Path, data: dict[str, Any]) -> Manifest:
         tools={str(k): str(v) for k, v in data["tools"].items()},
         precision=precision,
         origins=origins_from_json(data.get("origins", {}), precision.weights),
+        rewrites=data["format_version"] > _LAST_WITHOUT_DRAFTER,
     )
     missing = sorted(required_files(manifest.plan) - files.keys())
     if missing:

@@ -109,7 +109,8 @@ class Caches:
         g: The graph.
         written: Keys and values by owner, of those that a layer has written already; the others are graph inputs.
         new_rows: In the packed form: keys and values [1, seq, kv_heads * head_dim] of a producer's rows of this run.
-        rewritten: In the packed form: what a consumer has written of its producer's, by the consumer's number.
+        rewritten: In the packed form, and beside an int8 cache: what a consumer has written of its producer's, by the
+            consumer's number.
     """
 
     g: GraphBuilder
@@ -238,10 +239,13 @@ def _read(g: GraphBuilder, site: LayerSite, name: str, query: ir.Value, caches: 
     kv_width = site.layer.attention.kv_heads * site.layer.attention.cache_head_dim
     nothing = [g.constant([0, 0]), g.constant([0, kv_width]), g.constant([1, 2])]
     empty = g.op("Slice", [query, *nothing], f"{name}/no_new_rows")  # [batch, 0, kv_heads * head_dim]
-    if site.sees_itself:
-        return _attend(g, site, name, [query, empty, empty], caches, lengths)[0]
-    at = positions_of(g, query, lengths)
-    mixed = _attend(g, site, name, [query, empty, empty], caches, one_less(g, lengths), at)[0]
+    at = None if site.sees_itself else positions_of(g, query, lengths)
+    reach = lengths if site.sees_itself else one_less(g, lengths)
+    mixed, *presents = _attend(g, site, name, [query, empty, empty], caches, reach, at)
+    if site.kv_scales and not site.owns_kv:
+        caches.rewritten[site.number] = presents
+    if at is None:
+        return mixed
 
     def make_visible() -> ir.Value:
         after_first = g.op("Greater", [at, g.constant(0)], "/model/lengths/after_first")
@@ -299,8 +303,9 @@ def _attend(
         attributes["local_window_size"] = own.window - (positions is not None)
     if own.softcap:
         attributes["softcap"] = own.softcap
-    # The kernel refuses an int8 cache without a place for what it is afterwards, also where nothing is added: a
-    # consumer then has one of its own, which costs a copy of its producer's cache in each run.
+    # The kernel refuses an int8 cache without a place for what it is afterwards, also where nothing is added. A
+    # consumer's is bound to the same buffer, so that nothing is copied. A layer that writes and cannot see itself reads
+    # in a second node, whose place is its own: that costs a copy of the cache in each run.
     has_presents = adds_rows or bool(site.kv_scales)
     return g.ops(
         "GroupQueryAttention",

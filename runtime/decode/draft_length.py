@@ -6,6 +6,9 @@ r rows, and t the seconds of a plain step. On average a round of k drafts ::
     without bonus   emits (1 - alpha^k) / (1 - alpha) tokens        in k d + v(k) seconds
     with bonus      emits (1 - alpha^(k+1)) / (1 - alpha) tokens    in (k + 1) d + v(k + 1) seconds
 
+With a trained drafter the first draft takes d0 seconds, which refills its cache, and a row for the last draft costs no
+draft: k drafts take d0 + (k - 1) d.
+
 The adaptive rule takes the k with the most tokens per second. If no k beats a plain step, it takes k = 0, a plain step:
 drafting begins at a predicted gain of 2% and goes on until it would lose 1%.
 (The formula is that of Leviathan et al., arXiv 2211.17192, section 3.3, with measured instead of assumed costs.) Rounds
@@ -76,6 +79,7 @@ class DraftLength:
         self.alpha = 0.7
         self.best_gain = 0.0
         self._draft_row_s: float | None = None
+        self._first_draft_s: float | None = None  # where it has a cost of its own
         self._plain_s: float | None = None
         self._verify_s: dict[int, float] = {}
         self._is_winning: bool | None = None
@@ -111,14 +115,19 @@ class DraftLength:
         assert self._plain_s is not None
         assert self._draft_row_s is not None
         judging_s = self._verify_cost_s(drafts + self.has_bonus)
-        bonus_s = self._draft_row_s if self.has_bonus else None
-        return predicted_speed_up(self.alpha, drafts, self._draft_row_s, judging_s, bonus=bonus_s, plain=self._plain_s)
+        draft_s, bonus_s = self._draft_row_s, self._draft_row_s if self.has_bonus else None
+        if self._first_draft_s is not None:
+            draft_s = (self._first_draft_s + (drafts - 1) * self._draft_row_s) / drafts
+            bonus_s = 0.0 if self.has_bonus else None
+        return predicted_speed_up(self.alpha, drafts, draft_s, judging_s, bonus=bonus_s, plain=self._plain_s)
 
     def observe_plain(self, elapsed_s: float) -> None:
         """Learn the cost of a plain step."""
         self._plain_s = _cost_s(self._plain_s, elapsed_s)
 
-    def observe_round(self, drafted: int, accepted: int, rows: int, draft_s: float, verify_s: float) -> None:
+    def observe_round(
+        self, drafted: int, accepted: int, rows: int, draft_s: float, verify_s: float, first_s: float | None = None
+    ) -> None:
         """Learn from one judged draft.
 
         Args:
@@ -127,12 +136,19 @@ class DraftLength:
             rows: Rows judged.
             draft_s: Seconds of drafting.
             verify_s: Seconds of judging.
+            first_s: Seconds of the first draft, where it costs another time than further ones.
         """
         for _ in range(accepted):
             self.alpha += _ALPHA_WEIGHT * (1.0 - self.alpha)
         if accepted < drafted:
             self.alpha -= _ALPHA_WEIGHT * self.alpha
-        self._draft_row_s = _cost_s(self._draft_row_s, draft_s / rows)
+        if first_s is None:
+            self._draft_row_s = _cost_s(self._draft_row_s, draft_s / rows)
+        else:
+            self._first_draft_s = _cost_s(self._first_draft_s, first_s)
+            if drafted > 1 or self._draft_row_s is None:
+                row_s = (draft_s - first_s) / (drafted - 1) if drafted > 1 else first_s
+                self._draft_row_s = _cost_s(self._draft_row_s, row_s)
         self._verify_s[rows] = _cost_s(self._verify_s.get(rows), verify_s)
 
     def _verify_cost_s(self, rows: int) -> float:

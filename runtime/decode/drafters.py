@@ -31,10 +31,12 @@ class Draft:
     Attributes:
         proposals: Tokens that follow the newest one, in order; without any the round is a plain step.
         rows_run: How many rows of the round, from the first, the drafter has run through the lowest level.
+        first_s: Seconds of the first proposal, where it costs another time than further ones.
     """
 
     proposals: Sequence[Proposal]
     rows_run: int = 0
+    first_s: float | None = None
 
 
 class Drafter(Protocol):

@@ -117,5 +117,5 @@ def _round(
     stats.draft_runs += rows
     stats.verify_runs += 1
     if drafts:
-        length.observe_round(len(drafts), verdict.accepted, rows, drafted - started, ended - drafted)
+        length.observe_round(len(drafts), verdict.accepted, rows, drafted - started, ended - drafted, draft.first_s)
     return drafts, verdict

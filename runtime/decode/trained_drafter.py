@@ -46,6 +46,7 @@ class TrainedDrafter:
 
     def __init__(self, stack: State, choice: Choice) -> None:
         self._rows = stack.drafter
+        self._clock = stack.clock
         self._choice = choice
 
     def start(self, tokens: Sequence[int], cached: int) -> int:
@@ -57,9 +58,11 @@ class TrainedDrafter:
         rows, choice = self._rows, self._choice
         drawn = list(tokens) if choice.needs_logits else []
         proposals: list[Proposal] = []
+        started, first_s = self._clock(), 0.0
         for row in range(most):
             if row == 0:
                 yield OwnRun(partial(rows.refill, tokens, choice.needs_logits))
+                first_s = self._clock() - started
             else:
                 yield OwnRun(partial(rows.step, row, choice.needs_logits))
             proposals.append(choice.propose(rows.head, row, drawn or tokens, 0))
@@ -68,7 +71,7 @@ class TrainedDrafter:
             if proposals[-1].confidence < least_confidence:
                 break
             rows.put(row + 1, proposals[-1].token)
-        return Draft(proposals)
+        return Draft(proposals, first_s=first_s)
 
     def observe(self, emitted: int, rows: int) -> None:
         """See :meth:`Drafter.observe`: the rows that belong to the text are queued for the next refill."""

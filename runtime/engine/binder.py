@@ -72,6 +72,10 @@ class SegmentBinder:
         self._cache = cache
         self._inputs = {port.name for port in manifest.contract(segment).inputs}
         self._borrowed = borrowed(kv_map, segment.start, segment.end)
+        self._kv_map = kv_map
+        given = {port.name for port in manifest.contract(segment).outputs}
+        consumers = (layer for layer in range(segment.start, segment.end) if kv_map[layer] != layer)
+        self._rewritten = tuple(j for j in consumers if names.present(j, names.KV_PARTS[0]) in given)
         self.owners = tuple(manifest.cache_types(segment))
         self.groups = tuple(
             GroupOwners(producers(kv_map, group.start, group.end), targets(kv_map, group))
@@ -109,4 +113,6 @@ class SegmentBinder:
                 inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = self._cache.buffer(owner, part)
             for layer in self._borrowed:
                 inputs[names.shared(layer, part)] = self._cache.buffer(layer, part)
+            for layer in self._rewritten:
+                outputs[names.present(layer, part)] = self._cache.buffer(self._kv_map[layer], part)
         return Binding(self._session, inputs, outputs, self._device)

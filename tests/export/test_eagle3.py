@@ -14,11 +14,12 @@ from helpers.drafters import Eagle3, Recorded, Rows, residual_streams
 from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.export.assemble import export_bundle
+from shortstack.export.quantized import export_quantized
 from shortstack.export.spec import ExportSpec
 from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
-from shortstack.quant.spec import QuantizeSpec
+from shortstack.quant.spec import Quantization, QuantizeSpec
 from shortstack.runtime import DraftPolicy, Model, Request, SamplingParams, Speculate, load
 
 TARGET = TinyModel("drafted for")
@@ -166,6 +167,18 @@ def test_a_quantized_drafter_changes_no_token(
         assert [result.tokens for result in together] == plain
         assert sum(result.stats.drafted for result in together) > 0
     assert accepted > 0 or bits == 4  # of this small model, 4 bits leave other texts than those of the training
+
+
+def test_export_with_a_preset_gives_what_quantize_gives(target: Target, tmp_path: Path) -> None:
+    drafter = str(Eagle3(hidden=48, has_embedding=True, theta=500.0, features=(2, 4)).write(tmp_path / "d"))
+    small = preset(BlockFormat(4), "float")
+    whole = export_bundle(ExportSpec(str(target.folder), tmp_path / "whole", drafter=drafter))
+    quantized = quantize_bundle(QuantizeSpec(whole.folder, tmp_path / "quantized", small))
+    straight = export_quantized(
+        ExportSpec(str(target.folder), tmp_path / "straight", drafter=drafter), Quantization(small)
+    )
+    assert straight.manifest.weights_sha256 == quantized.manifest.weights_sha256
+    assert straight.manifest.plan.drafter == quantized.manifest.plan.drafter == whole.manifest.plan.drafter
 
 
 def test_sequences_side_by_side_draft_what_their_formula_says(

@@ -224,3 +224,14 @@ def test_one_slow_round_does_not_turn_a_winning_draft_off_for_long() -> None:
     stats, _, rows = decode(ScriptedModel(agreement=0.95), CHEAP_ROWS, slow_run=5)
     assert rows[1] == 2
     assert stats.plain < 0.1 * stats.emitted
+
+
+def test_a_first_draft_with_a_cost_of_its_own_is_counted_once() -> None:
+    length = DraftLength(DraftPolicy(4, is_adaptive=True, has_bonus=True))
+    length.observe_plain(1.0)
+    for rows, verify_s in ((2, 0.8), (3, 0.9), (4, 1.0), (5, 1.1)):
+        length.observe_round(rows - 1, rows - 1, rows, 0.4 + 0.1 * (rows - 2), verify_s, first_s=0.4)
+    length.alpha = 0.8
+    # 1 + 0.8 = 1.8 tokens in 0.4 + 0.8 = 1.2 s; 1 + 0.8 + 0.64 + 0.512 = 2.952 in 0.4 + 2 * 0.1 + 1.0 = 1.6 s
+    assert length.predicted_gain(1) == pytest.approx(1.8 / 1.2)
+    assert length.predicted_gain(3) == pytest.approx(2.952 / 1.6)
