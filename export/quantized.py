@@ -94,16 +94,16 @@ def _job(request: ExportSpec, wanted: Quantization, model: OpenedModel, reader: 
 def _write(
     job: Job, request: ExportSpec, model: OpenedModel, digest: str, stage: Stage, reader: CheckpointFloats
 ) -> None:
-    assignment = choose_formats(job, stage)
-    check_needs(job, assignment, request.out)
+    mix = choose_formats(job, stage)
+    check_needs(job, mix.assignment, request.out)
     exits = [(name, array.tobytes()) for name, array in sorted(model.exit_weights.items())]
     manifest = job.source.manifest.to_json()
-    key = job_key(job, assignment, manifest, exits, sorted(model.blocks.kept), sorted(model.files), tool_versions())
+    key = job_key(job, mix.assignment, manifest, exits, sorted(model.blocks.kept), sorted(model.files), tool_versions())
     with staged_folder(request.out, overwrite=request.overwrite, work=key) as folder:
         unfinished = Unfinished.open(folder, key)
         write_job(
             job,
-            assignment,
+            mix,
             folder,
             model.files,
             None,

@@ -54,14 +54,14 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
     )
     # Weights may be damaged: what overflows is refused by the name of its matrix, and not by numpy's warnings before.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        assignment = choose_formats(job, stage)
-        check_needs(job, assignment, request.out)
+        mix = choose_formats(job, stage)
+        check_needs(job, mix.assignment, request.out)
         scales: KVScales = {}
         if request.preset.kv_cache == "int8" and not job.is_layerwise:
             assert job.rows is not None
             scales = measure_kv_scales(bundle, job.rows, stage("Running the float model", len(job.rows)))
         weights = bundle.folder / names.WEIGHTS_FILE
-        key = job_key(job, assignment, manifest.to_json(), weights.stat().st_mtime_ns, tool_versions())
+        key = job_key(job, mix.assignment, manifest.to_json(), weights.stat().st_mtime_ns, tool_versions())
         with staged_folder(request.out, overwrite=request.overwrite, work=key) as folder:
             graphs = {names.segment_file(s.start, s.end) for s in manifest.plan.segments} | packed_files(manifest.plan)
             # A float16 copy made by `shortstack quantize` has a record and a report: on itself, not on what is made
@@ -70,5 +70,5 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
             files = {name: (bundle.folder / name).read_bytes() for name in manifest.files.keys() - graphs - own}
             unfinished = Unfinished.open(folder, key)
             ends = text_ends(bundle) if has_genai else None
-            write_job(job, assignment, folder, files, manifest.weights_sha256, unfinished, stage, scales, ends)
+            write_job(job, mix, folder, files, manifest.weights_sha256, unfinished, stage, scales, ends)
     return open_bundle(request.out)

@@ -67,7 +67,7 @@ def quantize(
     from shortstack.progress import progress_stages
     from shortstack.quant.assemble import quantize_bundle
     from shortstack.quant.quality_report import measure_report, read_report_texts, store_report
-    from shortstack.quant.quality_table import tuning_lines
+    from shortstack.quant.quality_table import search_lines, tuning_lines
     from shortstack.quant.record import read_record
     from shortstack.quant.spec import QuantizeSpec
 
@@ -98,7 +98,7 @@ def quantize(
             if report is not None:
                 with keeping():
                     quality = measure_report(report, texts, stage)
-        for line in () if record is None else tuning_lines(record.fates()):
+        for line in () if record is None else (*search_lines(record), *tuning_lines(record.fates())):
             click.echo(line, err=True)
     if quality is None:
         _print(out, None, _total_bytes(open_bundle(out)), as_json)
@@ -122,8 +122,8 @@ def _print(out: Path, quality: Quality | None, total_bytes: int, as_json: bool) 
     if as_json:
         found = None if quality is None else quality.to_json()
         record = read_record(open_bundle(out))
-        tuning = {} if record is None else record.fates()
-        data = {"bundle": str(out), "bytes": total_bytes, "tuning": tuning, "quality": found}
+        done = {"tuning": {}} if record is None else record.found()
+        data = {"bundle": str(out), "bytes": total_bytes, **done, "quality": found}
         click.echo(json.dumps(data, ensure_ascii=False))
         return
     if quality is not None:

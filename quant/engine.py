@@ -29,7 +29,7 @@ from shortstack.quant.method import Method, find_method
 from shortstack.quant.preset import Assignment, assign, with_kept
 from shortstack.quant.record import QuantizationRecord
 from shortstack.quant.rounding import LayerwiseRounding, Rounded
-from shortstack.quant.search import search
+from shortstack.quant.search import Mix, search
 from shortstack.quant.side_product import Fate
 from shortstack.quant.source import Source
 from shortstack.quant.spec import Quantization
@@ -99,20 +99,20 @@ def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
     return not blind
 
 
-def choose_formats(job: Job, stage: Stage) -> Assignment:
+def choose_formats(job: Job, stage: Stage) -> Mix:
     """Return the format of each matrix: the preset's, or the cheapest mix that was found."""
     source, wanted = job.source, job.wanted
     assignment = assign(wanted.preset, source.spec, source.manifest.plan)
     assignment = with_kept(assignment, source.spec, source.reader.kept_names)
     if wanted.max_kl is None:
-        return assignment
+        return Mix(assignment)
     assert job.rows is not None
     return search(source, job.method, assignment, job.rows, wanted.max_kl, stage, wanted.tuning)
 
 
 def write_job(
     job: Job,
-    assignment: Assignment,
+    mix: Mix,
     folder: Path,
     files: Mapping[str, bytes],
     source_sha256: str | None,
@@ -126,7 +126,7 @@ def write_job(
 
     Args:
         job: What is asked.
-        assignment: The format of each matrix.
+        mix: The format of each matrix.
         folder: Where the bundle is being written.
         files: The content of its other files, by name.
         source_sha256: Of the weights.data of the float bundle; None where the floats come from no bundle.
@@ -141,7 +141,7 @@ def write_job(
     is_int8_cache = wanted.preset.kv_cache == "int8"
     rounding = LayerwiseRounding(
         source,
-        assignment,
+        mix.assignment,
         job.method,
         job.rows if job.is_layerwise else None,
         is_int8_cache and job.is_layerwise,
@@ -159,6 +159,7 @@ def write_job(
         max_kl=wanted.max_kl,
         errors=errors,
         tuning=fates,
+        search=mix.searched,
     )
     precision = Precision(store.formats, wanted.preset.kv_cache)
     result = dataclasses.replace(

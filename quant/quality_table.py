@@ -78,6 +78,17 @@ def error_lines(record: QuantizationRecord) -> list[str]:
     return [f"{done}: errors of {what} {middle:.2%} in the middle; largest: {worst}"]
 
 
+def search_lines(record: QuantizationRecord) -> list[str]:
+    """Return what the search of ``--max-kl`` reached and chose, in one sentence; nothing without a search."""
+    if (found := record.search) is None:
+        return []
+    chosen = ", ".join(f"{count} {name}" for name, count in found.matrices.items())
+    return [
+        f"searched mix: KL divergence {found.kl:.2g} nats per token (asked: at most {record.max_kl:g}), on the last "
+        f"{found.tokens} tokens of the calibration text; matrices: {chosen}"
+    ]
+
+
 def tuning_lines(tuning: Mapping[str, int]) -> list[str]:
     """Return what became of a fine-tuning that rounding would have erased, a sentence for each fate.
 

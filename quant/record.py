@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
@@ -15,6 +16,21 @@ from shortstack.graphs.read_file import read_json_object
 from shortstack.quant.side_product import FATES, Fate
 
 _AGAIN = "quantize the bundle again"
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """The mix that ``--max-kl`` found.
+
+    Attributes:
+        kl: Its mean KL divergence from the floats, nats per token, as the search measured it.
+        tokens: Length of the text that it was measured on: the last part of the calibration text.
+        matrices: Number of the matrices that were searched, by what they became: ``int4``, ``int8`` or ``float``.
+    """
+
+    kl: float
+    tokens: int
+    matrices: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +47,7 @@ class QuantizationRecord:
             weights where there was none.
         tuning: What became of a fine-tuning that rounding would have erased, by the name of the matrix: ``kept`` in a
             side product, or ``at risk`` and rounded off the grid. Empty where none was found, and in older bundles.
+        search: What ``--max-kl`` found; None without it, and in older bundles.
     """
 
     preset: str
@@ -40,10 +57,15 @@ class QuantizationRecord:
     max_kl: float | None
     errors: Mapping[str, float]
     tuning: Mapping[str, Fate] = field(default_factory=dict)
+    search: Searched | None = None
 
     def fates(self) -> dict[str, int]:
         """Return how many matrices have each fate of a fine-tuning; empty where none was found."""
         return dict(Counter(self.tuning.values()))
+
+    def found(self) -> dict[str, Any]:
+        """Return what ``--json`` says of a search and of fine-tunings."""
+        return {"tuning": self.fates(), "search": None if self.search is None else asdict(self.search)}
 
     def worst(self, count: int) -> list[tuple[str, float]]:
         """Return the matrices with the largest errors, the largest first."""
@@ -54,6 +76,8 @@ class QuantizationRecord:
         data = asdict(self)
         if not self.tuning:
             del data["tuning"]
+        if self.search is None:
+            del data["search"]
         return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -67,7 +91,7 @@ def read_record(bundle: Bundle) -> QuantizationRecord | None:
         return None
     path = bundle.folder / names.QUANTIZATION_FILE
     data = read_json_object(path, BundleError, _AGAIN)
-    data.setdefault("tuning", {})
+    data = {"tuning": {}, "search": None, **data}
     wrong = [f"no field {name}" for name in _FIELDS if name not in data]
     wrong += [f"an unknown field {_short(name)}" for name in data if name not in _FIELDS]
     if wrong:
@@ -83,7 +107,8 @@ def read_record(bundle: Bundle) -> QuantizationRecord | None:
         if not _is_text(name) or value not in FATES:
             where = f"{path}: field tuning[{_short(name)}]"
             raise BundleError(where, found=_short(value), expected=" or ".join(FATES), remedy=_AGAIN)
-    return QuantizationRecord(**data)
+    search = None if data["search"] is None else Searched(**data["search"])
+    return QuantizationRecord(**{**data, "search": search})
 
 
 def _is_text(value: object) -> bool:
@@ -93,6 +118,19 @@ def _is_text(value: object) -> bool:
 def _is_number(value: object) -> bool:
     """Whether a value is a number of at least 0 that a float can hold; Python's JSON has NaN, Infinity and 10**400."""
     return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+
+
+def _is_search(value: object) -> bool:
+    """Whether a value is what :class:`Searched` is in JSON."""
+    if not isinstance(value, dict) or value.keys() != {"kl", "tokens", "matrices"}:
+        return False
+    counts = value["matrices"]
+    return (
+        _is_number(value["kl"])
+        and type(value["tokens"]) is int
+        and isinstance(counts, dict)
+        and all(type(count) is int for count in counts.values())
+    )
 
 
 def _short(value: object) -> str:
@@ -110,4 +148,5 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "max_kl": (lambda value: value is None or _is_number(value), "a finite number >= 0 or null"),
     "errors": (lambda value: isinstance(value, dict), "an object of numbers"),
     "tuning": (lambda value: isinstance(value, dict), "an object of texts"),
+    "search": (lambda value: value is None or _is_search(value), "an object with kl, tokens and matrices, or null"),
 }

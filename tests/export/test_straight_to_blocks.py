@@ -36,6 +36,7 @@ from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import DType
 from shortstack.quant import source
 from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.cli import quantize
 from shortstack.quant.preset import Preset
 from shortstack.quant.record import read_record
 from shortstack.quant.spec import Quantization, QuantizeSpec
@@ -216,6 +217,35 @@ def test_a_searched_mix_is_the_one_that_quantize_finds(request_of: Callable[[str
     quantize_bundle(QuantizeSpec(tmp_path / "floats", tmp_path / "two", wanted, **options))
     export_quantized(request, Quantization(wanted, **options))
     assert not differing(request.out, tmp_path / "two")
+
+
+def test_both_commands_say_what_a_search_reached_and_chose_in_the_same_words(
+    tiny_bundles: TinyBundles, tmp_path: Path
+) -> None:
+    options = ["--preset", "int4", "--kv-cache", "float", "--method", "rtn", "--calibration-tokens", "256", "--json"]
+    source = {"export": tiny_bundles.checkpoint(BASE), "quantize": tiny_bundles.bundle(BASE, 1)}
+    last = {"export": ["-e", "1"], "quantize": ["--no-report"]}
+    found = {}
+    for command in (export, quantize):
+        name, out = str(command.name), tmp_path / str(command.name)
+        arguments = [str(source[name]), str(out), *options, "--max-kl", "0.02", *last[name]]
+        done = CliRunner().invoke(command, arguments)
+        assert done.exit_code == 0, done.output
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("searched mix")]
+        record = read_record(open_bundle(out))
+        assert record is not None
+        assert record.search is not None
+        assert record.found()["search"] == json.loads(done.stdout)["search"]
+        found[name] = line, record.search
+    assert found["export"] == found["quantize"]
+    line, search = found["export"]
+    chosen = open_bundle(tmp_path / "export").manifest.precision.weights
+    in_layers_and_ends = [f"int{f.bits}" for name, f in chosen.items() if not name.startswith("exits.")]
+    assert 0 < search.kl <= 0.02
+    assert search.matrices["int8"] == in_layers_and_ends.count("int8")
+    assert sum(search.matrices.values()) == 2 + 5 * BASE.layers
+    assert line.startswith(f"searched mix: KL divergence {search.kl:.2g} nats per token (asked: at most 0.02), on the ")
+    assert all(f"{count} {name}" in line for name, count in search.matrices.items())
 
 
 def test_a_report_can_be_made_later_against_an_export_of_floats(
