@@ -24,7 +24,7 @@ from shortstack.graphs.layer_weights import stored_shapes
 from shortstack.graphs.origins import Origin
 from shortstack.graphs.precision import SPARE_ROWS, Precision
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.progress import Advance, Stage
+from shortstack.progress import Advance, Stage, say
 from shortstack.quant.method import Method, find_method
 from shortstack.quant.preset import Assignment, assign, with_kept
 from shortstack.quant.record import QuantizationRecord
@@ -148,6 +148,8 @@ def write_job(
         wanted.tuning,
     )
     writing = _Writing(job, rounding, unfinished)
+    if (line := _taken_over(source, unfinished)) is not None:
+        say(line)
     with WeightStore(folder, unfinished.store_contents) as store:
         errors, fates = writing.store_all(store, kv_scales or {}, stage)
     unfinished.remove()
@@ -263,6 +265,21 @@ class _Writing:
                 store.add(name, ids)
             else:
                 store.alias(name, same)
+
+
+def _taken_over(source: Source, unfinished: Unfinished) -> str | None:
+    """Return one sentence about what of a killed run is taken over, and what is left to do; None without such a run."""
+    if unfinished.is_damaged:
+        return "what a killed run has left is damaged: nothing of it is taken over, all layers are rounded anew"
+    if unfinished.store_contents is None:
+        return None
+    depth, done = source.spec.num_hidden_layers, unfinished.layers
+    left = _weights(source, range(done, depth)) / _weights(source, range(depth))
+    what = f"{depth - done} layers and the vocabulary" if done < depth else "the vocabulary"
+    return (
+        f"going on after a killed run: {done} of {depth} layers are taken over "
+        f"({unfinished.store_contents['bytes'] / 1e6:.1f} MB); left: {what}, {left:.0%} of the weights"
+    )
 
 
 def _weights(source: Source, layers: range) -> int:
