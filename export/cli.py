@@ -18,7 +18,14 @@ from shortstack.command_options import (
 )
 from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
-from shortstack.quant.options import PRESET_HELP, Calibrating, Mixing, calibrating_options, mixing_options
+from shortstack.quant.options import (
+    PRESET_HELP,
+    Calibrating,
+    Mixing,
+    calibrating_options,
+    mixing_options,
+    tell_reach,
+)
 
 
 @click.command(cls=Command)
@@ -162,7 +169,7 @@ def export(
     else:
         from shortstack.export.quantized import export_quantized
 
-        bundle = export_quantized(request, calibrating.quantization(mixing), chosen.append)
+        bundle = export_quantized(request, calibrating.quantization(mixing), chosen.append, tell_reach)
     record = read_record(bundle)
     for kept in chosen:
         click.echo("\n".join(kept.lines()), err=True)
