@@ -18,12 +18,13 @@ from shortstack.export.spec import ExportSpec
 from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.ir.write_bundle import tool_versions
+from shortstack.graphs.precision import Precision
 from shortstack.progress import Stage, progress_stages
 from shortstack.quant.engine import Job, choose_formats, job_key, plan_job, write_job
 from shortstack.quant.needs import check_needs
 from shortstack.quant.preset import Preset
 from shortstack.quant.reach import Reach, reach_of
-from shortstack.quant.record import read_record
+from shortstack.quant.record import QuantizationRecord, read_record
 from shortstack.quant.source import Source
 from shortstack.quant.spec import Quantization
 from shortstack.quant.texts import calibration_rows, tokenizer_of
@@ -80,7 +81,7 @@ def export_quantized(
     if request.keep_blocks:
         record = read_record(bundle)
         assert record is not None
-        tell(reader.measured_blocks(record.errors, bundle.manifest.precision))
+        tell(_measured_blocks(reader, record, bundle.manifest.precision))
     return bundle
 
 
@@ -141,5 +142,9 @@ def _write(
             unfinished,
             stage,
             ends=model.ends,
-            origins=lambda errors, precision: reader.measured_blocks(errors, precision).origins(),
+            origins=lambda record, precision: _measured_blocks(reader, record, precision).origins(),
         )
+
+
+def _measured_blocks(reader: CheckpointFloats, record: QuantizationRecord, precision: Precision) -> KeptBlocks:
+    return reader.measured_blocks(record.errors, record.of_outputs or (), precision)

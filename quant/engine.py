@@ -120,7 +120,7 @@ def write_job(
     stage: Stage,
     kv_scales: KVScales | None = None,
     ends: TextEnds | None = None,
-    origins: Callable[[Mapping[str, float], Precision], Mapping[str, Origin]] = lambda errors, precision: {},
+    origins: Callable[[QuantizationRecord, Precision], Mapping[str, Origin]] = lambda record, precision: {},
 ) -> None:
     """Round the model and write all files of the bundle.
 
@@ -134,7 +134,7 @@ def write_job(
         stage: Starts a stage of the progress bar.
         kv_scales: Scales of an int8 cache that were found before; None finds them on the way, where they are needed.
         ends: The tokens around a text, for onnxruntime-genai; None writes nothing for it.
-        origins: Returns, from the errors of what was rounded and from how all is stored, what matrices were in blocks
+        origins: Returns, from the record of what was rounded and from how all is stored, what matrices were in blocks
             of a checkpoint.
     """
     source, wanted, manifest = job.source, job.wanted, job.source.manifest
@@ -162,6 +162,7 @@ def write_job(
         errors=errors,
         tuning=fates,
         search=mix.searched,
+        of_outputs=tuple(name for name in errors if rounding.sees_inputs(name)),
     )
     precision = Precision(store.formats, wanted.preset.kv_cache)
     result = dataclasses.replace(
@@ -170,7 +171,7 @@ def write_job(
         files={},
         tools=manifest.tools | tool_versions(),
         precision=precision,
-        origins={**manifest.origins, **origins(errors, precision)},
+        origins={**manifest.origins, **origins(record, precision)},
     )
     write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage, ends)
 

@@ -272,10 +272,29 @@ def test_the_command_says_how_large_the_errors_are(tiny_bundles: TinyBundles, tm
     assert record is not None
     assert record.source_weights_sha256 is None
     assert found["worst"][0] == list(record.worst(1)[0])
-    assert f"rounded {len(record.errors)} matrices (rtn)" in done.stderr
+    assert f"rounded {len(record.errors)} matrices (rtn): " in done.stderr
+    assert "% off the float weights in the middle; largest: " in done.stderr
+    assert "outputs" not in done.stderr
     layers = [error for name, error in record.errors.items() if name.startswith("model.layers")]  # draft heads are int4
     assert layers
     assert all(0 < error < 0.02 for error in layers)
+
+
+def test_errors_of_outputs_and_errors_of_weights_are_told_apart(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    write_random_exits(checkpoint, tmp_path / "exits", ExitSpec(1, branch="linear"), ExitSpec(3, 50))
+    command = [str(checkpoint), str(tmp_path / "out"), "--exits", str(tmp_path / "exits"), "--preset", "int4"]
+    done = CliRunner().invoke(export, [*command, "--calibration-tokens", str(FEW)])
+    assert done.exit_code == 0, done.output
+    record = read_record(open_bundle(tmp_path / "out"))
+    assert record is not None
+    without_text = {"exits.1.linear.weight", names.EMBED_TOKENS}  # the last is untied, and looked up
+    assert {name for name in record.errors if record.error_of(name) == "weights"} == without_text
+    outputs, weights = (line for line in done.stderr.splitlines() if line.startswith("rounded"))
+    assert outputs.startswith(f"rounded {len(record.errors) - 2} matrices (gptq): ")
+    assert "% off the float outputs on the calibration text in the middle; largest: " in outputs
+    assert weights.startswith("rounded 2 matrices (gptq): ")
+    assert "% off the float weights in the middle" in weights
 
 
 def test_the_older_spelling_names_the_same_preset(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
@@ -370,6 +389,7 @@ def test_kept_blocks_stay_and_everything_else_is_rounded_by_the_preset(
     origins = one.manifest.origins
     assert {name for name, origin in origins.items() if not origin.is_kept} == set(own)
     assert all(origins[name].error > 0.01 for name in own)
+    assert {origins[name].error_of for name in own} == {"weights" if method == "rtn" else "outputs"}
     assert all(origins[name].error == 0 for name in others if name in origins)
     ours, theirs = stored_tensors(one.folder), stored_tensors(kept.folder)
     for name in others:

@@ -312,6 +312,7 @@ def give_record(folder: Path, content: str) -> None:
         ("calibration", 0, ("field calibration", "found 0", "expected a text or null")),
         ("max_kl", "low", ("field max_kl", "found 'low'", "expected a finite number >= 0 or null")),
         ("max_kl", float("inf"), ("field max_kl", "found inf")),
+        ("of_outputs", ["a.weight", 1], ("field of_outputs", "found ['a.weight', 1]", "a list of texts or null")),
         ("search", {"kl": 0.1}, ("field search", "found {'kl': 0.1}", "an object with kl, tokens and matrices")),
         ("search", {"kl": -1, "tokens": 9, "matrices": {}}, ("field search", "found {'kl': -1")),
         ("search", {"kl": 1, "tokens": 9, "matrices": {"int4": "all"}}, ("field search", "'all'")),
