@@ -114,7 +114,7 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
     Raises:
         RequestError: No matrix could keep its blocks.
     """
-    chosen = _choose(checkpoint, sources)
+    chosen = blocks_of(checkpoint, sources)
     if not chosen.kept:
         raise RequestError(
             f"--keep-blocks: {checkpoint.source} has no matrix whose blocks can be kept",
@@ -128,7 +128,7 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
 
 def dequantized_line(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> str | None:
     """Return one sentence about the matrices that could keep their blocks and become floats; None without any."""
-    kept = _choose(checkpoint, sources).kept
+    kept = blocks_of(checkpoint, sources).kept
     if not kept:
         return None
     count = "1 matrix" if len(kept) == 1 else f"{len(kept)} matrices"
@@ -136,7 +136,8 @@ def dequantized_line(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]
     return f"dequantizing {count} to floats ({kinds}); --keep-blocks keeps the blocks"
 
 
-def _choose(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> KeptBlocks:
+def blocks_of(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> KeptBlocks:
+    """Return what can become of each matrix of a bundle, even if no matrix can keep its blocks."""
     kept: dict[str, str] = {}
     formats: dict[str, BlockFormat] = {}
     requantized: dict[str, str] = {}
