@@ -20,14 +20,14 @@ from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.ir.write_bundle import tool_versions
 from shortstack.graphs.precision import Precision
 from shortstack.progress import Stage, progress_stages
-from shortstack.quant.engine import Job, choose_formats, job_key, plan_job, write_job
+from shortstack.quant.engine import Job, choose_formats, job_key, least_formats, plan_job, write_job
 from shortstack.quant.needs import check_needs
 from shortstack.quant.preset import Preset
 from shortstack.quant.reach import Reach, reach_of
 from shortstack.quant.record import QuantizationRecord, read_record
 from shortstack.quant.source import Source
 from shortstack.quant.spec import Quantization
-from shortstack.quant.texts import calibration_rows, tokenizer_of
+from shortstack.quant.texts import calibration_rows, check_text, tokenizer_of
 from shortstack.quant.unfinished import Unfinished
 
 
@@ -63,11 +63,14 @@ def export_quantized(
             remedy="leave it out, or choose another preset or --weights",
         )
     check_free(request.out, request.overwrite)  # before a download, not after
+    if wanted.reads_text:
+        check_text(wanted.calibration, "--calibration")
     with progress_stages() as stage:
         model = open_model(request)
         reader = _reader(request, wanted, model, digest="")
         planned(_checked_reach(wanted.preset, reader))
         job = _job(request, wanted, model, reader)
+        check_needs(job, least_formats(job), request.out)
         # All options were checked: from here on it takes long.
         advance = stage("Hashing the checkpoint", 1)
         digest = model.checkpoint.digest()

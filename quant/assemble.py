@@ -12,7 +12,7 @@ from shortstack.graphs.ir.write_bundle import tool_versions
 from shortstack.graphs.manifest import packed_files
 from shortstack.progress import Stage, progress_stages
 from shortstack.quant.bundle_floats import BundleFloats
-from shortstack.quant.engine import KVScales, choose_formats, job_key, plan_job, write_job
+from shortstack.quant.engine import KVScales, choose_formats, job_key, least_formats, plan_job, write_job
 from shortstack.quant.kv_scales import measure_kv_scales
 from shortstack.quant.needs import check_needs
 from shortstack.quant.source import Source
@@ -52,6 +52,7 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
         request.dtype or manifest.dtype,
         lambda wanted: calibration_rows(wanted, open_tokenizer(bundle), manifest.max_length),
     )
+    check_needs(job, least_formats(job), request.out)  # a search takes long
     # Weights may be damaged: what overflows is refused by the name of its matrix, and not by numpy's warnings before.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         mix = choose_formats(job, stage)

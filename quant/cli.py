@@ -80,15 +80,16 @@ def quantize(
         refuse_given((*options, "dtype", "genai", "overwrite"), "OUT is quantized already", "drop it, or --report-only")
         quality = measure_report(report)
     else:
+        wanted = calibrating.quantization(mixing)
         request = QuantizeSpec(
             bundle=bundle,
             out=out,
-            preset=mixing.preset(),
+            preset=wanted.preset,
             dtype=None if dtype is None else _DTYPES[dtype],
-            calibration=calibrating.calibration,
-            calibration_tokens=calibrating.calibration_tokens,
-            max_kl=calibrating.max_kl,
-            tuning=mixing.tuning,
+            calibration=wanted.calibration,
+            calibration_tokens=wanted.calibration_tokens,
+            max_kl=wanted.max_kl,
+            tuning=wanted.tuning,
             overwrite=overwrite,
             genai=genai,
         )

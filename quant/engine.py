@@ -29,7 +29,7 @@ from shortstack.quant.method import Method, find_method
 from shortstack.quant.preset import Assignment, assign, with_kept
 from shortstack.quant.record import QuantizationRecord
 from shortstack.quant.rounding import LayerwiseRounding, Rounded
-from shortstack.quant.search import Mix, search
+from shortstack.quant.search import Mix, coarsest_mix, search
 from shortstack.quant.side_product import Fate
 from shortstack.quant.source import Source
 from shortstack.quant.spec import Quantization
@@ -82,7 +82,7 @@ def plan_job(source: Source, wanted: Quantization, dtype: DType, read_text: Call
     method = find_method(wanted.preset.method)
     is_weighed = method.uses_text or wanted.max_kl is not None
     is_layerwise = _check_layerwise(source.spec, is_weighed)
-    rows = read_text(wanted) if is_weighed or wanted.preset.kv_cache == "int8" else None
+    rows = read_text(wanted) if wanted.reads_text else None
     return Job(source, wanted, method, dtype, rows, is_layerwise)
 
 
@@ -99,15 +99,26 @@ def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
     return not blind
 
 
+def least_formats(job: Job) -> Assignment:
+    """Return the preset's format of each matrix, or the smallest mix that a search could take."""
+    found = _preset_formats(job)
+    return found if job.wanted.max_kl is None else coarsest_mix(job.source, found)
+
+
 def choose_formats(job: Job, stage: Stage) -> Mix:
     """Return the format of each matrix: the preset's, or the cheapest mix that was found."""
     source, wanted = job.source, job.wanted
-    assignment = assign(wanted.preset, source.spec, source.manifest.plan)
-    assignment = with_kept(assignment, source.spec, source.reader.kept_names)
+    assignment = _preset_formats(job)
     if wanted.max_kl is None:
         return Mix(assignment)
     assert job.rows is not None
     return search(source, job.method, assignment, job.rows, wanted.max_kl, stage, wanted.tuning)
+
+
+def _preset_formats(job: Job) -> Assignment:
+    source = job.source
+    assignment = assign(job.wanted.preset, source.spec, source.manifest.plan)
+    return with_kept(assignment, source.spec, source.reader.kept_names)
 
 
 def write_job(

@@ -159,6 +159,14 @@ def units(source: Source) -> list[Unit]:
     return [unit for unit in found if unit.matrices]  # few layers have a branch on tokens
 
 
+def coarsest_mix(source: Source, assignment: Assignment) -> Assignment:
+    """Return the smallest mix that a search could take: all that it may change, in the coarsest codes."""
+    changed = {name for unit in units(source) for name in unit.matrices}
+    bits = _WIDTHS[-1]
+    matrices = {n: _with_bits(f, bits) if n in changed else f for n, f in assignment.matrices.items()}
+    return replace(assignment, matrices=matrices, first_rows=None)
+
+
 def search(
     source: Source,
     method: Method,

@@ -23,6 +23,7 @@ from helpers.kv_bundles import KVBundles
 from helpers.kv_cases import exits_of
 from helpers.quantized import INT4, INT4_OFFSETS, INT8, preset, stored_tensors
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles
+from shortstack.export import assemble
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import hf
 from shortstack.export.cli import export
@@ -314,6 +315,9 @@ def test_the_older_spelling_names_the_same_preset(tiny_bundles: TinyBundles, tmp
         (["--preset", "float"], "--preset float puts nothing in blocks"),
         (["--preset", "int4", "--calibration-tokens", "3"], "--calibration-tokens: found 3"),
         (["--preset", "int4", "--max-kl", "0"], "--max-kl: found 0.0"),
+        (["--preset", "int8", "--calibration-tokens", "99"], "--calibration-tokens would have no effect: --method rtn"),
+        (["--preset", "int4", "--calibration", "no/file"], "--calibration no/file cannot be read"),
+        (["--draft-vocab", "9", "--draft-text", "no/file"], "--draft-text no/file cannot be read"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_written(
@@ -331,6 +335,42 @@ def test_layers_that_cannot_run_one_by_one_take_no_text(kv_bundles: KVBundles, t
     with pytest.raises(UnsupportedError, match="scales of an int8 cache"):
         at_once(request, mix("rtn"))
     check_same(request, mix("rtn", kv_cache="float"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--preset", "int5"),
+        ("--preset", "int4", "--max-kl", "-1"),
+        ("--preset", "int4", "--calibration", "no/file"),
+        ("--draft-vocab", "9", "--draft-text", "no/file"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_are_refused_before_a_checkpoint_is_fetched(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    def never(*arguments: Any, **others: Any) -> None:
+        raise AssertionError("the checkpoint was opened")
+
+    monkeypatch.setattr(assemble, "open_checkpoint", never)
+    refused(["export", "some-owner/some-model", tmp_path / "out", *options], options[-2])
+
+
+@pytest.mark.parametrize("max_kl", [None, 0.1])
+def test_room_is_looked_at_before_the_checkpoint_is_hashed_or_a_mix_is_searched(
+    request_of: Callable[[str], ExportSpec], monkeypatch: pytest.MonkeyPatch, max_kl: float | None
+) -> None:
+    from shortstack.quant import engine, needs
+
+    def never(*arguments: Any, **others: Any) -> Any:
+        raise AssertionError("long work was begun")
+
+    monkeypatch.setattr(needs, "_free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(hf.HuggingFaceCheckpoint, "digest", never)
+    monkeypatch.setattr(engine, "search", never)
+    with pytest.raises(RequestError, match="not enough room"):
+        export_quantized(request_of("untied"), Quantization(mix("rtn"), calibration_tokens=FEW, max_kl=max_kl))
 
 
 @pytest.mark.parametrize("what", ["disk", "memory"])
