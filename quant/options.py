@@ -77,20 +77,8 @@ class Calibrating:
     max_kl: float | None
 
     def quantization(self, mixing: Mixing) -> Quantization:
-        """Return what is asked for together with a mix of formats.
-
-        Raises:
-            RequestError: As in :meth:`Mixing.preset`, or a text was given that would not be read.
-        """
-        preset = mixing.preset()
-        wanted = Quantization(preset, self.calibration, self.calibration_tokens, self.max_kl, mixing.tuning)
-        if not wanted.reads_text:
-            refuse_given(
-                ("calibration", "calibration_tokens"),
-                f"--method {preset.method} looks at weights alone, and a float cache needs no text",
-                "leave it out, or choose another --method",
-            )
-        return wanted
+        """Return what is asked for together with a mix of formats; errors as in :meth:`Mixing.preset`."""
+        return Quantization(mixing.preset(), self.calibration, self.calibration_tokens, self.max_kl, mixing.tuning)
 
 
 @dataclass(frozen=True, slots=True)

@@ -315,7 +315,6 @@ def test_the_older_spelling_names_the_same_preset(tiny_bundles: TinyBundles, tmp
         (["--preset", "float"], "--preset float puts nothing in blocks"),
         (["--preset", "int4", "--calibration-tokens", "3"], "--calibration-tokens: found 3"),
         (["--preset", "int4", "--max-kl", "0"], "--max-kl: found 0.0"),
-        (["--preset", "int8", "--calibration-tokens", "99"], "--calibration-tokens would have no effect: --method rtn"),
         (["--preset", "int4", "--calibration", "no/file"], "--calibration no/file cannot be read"),
         (["--draft-vocab", "9", "--draft-text", "no/file"], "--draft-text no/file cannot be read"),
     ],
