@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,7 +139,7 @@ def open_pool(address: str, workers: int | None, threads: int | None) -> Iterato
     ray = _import_ray()
     with contextlib.redirect_stdout(_RayMessages()):  # stdout is for results
         try:
-            with _silent_stderr():
+            with _silent_stderr(), _own_sigterm():
                 _connect(ray, address, (workers or 1) * (threads or 1))
             cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
             yield RayPool(ray, *share_cores(cores, workers, threads))
@@ -206,6 +207,14 @@ def _silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what this process does when it is asked to end: Ray puts an abort in its place."""
+    kept = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, kept)
 
 
 def _check_address(address: str, where: str) -> None:
