@@ -8,7 +8,7 @@ an error is about a value that came from one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -112,6 +112,17 @@ def gather(group: type, keyword: str, *options: Decorator, title: str = "Options
     return decorate
 
 
+def given_flags(names: Iterable[str]) -> dict[str, str]:
+    """Return the flags of those options that the command line gave, by the names of their values.
+
+    Args:
+        names: The names to look for.
+    """
+    context = click.get_current_context()
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    return {name: flags[name] for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
 def refuse_given(names: tuple[str, ...], reason: str, remedy: str) -> None:
     """Refuse options that would do nothing, if the command line gave them.
 
@@ -123,11 +134,7 @@ def refuse_given(names: tuple[str, ...], reason: str, remedy: str) -> None:
     Raises:
         RequestError: At least one was given; names all of them.
     """
-    context = click.get_current_context()
-    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
-    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if given:
-        listed = ", ".join(flags[name] for name in given)
+    if listed := ", ".join(given_flags(names).values()):
         raise RequestError(f"{listed} would have no effect: {reason}", remedy=remedy)
 
 

@@ -110,7 +110,7 @@ def progress_stages(*, clock: Clock = time.monotonic, every_s: float = SPEAK_EVE
         yield stage
     took_s = clock() - started_s
     if took_s >= QUICK_S:
-        _write(f"done in {duration(took_s)}")
+        say(f"done in {duration(took_s)}")
 
 
 def _is_animated(console: Console) -> bool:
@@ -167,7 +167,7 @@ def _lines(clock: Clock, every_s: float) -> Iterator[Stage]:
 
     def speak() -> None:
         while not is_over.wait(every_s):
-            _write(current.line())
+            say(current.line())
 
     def stage(title: str, total: float) -> Advance:
         nonlocal current
@@ -183,8 +183,8 @@ def _lines(clock: Clock, every_s: float) -> Iterator[Stage]:
         speaker.join()
 
 
-def _write(line: str) -> None:
-    """Write a line to stderr as it is now; without a reader there is nothing to say."""
+def say(line: str) -> None:
+    """Write a line about the work to stderr as it is now; without a reader there is nothing to say."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed pipe, a closed file, no stderr at all
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()

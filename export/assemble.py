@@ -16,7 +16,7 @@ from shortstack.export.arch import resolve
 from shortstack.export.arch.architecture import Architecture
 from shortstack.export.checkpoint import Checkpoint, open_checkpoint
 from shortstack.export.checkpoint.checkpoint import notes
-from shortstack.export.draft_vocab import choose_draft_vocab
+from shortstack.export.draft_vocab import choose_draft_vocab, read_draft_text
 from shortstack.export.drafters import Drafter, ModelOfDrafter, open_drafter
 from shortstack.export.drafters.store import store_drafter
 from shortstack.export.exit_plan import plan_exits
@@ -87,6 +87,8 @@ class OpenedModel:
 
 def open_model(request: ExportSpec) -> OpenedModel:
     """Open a checkpoint and decide what becomes of it; errors as in :func:`export_bundle`."""
+    if request.draft_text is not None:
+        read_draft_text(request.draft_text)  # before a download, not after
     checkpoint = _open(request)
     arch, spec = resolve(checkpoint)
     if request.genai:

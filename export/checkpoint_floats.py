@@ -5,7 +5,7 @@ What quantizes a bundle reads such a bundle's tensors one at a time; this gives 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -91,11 +91,14 @@ class CheckpointFloats:
         """The matrices that keep the checkpoint's blocks."""
         return self._kept | self._kept_trimmed
 
-    def measured_blocks(self, errors: Mapping[str, float], precision: Precision) -> KeptBlocks:
+    def measured_blocks(
+        self, errors: Mapping[str, float], of_outputs: Collection[str], precision: Precision
+    ) -> KeptBlocks:
         """Return what became of the matrices that the checkpoint has in blocks.
 
         Args:
             errors: The error of each matrix that was rounded.
+            of_outputs: The matrices of which this is an error of outputs.
             precision: How the bundle stores them.
         """
         for name in self._kept - self._tensors.errors.keys():  # stored by a run that was killed
@@ -103,7 +106,9 @@ class CheckpointFloats:
         lost = {name: kind for name, kind in self._lost.items() if name in errors}
         formats_of = {name: precision.weights[name] for name in lost}
         known = {**self._tensors.errors, **{name: errors[name] for name in lost}}
-        return replace(self._blocks, requantized=lost, formats={**self._blocks.formats, **formats_of}, errors=known)
+        seen = lost.keys() & set(of_outputs)
+        formats = {**self._blocks.formats, **formats_of}
+        return replace(self._blocks, requantized=lost, formats=formats, errors=known, of_outputs=seen)
 
     def kept(self, name: str) -> BlockTensor:
         """Return the blocks [out, in] of one of these."""

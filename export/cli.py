@@ -18,7 +18,14 @@ from shortstack.command_options import (
 )
 from shortstack.command_paths import CheckpointPath
 from shortstack.graphs.errors import RequestError
-from shortstack.quant.options import PRESET_HELP, Calibrating, Mixing, calibrating_options, mixing_options
+from shortstack.quant.options import (
+    PRESET_HELP,
+    Calibrating,
+    Mixing,
+    calibrating_options,
+    mixing_options,
+    tell_reach,
+)
 
 
 @click.command(cls=Command)
@@ -141,7 +148,7 @@ def export(
     from shortstack.export.assemble import export_bundle
     from shortstack.export.kept_blocks import KeptBlocks
     from shortstack.export.spec import DTYPES, ExportSpec
-    from shortstack.quant.quality_table import error_lines, tuning_lines
+    from shortstack.quant.quality_table import error_lines, search_lines, tuning_lines
     from shortstack.quant.record import read_record
 
     if draft_text is not None and draft_vocab is None:
@@ -173,11 +180,12 @@ def export(
     else:
         from shortstack.export.quantized import export_quantized
 
-        bundle = export_quantized(request, calibrating.quantization(mixing), chosen.append)
+        bundle = export_quantized(request, calibrating.quantization(mixing), chosen.append, tell_reach)
     record = read_record(bundle)
     for kept in chosen:
         click.echo("\n".join(kept.lines()), err=True)
-    for line in () if record is None else (*tuning_lines(record.fates()), *error_lines(record)):
+    said = () if record is None else (*search_lines(record), *tuning_lines(record.fates()), *error_lines(record))
+    for line in said:
         click.echo(line, err=True)
     manifest = bundle.manifest
     total_bytes = sum(entry.bytes for entry in manifest.files.values())
@@ -185,7 +193,7 @@ def export(
     if as_json:
         blocks = {key: value for kept in chosen for key, value in kept.to_json().items()}
         found = {"bundle": str(out), "segments": segments, "bytes": total_bytes, "max_length": manifest.max_length}
-        quantized = {} if record is None else {"tuning": record.fates(), "worst": record.worst(8)}
+        quantized = {} if record is None else {**record.found(), "worst": record.worst(8)}
         click.echo(json.dumps({**found, **blocks, **quantized}))
     else:
         cuts = " | ".join(f"layers {start}-{end - 1}" for start, end in segments)

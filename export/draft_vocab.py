@@ -45,10 +45,7 @@ def choose_draft_vocab(
             expected=f"2..{vocab_size}, the size of the model's vocabulary",
             remedy="choose a size in that range; 4096 is a good start",
         )
-    path = text_file or DRAFT_VOCAB_TEXT
-    text = read_text(path, RequestError, "give a UTF-8 text file", called=f"--draft-text {path}")
-    if not text.strip():
-        raise RequestError(f"--draft-text {path} is empty", remedy="give a text of at least a few thousand words")
+    text = read_draft_text(text_file or DRAFT_VOCAB_TEXT)
     tokenizer = Tokenizer.from_str(files[names.TOKENIZER_FILE].decode())
     counts: Counter[int] = Counter()
     for encoding in tokenizer.encode_batch(text.splitlines(keepends=True), add_special_tokens=False):
@@ -58,6 +55,18 @@ def choose_draft_vocab(
         i for i in (*_turn_tokens(tokenizer, files), *frequent, *range(vocab_size)) if i < vocab_size
     )
     return np.array(sorted(list(ranked)[:size]), dtype=np.int64)
+
+
+def read_draft_text(path: Path) -> str:
+    """Return the text that ids are chosen by.
+
+    Raises:
+        RequestError: It cannot be read or is empty.
+    """
+    text = read_text(path, RequestError, "give a UTF-8 text file", called=f"--draft-text {path}")
+    if not text.strip():
+        raise RequestError(f"--draft-text {path} is empty", remedy="give a text of at least a few thousand words")
+    return text
 
 
 def _turn_tokens(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> list[int]:

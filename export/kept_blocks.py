@@ -19,7 +19,7 @@ alone, before anything is read or written. How near a kept matrix is to the chec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,7 @@ class KeptBlocks:
         floats: Names of the matrices that are floats in the checkpoint and stay so.
         formats: The format of each matrix that keeps its blocks.
         errors: How far each matrix in blocks is from the checkpoint's, once that is measured.
+        of_outputs: The matrices whose error is of their outputs on a calibration text, and not of their weights.
     """
 
     kept: Mapping[str, str] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class KeptBlocks:
     floats: Sequence[str] = ()
     formats: Mapping[str, BlockFormat] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    of_outputs: Collection[str] = ()
 
     def measured(self, errors: Mapping[str, float]) -> KeptBlocks:
         """Return the same with the errors that were measured."""
@@ -65,7 +67,12 @@ class KeptBlocks:
     def origins(self) -> dict[str, Origin]:
         """Return what each matrix in blocks was, and how near it is."""
         kinds = {**self.kept, **self.requantized}
-        return {name: Origin(kind, name in self.kept, self.errors[name]) for name, kind in kinds.items()}
+        return {
+            name: Origin(
+                kind, name in self.kept, self.errors[name], "outputs" if name in self.of_outputs else "weights"
+            )
+            for name, kind in kinds.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return how many matrices of each type are kept, and the names of the others, as JSON-ready data."""
@@ -107,7 +114,7 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
     Raises:
         RequestError: No matrix could keep its blocks.
     """
-    chosen = _choose(checkpoint, sources)
+    chosen = blocks_of(checkpoint, sources)
     if not chosen.kept:
         raise RequestError(
             f"--keep-blocks: {checkpoint.source} has no matrix whose blocks can be kept",
@@ -121,7 +128,7 @@ def choose_blocks(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -
 
 def dequantized_line(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> str | None:
     """Return one sentence about the matrices that could keep their blocks and become floats; None without any."""
-    kept = _choose(checkpoint, sources).kept
+    kept = blocks_of(checkpoint, sources).kept
     if not kept:
         return None
     count = "1 matrix" if len(kept) == 1 else f"{len(kept)} matrices"
@@ -129,7 +136,8 @@ def dequantized_line(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]
     return f"dequantizing {count} to floats ({kinds}); --keep-blocks keeps the blocks"
 
 
-def _choose(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> KeptBlocks:
+def blocks_of(checkpoint: Checkpoint, sources: Mapping[str, MatrixSource]) -> KeptBlocks:
+    """Return what can become of each matrix of a bundle, even if no matrix can keep its blocks."""
     kept: dict[str, str] = {}
     formats: dict[str, BlockFormat] = {}
     requantized: dict[str, str] = {}

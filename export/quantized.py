@@ -7,6 +7,7 @@ quantizes bundles.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,18 +18,24 @@ from shortstack.export.spec import ExportSpec
 from shortstack.graphs.bundle import Bundle, check_free, open_bundle, staged_folder
 from shortstack.graphs.errors import RequestError, UnsupportedError
 from shortstack.graphs.ir.write_bundle import tool_versions
+from shortstack.graphs.precision import Precision
 from shortstack.progress import Stage, progress_stages
-from shortstack.quant.engine import Job, choose_formats, job_key, plan_job, write_job
+from shortstack.quant.engine import Job, choose_formats, job_key, least_formats, plan_job, write_job
 from shortstack.quant.needs import check_needs
-from shortstack.quant.record import read_record
+from shortstack.quant.preset import Preset
+from shortstack.quant.reach import Reach, reach_of
+from shortstack.quant.record import QuantizationRecord, read_record
 from shortstack.quant.source import Source
 from shortstack.quant.spec import Quantization
-from shortstack.quant.texts import calibration_rows, tokenizer_of
+from shortstack.quant.texts import calibration_rows, check_text, tokenizer_of
 from shortstack.quant.unfinished import Unfinished
 
 
 def export_quantized(
-    request: ExportSpec, wanted: Quantization, tell: Callable[[KeptBlocks], None] = lambda blocks: None
+    request: ExportSpec,
+    wanted: Quantization,
+    tell: Callable[[KeptBlocks], None] = lambda blocks: None,
+    planned: Callable[[Reach], None] = lambda reach: None,
 ) -> Bundle:
     """Cut a checkpoint into a quantized bundle.
 
@@ -39,6 +46,7 @@ def export_quantized(
         request: What to export, and how. ``dtype`` is the type of activations and of what is not in blocks.
         wanted: How it is quantized.
         tell: Called with what becomes of each matrix, if the checkpoint's blocks are to be kept.
+        planned: Called before any work with what is going to be rounded; what it raises stops the export.
 
     Returns:
         The finished bundle.
@@ -49,16 +57,26 @@ def export_quantized(
         RequestError: An option does not fit the model, or there is not enough disk or memory.
         BundleError: The output folder is in the way.
     """
+    if wanted.preset.is_float:
+        raise RequestError(
+            f"--preset {wanted.preset.name} puts nothing in blocks",
+            remedy="leave it out, or choose another preset or --weights",
+        )
     check_free(request.out, request.overwrite)  # before a download, not after
+    if wanted.reads_text:
+        check_text(wanted.calibration, "--calibration")
     with progress_stages() as stage:
         model = open_model(request)
+        reader = _reader(request, wanted, model, digest="")
+        planned(_checked_reach(wanted.preset, reader))
+        job = _job(request, wanted, model, reader)
+        check_needs(job, least_formats(job), request.out)
+        # All options were checked: from here on it takes long.
         advance = stage("Hashing the checkpoint", 1)
         digest = model.checkpoint.digest()
         advance(1)
-        manifest = model.manifest(request, "float32", digest)
-        keeps_trimmed = wanted.preset.draft_head == "as head"
-        reader = CheckpointFloats(model, manifest, request.dtype, keeps_trimmed=keeps_trimmed)
-        job = _job(request, wanted, model, reader)
+        reader = _reader(request, wanted, model, digest)
+        job = replace(job, source=Source(reader))
         # Weights may be damaged: what overflows is refused by the name of its matrix, and not by numpy's warnings.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             _write(job, request, model, digest, stage, reader)
@@ -66,16 +84,33 @@ def export_quantized(
     if request.keep_blocks:
         record = read_record(bundle)
         assert record is not None
-        tell(reader.measured_blocks(record.errors, bundle.manifest.precision))
+        tell(_measured_blocks(reader, record, bundle.manifest.precision))
     return bundle
 
 
-def _job(request: ExportSpec, wanted: Quantization, model: OpenedModel, reader: CheckpointFloats) -> Job:
-    if wanted.preset.is_float:
+def _reader(request: ExportSpec, wanted: Quantization, model: OpenedModel, digest: str) -> CheckpointFloats:
+    manifest = model.manifest(request, "float32", digest)
+    return CheckpointFloats(model, manifest, request.dtype, keeps_trimmed=wanted.preset.draft_head == "as head")
+
+
+def _checked_reach(preset: Preset, reader: CheckpointFloats) -> Reach:
+    """Return what is going to be rounded.
+
+    Raises:
+        RequestError: It is nothing, and the cache is float.
+    """
+    manifest = reader.manifest
+    reach = reach_of(preset, manifest.spec, manifest.plan, reader.kept_names)
+    if reach.is_nothing:
         raise RequestError(
-            f"--preset {wanted.preset.name} puts nothing in blocks",
-            remedy="leave it out, or choose another preset or --weights",
+            f"--preset {preset.name} would have no effect: every matrix keeps the checkpoint's blocks",
+            found="a float cache",
+            remedy="leave out --preset, leave out --keep-blocks to round all matrices, or add --kv-cache int8",
         )
+    return reach
+
+
+def _job(request: ExportSpec, wanted: Quantization, model: OpenedModel, reader: CheckpointFloats) -> Job:
     job = plan_job(
         Source(reader),
         wanted,
@@ -94,21 +129,25 @@ def _job(request: ExportSpec, wanted: Quantization, model: OpenedModel, reader: 
 def _write(
     job: Job, request: ExportSpec, model: OpenedModel, digest: str, stage: Stage, reader: CheckpointFloats
 ) -> None:
-    assignment = choose_formats(job, stage)
-    check_needs(job, assignment, request.out)
+    mix = choose_formats(job, stage)
+    check_needs(job, mix.assignment, request.out)
     exits = [(name, array.tobytes()) for name, array in sorted(model.exit_weights.items())]
     manifest = job.source.manifest.to_json()
-    key = job_key(job, assignment, manifest, exits, sorted(model.blocks.kept), sorted(model.files), tool_versions())
+    key = job_key(job, mix.assignment, manifest, exits, sorted(model.blocks.kept), sorted(model.files), tool_versions())
     with staged_folder(request.out, overwrite=request.overwrite, work=key) as folder:
         unfinished = Unfinished.open(folder, key)
         write_job(
             job,
-            assignment,
+            mix,
             folder,
             model.files,
             None,
             unfinished,
             stage,
             ends=model.ends,
-            origins=lambda errors, precision: reader.measured_blocks(errors, precision).origins(),
+            origins=lambda record, precision: _measured_blocks(reader, record, precision).origins(),
         )
+
+
+def _measured_blocks(reader: CheckpointFloats, record: QuantizationRecord, precision: Precision) -> KeptBlocks:
+    return reader.measured_blocks(record.errors, record.of_outputs or (), precision)

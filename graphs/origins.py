@@ -20,6 +20,14 @@ from typing import Any, Literal
 from shortstack.graphs.precision import BlockFormat
 
 Fate = Literal["exact", "near", "rounded"]
+ErrorOf = Literal["outputs", "weights"]
+RELATIVE_TO: dict[ErrorOf | None, str] = {
+    "weights": "the float weights",
+    "outputs": "the float outputs on the calibration text",
+    None: "the float outputs on the calibration text, or the float weights",
+}
+"""What an error is relative to: the root mean square of the difference over that of these; None is not said."""
+
 _FATES: tuple[Fate, ...] = ("exact", "near", "rounded")
 _LONGEST_KIND = 200  # characters
 
@@ -31,7 +39,9 @@ class Origin:
     Attributes:
         kind: The type of its blocks in the checkpoint, such as ``Q6_K``; of a stack ``Q4_K+Q6_K``.
         is_kept: Its blocks were kept, exactly or nearly.
-        error: Root mean square of the difference from the checkpoint's weights, over that of those weights.
+        error: Root mean square of the difference from the checkpoint's, over that of the checkpoint's.
+        error_of: Whether the error is of the weights or, where a matrix was rounded for a calibration text, of its
+            outputs on that text.
 
     Raises:
         ValueError: A kind or an error that nothing has.
@@ -40,10 +50,13 @@ class Origin:
     kind: str
     is_kept: bool
     error: float
+    error_of: ErrorOf = "weights"
 
     def __post_init__(self) -> None:
         if not 0 < len(self.kind) <= _LONGEST_KIND or not self.kind.isprintable():
             raise ValueError(f"an origin is of the kind {self.kind[:_LONGEST_KIND]!r}")
+        if self.error_of not in ("weights", "outputs") or (self.is_kept and self.error_of == "outputs"):
+            raise ValueError(f"an origin has an error of {self.error_of!r}")
         if not math.isfinite(self.error) or self.error < 0:
             raise ValueError(f"an origin has the error {self.error!r}")
 
@@ -65,6 +78,7 @@ class OriginGroup:
         stored_as: Their format in the bundle.
         matrices: Their names.
         error: The largest of their errors.
+        error_of: What these are errors of.
     """
 
     kind: str
@@ -72,13 +86,17 @@ class OriginGroup:
     stored_as: str
     matrices: tuple[str, ...]
     error: float
+    error_of: ErrorOf
 
     @property
     def words(self) -> str:
-        """The group as people read it: ``27 matrices nearly (Q4_K as int4 with offsets, blocks of 32): 0.68% off``."""
+        """The group as people read it.
+
+        ``27 matrices nearly (Q4_K as int4 with offsets, blocks of 32): up to 0.68% off the float weights``.
+        """
         count = "1 matrix" if len(self.matrices) == 1 else f"{len(self.matrices)} matrices"
         what = {"exact": "bit for bit", "near": "nearly", "rounded": "rounded"}[self.fate]
-        off = f": {100 * self.error:.2g}% off" if self.error else ""
+        off = f": up to {100 * self.error:.2g}% off {RELATIVE_TO[self.error_of]}" if self.error else ""
         return f"{count} {what} ({self.kind} as {self.stored_as}){off}"
 
 
@@ -89,12 +107,12 @@ def grouped(origins: Mapping[str, Origin], formats: Mapping[str, BlockFormat]) -
         origins: By name of the matrix.
         formats: The format of each of them.
     """
-    found: dict[tuple[str, Fate, str], list[str]] = {}
+    found: dict[tuple[str, Fate, str, ErrorOf], list[str]] = {}
     for name, origin in origins.items():
-        found.setdefault((origin.kind, origin.fate, str(formats[name])), []).append(name)
+        found.setdefault((origin.kind, origin.fate, str(formats[name]), origin.error_of), []).append(name)
     groups = [
-        OriginGroup(*key, tuple(matrices), max(origins[name].error for name in matrices))
-        for key, matrices in found.items()
+        OriginGroup(kind, fate, stored_as, tuple(matrices), max(origins[name].error for name in matrices), error_of)
+        for (kind, fate, stored_as, error_of), matrices in found.items()
     ]
     return sorted(groups, key=lambda group: _FATES.index(group.fate))
 
@@ -125,5 +143,5 @@ def origins_from_json(data: Mapping[str, Any], formats: Mapping[str, BlockFormat
         )  # Python's JSON has NaN and 10**400
         if type(kind) is not str or type(is_kept) is not bool or not is_number:
             raise ValueError(f"origins.{name} is {entry!r}")
-        found[name] = Origin(kind, is_kept, float(error))
+        found[name] = Origin(kind, is_kept, float(error), entry.get("error_of", "weights"))
     return found

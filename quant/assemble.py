@@ -12,7 +12,7 @@ from shortstack.graphs.ir.write_bundle import tool_versions
 from shortstack.graphs.manifest import packed_files
 from shortstack.progress import Stage, progress_stages
 from shortstack.quant.bundle_floats import BundleFloats
-from shortstack.quant.engine import KVScales, choose_formats, job_key, plan_job, write_job
+from shortstack.quant.engine import KVScales, choose_formats, job_key, least_formats, plan_job, write_job
 from shortstack.quant.kv_scales import measure_kv_scales
 from shortstack.quant.needs import check_needs
 from shortstack.quant.source import Source
@@ -52,16 +52,17 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
         request.dtype or manifest.dtype,
         lambda wanted: calibration_rows(wanted, open_tokenizer(bundle), manifest.max_length),
     )
+    check_needs(job, least_formats(job), request.out)  # a search takes long
     # Weights may be damaged: what overflows is refused by the name of its matrix, and not by numpy's warnings before.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        assignment = choose_formats(job, stage)
-        check_needs(job, assignment, request.out)
+        mix = choose_formats(job, stage)
+        check_needs(job, mix.assignment, request.out)
         scales: KVScales = {}
         if request.preset.kv_cache == "int8" and not job.is_layerwise:
             assert job.rows is not None
             scales = measure_kv_scales(bundle, job.rows, stage("Running the float model", len(job.rows)))
         weights = bundle.folder / names.WEIGHTS_FILE
-        key = job_key(job, assignment, manifest.to_json(), weights.stat().st_mtime_ns, tool_versions())
+        key = job_key(job, mix.assignment, manifest.to_json(), weights.stat().st_mtime_ns, tool_versions())
         with staged_folder(request.out, overwrite=request.overwrite, work=key) as folder:
             graphs = {names.segment_file(s.start, s.end) for s in manifest.plan.segments} | packed_files(manifest.plan)
             graphs |= manifest.drafter_contracts().keys()
@@ -71,5 +72,5 @@ def quantize_bundle(request: QuantizeSpec, stage: Stage | None = None) -> Bundle
             files = {name: (bundle.folder / name).read_bytes() for name in manifest.files.keys() - graphs - own}
             unfinished = Unfinished.open(folder, key)
             ends = text_ends(bundle) if has_genai else None
-            write_job(job, assignment, folder, files, manifest.weights_sha256, unfinished, stage, scales, ends)
+            write_job(job, mix, folder, files, manifest.weights_sha256, unfinished, stage, scales, ends)
     return open_bundle(request.out)

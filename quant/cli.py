@@ -67,7 +67,7 @@ def quantize(
     from shortstack.progress import progress_stages
     from shortstack.quant.assemble import quantize_bundle
     from shortstack.quant.quality_report import measure_report, read_report_texts, store_report
-    from shortstack.quant.quality_table import tuning_lines
+    from shortstack.quant.quality_table import search_lines, tuning_lines
     from shortstack.quant.record import read_record
     from shortstack.quant.spec import QuantizeSpec
 
@@ -80,15 +80,16 @@ def quantize(
         refuse_given((*options, "dtype", "genai", "overwrite"), "OUT is quantized already", "drop it, or --report-only")
         quality = measure_report(report)
     else:
+        wanted = calibrating.quantization(mixing)
         request = QuantizeSpec(
             bundle=bundle,
             out=out,
-            preset=mixing.preset(),
+            preset=wanted.preset,
             dtype=None if dtype is None else _DTYPES[dtype],
-            calibration=calibrating.calibration,
-            calibration_tokens=calibrating.calibration_tokens,
-            max_kl=calibrating.max_kl,
-            tuning=mixing.tuning,
+            calibration=wanted.calibration,
+            calibration_tokens=wanted.calibration_tokens,
+            max_kl=wanted.max_kl,
+            tuning=wanted.tuning,
             overwrite=overwrite,
             genai=genai,
         )
@@ -98,7 +99,7 @@ def quantize(
             if report is not None:
                 with keeping():
                     quality = measure_report(report, texts, stage)
-        for line in () if record is None else tuning_lines(record.fates()):
+        for line in () if record is None else (*search_lines(record), *tuning_lines(record.fates())):
             click.echo(line, err=True)
     if quality is None:
         _print(out, None, _total_bytes(open_bundle(out)), as_json)
@@ -122,8 +123,8 @@ def _print(out: Path, quality: Quality | None, total_bytes: int, as_json: bool) 
     if as_json:
         found = None if quality is None else quality.to_json()
         record = read_record(open_bundle(out))
-        tuning = {} if record is None else record.fates()
-        data = {"bundle": str(out), "bytes": total_bytes, "tuning": tuning, "quality": found}
+        done = {"tuning": {}} if record is None else record.found()
+        data = {"bundle": str(out), "bytes": total_bytes, **done, "quality": found}
         click.echo(json.dumps(data, ensure_ascii=False))
         return
     if quality is not None:

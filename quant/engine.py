@@ -25,12 +25,12 @@ from shortstack.graphs.layer_weights import stored_shapes
 from shortstack.graphs.origins import Origin
 from shortstack.graphs.precision import SPARE_ROWS, Precision
 from shortstack.graphs.spec import DType, ModelSpec
-from shortstack.progress import Advance, Stage
+from shortstack.progress import Advance, Stage, say
 from shortstack.quant.method import Method, find_method
 from shortstack.quant.preset import Assignment, assign, with_kept
 from shortstack.quant.record import QuantizationRecord
 from shortstack.quant.rounding import LayerwiseRounding, Rounded
-from shortstack.quant.search import search
+from shortstack.quant.search import Mix, coarsest_mix, search
 from shortstack.quant.side_product import Fate
 from shortstack.quant.source import Source
 from shortstack.quant.spec import Quantization
@@ -83,7 +83,7 @@ def plan_job(source: Source, wanted: Quantization, dtype: DType, read_text: Call
     method = find_method(wanted.preset.method)
     is_weighed = method.uses_text or wanted.max_kl is not None
     is_layerwise = _check_layerwise(source.spec, is_weighed)
-    rows = read_text(wanted) if is_weighed or wanted.preset.kv_cache == "int8" else None
+    rows = read_text(wanted) if wanted.reads_text else None
     return Job(source, wanted, method, dtype, rows, is_layerwise)
 
 
@@ -100,20 +100,31 @@ def _check_layerwise(spec: ModelSpec, is_weighed: bool) -> bool:
     return not blind
 
 
-def choose_formats(job: Job, stage: Stage) -> Assignment:
+def least_formats(job: Job) -> Assignment:
+    """Return the preset's format of each matrix, or the smallest mix that a search could take."""
+    found = _preset_formats(job)
+    return found if job.wanted.max_kl is None else coarsest_mix(job.source, found)
+
+
+def choose_formats(job: Job, stage: Stage) -> Mix:
     """Return the format of each matrix: the preset's, or the cheapest mix that was found."""
     source, wanted = job.source, job.wanted
-    assignment = assign(wanted.preset, source.spec, source.manifest.plan)
-    assignment = with_kept(assignment, source.spec, source.reader.kept_names)
+    assignment = _preset_formats(job)
     if wanted.max_kl is None:
-        return assignment
+        return Mix(assignment)
     assert job.rows is not None
     return search(source, job.method, assignment, job.rows, wanted.max_kl, stage, wanted.tuning)
 
 
+def _preset_formats(job: Job) -> Assignment:
+    source = job.source
+    assignment = assign(job.wanted.preset, source.spec, source.manifest.plan)
+    return with_kept(assignment, source.spec, source.reader.kept_names)
+
+
 def write_job(
     job: Job,
-    assignment: Assignment,
+    mix: Mix,
     folder: Path,
     files: Mapping[str, bytes],
     source_sha256: str | None,
@@ -121,13 +132,13 @@ def write_job(
     stage: Stage,
     kv_scales: KVScales | None = None,
     ends: TextEnds | None = None,
-    origins: Callable[[Mapping[str, float], Precision], Mapping[str, Origin]] = lambda errors, precision: {},
+    origins: Callable[[QuantizationRecord, Precision], Mapping[str, Origin]] = lambda record, precision: {},
 ) -> None:
     """Round the model and write all files of the bundle.
 
     Args:
         job: What is asked.
-        assignment: The format of each matrix.
+        mix: The format of each matrix.
         folder: Where the bundle is being written.
         files: The content of its other files, by name.
         source_sha256: Of the weights.data of the float bundle; None where the floats come from no bundle.
@@ -135,20 +146,22 @@ def write_job(
         stage: Starts a stage of the progress bar.
         kv_scales: Scales of an int8 cache that were found before; None finds them on the way, where they are needed.
         ends: The tokens around a text, for onnxruntime-genai; None writes nothing for it.
-        origins: Returns, from the errors of what was rounded and from how all is stored, what matrices were in blocks
+        origins: Returns, from the record of what was rounded and from how all is stored, what matrices were in blocks
             of a checkpoint.
     """
     source, wanted, manifest = job.source, job.wanted, job.source.manifest
     is_int8_cache = wanted.preset.kv_cache == "int8"
     rounding = LayerwiseRounding(
         source,
-        assignment,
+        mix.assignment,
         job.method,
         job.rows if job.is_layerwise else None,
         is_int8_cache and job.is_layerwise,
         wanted.tuning,
     )
     writing = _Writing(job, rounding, unfinished)
+    if (line := _taken_over(source, unfinished)) is not None:
+        say(line)
     with WeightStore(folder, unfinished.store_contents) as store:
         errors, fates = writing.store_all(store, kv_scales or {}, stage)
     unfinished.remove()
@@ -160,6 +173,8 @@ def write_job(
         max_kl=wanted.max_kl,
         errors=errors,
         tuning=fates,
+        search=mix.searched,
+        of_outputs=tuple(name for name in errors if rounding.sees_inputs(name)),
     )
     precision = Precision(store.formats, wanted.preset.kv_cache)
     result = dataclasses.replace(
@@ -168,7 +183,7 @@ def write_job(
         files={},
         tools=manifest.tools | tool_versions(),
         precision=precision,
-        origins={**manifest.origins, **origins(errors, precision)},
+        origins={**manifest.origins, **origins(record, precision)},
     )
     write_bundle(folder, result, store, {**files, names.QUANTIZATION_FILE: record.content()}, stage, ends)
 
@@ -267,6 +282,21 @@ class _Writing:
                 store.add(name, ids)
             else:
                 store.alias(name, same)
+
+
+def _taken_over(source: Source, unfinished: Unfinished) -> str | None:
+    """Return one sentence about what of a killed run is taken over, and what is left to do; None without such a run."""
+    if unfinished.is_damaged:
+        return "what a killed run has left is damaged: nothing of it is taken over, all layers are rounded anew"
+    if unfinished.store_contents is None:
+        return None
+    depth, done = source.spec.num_hidden_layers, unfinished.layers
+    left = _weights(source, range(done, depth)) / _weights(source, range(depth))
+    what = f"{depth - done} layers and the vocabulary" if done < depth else "the vocabulary"
+    return (
+        f"going on after a killed run: {done} of {depth} layers are taken over "
+        f"({unfinished.store_contents['bytes'] / 1e6:.1f} MB); left: {what}, {left:.0%} of the weights"
+    )
 
 
 def _weights(source: Source, layers: range) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shortstack.command_options import Decorator, gather
+from shortstack.command_options import Decorator, gather, given_flags, refuse_given
 from shortstack.graphs import names
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.precision import BLOCK_SIZES, EXACT_BLOCK_SIZE, KV_TYPES, KVType
@@ -16,6 +16,7 @@ from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
 from shortstack.quant.method import METHODS
 from shortstack.quant.preset import FORMAT_NAMES, Format, Preset, parse_format
 from shortstack.quant.presets import PRESETS, find_preset
+from shortstack.quant.reach import Reach
 from shortstack.quant.side_product import TUNINGS, Tuning
 from shortstack.quant.spec import CALIBRATION_TOKENS, HELDOUT_TOKENS, Quantization, ReportSpec
 
@@ -108,6 +109,27 @@ class Reporting:
         if self.heldout_tokens != HELDOUT_TOKENS:
             words += ["--heldout-tokens", str(self.heldout_tokens)]
         return shlex.join(words)
+
+
+def tell_reach(reach: Reach) -> None:
+    """Say on stderr what a preset does not reach, and refuse options that would do nothing.
+
+    Raises:
+        RequestError: All matrices that an option is about keep the checkpoint's blocks.
+    """
+    refuse_given(
+        reach.without_effect,
+        "the matrices that it is about keep the checkpoint's blocks",
+        "leave it out, or leave out --keep-blocks to round all matrices",
+    )
+    if (line := reach.line()) is not None:
+        partly = {name: (n, whole) for name, (n, whole) in reach.options.items() if n < whole}
+        flags = given_flags(partly)
+        click.echo("; ".join((line, *(_reaches(flags[name], *partly[name]) for name in flags))), err=True)
+
+
+def _reaches(flag: str, reached: int, whole: int) -> str:
+    return f"{flag} reaches {reached} of {whole}"
 
 
 def mixing_options(default: str | None, help_text: str) -> Decorator:

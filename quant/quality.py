@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from shortstack.graphs.origins import ErrorOf
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -48,7 +50,7 @@ class Quality:
         divergence: For each prompt, how many greedy tokens are the same before the first that differs.
         continuation_tokens: Length of each greedy continuation.
         is_exact: Whether self-speculation through the result gave the tokens of plain decoding, all prompts and exits.
-        worst: The matrices with the largest relative output error, worst first.
+        worst: The matrices with the largest errors, worst first: name, error, and what it is of.
         max_kl: What ``--max-kl`` asked for; None without it.
         tuning: Number of matrices with a fine-tuning that rounding would have erased, by what became of it: ``kept`` in
             side products, or ``at risk``.
@@ -67,7 +69,7 @@ class Quality:
     divergence: tuple[int, ...]
     continuation_tokens: int
     is_exact: bool
-    worst: tuple[tuple[str, float], ...]
+    worst: tuple[tuple[str, float, ErrorOf | None], ...]
     max_kl: float | None = None
     tuning: Mapping[str, int] = field(default_factory=dict)
 

@@ -119,7 +119,6 @@ def judge(
     if precision.kv_cache != "float":
         formats[f"{precision.kv_cache} KV cache"] = len(set(source.manifest.spec.kv_map))
     kl = np.concatenate(tally.kl)
-    errors = {} if record is None else record.errors
     sides = [
         Side(
             weights_sha256=bundle.manifest.weights_sha256,
@@ -145,7 +144,7 @@ def judge(
         divergence=tuple(continued.divergence),
         continuation_tokens=request.continuation_tokens,
         is_exact=continued.is_exact,
-        worst=tuple(sorted(errors.items(), key=lambda item: -item[1])[:WORST]),
+        worst=() if record is None else record.worst(WORST),
         max_kl=None if record is None else record.max_kl,
         tuning={} if record is None else record.fates(),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from shortstack.graphs.origins import RELATIVE_TO, ErrorOf
 from shortstack.quant.quality import Quality
 from shortstack.quant.record import QuantizationRecord
 
@@ -63,19 +65,46 @@ def print_quality(quality: Quality, console: Console | None = None) -> None:
     for fate, count in quality.tuning.items():
         console.print(f"fine-tuning: {fate} in {count} matrices", highlight=False, markup=False)
     if quality.worst:
-        worst = ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in quality.worst)
-        console.print(f"largest output errors: {worst}", highlight=False, markup=False)
+        console.print(f"largest errors: {_worst(quality.worst)}", highlight=False, markup=False)
 
 
 def error_lines(record: QuantizationRecord) -> list[str]:
-    """Return how large the errors of rounding are, where there is no report: in one sentence."""
-    if not record.errors:
+    """Return how large the errors of rounding are, where there is no report: a sentence for each kind of error."""
+    found = []
+    for kind in get_args(ErrorOf):
+        errors = {name: error for name, error in record.errors.items() if record.error_of(name) == kind}
+        if errors:
+            worst = sorted(errors.items(), key=lambda item: -item[1])[:3]
+            middle = statistics.median(errors.values())
+            count = "1 matrix" if len(errors) == 1 else f"{len(errors)} matrices"
+            found.append(
+                f"rounded {count} ({record.method}): {middle:.2%} off {RELATIVE_TO[kind]} in the middle; largest: "
+                + ", ".join(f"{_short(name)} {error:.2%}" for name, error in worst)
+            )
+    return found
+
+
+def _worst(worst: Sequence[tuple[str, float, ErrorOf | None]]) -> str:
+    """Return errors by what they are of: ``lm_head 2.1% off the float outputs on ...; ...``."""
+    kinds: dict[ErrorOf | None, list[str]] = {}
+    for name, error, kind in worst:
+        kinds.setdefault(kind, []).append(f"{_short(name)} {error:.2%}")
+    return "; ".join(f"{', '.join(found)} off {RELATIVE_TO[kind]}" for kind, found in kinds.items())
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def search_lines(record: QuantizationRecord) -> list[str]:
+    """Return what the search of ``--max-kl`` reached and chose, in one sentence; nothing without a search."""
+    if (found := record.search) is None:
         return []
-    what = "weights" if record.calibration is None else "outputs on the calibration text, or of weights,"
-    worst = ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in record.worst(3))
-    middle = statistics.median(record.errors.values())
-    done = f"rounded {len(record.errors)} matrices ({record.method})"
-    return [f"{done}: errors of {what} {middle:.2%} in the middle; largest: {worst}"]
+    chosen = ", ".join(f"{count} {name}" for name, count in found.matrices.items())
+    return [
+        f"searched mix: KL divergence {found.kl:.2g} nats per token (asked: at most {record.max_kl:g}), on the last "
+        f"{found.tokens} tokens of the calibration text; matrices: {chosen}"
+    ]
 
 
 def tuning_lines(tuning: Mapping[str, int]) -> list[str]:

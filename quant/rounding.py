@@ -174,6 +174,17 @@ class LayerwiseRounding:
             elif not name.endswith(HEAD_IDS):
                 yield Rounded({name: source.floats(name)})
 
+    def sees_inputs(self, name: str) -> bool:
+        """Whether a matrix is rounded for its inputs on the calibration text, so that its error is of its outputs."""
+        if self.stream is None or not self._method.uses_text:
+            return False
+        spec = self.source.spec
+        head = names.EMBED_TOKENS if spec.tie_word_embeddings else names.LM_HEAD
+        heads = {head, names.first_rows(head)} | {
+            names.exit_weight(depth, "head.weight") for depth in self._heads_that_see
+        }
+        return name in heads or any(name in self._matrices(layer) for layer in range(spec.num_hidden_layers))
+
     def _matrices(self, layer: int) -> list[str]:
         return [names.layer_weight(layer, part) for part in matrix_parts(self.source.spec.weights(layer))]
 

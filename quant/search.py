@@ -11,6 +11,7 @@ KL is measured on text that rounding did not see: the last quarter of the calibr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,7 @@ from shortstack.progress import Stage
 from shortstack.quant.layers import HeadGraph, LayerGraph, Lent, Weight
 from shortstack.quant.method import Method
 from shortstack.quant.preset import Assignment, Format
+from shortstack.quant.record import Searched
 from shortstack.quant.rounding import LayerwiseRounding, Rounded
 from shortstack.quant.side_product import Tuning
 from shortstack.quant.source import Source
@@ -49,6 +51,19 @@ class Unit:
 
     layer: int | None
     matrices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """The formats of a model.
+
+    Attributes:
+        assignment: The format of each matrix.
+        searched: What the search found; None where the formats are the preset's.
+    """
+
+    assignment: Assignment
+    searched: Searched | None = None
 
 
 @dataclass(slots=True)
@@ -144,6 +159,14 @@ def units(source: Source) -> list[Unit]:
     return [unit for unit in found if unit.matrices]  # few layers have a branch on tokens
 
 
+def coarsest_mix(source: Source, assignment: Assignment) -> Assignment:
+    """Return the smallest mix that a search could take: all that it may change, in the coarsest codes."""
+    changed = {name for unit in units(source) for name in unit.matrices}
+    bits = _WIDTHS[-1]
+    matrices = {n: _with_bits(f, bits) if n in changed else f for n, f in assignment.matrices.items()}
+    return replace(assignment, matrices=matrices, first_rows=None)
+
+
 def search(
     source: Source,
     method: Method,
@@ -152,8 +175,8 @@ def search(
     max_kl: float,
     stage: Stage,
     tuning: Tuning = "keep",
-) -> Assignment:
-    """Return the cheapest assignment found that stays under ``max_kl`` nats per token.
+) -> Mix:
+    """Return the cheapest mix found that stays under ``max_kl`` nats per token.
 
     Args:
         source: The float bundle.
@@ -185,14 +208,16 @@ def search(
         advance(1)
     order = sorted(everything, key=lambda unit: sensitivity[unit])
     advance = stage("Searching the mix", int(np.ceil(np.log2(len(order) + 1))) + len(_WIDTHS) - 1)
-    chosen = cheapest_mix(order, candidates.kl, max_kl * _AIM, advance)
+    chosen, kl = cheapest_mix(order, candidates.kl, max_kl * _AIM, advance)
     matrices: dict[str, Format] = dict(assignment.matrices)
     for unit in everything:
         for name in unit.matrices:
             matrices[name] = formats[chosen[name]][name] if name in chosen else None
     # Tables were floats in all of this: in 8 bits they stay nearly that.
     tables = {n: None if f is None else _with_bits(f, _WIDTHS[0]) for n, f in assignment.tables.items()}
-    return Assignment(matrices, assignment.draft_heads, exit_matrices=assignment.exit_matrices, tables=tables)
+    found = Assignment(matrices, assignment.draft_heads, exit_matrices=assignment.exit_matrices, tables=tables)
+    became = Counter(CODE_TYPES[chosen[name]].name if name in chosen else "float" for name in matrix_names)
+    return Mix(found, Searched(kl, candidates.rows.size, dict(became.most_common())))
 
 
 def cheapest_mix(
@@ -200,8 +225,8 @@ def cheapest_mix(
     kl: Callable[[Mapping[str, int]], float],
     limit: float,
     advance: Callable[[float], None] = lambda _: None,
-) -> dict[str, int]:
-    """Return the bits of each matrix of the cheapest mix under a limit, floats left out.
+) -> tuple[dict[str, int], float]:
+    """Return the bits of each matrix of the cheapest mix under a limit, floats left out, and its divergence.
 
     The mixes are the steps of one way down: from float everywhere to int8 everywhere, unit by unit, then from there to
     int4 everywhere in the same order. Bisection finds the last step that still stays under the limit.
@@ -222,11 +247,12 @@ def cheapest_mix(
         return bits
 
     def is_under(steps: int) -> bool:
-        found = kl(mix(steps)) <= limit
+        measured[steps] = kl(mix(steps))
         advance(1)
-        return found
+        return measured[steps] <= limit
 
-    # Above `low` nothing is known; at `high` the limit is broken. Float everywhere has no divergence at all.
+    measured = {0: 0.0}  # by steps: float everywhere has no divergence at all
+    # Above `low` nothing is known; at `high` the limit is broken.
     low, high = 0, len(_WIDTHS) * len(order) + 1
     for whole in range(len(order), high - 1, len(order) or 1):  # one width everywhere
         if not is_under(whole):
@@ -236,7 +262,7 @@ def cheapest_mix(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if is_under(middle) else (low, middle)
-    return mix(low)
+    return mix(low), measured[low]
 
 
 def _round_all(rounding: LayerwiseRounding, advance: Callable[[float], None]) -> dict[str, BlockTensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import DType
 from shortstack.graphs.texts import CALIBRATION_TEXT, HELDOUT_TEXT
+from shortstack.quant.method import find_method
 from shortstack.quant.preset import Preset
 from shortstack.quant.side_product import Tuning
 
@@ -42,6 +43,16 @@ class Quantization:
         if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
             raise RequestError("--max-kl", found=self.max_kl, expected="nats per token, above 0; try 0.01")
         _check_tokens("--calibration-tokens", self.calibration_tokens)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the calibration text is read: for the weights, for a search, or for the scales of an int8 cache.
+
+        Raises:
+            RequestError: The method is unknown.
+        """
+        is_weighed = find_method(self.preset.method).uses_text or self.max_kl is not None
+        return is_weighed or self.preset.kv_cache == "int8"
 
 
 @dataclass(frozen=True, slots=True)

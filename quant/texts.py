@@ -74,6 +74,11 @@ def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer:
         return Tokenizer.load(Path(name))
 
 
+def check_text(path: Path, option: str) -> None:
+    """Check that a file holds a text, before a tokenizer is there to read it; errors as in read_rows."""
+    next(_texts(path, option), None)
+
+
 def calibration_rows(wanted: Quantization, tokenizer: Tokenizer, max_length: int) -> Rows:
     """Return the calibration text in rows that fit a context of ``max_length`` tokens; errors as in read_rows."""
     tokens = wanted.calibration_tokens

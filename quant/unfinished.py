@@ -46,6 +46,7 @@ class Unfinished:
         store_contents: What the weight store held after them; None for none.
         errors: Relative errors of rounded matrices so far.
         fates: Fates of fine-tunings so far.
+        is_damaged: Whether something of the same work was found that is not as it was, so that all begins anew.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Unfinished:
     store_contents: Mapping[str, Any] | None = None
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     fates: dict[str, Fate] = dataclasses.field(default_factory=dict)
+    is_damaged: bool = False
     _hashes: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     _stream: str | None = None
 
@@ -66,7 +68,7 @@ class Unfinished:
             try:
                 found._read(read_json_object(path, BundleError, "remove it"))
             except (ShortstackError, OSError, ValueError, KeyError, TypeError):
-                found = cls(folder, key)
+                found = cls(folder, key, is_damaged=True)
         return found
 
     def restore(self, stream: Stream | None) -> None:

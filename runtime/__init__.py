@@ -12,6 +12,7 @@ loops          the decoding loop for a request
 model          a loaded bundle: text in, text out
 calibration    thresholds for early exit with a guarantee
 inspection     what a bundle holds; decodes nothing
+workers        a batch on several machines, through Ray Data
 commands       the command line
 =============  ========================================================================================================
 

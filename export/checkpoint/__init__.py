@@ -84,6 +84,9 @@ def _open_folder(path: Path, source: str, follow_links: bool, allow_pickle: bool
         return _genai(path, source, follow_links)
     if is_consolidated(path):
         return _consolidated(path, source, follow_links)
+    names_weights = any(map(is_pickle, path.glob("*"))) or any(path.glob("*.index.json"))
+    if not gguf_files and not has_safetensors and not names_weights:
+        _refuse_foreign_graph(path, follow_links)
     if not gguf_files or has_safetensors:
         return _hugging_face(path, source, follow_links, allow_pickle)
     if len(gguf_files) > 1:
@@ -102,6 +105,13 @@ def _genai(folder: Path, source: str, follow_links: bool) -> Checkpoint:
     from shortstack.export.checkpoint.genai import GenaiCheckpoint
 
     return GenaiCheckpoint(folder, source, follow_links=follow_links)
+
+
+def _refuse_foreign_graph(folder: Path, follow_links: bool) -> None:
+    from shortstack.export.checkpoint.foreign_graph import graphs_in, refusal
+
+    if graphs := graphs_in(folder):
+        raise refusal(folder, graphs[0], follow_links=follow_links)
 
 
 def _megatron(folder: Path, source: str, follow_links: bool) -> Checkpoint:

@@ -70,6 +70,10 @@ class BundleWeights:
         """Return the weights of a layer, by role."""
         return self._layer(names.layer_weights(layer), self._spec.weights(layer), self._spec.layers[layer].attention)
 
+    def matrix(self, name: str, shape: tuple[int, int]) -> Floats:
+        """Return a matrix [out, in] as it is stored, stacked and with padded heads, by its name in the bundle."""
+        return self._stored.matrix(name, shape)
+
     def own_heads(self) -> dict[int, torch.Tensor]:
         """Return the heads [rows, hidden] that are stored for exits which share the LM head, by depth.
 
@@ -128,10 +132,12 @@ class WeightError:
         what: The layer and the role.
         relative: Root mean square of the difference, divided by that of the checkpoint's values. Scales that
             quantization moved from one matrix into another are taken out first.
+        is_kept: The matrix keeps the checkpoint's blocks, and is compared with these: nothing may differ.
     """
 
     what: str
     relative: float
+    is_kept: bool = False
 
 
 @torch.no_grad()

@@ -124,8 +124,11 @@ def parity(
         else:
             click.echo("cache and hidden states: not compared (an int8 cache holds codes, and there is no cut)")
         if report.weights:
-            furthest = max(report.weights, key=lambda weight: weight.relative)
+            furthest = max((weight for weight in report.weights if not weight.is_kept), key=lambda each: each.relative)
             click.echo(f"weights: furthest from the checkpoint {furthest.what}, relative {furthest.relative:.1e}")
+        if kept := [weight for weight in report.weights if weight.is_kept]:
+            differing = sum(weight.relative > 0 for weight in kept)
+            click.echo(f"kept blocks: {differing} of {len(kept)} matrices differ from the checkpoint's")
         for fork in report.forks:
             click.echo(
                 f"greedy fork: text {fork.text}, {fork.strategy}, new token {fork.position}: "

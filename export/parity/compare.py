@@ -171,7 +171,13 @@ class ParityReport:
             f"{weight.what} is not the checkpoint's: off by {weight.relative:.2f} of its size (allowed "
             f"{self.tolerance.weights})"
             for weight in self.weights
-            if weight.relative > self.tolerance.weights
+            if not weight.is_kept and weight.relative > self.tolerance.weights
+        ]
+        found += [
+            f"{weight.what} keeps the checkpoint's blocks and differs from them: off by {weight.relative:.2g} of its "
+            "size (allowed 0)"
+            for weight in self.weights
+            if weight.is_kept and weight.relative
         ]
         tie = self.tolerance.tie * self._unit(self.heads[-1]) if self.heads else self.tolerance.tie
         found += [

@@ -22,6 +22,7 @@ from shortstack.export.checkpoint.megatron import MegatronCheckpoint
 from shortstack.export.checkpoint.quantized import QuantizedCheckpoint
 from shortstack.export.kept_blocks import KeptBlocks
 from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, compare_with, put_into_transformers
+from shortstack.export.parity.kept import compare_kept
 from shortstack.export.sources import rotary_order
 from shortstack.export.tensors import ModelTensors
 from shortstack.export.twin.folder import save_twin, twin_of
@@ -85,8 +86,10 @@ class Reference:
         self.own_heads = {} if weights is None else weights.own_heads()
         self.weight_errors: list[WeightError] = []
         if weights is not None:
-            tensors = ModelTensors(checkpoint if adapted is None else adapted, self._arch, self.spec, KeptBlocks())
+            read = checkpoint if adapted is None else adapted
+            tensors = ModelTensors(read, self._arch, self.spec, KeptBlocks())
             self.weight_errors = compare_with(tensors, weights)
+            self.weight_errors += compare_kept(read, self._arch, self.spec, weights)
             put_into_transformers(self._model, weights)
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
 

@@ -16,6 +16,7 @@ from shortstack.export.arch import ARCHITECTURES, resolve
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.kept_blocks import KeptBlocks
 from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, compare_with, put_into_twin
+from shortstack.export.parity.kept import compare_kept
 from shortstack.export.tensors import ModelTensors
 from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.sequential import sequential
@@ -64,7 +65,9 @@ class TwinReference:
         self.own_heads = {} if weights is None else weights.own_heads()
         self.weight_errors: list[WeightError] = []
         if weights is not None:
-            self.weight_errors = compare_with(ModelTensors(adapted, *resolve(adapted), KeptBlocks()), weights)
+            arch, spec = resolve(adapted)
+            self.weight_errors = compare_with(ModelTensors(adapted, arch, spec, KeptBlocks()), weights)
+            self.weight_errors += compare_kept(adapted, arch, spec, weights)
             put_into_twin(self._twin, weights)
 
     @torch.no_grad()

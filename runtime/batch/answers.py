@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +15,7 @@ from typing import IO, Any
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.read_file import parse_json
 from shortstack.runtime.batch.lines import Line
-from shortstack.runtime.decode.step import Stats
-from shortstack.runtime.decode.stream import FinishReason
+from shortstack.runtime.result import Result
 
 try:
     import fcntl
@@ -27,10 +26,11 @@ _BEGINS = b'{"id": '
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}  # OpenAI's names
 
 
-def answer(
-    line: Line, digest: str, text: str, tokens: tuple[int, ...], reason: FinishReason, stats: Stats
-) -> dict[str, Any]:
-    """Return what is written for a finished generation; ``digest`` is that of :func:`digest_of`."""
+def answer(line: Line, digest: str, result: Result) -> dict[str, Any]:
+    """Return what is written for a generation that finished or failed; ``digest`` is that of :func:`digest_of`."""
+    if result.error is not None:
+        return failure(line, result.error)
+    text, tokens, reason, stats = result.text, result.tokens, result.finish_reason, result.stats
     if not line.is_openai:
         # Nothing that depends on the machine or on who else was served: a line is the same whenever it is written.
         return {
@@ -138,11 +138,9 @@ def _answers(path: Path, content: bytes) -> tuple[dict[str, str | None], bytes]:
         entry = parse_json(text.decode("utf-8", "replace"), where, RequestError, remedy)
         if not isinstance(entry, dict) or not _is_answer(entry):
             raise RequestError(f"{where} is not an answer", found=repr(text[:60]), expected="an id", remedy=remedy)
-        response = entry.get("response")
-        if entry.get("error") or (isinstance(response, dict) and response.get("status_code") != 200):
+        if is_failure(entry):
             continue
-        body = response.get("body", {}) if isinstance(response, dict) else entry
-        found[str(entry.get("custom_id", entry["id"]))] = body.get("system_fingerprint", entry.get("request"))
+        found[str(id_of(entry))] = request_of(entry)
         kept.append(text + b"\n")
     return found, b"".join(kept)
 
@@ -150,7 +148,26 @@ def _answers(path: Path, content: bytes) -> tuple[dict[str, str | None], bytes]:
 def _is_answer(entry: dict[str, Any]) -> bool:
     is_ours = {"text", "finish_reason"} <= entry.keys() or entry.keys() == {"id", "error"}
     is_openai = {"custom_id", "response"} <= entry.keys()
-    return isinstance(entry.get("custom_id", entry.get("id")), str) and "id" in entry and (is_ours or is_openai)
+    return "id" in entry and isinstance(id_of(entry), str) and (is_ours or is_openai)
+
+
+def id_of(entry: Mapping[str, Any]) -> Any:
+    """Return the id of the line that was answered."""
+    return entry.get("custom_id", entry["id"])
+
+
+def is_failure(entry: Mapping[str, Any]) -> bool:
+    """Return whether an answer says why there is none."""
+    response = entry.get("response")
+    return bool(entry.get("error")) or (isinstance(response, dict) and response.get("status_code") != 200)
+
+
+def request_of(entry: Mapping[str, Any]) -> str | None:
+    """Return the digest of the request that was answered (:func:`digest_of`); None where the answer has none."""
+    response = entry.get("response")
+    body = response.get("body", {}) if isinstance(response, dict) else entry
+    digest: str | None = body.get("system_fingerprint", entry.get("request"))
+    return digest
 
 
 def digest_of(line: Line, weights_sha256: str) -> str:

@@ -74,6 +74,8 @@ class Line:
         is_openai: It is in OpenAI's format, and so is its answer.
         url: OpenAI's endpoint.
         model: The model that it names, which is repeated and not looked at.
+        number: Its number in the file, if that is known.
+        text: It as it stands there.
     """
 
     id: str
@@ -81,6 +83,8 @@ class Line:
     is_openai: bool = False
     url: str = ""
     model: str = ""
+    number: int | None = None
+    text: str = ""
 
 
 def read_lines(path: Path, defaults: Request, tokenizer: Tokenizer) -> list[Line]:
@@ -102,13 +106,7 @@ def read_lines(path: Path, defaults: Request, tokenizer: Tokenizer) -> list[Line
         if not text.strip():
             continue
         where = f"{path}, line {number}"
-        entry = parse_json(text, where, RequestError, f"write {_LINE}")
-        if not isinstance(entry, dict):
-            raise RequestError(where, found=repr(text[:60]), expected=_LINE)
-        try:
-            line = _parse(entry, number, defaults, tokenizer)
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
+        line = read_line(text, number, where, defaults, tokenizer)
         if line.id in known:
             raise RequestError(
                 f"{where}: the id {line.id!r} is that of line {known[line.id]}", remedy="give every line its own id"
@@ -120,7 +118,41 @@ def read_lines(path: Path, defaults: Request, tokenizer: Tokenizer) -> list[Line
     return lines
 
 
-def _parse(entry: Mapping[str, Any], number: int, defaults: Request, tokenizer: Tokenizer) -> Line:
+def read_line(text: str, number: int | None, where: str, defaults: Request, tokenizer: Tokenizer) -> Line:
+    """Read one line.
+
+    Args:
+        text: The line.
+        number: Its id if it has none; None: it must have one.
+        where: What a message calls it.
+        defaults: As for :func:`read_lines`.
+        tokenizer: As for :func:`read_lines`.
+
+    Raises:
+        RequestError: It is not a prompt, or an option is wrong.
+    """
+    entry = parse_json(text, where, RequestError, f"write {_LINE}")
+    if not isinstance(entry, dict):
+        raise RequestError(where, found=repr(text[:60]), expected=_LINE)
+    try:
+        return replace(_parse(entry, number, defaults, tokenizer), number=number, text=text)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
+
+
+def unread_line(text: str, number: int | None) -> Line:
+    """Return what an answer repeats of a line that :func:`read_line` refuses: its id and its format."""
+    try:
+        entry = parse_json(text, "", RequestError)
+    except RequestError:
+        entry = None
+    said = entry if isinstance(entry, dict) else {}
+    is_openai = isinstance(said.get("custom_id"), str)
+    id_ = said.get("custom_id" if is_openai else "id", number)
+    return Line(str(id_) if isinstance(id_, str | int) else "", Request("any"), is_openai, number=number, text=text)
+
+
+def _parse(entry: Mapping[str, Any], number: int | None, defaults: Request, tokenizer: Tokenizer) -> Line:
     if "custom_id" in entry or "body" in entry:
         return _parse_openai(entry, defaults, tokenizer)
     if unknown := sorted(entry.keys() - {"id", *_PROMPTS, *OPTIONS, *_NOTES}):

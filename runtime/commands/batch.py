@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,11 +13,13 @@ import click
 
 from shortstack.command_options import Command, option_group, provider_option, refuse_given, threads_option
 from shortstack.command_paths import BundlePath
-from shortstack.graphs.bundle import open_bundle
+from shortstack.graphs.arguments import expect, is_whole
+from shortstack.graphs.bundle import Bundle, open_bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.progress import progress_stages
-from shortstack.runtime.batch.answers import answer, digest_of, failure, open_answers, write
+from shortstack.runtime.batch.answers import answer, digest_of, is_failure, open_answers, write
 from shortstack.runtime.batch.lines import Line, read_lines
+from shortstack.runtime.commands.batch_totals import Totals
 from shortstack.runtime.commands.generate import make_strategy
 from shortstack.runtime.commands.options import (
     Drafting,
@@ -34,74 +36,15 @@ from shortstack.runtime.commands.options import (
 )
 from shortstack.runtime.commands.slots import slots_option, usual_slots
 from shortstack.runtime.decode.sampling import SamplingParams
-from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.model import Model
-from shortstack.runtime.request import Request, StrategyName
-from shortstack.runtime.result import Result
+from shortstack.runtime.request import RequestOptions, StrategyName, make_request
+from shortstack.runtime.text.tokenizer import Tokenizer
+from shortstack.runtime.workers.ray_pool import Work, open_pool
+
+Answered = tuple[dict[str, Any], Mapping[str, Any]]
+"""The answer to a line as it is written, and its counts."""
 
 _ALONE = ("upper_providers", "upper_threads")
-
-
-@dataclass(slots=True)
-class Totals:
-    """What a batch did.
-
-    Attributes:
-        answers: Lines that were answered.
-        failed: Lines that were not.
-        tokens: Tokens of all answers.
-        drafted: Tokens drafted.
-        accepted: Those of them that the whole model agreed with.
-        exits: Tokens by the number of layers run to predict them.
-        elapsed_s: Seconds from the first prompt to the last token.
-        rows_per_run: Rows in a run of the uppermost layers; None where sequences run one by one.
-    """
-
-    answers: int = 0
-    failed: int = 0
-    tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    exits: dict[int, int] = field(default_factory=dict)
-    elapsed_s: float = 0.0
-    rows_per_run: float | None = None
-
-    def count(self, stats: Stats) -> None:
-        """Count one finished generation."""
-        self.answers += 1
-        self.tokens += stats.emitted
-        self.drafted += stats.drafted
-        self.accepted += stats.accepted
-        for depth, count in stats.exits.items():
-            self.exits[depth] = self.exits.get(depth, 0) + count
-
-    def to_json(self) -> dict[str, Any]:
-        """Return them as JSON-ready data."""
-        return {
-            "answers": self.answers,
-            "failed": self.failed,
-            "tokens": self.tokens,
-            "elapsed_s": self.elapsed_s,
-            "tokens_per_s": self.tokens / self.elapsed_s if self.elapsed_s else 0.0,
-            "rows_per_run": self.rows_per_run,
-            "acceptance": self.accepted / self.drafted if self.drafted else None,
-            "exits": {str(depth): count for depth, count in sorted(self.exits.items())},
-        }
-
-    def line(self) -> str:
-        """Return them as one line."""
-        speed = self.tokens / self.elapsed_s if self.elapsed_s else 0.0
-        parts = [f"{self.answers} answers, {self.tokens} tokens, {speed:.1f} tokens/s"]
-        if self.rows_per_run:
-            parts.append(f"{self.rows_per_run:.1f} rows per run")
-        if self.drafted:
-            parts.append(f"acceptance {self.accepted / self.drafted:.0%}")
-        if len(self.exits) > 1:
-            shares = ", ".join(f"{depth}: {count / self.tokens:.0%}" for depth, count in sorted(self.exits.items()))
-            parts.append(f"decided after layers {shares}")
-        if self.failed:
-            parts.append(f"{self.failed} failed")
-        return "; ".join(parts)
 
 
 @click.command(cls=Command)
@@ -131,6 +74,16 @@ class Totals:
 @drafting_options
 @exiting_options
 @option_group("Machine", provider_option, threads_option)
+@option_group(
+    "More machines",
+    click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Spread the prompts over the machines of a Ray cluster: HOST:PORT, auto for the one of this machine, or "
+        "local to start one here.",
+    ),
+    click.option("--workers", type=click.IntRange(1), metavar="N", help="Engines.  [default: one for each machine]"),
+)
 @option_group("Output", click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON."))
 def batch(
     bundle: str,
@@ -147,6 +100,8 @@ def batch(
     exiting: Exiting,
     providers: tuple[str, ...],
     threads: int | None,
+    ray: str | None,
+    workers: int | None,
     as_json: bool,
 ) -> int:
     """Answer the PROMPTS of a jsonl file with the model in BUNDLE, several at once.
@@ -158,6 +113,11 @@ def batch(
     showing = Showing(show_exits=False, report=None, no_sweep=False, as_json=as_json)
     refuse_options_without_effect(strategy, None, exit_layers, exiting, sampling.temperature, showing)
     refuse_given(_ALONE, "in a batch all segments share the machine", "leave it out")
+    if ray is None:
+        refuse_given(("workers",), "one engine answers all prompts", "add --ray local")
+    else:
+        _check_counts(slots, threads)
+        refuse_given(("providers",), "workers compute on CPUs", "leave it out")
     if strategy == "early-exit":
         exiting.check()
     if out.exists() and prompts.exists() and out.samefile(prompts):
@@ -166,31 +126,56 @@ def batch(
         raise RequestError(f"--out {out} cannot be written", remedy="name a file in a folder that exists")
     opened = open_bundle(bundle)
     slots = usual_slots(opened, slots)
-    model = Model(opened, providers=list(providers) or None, threads=threads, slots=slots)
+    model = None if ray is not None else Model(opened, providers=list(providers) or None, threads=threads, slots=slots)
     policy = None
     if strategy == "early-exit":
-        policy = exiting.policy(model, exit_layers, exiting.load_profile(model))
-    chosen = make_strategy(strategy or "plain", exit_layers, drafting.policy(sampling), policy)
-    defaults = Request("any", chosen, sampling, max_new_tokens=max_new_tokens, stop=stop)
-    lines = read_lines(prompts, defaults, model.tokenizer)
+        policy = exiting.policy(opened, exit_layers, exiting.load_profile(opened))
+    options: RequestOptions = {
+        "strategy": make_strategy(strategy or "plain", exit_layers, drafting.policy(sampling), policy),
+        "sampling": sampling,
+        "max_new_tokens": max_new_tokens,
+        "stop": stop,
+    }
+    tokenizer = model.tokenizer if model else Tokenizer.load(opened.folder, opened.manifest.files)
+    lines = read_lines(prompts, make_request("any", **options), tokenizer)
     for number, line in enumerate(lines, 1):
         try:
-            line.request.strategy.exits_in(model.bundle.manifest.plan)
+            line.request.strategy.exits_in(opened.manifest.plan)
         except RequestError as error:
             raise RequestError(f"{prompts}, prompt {number} ({line.id}): {error}") from None
-    with open_answers(out, overwrite=overwrite) as (file, done):
-        totals = _run(model, _left(lines, done, model, out), file)
+    totals = Totals()
+    with (
+        nullcontext() if ray is None else open_pool(ray, workers, threads) as pool,
+        open_answers(out, overwrite=overwrite) as (file, done),
+    ):
+        left = _left(lines, done, opened, out)
+        started = time.perf_counter()
+        if model is not None:
+            found = _generated(model, left)
+        else:
+            assert pool is not None
+            found = pool.answers(Work(Path(bundle).absolute(), slots, options), left)
+        _write_all(found, len(left), file, totals)
+        totals.elapsed_s = time.perf_counter() - started
+    if model is not None and (ran := model.engine_stats) is not None and ran.runs[-1]:
+        totals.rows_per_run = ran.rows[-1] / ran.runs[-1]
     click.echo(json.dumps(totals.to_json()) if as_json else totals.line())
     return 2 if totals.failed else 0
 
 
-def _left(lines: list[Line], done: Mapping[str, str | None], model: Model, out: Path) -> list[tuple[Line, str]]:
+def _check_counts(slots: int | None, threads: int | None) -> None:
+    """Refuse what each worker would refuse."""
+    for name, value in (("slots", slots), ("threads", threads)):
+        expect(value is None or is_whole(value, 1), name, value, "a whole number, 1 or more")
+
+
+def _left(lines: list[Line], done: Mapping[str, str | None], bundle: Bundle, out: Path) -> list[tuple[Line, str]]:
     """Return the lines that have no answer yet, each with the digest of its request.
 
     Raises:
         RequestError: An answer is that to another request of the same id.
     """
-    weights = model.bundle.manifest.weights_sha256
+    weights = bundle.manifest.weights_sha256
     digests = {line.id: digest_of(line, weights) for line in lines}
     for line in lines:
         if done.get(line.id) is not None and done[line.id] != digests[line.id]:
@@ -204,25 +189,18 @@ def _left(lines: list[Line], done: Mapping[str, str | None], model: Model, out: 
     return left
 
 
-def _run(model: Model, lines: list[tuple[Line, str]], file: IO[bytes]) -> Totals:
-    totals = Totals()
-    started = time.perf_counter()
+def _generated(model: Model, lines: Sequence[tuple[Line, str]]) -> Iterator[Answered]:
+    for number, result in model.stream_batch((line.request for line, _ in lines), keep_going=True):
+        yield answer(*lines[number], result), result.stats.to_json()
+
+
+def _write_all(found: Iterator[Answered], count: int, file: IO[bytes], totals: Totals) -> None:
     with progress_stages() as stage:
-        advance = stage("Generating", len(lines))
-        for number, result in model.stream_batch((line.request for line, _ in lines), keep_going=True):
-            write(file, _entry(*lines[number], result))
-            if result.error is None:
-                totals.count(result.stats)
-            else:
+        advance = stage("Generating", count)
+        for entry, stats in found:
+            write(file, entry)
+            if is_failure(entry):
                 totals.failed += 1
+            else:
+                totals.count(stats)
             advance(1)
-    totals.elapsed_s = time.perf_counter() - started
-    if (found := model.engine_stats) is not None and found.runs[-1]:
-        totals.rows_per_run = found.rows[-1] / found.runs[-1]
-    return totals
-
-
-def _entry(line: Line, digest: str, result: Result) -> dict[str, Any]:
-    if result.error is not None:
-        return failure(line, result.error)
-    return answer(line, digest, result.text, result.tokens, result.finish_reason, result.stats)

@@ -130,8 +130,8 @@ def generate(
             "--prefill-passes would have no effect: no layer of this bundle uses keys and values of a layer above it",
             remedy="leave it out",
         )
-    profile = exiting.load_profile(model)
-    policy = exiting.policy(model, exit_layers, profile) if "early-exit" in names else None
+    profile = exiting.load_profile(model.bundle)
+    policy = exiting.policy(model.bundle, exit_layers, profile) if "early-exit" in names else None
     if profile is not None and profile.threshold is None:
         click.echo(f"note: {exiting.profile} found no safe threshold, so no token leaves early", err=True)
     if policy is not None and profile is None and not compare and (found := unchecked_exits(model.bundle, policy)):

@@ -19,7 +19,6 @@ from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
 from shortstack.runtime.early_exit.policy import ROLLBACK_BELOW, ExitPolicy, KVPolicy, Verify
 from shortstack.runtime.engine.session import Placement
-from shortstack.runtime.model import Model
 from shortstack.runtime.request import StrategyName
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class Exiting:
                 remedy=f"add --exit-when '{EXAMPLE}', or --profile with what `shortstack calibrate` found",
             )
 
-    def load_profile(self, model: Model) -> Profile | None:
+    def load_profile(self, bundle: Bundle) -> Profile | None:
         """Return the profile that was given, if one was.
 
         Raises:
@@ -92,10 +91,10 @@ class Exiting:
             return None
         from shortstack.runtime.calibration.profile import load_profile
 
-        return load_profile(self.profile, model.bundle)
+        return load_profile(self.profile, bundle)
 
-    def policy(self, model: Model, exit_layers: tuple[int, ...], profile: Profile | None) -> ExitPolicy:
-        """Return the exit policy, which this model can follow.
+    def policy(self, bundle: Bundle, exit_layers: tuple[int, ...], profile: Profile | None) -> ExitPolicy:
+        """Return the exit policy, which this bundle can follow.
 
         Raises:
             RequestError: The bundle lacks an exit or what the criterion needs, or options do not go together.
@@ -106,7 +105,7 @@ class Exiting:
             assert self.exit_when is not None
             policy = ExitPolicy(parse_criterion(self.exit_when), exit_layers or None)
         policy = self._completed(policy)
-        policy.exits_in(model.bundle.manifest.plan)
+        policy.exits_in(bundle.manifest.plan)
         return policy
 
     def _completed(self, policy: ExitPolicy) -> ExitPolicy:

@@ -7,14 +7,13 @@ import onnxruntime as ort
 
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.packing import LEAST_ONNXRUNTIME, can_pack
-
-_SLOTS = 8
+from shortstack.runtime.batch.many import USUAL_SLOTS
 
 slots_option = click.option(
     "--slots",
     type=int,
     metavar="N",
-    help=f"How many sequences run at once.  [default: {_SLOTS}, and 1 where bundle or onnxruntime cannot]",
+    help=f"How many sequences run at once.  [default: {USUAL_SLOTS}, and 1 where bundle or onnxruntime cannot]",
 )
 
 
@@ -24,6 +23,6 @@ def usual_slots(bundle: Bundle, asked: int | None) -> int:
         return asked
     version = tuple(int(part) for part in ort.__version__.split(".")[:2])
     if can_pack(bundle.manifest.spec) and bundle.manifest.has_packed_form and version >= LEAST_ONNXRUNTIME:
-        return _SLOTS
+        return USUAL_SLOTS
     click.echo("note: this bundle or this onnxruntime runs one sequence at a time", err=True)
     return 1

@@ -242,7 +242,13 @@ class Report:
         data = asdict(self)
         data["precision"] = self.precision.to_json()
         data["origins"] = {
-            name: {"kind": o.kind, "fate": o.fate, "stored_as": str(self.precision.weights[name]), "error": o.error}
+            name: {
+                "kind": o.kind,
+                "fate": o.fate,
+                "stored_as": str(self.precision.weights[name]),
+                "error": o.error,
+                "error_of": o.error_of,
+            }
             for name, o in self.origins.items()
         }
         data["parameters"]["total"] = self.parameters.total

@@ -213,8 +213,8 @@ def test_only_the_blocks_that_the_adapter_does_not_change_are_kept(
     out, error = capsys.readouterr()
     down, qkv = (names.layer_weight(1, part) for part in ("mlp.down_proj.weight", "attn.qkv_proj.weight"))
     assert json.loads(out)["requantized"] == {"Q8_0+Q8_0 with adapter": [qkv], "Q8_0 with adapter": [down]}
-    assert "requantized 1 matrix rounded (Q8_0 with adapter as int8, blocks of 32): 0." in error
-    assert error.count(f"% off: {down}\n") == 1
+    assert "requantized 1 matrix rounded (Q8_0 with adapter as int8, blocks of 32): up to 0." in error
+    assert error.count(f"% off the float weights: {down}\n") == 1
 
     merged = AdaptedCheckpoint(open_checkpoint(str(file)), adapter)
     arch, spec = resolve(merged)

@@ -280,11 +280,13 @@ def test_what_became_of_each_type_is_said_on_stderr_and_in_json(
         "kept 1 matrix bit for bit (Q4_0+Q8_0 as int8 symmetric, blocks of 32)",
     }
     assert {re.sub(r"[\d.]+% off", "N% off", line) for line in lines[3:5]} == {
-        "kept 1 matrix nearly (Q4_1 as int4 with offsets, blocks of 32): N% off",
-        "kept 1 matrix nearly (Q5_1 as int8, blocks of 32): N% off",
+        "kept 1 matrix nearly (Q4_1 as int4 with offsets, blocks of 32): up to N% off the float weights",
+        "kept 1 matrix nearly (Q5_1 as int8, blocks of 32): up to N% off the float weights",
     }
     assert re.fullmatch(
-        rf"requantized 1 matrix rounded \(Q4_0\+floats as int8, blocks of 32\): 0\.\d+% off: {mixed}", lines[5]
+        rf"requantized 1 matrix rounded \(Q4_0\+floats as int8, blocks of 32\): "
+        rf"up to 0\.\d+% off the float weights: {mixed}",
+        lines[5],
     )
     assert lines[6:] == ["left 1 matrix as floats (model.embed_tokens.weight)"]
     model = load(out)

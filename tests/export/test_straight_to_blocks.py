@@ -23,6 +23,7 @@ from helpers.kv_bundles import KVBundles
 from helpers.kv_cases import exits_of
 from helpers.quantized import INT4, INT4_OFFSETS, INT8, preset, stored_tensors
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles
+from shortstack.export import assemble
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import hf
 from shortstack.export.cli import export
@@ -36,6 +37,7 @@ from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.spec import DType
 from shortstack.quant import source
 from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.cli import quantize
 from shortstack.quant.preset import Preset
 from shortstack.quant.record import read_record
 from shortstack.quant.spec import Quantization, QuantizeSpec
@@ -218,6 +220,35 @@ def test_a_searched_mix_is_the_one_that_quantize_finds(request_of: Callable[[str
     assert not differing(request.out, tmp_path / "two")
 
 
+def test_both_commands_say_what_a_search_reached_and_chose_in_the_same_words(
+    tiny_bundles: TinyBundles, tmp_path: Path
+) -> None:
+    options = ["--preset", "int4", "--kv-cache", "float", "--method", "rtn", "--calibration-tokens", "256", "--json"]
+    source = {"export": tiny_bundles.checkpoint(BASE), "quantize": tiny_bundles.bundle(BASE, 1)}
+    last = {"export": ["-e", "1"], "quantize": ["--no-report"]}
+    found = {}
+    for command in (export, quantize):
+        name, out = str(command.name), tmp_path / str(command.name)
+        arguments = [str(source[name]), str(out), *options, "--max-kl", "0.02", *last[name]]
+        done = CliRunner().invoke(command, arguments)
+        assert done.exit_code == 0, done.output
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("searched mix")]
+        record = read_record(open_bundle(out))
+        assert record is not None
+        assert record.search is not None
+        assert record.found()["search"] == json.loads(done.stdout)["search"]
+        found[name] = line, record.search
+    assert found["export"] == found["quantize"]
+    line, search = found["export"]
+    chosen = open_bundle(tmp_path / "export").manifest.precision.weights
+    in_layers_and_ends = [f"int{f.bits}" for name, f in chosen.items() if not name.startswith("exits.")]
+    assert 0 < search.kl <= 0.02
+    assert search.matrices["int8"] == in_layers_and_ends.count("int8")
+    assert sum(search.matrices.values()) == 2 + 5 * BASE.layers
+    assert line.startswith(f"searched mix: KL divergence {search.kl:.2g} nats per token (asked: at most 0.02), on the ")
+    assert all(f"{count} {name}" in line for name, count in search.matrices.items())
+
+
 def test_a_report_can_be_made_later_against_an_export_of_floats(
     request_of: Callable[[str], ExportSpec], tmp_path: Path, refused: Refused
 ) -> None:
@@ -242,10 +273,29 @@ def test_the_command_says_how_large_the_errors_are(tiny_bundles: TinyBundles, tm
     assert record is not None
     assert record.source_weights_sha256 is None
     assert found["worst"][0] == list(record.worst(1)[0])
-    assert f"rounded {len(record.errors)} matrices (rtn)" in done.stderr
+    assert f"rounded {len(record.errors)} matrices (rtn): " in done.stderr
+    assert "% off the float weights in the middle; largest: " in done.stderr
+    assert "outputs" not in done.stderr
     layers = [error for name, error in record.errors.items() if name.startswith("model.layers")]  # draft heads are int4
     assert layers
     assert all(0 < error < 0.02 for error in layers)
+
+
+def test_errors_of_outputs_and_errors_of_weights_are_told_apart(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+    checkpoint = tiny_bundles.checkpoint(BASE)
+    write_random_exits(checkpoint, tmp_path / "exits", ExitSpec(1, branch="linear"), ExitSpec(3, 50))
+    command = [str(checkpoint), str(tmp_path / "out"), "--exits", str(tmp_path / "exits"), "--preset", "int4"]
+    done = CliRunner().invoke(export, [*command, "--calibration-tokens", str(FEW)])
+    assert done.exit_code == 0, done.output
+    record = read_record(open_bundle(tmp_path / "out"))
+    assert record is not None
+    without_text = {"exits.1.linear.weight", names.EMBED_TOKENS}  # the last is untied, and looked up
+    assert {name for name in record.errors if record.error_of(name) == "weights"} == without_text
+    outputs, weights = (line for line in done.stderr.splitlines() if line.startswith("rounded"))
+    assert outputs.startswith(f"rounded {len(record.errors) - 2} matrices (gptq): ")
+    assert "% off the float outputs on the calibration text in the middle; largest: " in outputs
+    assert weights.startswith("rounded 2 matrices (gptq): ")
+    assert "% off the float weights in the middle" in weights
 
 
 def test_the_older_spelling_names_the_same_preset(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
@@ -265,6 +315,8 @@ def test_the_older_spelling_names_the_same_preset(tiny_bundles: TinyBundles, tmp
         (["--preset", "float"], "--preset float puts nothing in blocks"),
         (["--preset", "int4", "--calibration-tokens", "3"], "--calibration-tokens: found 3"),
         (["--preset", "int4", "--max-kl", "0"], "--max-kl: found 0.0"),
+        (["--preset", "int4", "--calibration", "no/file"], "--calibration no/file cannot be read"),
+        (["--draft-vocab", "9", "--draft-text", "no/file"], "--draft-text no/file cannot be read"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_written(
@@ -282,6 +334,42 @@ def test_layers_that_cannot_run_one_by_one_take_no_text(kv_bundles: KVBundles, t
     with pytest.raises(UnsupportedError, match="scales of an int8 cache"):
         at_once(request, mix("rtn"))
     check_same(request, mix("rtn", kv_cache="float"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--preset", "int5"),
+        ("--preset", "int4", "--max-kl", "-1"),
+        ("--preset", "int4", "--calibration", "no/file"),
+        ("--draft-vocab", "9", "--draft-text", "no/file"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_are_refused_before_a_checkpoint_is_fetched(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    def never(*arguments: Any, **others: Any) -> None:
+        raise AssertionError("the checkpoint was opened")
+
+    monkeypatch.setattr(assemble, "open_checkpoint", never)
+    refused(["export", "some-owner/some-model", tmp_path / "out", *options], options[-2])
+
+
+@pytest.mark.parametrize("max_kl", [None, 0.1])
+def test_room_is_looked_at_before_the_checkpoint_is_hashed_or_a_mix_is_searched(
+    request_of: Callable[[str], ExportSpec], monkeypatch: pytest.MonkeyPatch, max_kl: float | None
+) -> None:
+    from shortstack.quant import engine, needs
+
+    def never(*arguments: Any, **others: Any) -> Any:
+        raise AssertionError("long work was begun")
+
+    monkeypatch.setattr(needs, "_free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(hf.HuggingFaceCheckpoint, "digest", never)
+    monkeypatch.setattr(engine, "search", never)
+    with pytest.raises(RequestError, match="not enough room"):
+        export_quantized(request_of("untied"), Quantization(mix("rtn"), calibration_tokens=FEW, max_kl=max_kl))
 
 
 @pytest.mark.parametrize("what", ["disk", "memory"])
@@ -340,6 +428,7 @@ def test_kept_blocks_stay_and_everything_else_is_rounded_by_the_preset(
     origins = one.manifest.origins
     assert {name for name, origin in origins.items() if not origin.is_kept} == set(own)
     assert all(origins[name].error > 0.01 for name in own)
+    assert {origins[name].error_of for name in own} == {"weights" if method == "rtn" else "outputs"}
     assert all(origins[name].error == 0 for name in others if name in origins)
     ours, theirs = stored_tensors(one.folder), stored_tensors(kept.folder)
     for name in others:

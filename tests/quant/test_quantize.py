@@ -95,6 +95,7 @@ def test_the_report_is_stored_and_printed_and_hashed(
         "bundle": str(out),
         "bytes": sum(entry.bytes for entry in bundle.manifest.files.values()),
         "tuning": {},
+        "search": None,
         "quality": quality,
     }
     assert quality["recipe"] == "int8"
@@ -112,7 +113,9 @@ def test_the_report_is_stored_and_printed_and_hashed(
     assert 0.5 < quality["top1"] <= 1
     assert len(quality["divergence"]) == 8
     assert all(0 <= n <= quality["continuation_tokens"] for n in quality["divergence"])
-    assert [error for _, error in quality["worst"]] == sorted((e for _, e in quality["worst"]), reverse=True)
+    errors = [error for _, error, _ in quality["worst"]]
+    assert errors == sorted(errors, reverse=True)
+    assert {kind for _, _, kind in quality["worst"]} == {"weights"}  # of rtn, also where the cache was calibrated
     for side, folder in (("source", source), ("result", out)):
         found = quality[side]
         assert found["weights_sha256"] == open_bundle(folder).manifest.weights_sha256

@@ -117,12 +117,21 @@ def check_whole(killed: Killed, folder: Path) -> None:
 
 
 def test_the_same_command_goes_on_after_the_last_whole_layer(
-    killed: Killed, tmp_path: Path, rounded: list[int]
+    killed: Killed, tmp_path: Path, rounded: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    killed.put(tmp_path)
+    partial = killed.put(tmp_path)
+    state = json.loads((partial / names.UNFINISHED_FILE).read_text(encoding="utf-8"))
     assert killed.again(tmp_path) == 0
     assert rounded == list(range(killed.layers, LAYERS))
     check_whole(killed, tmp_path)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "killed run" in line]
+    taken_over, left = line.split("; left: ")
+    megabytes = f"{state['store']['bytes'] / 1e6:.1f} MB"
+    assert taken_over == (
+        f"going on after a killed run: {killed.layers} of {LAYERS} layers are taken over ({megabytes})"
+    )
+    assert left.startswith(f"{LAYERS - killed.layers} layers and the vocabulary, ")
+    assert 0 < int(left.split()[-4].removesuffix("%")) < 100
 
 
 def flip(path: Path, at: int) -> None:
@@ -161,20 +170,27 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_work_is_begun_anew(killed: Killed, tmp_path: Path, rounded: list[int], damage: str) -> None:
+def test_damaged_work_is_begun_anew(
+    killed: Killed, tmp_path: Path, rounded: list[int], capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
     if killed.arguments[0] == "export":
         pytest.skip("the same files, in the same folder")
     DAMAGES[damage](killed.put(tmp_path))
     assert killed.again(tmp_path) == 0
     assert rounded == list(range(LAYERS))
     check_whole(killed, tmp_path)
+    is_known = damage != "the end of the state"  # without it, nobody knows whose work it was
+    assert ("what a killed run has left is damaged" in capsys.readouterr().err) == is_known
 
 
-def test_other_options_begin_anew_and_remove_what_was_left(killed: Killed, tmp_path: Path, rounded: list[int]) -> None:
+def test_other_options_begin_anew_and_remove_what_was_left(
+    killed: Killed, tmp_path: Path, rounded: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
     killed.put(tmp_path)
     assert killed.again(tmp_path, "--method", "rtn") == 0
     assert rounded == list(range(LAYERS))
     assert left_behind(tmp_path) == ["out"]
+    assert "killed run" not in capsys.readouterr().err
 
 
 def test_another_checkpoint_begins_anew(

@@ -21,6 +21,7 @@ FOREIGN = (
     "huggingface_hub",
     "onnx",
     "onnx_ir",
+    "ray",
     "shortstack.graphs.ir",
     "shortstack.export",
     "shortstack.quant",
@@ -29,7 +30,7 @@ FOREIGN = (
 # What graphs, being standard library only, does without besides.
 THIRD_PARTY = ("numpy", "onnxruntime", "tokenizers", "jinja2", "click", "rich", "ml_dtypes", "shortstack.runtime")
 
-HEAVY = ("numpy", "onnxruntime", "tokenizers", "jinja2", *FOREIGN[:8])
+HEAVY = ("numpy", "onnxruntime", "tokenizers", "jinja2", *FOREIGN[:9])
 
 # Room -> the rooms that it may import, lazily or not. The modules at the root (errors of the command line, progress,
 # threads) may be imported by all.
@@ -55,7 +56,7 @@ WINGS = (
     {"batch"},
     {"one_slot"},
     {"model"},
-    {"calibration", "inspection"},
+    {"calibration", "inspection", "workers"},
     {"commands"},
 )
 

@@ -45,7 +45,8 @@ def test_the_longest_way_down_under_the_limit_is_found(divergences: list[float],
         return divergences[calls[-1]]
 
     advanced: list[float] = []
-    found = cheapest_mix(UNITS, kl, limit, advanced.append)
+    found, reached = cheapest_mix(UNITS, kl, limit, advanced.append)
+    assert reached == divergences[MIXES.index(found)]
     assert MIXES.index(found) == max(steps for steps, value in enumerate(divergences) if value <= limit)
     assert len(set(calls)) == len(calls) == sum(advanced), "a mix was run twice"
     assert len(calls) <= ceil(log2(len(UNITS) + 1)) + 1
@@ -56,8 +57,8 @@ def test_a_mix_whose_divergence_was_measured_as_too_large_is_never_taken(
     divergences: list[float], limit: float
 ) -> None:
     divergences[0] = 0.0
-    found = cheapest_mix(UNITS, lambda mix: divergences[MIXES.index(dict(mix))], limit)
-    assert divergences[MIXES.index(found)] <= limit
+    found, reached = cheapest_mix(UNITS, lambda mix: divergences[MIXES.index(dict(mix))], limit)
+    assert reached == divergences[MIXES.index(found)] <= limit
 
 
 @pytest.mark.parametrize(
@@ -75,8 +76,10 @@ def test_costs_add_up_until_the_limit_is_reached(costs: dict[str, float], expect
     def kl(mix: Mapping[str, int]) -> float:
         return sum(costs[f"int{bits}"] for bits in mix.values())
 
-    assert cheapest_mix(UNITS, kl, 1.0) == expected
+    found, reached = cheapest_mix(UNITS, kl, 1.0)
+    assert found == expected
+    assert reached == kl(expected)
 
 
 def test_a_model_of_no_units_is_left_alone() -> None:
-    assert cheapest_mix([], lambda mix: 0.0, 0.1) == {}
+    assert cheapest_mix([], lambda mix: 0.0, 0.1) == ({}, 0.0)

@@ -36,8 +36,8 @@ ORIGINS = {
 }
 WORDS = [
     "1 matrix bit for bit (Q6_K as int8 symmetric, blocks of 16)",
-    "2 matrices nearly (Q4_K as int4 with offsets, blocks of 32): 0.61% off",
-    "1 matrix rounded (Q4_K, turned as int8, blocks of 32): 0.5% off",
+    "2 matrices nearly (Q4_K as int4 with offsets, blocks of 32): up to 0.61% off the float weights",
+    "1 matrix rounded (Q4_K, turned as int8, blocks of 32): up to 0.5% off the float weights",
 ]
 
 
@@ -64,7 +64,7 @@ def test_bundle_json_keeps_them(make_bundle: MakeBundle) -> None:
     folder = with_origins(make_bundle)
     assert open_bundle(folder).manifest.origins == ORIGINS
     stored = json.loads((folder / names.MANIFEST_FILE).read_text())["origins"]
-    assert stored[UP] == {"kind": "Q4_K", "is_kept": True, "error": 0.0058}
+    assert stored[UP] == {"kind": "Q4_K", "is_kept": True, "error": 0.0058, "error_of": "weights"}
     assert origins_from_json(origins_to_json(ORIGINS), FORMATS) == ORIGINS
 
 
@@ -88,6 +88,8 @@ def test_a_bundle_without_them_is_as_before(make_bundle: MakeBundle) -> None:
         {"kind": "Q4_K", "is_kept": True, "error": math.nan},
         {"kind": "Q4_K", "is_kept": True, "error": True},
         {"kind": "Q4_K", "is_kept": True, "error": 10**400},
+        {"kind": "Q4_K", "is_kept": True, "error": 0.1, "error_of": "outputs"},
+        {"kind": "Q4_K", "is_kept": False, "error": 0.1, "error_of": "all"},
         {"kind": "Q4_K", "is_kept": True},
         "Q4_K",
         None,
@@ -120,5 +122,6 @@ def test_inspect_says_what_matrices_were(make_bundle: MakeBundle) -> None:
         "fate": "exact",
         "stored_as": "int8 symmetric, blocks of 16",
         "error": 0.0,
+        "error_of": "weights",
     }
     assert {name: entry["fate"] for name, entry in found.items()} == {n: o.fate for n, o in ORIGINS.items()}
