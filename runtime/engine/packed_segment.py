@@ -250,6 +250,8 @@ def _target(part: Part, name: str) -> np.ndarray | None:
         target = part.rows.head[name]
         assert isinstance(target, np.ndarray)
         return target
+    if name in part.rows.taps:
+        return part.rows.taps[name]
     own = {
         names.HIDDEN_STATES_OUT: part.rows.hidden_out,
         names.EXIT_STATE_OUT: part.rows.exit_state_out,
