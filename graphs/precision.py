@@ -203,6 +203,18 @@ class Precision:
         """
         return bool(self.weights) and self.kv_cache == "float" and dtype == "float32"
 
+    def has_independent_rows(self, dtype: DType) -> bool:
+        """Return whether a CPU gives a row the same bits whatever other rows run with it, at least two of them.
+
+        Measured on x86 (onnxruntime 1.31 and 1.32). What a row alone is like is another question, see
+        :meth:`has_spare_row`.
+
+        Args:
+            dtype: Type of activations.
+        """
+        sizes = {block_format.block_size for block_format in self.weights.values()}
+        return dtype == "float32" and sizes <= {*EXACT_BLOCK_SIZES}
+
     @property
     def is_float(self) -> bool:
         """Whether nothing is quantized."""

@@ -15,18 +15,16 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import ShortstackError
 from shortstack.progress import Stage
 from shortstack.quant.quality import Quality, Side
+from shortstack.quant.quality_texts import continue_prompts, forks, report_slots, texts_per_prompt
 from shortstack.quant.record import QuantizationRecord
 from shortstack.quant.spec import ReportSpec
 from shortstack.quant.texts import ReportTexts
-from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
 from shortstack.runtime.engine.whole_text import Activations
 from shortstack.runtime.model import Model
-from shortstack.runtime.request import Speculate
 
 Floats = npt.NDArray[np.float32]
 WORST = 5
-_DRAFTED = DraftPolicy(max_draft_tokens=3)  # a fixed length: an adaptive one may never draft
 _MEMORY_TOKENS = 16
 
 
@@ -102,17 +100,16 @@ def judge(
     for bundle in (source, result):
         memory.append(_peak_rss_bytes(bundle))
         advance(1)
-    models = Model(source), Model(result)
     advance = stage("Comparing on held-out text", len(rows))
     tally = _Tally(tuple(_draft_ids(bundle) for bundle in (source, result)))
-    for row in rows:
-        tally.add(row, (models[0].activations(row.tolist()), models[1].activations(row.tolist())))
-        advance(1)
-    advance = stage("Continuing prompts", len(texts.prompts))
-    continued = _Continued()
-    for prompt in texts.prompts:
-        continued.add(prompt, models, request.continuation_tokens)
-        advance(1)
+    with Model(source) as before, Model(result) as after:
+        for row in rows:
+            tally.add(row, (before.activations(row.tolist()), after.activations(row.tolist())))
+            advance(1)
+    pair = (source, result)
+    advance = stage("Continuing prompts", len(texts.prompts) * sum(map(texts_per_prompt, pair)))
+    slots, count = report_slots(pair), request.continuation_tokens
+    continued = [continue_prompts(bundle, texts.prompts, count, slots, advance) for bundle in pair]
     precision, formats = result.manifest.precision, dict[str, int]()
     for block_format in precision.weights.values():
         formats[str(block_format)] = formats.get(str(block_format), 0) + 1
@@ -126,7 +123,7 @@ def judge(
             peak_rss_bytes=memory[side],
             perplexity=tally.perplexity(side),
             exit_agreement={e: n / tally.positions for e, n in tally.agreements[side].items()},
-            acceptance=continued.acceptance(side),
+            acceptance=continued[side].acceptance,
         )
         for side, bundle in enumerate((source, result))
     ]
@@ -141,47 +138,13 @@ def judge(
         kl=float(kl.mean(dtype=np.float64)),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1=tally.same_top / tally.positions,
-        divergence=tuple(continued.divergence),
-        continuation_tokens=request.continuation_tokens,
-        is_exact=continued.is_exact,
+        divergence=forks(*continued),
+        continuation_tokens=count,
+        is_exact=continued[1].is_exact,
         worst=() if record is None else record.worst(WORST),
         max_kl=None if record is None else record.max_kl,
         tuning={} if record is None else record.fates(),
     )
-
-
-@dataclass(slots=True)
-class _Continued:
-    """Greedy continuations through both bundles, plain and drafted."""
-
-    divergence: list[int] = field(default_factory=list)
-    drafted: list[dict[int, int]] = field(default_factory=lambda: [{}, {}])
-    accepted: list[dict[int, int]] = field(default_factory=lambda: [{}, {}])
-    is_exact: bool = True
-
-    def add(self, prompt: tuple[int, ...], models: tuple[Model, Model], count: int) -> None:
-        """Continue one prompt by ``count`` tokens, past ends of text."""
-        plain = []
-        for side, model in enumerate(models):
-            limit = min(count, model.cache.max_length - len(prompt))
-            plain.append(model.generate(prompt, max_new_tokens=limit, ignore_eos=True).tokens)
-            for exit_layer in model.exit_layers:
-                result = model.generate(
-                    prompt,
-                    max_new_tokens=limit,
-                    ignore_eos=True,
-                    strategy=Speculate(exit_layer, _DRAFTED),
-                )
-                for counts, number in ((self.drafted, result.stats.drafted), (self.accepted, result.stats.accepted)):
-                    counts[side][exit_layer] = counts[side].get(exit_layer, 0) + number
-                if side == 1 and result.tokens != plain[1]:
-                    self.is_exact = False
-        same = [a == b for a, b in zip(*plain, strict=True)]
-        self.divergence.append(same.index(False) if False in same else len(same))
-
-    def acceptance(self, side: int) -> dict[int, float]:
-        """Return accepted / drafted by depth."""
-        return {e: self.accepted[side][e] / n if n else 0.0 for e, n in self.drafted[side].items()}
 
 
 def _draft_ids(bundle: Bundle) -> dict[int, npt.NDArray[np.int64] | None]:

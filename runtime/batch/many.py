@@ -9,9 +9,6 @@ from shortstack.runtime.batch.generations import Generations, MakeStream, Prepar
 from shortstack.runtime.request import Request
 from shortstack.runtime.result import Result, failed_result, result_of
 
-USUAL_SLOTS = 8
-"""How many sequences run at once where nobody asks for another number."""
-
 Prepare = Callable[[Request], tuple[Sequence[int], tuple[int, ...]]]
 """Checks a request; returns its prompt's token ids and the exits that its strategy uses."""
 

@@ -34,7 +34,7 @@ from shortstack.runtime.commands.options import (
     stop_option,
     strategy_option,
 )
-from shortstack.runtime.commands.slots import slots_option, usual_slots
+from shortstack.runtime.commands.slots import choose_slots, slots_option
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.model import Model
 from shortstack.runtime.request import RequestOptions, StrategyName, make_request
@@ -125,7 +125,7 @@ def batch(
     if not out.parent.is_dir() or out.is_dir():
         raise RequestError(f"--out {out} cannot be written", remedy="name a file in a folder that exists")
     opened = open_bundle(bundle)
-    slots = usual_slots(opened, slots)
+    slots = choose_slots(opened, slots)
     model = None if ray is not None else Model(opened, providers=list(providers) or None, threads=threads, slots=slots)
     policy = None
     if strategy == "early-exit":

@@ -21,7 +21,7 @@ from shortstack.runtime.calibration.learn_then_test import TESTS, Test
 from shortstack.runtime.calibration.profile import PROFILE_FILE, Profile, read_profile, write_profile
 from shortstack.runtime.calibration.prompts import read_prompts
 from shortstack.runtime.calibration.template import DEFAULT_TEMPLATE, Template
-from shortstack.runtime.commands.slots import slots_option, usual_slots
+from shortstack.runtime.commands.slots import choose_slots, slots_option
 from shortstack.runtime.commands.template_variables import check_variables, template_option
 from shortstack.runtime.model import Model
 
@@ -134,7 +134,7 @@ def calibrate(
     opened = open_bundle(bundle)
     target = bundle / PROFILE_FILE if out is None else out
     _check_target(target)
-    model = Model(opened, providers=providers or None, threads=threads, slots=usual_slots(opened, slots))
+    model = Model(opened, providers=providers or None, threads=threads, slots=choose_slots(opened, slots))
     check_variables(template_variables, model.tokenizer)
     prompts = read_prompts(data, model.tokenizer, opened.manifest.max_length, limit, template_variables)
     if prompts.too_long:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import click
-import onnxruntime as ort
 
 from shortstack.graphs.bundle import Bundle
-from shortstack.graphs.packing import LEAST_ONNXRUNTIME, can_pack
-from shortstack.runtime.batch.many import USUAL_SLOTS
+from shortstack.runtime.batch.usual_slots import USUAL_SLOTS, usual_slots
 
 slots_option = click.option(
     "--slots",
@@ -17,12 +15,9 @@ slots_option = click.option(
 )
 
 
-def usual_slots(bundle: Bundle, asked: int | None) -> int:
-    """Return how many slots to load a bundle with: those asked for, or as many as it can have up to a usual number."""
-    if asked is not None:
-        return asked
-    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
-    if can_pack(bundle.manifest.spec) and bundle.manifest.has_packed_form and version >= LEAST_ONNXRUNTIME:
-        return USUAL_SLOTS
-    click.echo("note: this bundle or this onnxruntime runs one sequence at a time", err=True)
-    return 1
+def choose_slots(bundle: Bundle, asked: int | None) -> int:
+    """Return how many slots to load a bundle with: those asked for, or as many as usual, with a note if that is 1."""
+    slots = usual_slots(bundle) if asked is None else asked
+    if asked is None and slots == 1:
+        click.echo("note: this bundle or this onnxruntime runs one sequence at a time", err=True)
+    return slots

@@ -23,7 +23,7 @@ from typing import Any, Unpack
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.batch.answers import answer, digest_of, failure
 from shortstack.runtime.batch.lines import Line, read_line, unread_line
-from shortstack.runtime.batch.many import USUAL_SLOTS
+from shortstack.runtime.batch.usual_slots import USUAL_SLOTS
 from shortstack.runtime.decode.step import Stats
 from shortstack.runtime.model import load
 from shortstack.runtime.request import RequestOptions, make_request
