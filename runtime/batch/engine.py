@@ -9,8 +9,9 @@
          layers 4-29: a, b
 
 The lowest segment that any sequence waits for runs next, with the rows of all that wait for it. So the upper segments
-run when nobody wants a lower one, over as many rows as there are. Prompts run alone in their slot, in chunks between
-rounds.
+run when nobody wants a lower one, over as many rows as there are. Some sequences never want an upper one, so a run that
+has waited for as many others as a round has rows goes first. Prompts run alone in their slot, in chunks between rounds;
+no run waits for two of them.
 
 Everything here happens in the thread that calls :meth:`Engine.run_once`.
 """
@@ -141,7 +142,10 @@ class Engine:
         self._admit()
         rounds = [(job, job.work) for job in self._active if isinstance(job.work, RoundWork)]
         prompts = [(job, job.work) for job in self._active if isinstance(job.work, PromptWork)]
-        if prompts and (not rounds or self._has_emitted):
+        may_wait = self._has_emitted and not any(work.has_seen_chunk for _, work in rounds)
+        if prompts and (not rounds or may_wait):
+            for _, work in rounds:
+                work.has_seen_chunk = True
             self._run_chunk(*prompts[0], most=self._chunk_rows() if rounds else PREFILL_ROWS)
         elif rounds:
             self._run_round(rounds)
@@ -158,12 +162,16 @@ class Engine:
             self._resume(job, None)
 
     def _run_round(self, waiting: Sequence[tuple[Job, RoundWork]]) -> None:
-        lowest = min(work.segment for _, work in waiting)
-        group = [(job, work) for job, work in waiting if work.segment == lowest]
+        longest = max((work for _, work in waiting), key=lambda work: work.waited)
+        is_due = longest.waited >= WINDOW_ROWS
+        chosen = longest.segment if is_due else min(work.segment for _, work in waiting)
+        group = [(job, work) for job, work in waiting if work.segment == chosen]
+        for _, work in waiting:
+            work.waited += work.segment != chosen
         started = time.perf_counter()
         parts = [work.part() for _, work in group]
         try:
-            self._segments[lowest].run(parts)
+            self._segments[chosen].run(parts)
         except Exception as error:
             for job, _ in group:
                 self._resume(job, error)
@@ -171,8 +179,8 @@ class Engine:
         elapsed_s = time.perf_counter() - started
         rows = sum(part.count for part in parts)
         self._round_s += elapsed_s
-        self.stats.runs[lowest] += 1
-        self.stats.rows[lowest] += rows
+        self.stats.runs[chosen] += 1
+        self.stats.rows[chosen] += rows
         for (job, work), part in zip(group, parts, strict=True):
             assert job.slot is not None
             job.slot.charge(elapsed_s * part.count / rows)
