@@ -131,7 +131,8 @@ class Model:
         self._one: OneSlot | None = None
         self._batch: Generations | None = None
         if slots > 1:
-            self._batch = Generations(Engine(self.graphs, slots, fewest_packed_rows(self.graphs)), loops)
+            engine = Engine(self.graphs, slots, fewest_packed_rows(self.graphs))
+            self._batch = Generations(engine, loops, self._check_open)
         else:
             self._one = OneSlot(self.graphs, loops, check_passes(prefill_passes), self._check_open)
 

@@ -9,14 +9,17 @@
          layers 4-29: a, b
 
 The lowest segment that any sequence waits for runs next, with the rows of all that wait for it. So the upper segments
-run when nobody wants a lower one, over as many rows as there are. Prompts run alone in their slot, in chunks between
-rounds.
+run when nobody wants a lower one, over as many rows as there are. Some sequences never want an upper one, so a run that
+has waited for as many others as a round has rows goes first. Prompts run alone in their slot, in chunks between rounds;
+no run waits for two of them.
 
-Everything here happens in the thread that calls :meth:`Engine.run_once`.
+Everything here happens in the thread that calls :meth:`Engine.run_once`. What it calls, such as a criterion of the
+caller's own, may end jobs, which happens after the run. It may not ask for another run.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +31,7 @@ from shortstack.runtime.batch.work import PromptWork, RoundWork, Work, work_of
 from shortstack.runtime.decode.runs import Loop, OwnRun, Run
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
+from shortstack.runtime.decode.stream import step_error
 from shortstack.runtime.engine.open_graphs import OpenGraphs
 from shortstack.runtime.engine.packed_segment import PackedSegment, Part
 from shortstack.runtime.engine.slot import Chunk, Slot
@@ -106,6 +110,8 @@ class Engine:
         self._usual_round_s: float | None = None
         self._prompt_row_s: float | None = None
         self._has_emitted = True
+        self._runner: int | None = None  # the thread that is in a run, by its ident
+        self._cancelled: list[Job] = []  # from within a run, which goes on to its end
         self.stats = EngineStats([0] * len(segments), [0] * len(segments))
 
     @property
@@ -123,46 +129,78 @@ class Engine:
         self._waiting.append(job)
 
     def cancel(self, job: Job) -> None:
-        """End a job now, between two runs."""
+        """End a job now; from within a run, after it."""
         if job in self._waiting:
             self._waiting.remove(job)
             job.is_done = True
+        elif self._runner is not None:
+            self._cancelled.append(job)
         elif not job.is_done:
             self._finish(job)
 
     def cancel_all(self) -> None:
-        """End all jobs now, between two runs."""
+        """End all jobs now; from within a run, after it."""
         for job in [*self._waiting, *self._active]:
             self.cancel(job)
 
+    def check_not_running(self) -> None:
+        """Refuse a call from within a run.
+
+        Raises:
+            RequestError: The engine is in the middle of one, on this thread.
+        """
+        if self._runner == threading.get_ident():
+            raise step_error()
+
     def run_once(self) -> None:
-        """Admit jobs, and perform one merged run or one chunk of a prompt."""
-        self._admit()
-        rounds = [(job, job.work) for job in self._active if isinstance(job.work, RoundWork)]
-        prompts = [(job, job.work) for job in self._active if isinstance(job.work, PromptWork)]
-        if prompts and (not rounds or self._has_emitted):
-            self._run_chunk(*prompts[0], most=self._chunk_rows() if rounds else PREFILL_ROWS)
-        elif rounds:
-            self._run_round(rounds)
+        """Admit jobs, and perform one merged run or one chunk of a prompt.
+
+        Raises:
+            RequestError: See :meth:`check_not_running`.
+        """
+        self.check_not_running()
+        self._runner = threading.get_ident()
+        try:
+            self._admit()
+            rounds = [(job, job.work) for job in self._active if isinstance(job.work, RoundWork)]
+            prompts = [(job, job.work) for job in self._active if isinstance(job.work, PromptWork)]
+            may_wait = self._has_emitted and not any(work.has_seen_chunk for _, work in rounds)
+            if prompts and (not rounds or may_wait):
+                for _, work in rounds:
+                    work.has_seen_chunk = True
+                self._run_chunk(*prompts[0], most=self._chunk_rows() if rounds else PREFILL_ROWS)
+            elif rounds:
+                self._run_round(rounds)
+        finally:
+            self._runner = None
+            while self._cancelled:
+                self.cancel(self._cancelled.pop())
 
     def _admit(self) -> None:
         while self._waiting and self._slots.has_free:
             job = self._waiting.popleft()
-            slot, sequence = self._slots.take(job.ids, job.exit_layers, reuses=job.reuses)
-            job.stats.reused = sequence.cached
-            self.stats.reused += sequence.cached
-            job.slot = slot
-            job.loop = job.make_loop(slot, sequence, job.stats)
             self._active.append(job)
             self._resume(job, None)
 
+    def _start(self, job: Job) -> Loop:
+        """Give a job a slot and a loop."""
+        job.slot, sequence = self._slots.take(job.ids, job.exit_layers, reuses=job.reuses)
+        job.stats.reused = sequence.cached
+        self.stats.reused += sequence.cached
+        job.loop = job.make_loop(job.slot, sequence, job.stats)
+        return job.loop
+
     def _run_round(self, waiting: Sequence[tuple[Job, RoundWork]]) -> None:
-        lowest = min(work.segment for _, work in waiting)
-        group = [(job, work) for job, work in waiting if work.segment == lowest]
+        longest = max((work for _, work in waiting), key=lambda work: work.waited)
+        is_due = longest.waited >= WINDOW_ROWS
+        chosen = longest.segment if is_due else min(work.segment for _, work in waiting)
+        group = [(job, work) for job, work in waiting if work.segment == chosen]
+        for _, work in waiting:
+            work.waited += work.segment != chosen
         started = time.perf_counter()
         parts = [work.part() for _, work in group]
         try:
-            self._segments[lowest].run(parts)
+            self._segments[chosen].run(parts)
         except Exception as error:
             for job, _ in group:
                 self._resume(job, error)
@@ -170,8 +208,8 @@ class Engine:
         elapsed_s = time.perf_counter() - started
         rows = sum(part.count for part in parts)
         self._round_s += elapsed_s
-        self.stats.runs[lowest] += 1
-        self.stats.rows[lowest] += rows
+        self.stats.runs[chosen] += 1
+        self.stats.rows[chosen] += rows
         for (job, work), part in zip(group, parts, strict=True):
             assert job.slot is not None
             job.slot.charge(elapsed_s * part.count / rows)
@@ -208,12 +246,12 @@ class Engine:
         return min(max(rows, _FEWEST_CHUNK_ROWS), PREFILL_ROWS)
 
     def _resume(self, job: Job, error: Exception | None) -> None:
-        """Let a loop go on until it asks for the next run; an error of its run is thrown into it."""
-        assert job.loop is not None
-        assert job.slot is not None
+        """Let a loop begin, or go on, until it asks for the next run; an error of its run is thrown into it."""
         job.work = None
         try:
-            item: Run | Step | None = next(job.loop, None) if error is None else job.loop.throw(error)
+            loop = job.loop or self._start(job)
+            assert job.slot is not None
+            item: Run | Step | None = next(loop, None) if error is None else loop.throw(error)
             while item is not None and job.work is None:
                 if isinstance(item, Step):
                     self._has_emitted = True
@@ -224,7 +262,7 @@ class Engine:
                 else:
                     job.work = work_of(item, job.slot, job.kept)
                 if job.work is None:
-                    item = next(job.loop, None)
+                    item = next(loop, None)
         except StopIteration:
             pass
         except Exception as failure:  # of this job alone
@@ -246,15 +284,13 @@ class Engine:
         slot.charge(elapsed_s)
 
     def _finish(self, job: Job) -> None:
-        if job.is_done:  # what receives its steps has ended it
-            return
-        assert job.loop is not None
-        assert job.slot is not None
-        job.loop.close()
+        if job.loop is not None:
+            job.loop.close()
         job.work, job.loop = None, None
         job.kept.clear()
         self._active.remove(job)
-        self._slots.give_back(job.slot)
+        if job.slot is not None:
+            self._slots.give_back(job.slot)
         job.is_done = True
 
 

@@ -55,8 +55,13 @@ class Generation(Iterator[Step]):
                 self._engine.run_once()
         return self._steps.popleft()
 
+    def check_ready(self) -> None:
+        """Refuse to run the engine from within a run; errors as in :meth:`Engine.check_not_running`."""
+        if not self._steps and self.job is not None and not self.job.is_done:
+            self._engine.check_not_running()
+
     def close(self) -> None:
-        """End the job now."""
+        """End the job now; from within a run, after it."""
         with self._lock:
             if self.job is not None and not self.job.is_done:
                 self._engine.cancel(self.job)
@@ -68,13 +73,16 @@ class Generations:
     Args:
         engine: The engine.
         loops: Makes their loops, and learns from them.
+        check_open: Refuses where the model is closed.
     """
 
-    def __init__(self, engine: Engine, loops: Loops) -> None:
+    def __init__(self, engine: Engine, loops: Loops, check_open: Callable[[], None]) -> None:
         self._engine = engine
         self._loops = loops
+        self._check_open = check_open
         self._lock = threading.RLock()
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._streams_lock = threading.Lock()  # never held for as long as a run
 
     def close(self, set_closed: Callable[[], bool]) -> None:
         """End all generations; any thread may call it.
@@ -82,7 +90,9 @@ class Generations:
         Args:
             set_closed: Closes the model, and returns whether it was open.
         """
-        for stream in list(self._streams):
+        with self._streams_lock:
+            streams = list(self._streams)
+        for stream in streams:  # first: the thread that takes their tokens may not let go of the lock for long
             stream.cancel()
         with self._lock:
             self._engine.cancel_all()
@@ -105,16 +115,16 @@ class Generations:
         steps = Generation(self._engine, self._lock)
         stats = Stats(prompt=len(ids))
         stream = make(request, steps, stats, self._limit(request, ids))
-        held = weakref.ref(steps)  # a stream that its caller has dropped is not run to its end
+        held = weakref.ref(stream), weakref.ref(steps)  # a stream that its caller has dropped is not run to its end
 
         def receive(step: Step) -> bool:
-            wanted = held()
-            return wanted is not None and wanted.receive(step)
+            reader, wanted = held[0](), held[1]()
+            return reader is not None and wanted is not None and wanted.receive(step) and not reader.is_cancelled
 
         steps.job = self._job(request, ids, exit_layers, stats, receive)
-        self._streams.add(stream)
-        with self._lock:
-            self._engine.submit(steps.job)
+        with self._streams_lock:
+            self._streams.add(stream)
+        self._submit(steps.job)
         return stream
 
     def run_all(
@@ -135,17 +145,19 @@ class Generations:
         try:
             while True:
                 ended: list[tuple[int, Stream | Exception]] = []
-                with self._lock:
-                    while len(running) + len(ended) < self._engine.cache.slots + ahead:
-                        number, found = next(numbered, (-1, None))
-                        if found is None:
-                            break
+                while len(running) + len(ended) < self._engine.cache.slots + ahead:
+                    number, found = next(numbered, (-1, None))  # without the lock: whoever writes them may take long
+                    if found is None:
+                        break
+                    try:
                         if isinstance(found, ShortstackError):
-                            ended.append((number, found))
-                        else:
-                            running[number] = self._submit(found, make)
-                    if not running and not ended:
-                        return
+                            raise found
+                        running[number] = self._begin(found, make)
+                    except ShortstackError as error:
+                        ended.append((number, error))
+                if not running and not ended:
+                    return
+                with self._lock:
                     if running:
                         self._engine.run_once()
                     for number in [number for number, (job, _) in running.items() if job.is_done]:
@@ -157,7 +169,13 @@ class Generations:
                 for job, _ in running.values():
                     self._engine.cancel(job)
 
-    def _submit(self, prepared: Prepared, make: MakeStream) -> tuple[Job, Stream]:
+    def _submit(self, job: Job) -> None:
+        with self._lock:
+            self._check_open()
+            self._engine.check_not_running()
+            self._engine.submit(job)
+
+    def _begin(self, prepared: Prepared, make: MakeStream) -> tuple[Job, Stream]:
         """Start a generation whose tokens its stream takes as they come."""
         request, ids, exit_layers = prepared
         steps = Generation(self._engine, self._lock)
@@ -170,7 +188,7 @@ class Generations:
             return stream.finish_reason is None
 
         steps.job = self._job(request, ids, exit_layers, stats, receive)
-        self._engine.submit(steps.job)
+        self._submit(steps.job)
         return steps.job, stream
 
     def _limit(self, request: Request, ids: Sequence[int]) -> int:

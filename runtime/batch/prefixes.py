@@ -41,6 +41,7 @@ class Slots:
         """Return a free slot for a prompt, and its text with what is cached of it."""
         shared = [_shared(text, ids) if reuses else 0 for text in self._texts]
         number = max(self._free, key=lambda free: (shared[free], -len(self._texts[free]), -self._free.index(free)))
+        slot = self._slot(number, exit_layers)  # first, so that an error leaves the slot free
         self._free.remove(number)
         text = self._texts[number]
         best = max(range(len(shared)), key=shared.__getitem__)
@@ -52,7 +53,7 @@ class Slots:
         if not reuses:
             text.rewind(0)
         text.restart(ids)
-        return self._slot(number, exit_layers), text
+        return slot, text
 
     def give_back(self, slot: Slot) -> None:
         """Make a slot free; it keeps its text."""

@@ -21,6 +21,11 @@ class RoundWork:
     Args:
         slot: The sequence's rows.
         run: The run.
+
+    Attributes:
+        segment: The segment that it waits for.
+        waited: How many runs of other segments it has waited for.
+        has_seen_chunk: Whether it has waited for a chunk of a prompt.
     """
 
     def __init__(self, slot: Slot, run: LevelRun) -> None:
@@ -28,6 +33,8 @@ class RoundWork:
         self._run = run
         self._segments = slot.levels.segments[run.level]
         self.segment = self._segments.start
+        self.waited = 0
+        self.has_seen_chunk = False
 
     def part(self) -> Part:
         """Return the part for the segment that it waits for."""
@@ -55,7 +62,7 @@ class PromptWork:
         self._slot = slot
         self._run = run
         self._kept = kept
-        self._done = 0  # tokens, or chunks of those kept
+        self._done = 0  # tokens
         level = run.level if isinstance(run, PrefillLevel) else None
         self._level = level
         levels = slot.levels.segments
@@ -68,14 +75,14 @@ class PromptWork:
     def left(self) -> int:
         """How many tokens have not run yet."""
         if self._below is not None:
-            return sum(chunk.ids.shape[1] for chunk in self._below[self._done :])
+            return sum(chunk.rows for chunk in self._below)
         return max(len(self._run.tokens) - self._done, 0)
 
     def run_chunk(self, most: int, perform: Callable[[int, Part], None]) -> bool:
         """Run the next chunk through the segments; return whether the prompt is done.
 
         Args:
-            most: The most rows of the chunk. Chunks of the level below stay as they are.
+            most: The most rows of the chunk; those of a longer chunk of the level below run in several.
             perform: Runs one segment on a part.
         """
         chunk: Chunk | None = self._next_chunk(most)
@@ -86,7 +93,9 @@ class PromptWork:
                 break
             part, chunk = run
             perform(segment, part)
-        self._done += 1 if self._below is not None else most
+        self._done += most
+        if self._below is not None:  # last, so that an interrupted chunk runs again
+            self._below.pop(0)
         is_last = self.left == 0
         if self._level is not None and self._level < len(self._slot.levels) - 1:
             assert chunk is not None
@@ -97,7 +106,9 @@ class PromptWork:
 
     def _next_chunk(self, most: int) -> Chunk:
         if self._below is not None:
-            return self._below[self._done]
+            if self._below[0].rows > most:
+                self._below[:1] = self._below[0].split(most)
+            return self._below[0]
         tokens: Sequence[int] = self._run.tokens[self._done : self._done + most]
         ids = np.asarray([tokens], np.int64)
         is_end = self._done + len(tokens) == len(self._run.tokens)

@@ -122,7 +122,8 @@ class Stream(Iterator[Token]):
         self._is_stepping = True
         try:
             return next(self._steps)
-        except StopIteration:
+        except StopIteration:  # somebody else has ended the loop
+            self.text += self._end("cancelled")
             raise
         except Exception as error:
             self._error = error
@@ -158,6 +159,11 @@ class Stream(Iterator[Token]):
     def cancel(self) -> None:
         """End the generation before its next token; another thread may call this."""
         self._is_cancelled = True
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether somebody has asked for its end."""
+        return self._is_cancelled
 
     def close(self) -> None:
         """End the generation now, or after the step that is running; the model stays usable. Any thread may call it."""
@@ -198,13 +204,13 @@ class Stream(Iterator[Token]):
         """Refuse a call from within a step, such as from a signal handler or a criterion of the caller's own.
 
         Raises:
-            RequestError: This thread is in the middle of a step.
+            RequestError: This thread is in the middle of a step, of this generation or of one that runs with it.
         """
         if self._is_stepping and self._user is threading.current_thread():
-            raise RequestError(
-                "a generation was asked to go on while it is in the middle of a step on the same thread",
-                remedy="wait until the step has returned; cancel() and close() may be called at any time",
-            )
+            raise step_error()
+        check_ready = getattr(self._steps, "check_ready", None)
+        if check_ready is not None:  # steps of several generations are made together
+            check_ready()
 
     def _end(self, reason: FinishReason) -> str:
         """End the loop and return the text held back, cut at a stop string if it completes one."""
@@ -215,6 +221,14 @@ class Stream(Iterator[Token]):
 
     def _close_steps(self) -> None:
         close_steps(self._steps)
+
+
+def step_error() -> RequestError:
+    """Return what a call gets that asks for a step from within a step."""
+    return RequestError(
+        "a generation was asked to go on while it is in the middle of a step on the same thread",
+        remedy="wait until the step has returned; cancel() and close() may be called at any time",
+    )
 
 
 def close_steps(steps: Iterator[Step]) -> None:

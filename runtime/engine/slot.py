@@ -40,10 +40,23 @@ class Chunk:
     hidden: np.ndarray
     new_rows: NewRows = field(default_factory=dict)
 
+    @property
+    def rows(self) -> int:
+        """How many positions it has."""
+        return int(self.ids.shape[1])
+
     def last(self) -> Chunk:
         """Return its last position alone."""
-        rows = {name: array[:, -1:] for name, array in self.new_rows.items()}
-        return Chunk(self.ids[:, -1:], self.past + self.ids.shape[1] - 1, self.is_end, self.hidden[:, -1:], rows)
+        return self.split(self.rows - 1)[1] if self.rows > 1 else self
+
+    def split(self, rows: int) -> tuple[Chunk, Chunk]:
+        """Return its first positions, fewer than all, and the rest."""
+        first = {name: array[:, :rows] for name, array in self.new_rows.items()}
+        rest = {name: array[:, rows:] for name, array in self.new_rows.items()}
+        return (
+            Chunk(self.ids[:, :rows], self.past, False, self.hidden[:, :rows], first),
+            Chunk(self.ids[:, rows:], self.past + rows, self.is_end, self.hidden[:, rows:], rest),
+        )
 
 
 class Slot:

@@ -336,14 +336,14 @@ class ScriptedDecoder:
 def say(head: Head, row: int, logits: npt.NDArray[np.float32], with_logits: bool) -> None:
     """Write a head's outputs to a row."""
     head.outputs(row, row + 1, with_logits)  # allocates the logits when they are first asked for
-    best, head.top_prob[row], head.margin[row], head.entropy[row] = _summary(logits.tobytes())
+    best, head.top_prob[row], head.margin[row], head.entropy[row] = summary(logits.tobytes())
     head.token[row] = best if head.ids is None else head.ids[best]
     if len(head.logits):
         head.logits[row] = logits if with_logits else np.nan
 
 
 @lru_cache(maxsize=4096)
-def _summary(logits_bytes: bytes) -> tuple[int, float, float, float]:
+def summary(logits_bytes: bytes) -> tuple[int, float, float, float]:
     """Return the row of the most likely token, its probability, its margin over the next one, the entropy in nats."""
     logits = np.frombuffer(logits_bytes, np.float32).astype(np.float64)
     probs = np.exp(logits - logits.max())
