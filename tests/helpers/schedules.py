@@ -84,6 +84,12 @@ class BadDrafts:
             raise FaultOnPurposeError("of a source")
         return self
 
+    def start(self, tokens: Sequence[int], cached: int) -> int:
+        return cached
+
+    def end(self) -> None:
+        pass
+
     def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft:
         if self.length is not None and len(tokens) >= self.length:
             raise FaultOnPurposeError("of a drafter")

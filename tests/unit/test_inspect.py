@@ -73,7 +73,7 @@ def test_json_is_the_whole_report_and_the_same_every_time(make_bundle: MakeBundl
     assert data == json.loads(json.dumps(report_of(folder).to_json()))
     assert set(data) == {
         "folder", "format_version", "verified", "source_name", "source_sha256", "tools", "dtype", "precision",
-        "origins", "max_length", "spec", "parameters", "weights", "layers", "segments", "iterated_groups",
+        "origins", "max_length", "spec", "parameters", "weights", "layers", "segments", "drafter", "iterated_groups",
         "cache_bytes_per_token", "files", "total_bytes",
     }  # fmt: skip
     assert data["parameters"]["total"] == TABLE + 4 * LAYER + 8
