@@ -109,8 +109,10 @@ class Loops:
         if isinstance(wanted := policy.criterion, Adaptive):
             learned = self._thresholds.setdefault((used, wanted), AdaptiveThreshold(wanted, used))
             policy, observe = replace(policy, criterion=learned.begin()), learned.observe
-        # Drafts decide how random draws are used, so with a seed their number must not depend on measured times.
-        fixed = policy.max_pending or (stack.window if is_repeatable else None)
+        # Drafts decide how random draws are used, so with a seed their number must not depend on measured times. Nor
+        # where an exit's tokens are kept: a round's first row sees the whole model's state, the others a guess.
+        must_be_fixed = is_repeatable or (policy.verify == "rollback" and stack.sees_state)
+        fixed = policy.max_pending or (stack.window if must_be_fixed else None)
         cap = self._caps.setdefault((fixed, used), PendingCap(stack.window, fixed))
 
         def flush() -> CatchUp:

@@ -84,6 +84,11 @@ class LeveledState(State, Protocol):
         """How many levels, from the bottom, must run on a position to complete its keys and values; 1 or more."""
         ...
 
+    @property
+    def sees_state(self) -> bool:
+        """Whether any exit in use sees states."""
+        ...
+
     def reserve(self, positions: int, keep: int) -> None:
         """Make room in the cache and keep ``keep`` positions; nothing else may run in the meantime."""
         ...

@@ -93,6 +93,7 @@ class Slot:
         self.exit_layer = exit_layers[0] if exit_layers else 0
         self.depths = self.levels.depths
         self.filling_levels = self.levels.filling
+        self.sees_state = self.levels.has_state
         self.heads: Sequence[Head] = self._buffers.heads
         self.exit = self._buffers.exit
         self.final = self._buffers.heads[-1]

@@ -163,7 +163,7 @@ def spoilt(rng: random.Random, request: Request) -> Request:
         return Request(strategy=ExitEarly(ExitPolicy(bad, **kept)), **fields)
     length = len(request.prompt) + rng.randint(1, 5)  # type: ignore[arg-type]
     source = BadDrafts(rng.choice((None, length, length)))
-    return Request(strategy=Speculate(source=source), **fields)  # type: ignore[arg-type]
+    return Request(strategy=Speculate(None, DraftPolicy(3), source), **fields)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from shortstack.export.twin.model import Boundary, Twin
 from shortstack.graphs.plan import ExitSpec
 from shortstack.graphs.precision import BlockFormat, KVType
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime import DraftPolicy, Model, Result, SamplingParams, load
+from shortstack.runtime import DraftPolicy, ExitPolicy, Model, Result, SamplingParams, load, parse_criterion
+from shortstack.runtime.early_exit.pending import PendingCap
 from shortstack.runtime.engine.stack import PREFILL_ROWS, Stack
 
 PROMPTS = 5
@@ -176,6 +177,20 @@ def make_sample(tiny_bundles: TinyBundles, name: str) -> Sample:
     save_exits(folder, twin.spec, nodes, dtype=np.float32)
     path = tiny_bundles.bundle(SPECULATOR, exits=folder)
     return Sample(path, load(path), twin, {node.exit_spec.exit_layer: node for node in nodes})
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_what_rollback_keeps_does_not_depend_on_what_runs_cost(
+    tiny_bundles: TinyBundles, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of rows of a round decides which rows see a guess of the state, and rollback keeps exits' tokens."""
+    policy = ExitPolicy(parse_criterion("always"), verify="rollback", rollback_below=0.001)
+    path, found = make_sample(tiny_bundles, "state").path, []
+    for costs_s in ({1: 1.0, 16: 1.0}, {1: 1.0, 16: 16.0}):  # long runs pay, or they do not
+        monkeypatch.setattr(PendingCap, "_costs_s", lambda self, costs_s=costs_s: costs_s)
+        with load(path, slots=slots) as model:
+            found.append([decode(model, prompt, exits=policy).tokens for prompt in prompts()])
+    assert found[0] == found[1]
 
 
 def test_every_draft_length_gives_the_plain_tokens(sample: Sample) -> None:

@@ -195,6 +195,21 @@ def test_a_run_that_fails_ends_those_who_had_rows_in_it_and_leaves_the_cache_rig
     serving.run_to_the_end()
 
 
+def test_a_run_that_fails_ends_nobody_who_waits_for_another_run() -> None:
+    serving = served("float", 2)
+    alone = outcome_of(serving.start(plain(20, [3])))
+    script = serving.script
+    other = serving.start(plain(20, [3]))
+    drafting = serving.start(Request([4], Speculate(1, DraftPolicy(7)), max_new_tokens=20, ignore_eos=True))
+    next(other), next(drafting)
+    (slot,) = (job.slot.number for job in serving.engine._active if job.slot is not None and job.ids == [4])
+    script.fails = lambda segment, parts: [part.slot for part in parts] == [slot]
+    assert outcome_of(other) == alone
+    assert outcome_of(drafting).end == "ScriptedError"
+    assert script.runs[-1].slots == (1 - slot,)
+    serving.run_to_the_end()
+
+
 def test_a_prompt_that_was_cancelled_between_two_chunks_leaves_a_prefix_that_is_right() -> None:
     text = [3, 4, 5, 6] * 10
     wanted = outcome_of(served("float", 1).start(plain(5, text)))
