@@ -16,6 +16,7 @@ COMMANDS = {
     "bench.early_exit": "rich",
     "bench.hf_folder": "safetensors",
     "bench.kv_sharing": "torch",
+    "bench.soak": "onnxruntime",
     "bench.worker": "onnxruntime",
     "recipes.draft_head_curve": "matplotlib",
     "recipes.ee_llm": "torch",
