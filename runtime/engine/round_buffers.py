@@ -20,11 +20,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shortstack.graphs.bundle import Bundle
 from shortstack.runtime.engine.binder import Rows
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
+from shortstack.runtime.engine.drafter_rows import DrafterRows
 from shortstack.runtime.engine.head import Head
 from shortstack.runtime.engine.levels import Levels
+from shortstack.runtime.engine.open_graphs import OpenGraphs
 from shortstack.runtime.engine.taps import RoundTaps
 
 
@@ -32,7 +33,7 @@ class RoundBuffers:
     """The buffers, and the slices of them that a run reads and writes.
 
     Args:
-        bundle: The bundle.
+        graphs: The bundle's graphs.
         levels: Its levels.
         window: The most rows that one round may have.
 
@@ -43,12 +44,13 @@ class RoundBuffers:
         taps: What a drafter reads.
     """
 
-    def __init__(self, bundle: Bundle, levels: Levels, window: int) -> None:
+    def __init__(self, graphs: OpenGraphs, levels: Levels, window: int) -> None:
+        bundle = graphs.bundle
         manifest = bundle.manifest
         spec = manifest.spec
         self._dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
         self._hidden_size = spec.hidden_size
-        rows = window + 1  # with the spare row, see the module's docstring
+        rows = self._count = window + 1  # with the spare row, see the module's docstring
         self._num_rows = [np.array(count, np.int64) for count in range(rows + 1)]
         self._has_state = levels.has_state
         self.heads: list[Head] = []
@@ -62,8 +64,18 @@ class RoundBuffers:
         self.exit.token = self._ids[0, 1:]  # the drafted token is the next row's input, without a copy
         self.hidden = [np.zeros((1, rows, self._hidden_size), self._dtype) for _ in manifest.plan.segments[1:]]
         self.taps = RoundTaps(manifest, rows)
+        self._drafter_graphs = graphs.drafter
+        self._drafter: DrafterRows | None = None
         # No rows if no exit in use sees a state: then exits that are not in use are bound to empty states.
         self._states = np.zeros((1, rows + 1 if self._has_state else 0, self._hidden_size), self._dtype)
+
+    @property
+    def drafter(self) -> DrafterRows:
+        """The bundle's trained drafter on the text of these rows, made when it is first asked for."""
+        if self._drafter is None:
+            assert self._drafter_graphs is not None, "the bundle has no drafter"
+            self._drafter = DrafterRows(self._drafter_graphs, self.taps, self._count)
+        return self._drafter
 
     def put(self, row: int, token: int) -> None:
         """Set the token of a row."""

@@ -69,14 +69,11 @@ class Slot:
     """
 
     def __init__(self, graphs: OpenGraphs, number: int, exit_layers: Sequence[int]) -> None:
-        bundle = graphs.bundle
-        manifest = bundle.manifest
-        self._drafter_graphs = graphs.drafter
-        self._drafter: DrafterRows | None = None
+        manifest = graphs.bundle.manifest
         spec = manifest.spec
         self.number = number
         self.levels: Levels = levels_of(manifest, exit_layers)
-        self._buffers = RoundBuffers(bundle, self.levels, WINDOW_ROWS)
+        self._buffers = RoundBuffers(graphs, self.levels, WINDOW_ROWS)
         self._dtype = np.dtype(manifest.dtype)
         self._used_s = 0.0
         self._widths = {
@@ -101,10 +98,7 @@ class Slot:
     @property
     def drafter(self) -> DrafterRows:
         """See :attr:`~State.drafter`."""
-        if self._drafter is None:
-            assert self._drafter_graphs is not None, "the bundle has no drafter"
-            self._drafter = DrafterRows(self._drafter_graphs, self._buffers.taps, WINDOW_ROWS + 1)
-        return self._drafter
+        return self._buffers.drafter
 
     def clock(self) -> float:
         """Return the seconds that the sequence has been charged."""

@@ -64,7 +64,7 @@ class Stack:
         self._prefill_passes = prefill_passes
         self._fewest_rows = fewest_rows
         self._levels = levels_of(manifest, exit_layers)
-        self._buffers = RoundBuffers(graphs.bundle, self._levels, WINDOW_ROWS)
+        self._buffers = RoundBuffers(graphs, self._levels, WINDOW_ROWS)
         # One binder per segment, since levels may run at the same time.
         self._binders = [SegmentBinder(graphs, segment.index, cache) for segment in manifest.plan.segments]
         self._first_alone = not all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
@@ -82,16 +82,11 @@ class Stack:
         self.heads: Sequence[Head] = self._buffers.heads
         self.exit = self._buffers.exit
         self.final = self._buffers.heads[-1]
-        self._drafter_graphs = graphs.drafter
-        self._drafter: DrafterRows | None = None
 
     @property
     def drafter(self) -> DrafterRows:
         """See :attr:`~State.drafter`."""
-        if self._drafter is None:
-            assert self._drafter_graphs is not None, "the bundle has no drafter"
-            self._drafter = DrafterRows(self._drafter_graphs, self._buffers.taps, WINDOW_ROWS + 1)
-        return self._drafter
+        return self._buffers.drafter
 
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
         """See :meth:`~Decoder.prefill`; long prompts run in chunks."""
