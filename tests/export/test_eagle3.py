@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.drafters import Eagle3, Recorded, Rows, residual_streams
@@ -16,7 +17,7 @@ from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.export.assemble import export_bundle
 from shortstack.export.quantized import export_quantized
 from shortstack.export.spec import ExportSpec
-from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.errors import CheckpointError, RequestError, UnsupportedError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import Quantization, QuantizeSpec
@@ -240,3 +241,21 @@ def test_what_does_not_fit_is_said_at_once(target: Target, tmp_path: Path) -> No
     fractions = {**whole, "d2t": whole["d2t"].float()}
     assert "whole numbers" in refused(Eagle3(), "fractions", fractions)
     assert "fc.weight" in refused(replace(Eagle3()), "nothing", {"x.weight": whole["norm.weight"]})
+    for name in ("fc.weight", "lm_head.weight", "midlayer.self_attn.q_proj.weight"):
+        assert f"{name}: found shape []" in refused(Eagle3(), f"no matrix {name}", {**whole, name: torch.tensor(1.0)})
+    lonely = {**whole, "lm_head.weight": whole["lm_head.weight"][:1], "d2t": whole["d2t"][:1]}
+    assert "lm_head.weight: found 1 rows" in refused(Eagle3(), "one row", lonely)
+
+
+def test_a_number_of_drafts_that_no_head_has_is_refused_before_anything_is_written(
+    target: Target, tmp_path: Path
+) -> None:
+    methods = {"proposal_methods": [{"speculative_tokens": 2**31}]}
+    head = Eagle3(options={"speculators_config": methods}).write(tmp_path / "d")
+    with pytest.raises(UnsupportedError, match=r"config.json: speculative_tokens: found 2147483648, expected 1..1000"):
+        export_bundle(ExportSpec(str(target.folder), tmp_path / "out", drafter=str(head)))
+
+
+def test_asking_an_exit_to_draft_where_only_a_drafter_can_says_so(drafted: Model) -> None:
+    with pytest.raises(RequestError, match="this bundle has none: found 2. Leave out the exit"):
+        drafted.generate([5], exit_layer=2)
