@@ -111,6 +111,12 @@ class FromExit:
     def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
         """See :meth:`DraftSource.exits_in`."""
         exits = plan.boundaries
+        if not exits and plan.drafter is not None:
+            raise RequestError(
+                "an exit cannot draft, since this bundle has none",
+                found=self.exit_layer,
+                remedy="leave out the exit, so that the bundle's trained drafter drafts",
+            )
         if not exits:
             raise RequestError(
                 "self-speculation needs an exit, and this bundle has none",
