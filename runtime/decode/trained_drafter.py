@@ -58,6 +58,9 @@ class TrainedDrafter:
         rows, choice = self._rows, self._choice
         drawn = list(tokens) if choice.needs_logits else []
         proposals: list[Proposal] = []
+        asked = self._clock()
+        if rows.is_behind():
+            yield OwnRun(partial(rows.catch_up, tokens))
         started, first_s = self._clock(), 0.0
         for row in range(most):
             if row == 0:
@@ -71,7 +74,7 @@ class TrainedDrafter:
             if proposals[-1].confidence < least_confidence:
                 break
             rows.put(row + 1, proposals[-1].token)
-        return Draft(proposals, first_s=first_s)
+        return Draft(proposals, first_s=first_s, behind_s=started - asked)
 
     def observe(self, emitted: int, rows: int) -> None:
         """See :meth:`Drafter.observe`: the rows that belong to the text are queued for the next refill."""
