@@ -32,11 +32,13 @@ class Draft:
         proposals: Tokens that follow the newest one, in order; without any the round is a plain step.
         rows_run: How many rows of the round, from the first, the drafter has run through the lowest level.
         first_s: Seconds of the first proposal, where it costs another time than further ones.
+        behind_s: Seconds before it that a usual round does not cost, as for a prompt that the drafter had not seen.
     """
 
     proposals: Sequence[Proposal]
     rows_run: int = 0
     first_s: float | None = None
+    behind_s: float = 0.0
 
 
 class Drafter(Protocol):
@@ -111,6 +113,12 @@ class FromExit:
     def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
         """See :meth:`DraftSource.exits_in`."""
         exits = plan.boundaries
+        if not exits and plan.drafter is not None:
+            raise RequestError(
+                "an exit cannot draft, since this bundle has none",
+                found=self.exit_layer,
+                remedy="leave out the exit, so that the bundle's trained drafter drafts",
+            )
         if not exits:
             raise RequestError(
                 "self-speculation needs an exit, and this bundle has none",

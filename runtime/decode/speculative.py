@@ -117,5 +117,6 @@ def _round(
     stats.draft_runs += rows
     stats.verify_runs += 1
     if drafts:
-        length.observe_round(len(drafts), verdict.accepted, rows, drafted - started, ended - drafted, draft.first_s)
+        draft_s = drafted - started - draft.behind_s
+        length.observe_round(len(drafts), verdict.accepted, rows, draft_s, ended - drafted, draft.first_s)
     return drafts, verdict

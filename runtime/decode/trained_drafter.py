@@ -6,16 +6,18 @@ is the first draft (:mod:`shortstack.runtime.engine.drafter_rows`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from shortstack.graphs.errors import RequestError
+from shortstack.graphs.errors import ContractError, RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.choice import Choice, Proposal
 from shortstack.runtime.decode.drafters import Draft, Drafter, ExitDrafter, FromExit
 from shortstack.runtime.decode.runs import Asking, OwnRun
 from shortstack.runtime.engine.decoder import State
+from shortstack.runtime.engine.head import Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,9 @@ class TrainedDrafter:
         rows, choice = self._rows, self._choice
         drawn = list(tokens) if choice.needs_logits else []
         proposals: list[Proposal] = []
+        asked = self._clock()
+        if rows.is_behind():
+            yield OwnRun(partial(rows.catch_up, tokens))
         started, first_s = self._clock(), 0.0
         for row in range(most):
             if row == 0:
@@ -65,13 +70,14 @@ class TrainedDrafter:
                 first_s = self._clock() - started
             else:
                 yield OwnRun(partial(rows.step, row, choice.needs_logits))
+            _check_finite(rows.head, row)
             proposals.append(choice.propose(rows.head, row, drawn or tokens, 0))
             if choice.needs_logits:
                 drawn.append(proposals[-1].token)
             if proposals[-1].confidence < least_confidence:
                 break
             rows.put(row + 1, proposals[-1].token)
-        return Draft(proposals, first_s=first_s)
+        return Draft(proposals, first_s=first_s, behind_s=started - asked)
 
     def observe(self, emitted: int, rows: int) -> None:
         """See :meth:`Drafter.observe`: the rows that belong to the text are queued for the next refill."""
@@ -80,6 +86,22 @@ class TrainedDrafter:
     def end(self) -> None:
         """See :meth:`Drafter.end`."""
         self._rows.end()
+
+
+def _check_finite(head: Head, row: int) -> None:
+    """Refuse a draft whose probability is no number, before a rule reads it as the model's.
+
+    Raises:
+        ContractError: It is none: what the drafter computes overflows, or its weights are damaged.
+    """
+    confidence = float(head.top_prob[row])
+    if not math.isfinite(confidence):
+        raise ContractError(
+            "the output of the bundle's trained drafter is not valid: the probability of its draft",
+            found=confidence,
+            expected="a finite number",
+            remedy="decode plainly or let an exit draft; for drafts of the drafter, export it again, without fp16",
+        )
 
 
 @dataclass(frozen=True, slots=True)

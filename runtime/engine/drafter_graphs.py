@@ -1,4 +1,4 @@
-"""The sessions of a bundle's trained drafter, opened when something drafts with it for the first time."""
+"""The sessions of a bundle's trained drafter, opened when a text is decoded with it for the first time."""
 
 from __future__ import annotations
 

@@ -40,13 +40,17 @@ class DrafterRows:
 
     Attributes:
         head: Outputs of its head: row 0 of the refill, row r of draft r + 1.
+
+    Raises:
+        ShortstackError: A graph cannot be opened; see :func:`~shortstack.runtime.engine.session.open_sessions`.
     """
 
     def __init__(self, graphs: DrafterGraphs, taps: RoundTaps, rows: int) -> None:
         manifest = graphs.bundle.manifest
         drafter = manifest.plan.drafter
         assert drafter is not None, "the bundle has no drafter"
-        self._graphs, self._taps, self._spec = graphs, taps, drafter
+        self._drafts, self._fuses, self._device = graphs.drafts(), graphs.fuses(), graphs.device
+        self._taps, self._spec = taps, drafter
         self._dtype = np.dtype(manifest.dtype)
         self._capacity = manifest.max_length + rows
         ids = read_drafter_vocab(graphs.bundle)
@@ -92,6 +96,19 @@ class DrafterRows:
         self._take_prompt()
         self._queue({name: array.copy() for name, array in self._taps.round(rows).items()})
 
+    def is_behind(self) -> bool:
+        """Return whether more true rows are missing than a round leaves: a prompt's, or those of many plain steps."""
+        self._take_prompt()
+        return self._waiting > self._pair_ids.shape[1]
+
+    def catch_up(self, tokens: Sequence[int]) -> None:
+        """Run the true rows of a text that are missing, but for as many as a round leaves.
+
+        Args:
+            tokens: As for :meth:`refill`.
+        """
+        self._run_queued(tokens, self._waiting - self._pair_ids.shape[1], has_head=False, with_logits=False)
+
     def refill(self, tokens: Sequence[int], with_logits: bool) -> None:
         """Run all true rows of a text that are missing; the head sees the last one, as row 0.
 
@@ -101,21 +118,7 @@ class DrafterRows:
         """
         self._take_prompt()
         assert self._filled + self._waiting == len(tokens) - 1, "rows of the text were not queued"
-        queued = {name: np.concatenate([own[name] for own in self._queued]) for name in self._taps.names}
-        self._queued.clear()
-        start = 0
-        while start < self._waiting:
-            count = min(_CHUNK_ROWS, self._waiting - start)
-            is_last = start + count == self._waiting
-            first = self._filled + 1
-            ids = np.asarray(tokens[first : first + count], np.int64)
-            self._run_pairs(
-                ids, {name: array[start : start + count] for name, array in queued.items()}, is_last, with_logits
-            )
-            self._filled += count
-            start += count
-        self._waiting = 0
-        self._tokens = list(tokens)
+        self._run_queued(tokens, self._waiting, has_head=True, with_logits=with_logits)
 
     def put(self, row: int, token: int) -> None:
         """Set the token of a drafted row, 1 or later."""
@@ -139,6 +142,20 @@ class DrafterRows:
         self._queued.append(tensors)
         self._waiting += len(next(iter(tensors.values())))
 
+    def _run_queued(self, tokens: Sequence[int], rows: int, *, has_head: bool, with_logits: bool) -> None:
+        """Run the first of the queued rows; the head, where it has to, sees the last of them."""
+        self._tokens = list(tokens)
+        queued = {name: np.concatenate([own[name] for own in self._queued]) for name in self._taps.names}
+        for start in range(0, rows, _CHUNK_ROWS):
+            end = min(start + _CHUNK_ROWS, rows)
+            first = self._filled + 1
+            ids = np.asarray(tokens[first : first + end - start], np.int64)
+            tensors = {name: array[start:end] for name, array in queued.items()}
+            self._run_pairs(ids, tensors, has_head and end == rows, with_logits)
+            self._filled += end - start
+        self._waiting -= rows
+        self._queued = [{name: array[rows:] for name, array in queued.items()}] if self._waiting else []
+
     def _run_pairs(self, ids: np.ndarray, tensors: dict[str, np.ndarray], has_head: bool, with_logits: bool) -> None:
         count = len(ids)
         self._set_lengths(self._filled, count)
@@ -157,13 +174,12 @@ class DrafterRows:
 
     def _fused(self, tensors: dict[str, np.ndarray]) -> np.ndarray:
         """Return the states [1, rows, hidden] of rows of the model."""
-        session = self._graphs.fuses()
-        if session is None:
+        if self._fuses is None:
             return np.ascontiguousarray(tensors[names.DRAFT_STATE][None])
         inputs: dict[str, Tensor] = {name: np.ascontiguousarray(array[None]) for name, array in tensors.items()}
         rows = len(next(iter(tensors.values())))
         states = np.zeros((1, rows, self._spec.hidden_size), self._dtype)
-        Binding(session, inputs, {names.DRAFT_STATE: states}, self._graphs.device).run()
+        Binding(self._fuses, inputs, {names.DRAFT_STATE: states}, self._device).run()
         return states
 
     def _set_lengths(self, past: int, rows: int) -> None:
@@ -184,7 +200,7 @@ class DrafterRows:
             outputs[names.DRAFT_STATE_OUT] = self._states[:, head_row + 1 : head_row + 2]
         for (owner, part), array in self._cache.items():
             inputs[names.past(owner, part)] = outputs[names.present(owner, part)] = array
-        return Binding(self._graphs.drafts(), inputs, outputs, self._graphs.device)
+        return Binding(self._drafts, inputs, outputs, self._device)
 
 
 def _caches(drafter: DrafterSpec, capacity: int, dtype: np.dtype[np.generic]) -> dict[tuple[str, str], np.ndarray]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.drafters import Eagle3, Recorded, Rows, residual_streams
@@ -16,11 +19,14 @@ from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.export.assemble import export_bundle
 from shortstack.export.quantized import export_quantized
 from shortstack.export.spec import ExportSpec
-from shortstack.graphs.errors import CheckpointError
+from shortstack.graphs.errors import BundleError, CheckpointError, ContractError, RequestError, UnsupportedError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import Quantization, QuantizeSpec
 from shortstack.runtime import DraftPolicy, Model, Request, SamplingParams, Speculate, load
+from shortstack.runtime.decode.draft_length import DraftLength
+from shortstack.runtime.decode.trained_drafter import FromDrafter
+from shortstack.runtime.engine.drafter_rows import DrafterRows
 
 TARGET = TinyModel("drafted for")
 HEADS = {
@@ -135,6 +141,29 @@ def test_a_text_that_goes_on_reuses_what_the_drafter_has_seen(
         assert drafts == target.drafts(head, weights, tokens, len(drafts))
 
 
+def test_a_prompt_is_no_cost_of_a_draft(drafted: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, ran, seen = np.random.default_rng(9).integers(3, 300, 600).tolist(), [0], list[tuple[float | None, float]]()
+    run_pairs, observe_round = DrafterRows._run_pairs, DraftLength.observe_round
+
+    def counted(self: DrafterRows, ids: np.ndarray, *given: Any) -> None:
+        ran[0] += len(ids)  # the clock below counts the rows that the drafter runs from the model's states
+        run_pairs(self, ids, *given)
+
+    def observed(self: DraftLength, drafts: int, accepted: int, rows: int, draft_s: float, *given: Any) -> None:
+        seen.append((given[-1], draft_s))
+        observe_round(self, drafts, accepted, rows, draft_s, *given)
+
+    monkeypatch.setattr(DrafterRows, "_run_pairs", counted)
+    monkeypatch.setattr(DraftLength, "observe_round", observed)
+    stack = drafted.exclusive_stack()
+    monkeypatch.setattr(stack, "clock", lambda: float(ran[0]))
+    strategy = Speculate(draft=DraftPolicy(3), source=FromDrafter())
+    drafted.generate(prompt, strategy=strategy, max_new_tokens=20, ignore_eos=True)
+    assert ran[0] > 600
+    assert len(seen) > 3
+    assert all(first_s == draft_s <= 17 for first_s, draft_s in seen)
+
+
 def test_drafting_goes_on_after_plain_steps(target: Target, fitted: tuple[Eagle3, Rows, Path], drafted: Model) -> None:
     head, weights, _ = fitted
     source = Recorded()
@@ -240,3 +269,47 @@ def test_what_does_not_fit_is_said_at_once(target: Target, tmp_path: Path) -> No
     fractions = {**whole, "d2t": whole["d2t"].float()}
     assert "whole numbers" in refused(Eagle3(), "fractions", fractions)
     assert "fc.weight" in refused(replace(Eagle3()), "nothing", {"x.weight": whole["norm.weight"]})
+    for name in ("fc.weight", "lm_head.weight", "midlayer.self_attn.q_proj.weight"):
+        assert f"{name}: found shape []" in refused(Eagle3(), f"no matrix {name}", {**whole, name: torch.tensor(1.0)})
+    lonely = {**whole, "lm_head.weight": whole["lm_head.weight"][:1], "d2t": whole["d2t"][:1]}
+    assert "lm_head.weight: found 1 rows" in refused(Eagle3(), "one row", lonely)
+
+
+def test_a_number_of_drafts_that_no_head_has_is_refused_before_anything_is_written(
+    target: Target, tmp_path: Path
+) -> None:
+    methods = {"proposal_methods": [{"speculative_tokens": 2**31}]}
+    head = Eagle3(options={"speculators_config": methods}).write(tmp_path / "d")
+    with pytest.raises(UnsupportedError, match=r"config.json: speculative_tokens: found 2147483648, expected 1..1000"):
+        export_bundle(ExportSpec(str(target.folder), tmp_path / "out", drafter=str(head)))
+
+
+def test_asking_an_exit_to_draft_where_only_a_drafter_can_says_so(drafted: Model) -> None:
+    with pytest.raises(RequestError, match="this bundle has none: found 2"):
+        drafted.generate([5], exit_layer=2)
+
+
+def test_a_damaged_drafter_is_said_before_the_first_token(fitted: tuple[Eagle3, Rows, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fitted[2], tmp_path / "b"))
+    file = folder / "drafter.onnx"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with load(folder) as model:
+        assert model.generate([5], max_new_tokens=2, ignore_eos=True).tokens
+        with pytest.raises(BundleError, match=r"drafter.onnx cannot be loaded"):
+            next(model.stream([5], strategy="self-speculative", max_new_tokens=9))
+        with pytest.raises(BundleError, match=r"drafter.onnx cannot be loaded"):
+            model.generate([5], strategy="self-speculative", max_new_tokens=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_drafter_whose_numbers_overflow_is_named(target: Target, tmp_path: Path, temperature: float) -> None:
+    head = Eagle3()
+    weights = {**head.tensors(), "midlayer.mlp.down_proj.weight": torch.full((64, 96), 3e38)}
+    bundle = export_bundle(
+        ExportSpec(str(target.folder), tmp_path / "b", drafter=str(head.write(tmp_path / "d", weights)))
+    )
+    with load(bundle.folder) as model:
+        sampling = SamplingParams(temperature=temperature, seed=1 if temperature else None)
+        with pytest.raises(ContractError, match="trained drafter is not valid"):
+            model.generate([5, 6], strategy="self-speculative", sampling=sampling, max_new_tokens=40, ignore_eos=True)
+        assert len(model.generate([5, 6], sampling=sampling, max_new_tokens=9, ignore_eos=True).tokens) == 9
