@@ -173,7 +173,7 @@ def test_a_bundle_json_that_is_not_valid_is_named(bundle: Path, refused: Refused
         refused(command, "bundle.json", "e-export")
 
 
-@pytest.mark.parametrize("version", [0, 5, 99, "1", None, 1.5, True, [1]])
+@pytest.mark.parametrize("version", [0, 6, 99, "1", None, 1.5, True, [1]])
 def test_an_unknown_format_version_is_named(bundle: Path, refused: Refused, version: object) -> None:
     forge(bundle, format_version=version)
     for command in commands(bundle):
@@ -181,7 +181,7 @@ def test_an_unknown_format_version_is_named(bundle: Path, refused: Refused, vers
             command,
             "bundle.json: field format_version",
             repr(version),
-            "expected 1 or 2 or 3 or 4",
+            "expected 1 or 2 or 3 or 4 or 5",
             "install the shortstack",
         )
 
