@@ -97,6 +97,12 @@ class Repeat:
     def drafter(self, stack: Decoder, choice: Choice) -> Repeat:
         return self
 
+    def start(self, tokens: Sequence[int], cached: int) -> int:
+        return cached
+
+    def end(self) -> None:
+        pass
+
     def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Draft:
         return Draft([Proposal(tokens[-1], 1.0, 0)] * min(self.times, most))
 
