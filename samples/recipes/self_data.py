@@ -12,9 +12,9 @@ MODEL is a bundle, or a checkpoint, which is exported to a temporary bundle firs
 at temperature 1 and top-p 0.95 behind the chat template's empty user turn, up to the token that ends it; empty, endless
 and garbled turns are thrown away. The rows of the file's prompts come first, in its order.
 
-Rows are made one after another, or with ``--slots`` several at once; they are the same. Where the bundle has an exit, it
-drafts as far as the runtime's adaptive rule, which measures costs and acceptance, predicts a gain; the answers are the
-same either way. A quantized bundle is faster, and its answers are those of the quantized model.
+Rows are made one after another, or with ``--slots`` several at once; they are the same. Where the bundle has an exit,
+it drafts as far as the runtime's adaptive rule, which measures costs and acceptance, predicts a gain; the answers are
+the same either way. A quantized bundle is faster, and its answers are those of the quantized model.
 
 A run that was stopped, however hard, continues where it was when it is started again with the same settings, which are
 kept in ``OUT.jsonl.settings.json``; only ``--self-prompted`` may grow.
