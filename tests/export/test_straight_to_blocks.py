@@ -21,9 +21,9 @@ from helpers.family_rows import ROWS
 from helpers.gguf_files import Kind, byte_level, of_checkpoint, write
 from helpers.kv_bundles import KVBundles
 from helpers.kv_cases import exits_of
-from helpers.quantized import INT4, INT4_OFFSETS, INT8, preset, stored_tensors
+from helpers.quantized import INT4, INT4_OFFSETS, preset, stored_tensors
+from helpers.straight import FEW, at_once, check_same, differing, in_two_steps, mix
 from helpers.tiny_models import BASE, SPECULATOR, SWITCHES, TinyBundles
-from shortstack.export import assemble
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import hf
 from shortstack.export.cli import export
@@ -31,14 +31,11 @@ from shortstack.export.quantized import export_quantized
 from shortstack.export.spec import ExportSpec
 from shortstack.graphs import names
 from shortstack.graphs.bundle import open_bundle
-from shortstack.graphs.errors import RequestError, UnsupportedError
-from shortstack.graphs.kv_map import placement
+from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec
-from shortstack.graphs.spec import DType
 from shortstack.quant import source
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.cli import quantize
-from shortstack.quant.preset import Preset
 from shortstack.quant.record import read_record
 from shortstack.quant.spec import Quantization, QuantizeSpec
 from shortstack.runtime import DraftPolicy, load
@@ -46,46 +43,6 @@ from shortstack.runtime.inspection.report import build_report
 
 TINY = {tiny.name: tiny for tiny in SWITCHES}
 METHODS = ("rtn", "k-quant", "gptq", "awq")
-FEW = 256  # tokens of calibration
-
-
-def mix(method: str, **changes: Any) -> Preset:
-    """int4 with all that a preset can ask for: offsets in layers, first rows in int8, an int8 cache."""
-    fields = {"method": method, "first_rows": 40, "first_rows_format": INT8, "draft_head": INT8, **changes}
-    return preset(INT4_OFFSETS, fields.pop("kv_cache", "int8"), **fields)
-
-
-def in_two_steps(request: ExportSpec, wanted: Preset, folder: Path, dtype: DType = "float32") -> Path:
-    export_bundle(replace(request, out=folder / "floats"))
-    quantize_bundle(QuantizeSpec(folder / "floats", folder / "two", wanted, dtype, calibration_tokens=FEW))
-    return folder / "two"
-
-
-def at_once(request: ExportSpec, wanted: Preset) -> Path:
-    export_quantized(request, Quantization(wanted, calibration_tokens=FEW))
-    return request.out
-
-
-def check_same(request: ExportSpec, wanted: Preset, folder: Path) -> None:
-    two, one = in_two_steps(request, wanted, folder), at_once(request, wanted)
-    same = (one / names.WEIGHTS_FILE).read_bytes() == (two / names.WEIGHTS_FILE).read_bytes()
-    assert same, differing(one, two)
-    for bundle in (one, two):
-        open_bundle(bundle, verify_hashes=True)
-    ours, theirs = (open_bundle(folder).manifest.to_json() for folder in (one, two))
-    for one_of in (ours, theirs):  # a record also says what its source was
-        del one_of["digest"], one_of["files"][names.QUANTIZATION_FILE]
-    assert ours == theirs
-    records = [read_record(open_bundle(bundle)) for bundle in (one, two)]
-    assert records[0] is not None
-    assert records[1] is not None
-    assert records[0].errors == records[1].errors
-    assert (records[0].calibration, records[0].tuning) == (records[1].calibration, records[1].tuning)
-
-
-def differing(one: Path, two: Path) -> list[str]:
-    ours, theirs = stored_tensors(one), stored_tensors(two)
-    return [name for name in ours if ours[name].read(one).tobytes() != theirs[name].read(two).tobytes()]
 
 
 def llama(name: str, tiny_bundles: TinyBundles, folder: Path, out: Path) -> ExportSpec:
@@ -306,107 +263,6 @@ def test_the_older_spelling_names_the_same_preset(tiny_bundles: TinyBundles, tmp
     assert not differing(tmp_path / "--preset", tmp_path / "--recipe")
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--method", "rtn"], "--method would have no effect: without --preset"),
-        (["--head", "int8", "--calibration-tokens", "99"], "--head, --calibration-tokens would have no effect"),
-        (["--preset", "int5"], "--preset is unknown: found 'int5'"),
-        (["--preset", "float"], "--preset float puts nothing in blocks"),
-        (["--preset", "int4", "--calibration-tokens", "3"], "--calibration-tokens: found 3"),
-        (["--preset", "int4", "--max-kl", "0"], "--max-kl: found 0.0"),
-        (["--preset", "int4", "--calibration", "no/file"], "--calibration no/file cannot be read"),
-        (["--draft-vocab", "9", "--draft-text", "no/file"], "--draft-text no/file cannot be read"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused_before_anything_is_written(
-    tiny_bundles: TinyBundles, tmp_path: Path, refused: Refused, options: list[str], says: str
-) -> None:
-    refused(["export", tiny_bundles.checkpoint(BASE), tmp_path / "out", *options], says)
-    assert left_behind(tmp_path) == []
-
-
-def test_layers_that_cannot_run_one_by_one_take_no_text(kv_bundles: KVBundles, tmp_path: Path) -> None:
-    kv_map = placement("sandwich", "top", 6, 3)
-    request = ExportSpec(str(kv_bundles.checkpoint(kv_map)), tmp_path / "one", exits_of(kv_map))
-    with pytest.raises(UnsupportedError, match="calibration runs layer after layer"):
-        at_once(request, mix("gptq"))
-    with pytest.raises(UnsupportedError, match="scales of an int8 cache"):
-        at_once(request, mix("rtn"))
-    check_same(request, mix("rtn", kv_cache="float"), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--preset", "int5"),
-        ("--preset", "int4", "--max-kl", "-1"),
-        ("--preset", "int4", "--calibration", "no/file"),
-        ("--draft-vocab", "9", "--draft-text", "no/file"),
-    ],
-    ids=" ".join,
-)
-def test_wrong_options_are_refused_before_a_checkpoint_is_fetched(
-    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
-) -> None:
-    def never(*arguments: Any, **others: Any) -> None:
-        raise AssertionError("the checkpoint was opened")
-
-    monkeypatch.setattr(assemble, "open_checkpoint", never)
-    refused(["export", "some-owner/some-model", tmp_path / "out", *options], options[-2])
-
-
-@pytest.mark.parametrize("max_kl", [None, 0.1])
-def test_room_is_looked_at_before_the_checkpoint_is_hashed_or_a_mix_is_searched(
-    request_of: Callable[[str], ExportSpec], monkeypatch: pytest.MonkeyPatch, max_kl: float | None
-) -> None:
-    from shortstack.quant import engine, needs
-
-    def never(*arguments: Any, **others: Any) -> Any:
-        raise AssertionError("long work was begun")
-
-    monkeypatch.setattr(needs, "_free_bytes", lambda folder: 1000)
-    monkeypatch.setattr(hf.HuggingFaceCheckpoint, "digest", never)
-    monkeypatch.setattr(engine, "search", never)
-    with pytest.raises(RequestError, match="not enough room"):
-        export_quantized(request_of("untied"), Quantization(mix("rtn"), calibration_tokens=FEW, max_kl=max_kl))
-
-
-@pytest.mark.parametrize("what", ["disk", "memory"])
-def test_too_little_room_is_refused_with_what_is_needed_and_what_is_there(
-    request_of: Callable[[str], ExportSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    from shortstack.quant import needs
-
-    request = request_of("untied")
-    before = left_behind(tmp_path)
-    if what == "disk":
-        monkeypatch.setattr(needs, "_free_bytes", lambda folder: 1000)
-    else:
-        monkeypatch.setattr(needs, "available_memory", lambda: 10**8)
-    with pytest.raises(RequestError, match=r"found [\d.]+ (MB free|GB available), expected about [\d.]+ [MG]B"):
-        at_once(request, mix("rtn"))
-    assert left_behind(tmp_path) == before
-
-
-def test_numbers_that_are_not_finite_are_refused_by_name(tiny_bundles: TinyBundles, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.numpy import load_file, save_file
-
-    from shortstack.graphs.errors import CheckpointError
-
-    checkpoint = Path(shutil.copytree(tiny_bundles.checkpoint(BASE), tmp_path / "checkpoint"))
-    tensors = load_file(checkpoint / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"):
-        damaged = {**tensors, name: np.array(tensors[name])}
-        damaged[name][5, 7] = np.nan
-        save_file(damaged, checkpoint / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=f"{name}.*NaN or infinity in 1 of"):
-            at_once(ExportSpec(str(checkpoint), tmp_path / "out", (1,)), mix("rtn"))
-        assert left_behind(tmp_path) == ["checkpoint"]
-
-
 @pytest.mark.parametrize("method", ["rtn", "awq-gptq"])
 def test_kept_blocks_stay_and_everything_else_is_rounded_by_the_preset(
     tiny_bundles: TinyBundles, tmp_path: Path, method: str
@@ -449,3 +305,36 @@ def test_a_search_leaves_kept_blocks_alone(tiny_bundles: TinyBundles, tmp_path: 
     kept = export_quantized(request, Quantization(mix("rtn"), calibration_tokens=FEW, max_kl=0.5))
     assert kept.manifest.precision.weights
     assert all(origin.is_kept for origin in kept.manifest.origins.values())
+
+
+@pytest.mark.parametrize("max_kl", [None, 0.1])
+def test_room_is_looked_at_before_the_checkpoint_is_hashed_or_a_mix_is_searched(
+    request_of: Callable[[str], ExportSpec], monkeypatch: pytest.MonkeyPatch, max_kl: float | None
+) -> None:
+    from shortstack.quant import engine, needs
+
+    def never(*arguments: Any, **others: Any) -> Any:
+        raise AssertionError("long work was begun")
+
+    monkeypatch.setattr(needs, "_free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(hf.HuggingFaceCheckpoint, "digest", never)
+    monkeypatch.setattr(engine, "search", never)
+    with pytest.raises(RequestError, match="not enough room"):
+        export_quantized(request_of("untied"), Quantization(mix("rtn"), calibration_tokens=FEW, max_kl=max_kl))
+
+
+@pytest.mark.parametrize("what", ["disk", "memory"])
+def test_too_little_room_is_refused_with_what_is_needed_and_what_is_there(
+    request_of: Callable[[str], ExportSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from shortstack.quant import needs
+
+    request = request_of("untied")
+    before = left_behind(tmp_path)
+    if what == "disk":
+        monkeypatch.setattr(needs, "_free_bytes", lambda folder: 1000)
+    else:
+        monkeypatch.setattr(needs, "available_memory", lambda: 10**8)
+    with pytest.raises(RequestError, match=r"found [\d.]+ (MB free|GB available), expected about [\d.]+ [MG]B"):
+        at_once(request, mix("rtn"))
+    assert left_behind(tmp_path) == before
