@@ -19,7 +19,7 @@ from typing import Any
 import llama_cpp as llama
 import numpy as np
 from memory import memory_now  # type: ignore[import-not-found]  # this script's folder is on the path
-from serve import Operation, chunk, serve, start  # type: ignore[import-not-found]
+from serve import Operation, batch, chunk, serve, start  # type: ignore[import-not-found]
 
 
 class Worker:
@@ -47,7 +47,7 @@ class Worker:
 
     def operations(self) -> dict[str, Operation]:
         """Return what answers each request."""
-        return {"start": self._start, "chunk": self._chunk, "memory": memory_now}
+        return {"start": self._start, "chunk": self._chunk, "batch": self._batch, "memory": memory_now}
 
     def _start(self, prompt: list[int], tokens: int) -> dict[str, Any]:
         answer: dict[str, Any] = start(lambda: self._first(prompt, tokens))
@@ -75,6 +75,41 @@ class Worker:
         logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, -1), shape=(self._vocab,))
         return int(logits.argmax())
 
+    def _batch(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+        answer: dict[str, Any] = batch(lambda: self._decode_all(prompts, tokens))
+        return answer
+
+    def _decode_all(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        """Decode several texts at once, each a sequence of its own: prompts one by one, then a row of each a step."""
+        context = self._new_context(len(prompts) * (len(prompts[0]) + tokens), sequences=len(prompts))
+        found = [
+            [self._run(context, [(number, place, id_) for place, id_ in enumerate(prompt)], 1)[0]]
+            for number, prompt in enumerate(prompts)
+        ]
+        for step in range(len(prompts[0]), len(prompts[0]) + tokens - 1):
+            rows = [(number, step, own[-1]) for number, own in enumerate(found)]
+            for own, token in zip(found, self._run(context, rows, len(rows)), strict=True):
+                own.append(token)
+        llama.llama_free(context)
+        return found
+
+    def _run(self, context: Any, rows: Sequence[tuple[int, int, int]], heads: int) -> list[int]:
+        """Run rows (sequence, position, token); return the likeliest next token of the last ``heads`` of them."""
+        given = llama.llama_batch_init(len(rows), 0, 1)
+        given.n_tokens = len(rows)
+        for row, (sequence, position, token) in enumerate(rows):
+            given.token[row], given.pos[row] = token, position
+            given.n_seq_id[row], given.seq_id[row][0] = 1, sequence
+            given.logits[row] = row >= len(rows) - heads
+        code = llama.llama_decode(context, given)
+        if code:
+            raise SystemExit(f"llama_decode of {len(rows)} rows returned {code}")
+        numbers = range(len(rows) - heads, len(rows))
+        logits = (llama.llama_get_logits_ith(context, row) for row in numbers)
+        best = [int(np.ctypeslib.as_array(own, shape=(self._vocab,)).argmax()) for own in logits]
+        llama.llama_batch_free(given)
+        return best
+
     def _empty_context(self, tokens: int) -> None:
         """Make room for that many tokens: reuse the last generation's context if it is large enough."""
         if self._context is not None:
@@ -82,12 +117,17 @@ class Worker:
                 llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
                 return
             llama.llama_free(self._context)
+        self._context = self._new_context(tokens, sequences=1)
+
+    def _new_context(self, tokens: int, sequences: int) -> Any:
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = tokens  # a prompt goes in as one batch
+        params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = self._threads
-        self._context = llama.llama_init_from_model(self._model, params)
-        if not self._context:
+        context = llama.llama_init_from_model(self._model, params)
+        if not context:
             raise SystemExit(f"llama.cpp cannot make a context of {tokens} tokens")
+        return context
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]

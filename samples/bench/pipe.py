@@ -60,14 +60,14 @@ class WorkerProcess:
         return answer
 
 
-def bundle_worker(bundle: Path, threads: int | None) -> WorkerProcess:
-    """Start a worker over a bundle.
+def bundle_worker(bundle: Path, threads: int | None, slots: int | None = None) -> WorkerProcess:
+    """Start a worker over a bundle; a number of slots needs one of threads.
 
     Raises:
         ModuleNotFoundError: onnxruntime is not installed. A worker without it would only say that it ended.
     """
     importlib.import_module("onnxruntime")
-    arguments = [str(bundle)] if threads is None else [str(bundle), str(threads)]
+    arguments = [str(each) for each in (bundle, threads, slots) if each is not None]
     return WorkerProcess([sys.executable, "-m", "shortstack.samples.bench.worker", *arguments])
 
 

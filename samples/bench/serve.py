@@ -69,3 +69,11 @@ def chunk(next_token: Callable[[], int], count: int) -> dict[str, Any]:
     tokens = [next_token() for _ in range(count)]
     elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
     return {"tokens": tokens, "elapsed_s": elapsed_s, "cpu_s": cpu_s}
+
+
+def batch(decode: Callable[[], list[list[int]]]) -> dict[str, Any]:
+    """Return the answer to ``batch``: the new tokens of several texts, and how long it took, prompts included."""
+    started, cpu = time.perf_counter(), time.process_time()
+    tokens = decode()
+    elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+    return {"tokens": tokens, "elapsed_s": elapsed_s, "cpu_s": cpu_s}

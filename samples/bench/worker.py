@@ -1,4 +1,6 @@
-"""A process that decodes on request: one JSON object per line in, one per line out. ``worker.py BUNDLE [THREADS]``.
+"""A process that decodes on request: one JSON object per line in, one per line out.
+
+``worker.py BUNDLE [THREADS [SLOTS]]``.
 
 Two engines under comparison sit in two such processes, each idle, its threads asleep, while the other one runs.
 
@@ -9,6 +11,7 @@ Two engines under comparison sit in two such processes, each idle, its threads a
 start     prompt (token ids), tokens      tokens ([first]), elapsed_s of the prefill
 chunk     count                           tokens, elapsed_s, cpu_s, run_s (inside graphs)
 decode    prompt, tokens, draft, ...      tokens, decode_s after the first token, stats
+batch     prompts, tokens                 tokens of each, elapsed_s and cpu_s of prompts and tokens together
 costs     context, rows, repeats          seconds of a plain step, a draft row, a row without exit, verify(M)
 memory                                    rss_bytes, pss_bytes, peak_bytes
 ========  ==============================  ==============================================================
@@ -26,10 +29,10 @@ from shortstack.runtime import DraftPolicy, ExitPolicy, load, parse_criterion
 from shortstack.runtime.decode.stream import Token
 from shortstack.runtime.early_exit.policy import KVPolicy, Verify
 from shortstack.runtime.engine.binding import Binding
-from shortstack.runtime.request import ExitEarly, Plain, Speculate, Strategy
+from shortstack.runtime.request import ExitEarly, Plain, Request, Speculate, Strategy
 from shortstack.samples.bench.costs import measure_costs
 from shortstack.samples.bench.memory import memory_now
-from shortstack.samples.bench.serve import Operation, chunk, serve, start
+from shortstack.samples.bench.serve import Operation, batch, chunk, serve, start
 
 
 class GraphClock:
@@ -54,12 +57,13 @@ class Worker:
     Args:
         bundle: The bundle's folder.
         threads: Size of the thread pool; None takes all cores.
+        slots: How many sequences it decodes at once.
     """
 
-    def __init__(self, bundle: str, threads: int | None) -> None:
+    def __init__(self, bundle: str, threads: int | None, slots: int = 1) -> None:
         self._clock = GraphClock()
         started = time.perf_counter()
-        self._model = load(bundle, threads=threads)
+        self._model = load(bundle, threads=threads, slots=slots)
         self.load_s = time.perf_counter() - started
         self._stream: Iterator[Token] = iter(())
 
@@ -69,6 +73,7 @@ class Worker:
             "start": self._start,
             "chunk": self._chunk,
             "decode": self._decode,
+            "batch": self._batch,
             "costs": self._costs,
             "memory": memory_now,
         }
@@ -116,6 +121,10 @@ class Worker:
             "stats": stats.to_json(),
         }
 
+    def _batch(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+        asked = [Request(prompt, max_new_tokens=tokens, ignore_eos=True) for prompt in prompts]
+        return batch(lambda: [list(result.tokens) for result in self._model.generate_batch(asked)])
+
     def _costs(self, prompt: list[int], rows: list[int], repeats: int) -> dict[str, Any]:
         return measure_costs(self._model, prompt, rows, repeats)
 
@@ -123,7 +132,8 @@ class Worker:
 def main(arguments: list[str]) -> None:
     """Serve requests with a bundle."""
     threads = int(arguments[1]) if len(arguments) > 1 else None
-    serve(lambda: Worker(arguments[0], threads), (ShortstackError,))
+    slots = int(arguments[2]) if len(arguments) > 2 else 1
+    serve(lambda: Worker(arguments[0], threads, slots), (ShortstackError,))
 
 
 if __name__ == "__main__":

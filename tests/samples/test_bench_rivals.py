@@ -20,8 +20,10 @@ from shortstack.graphs.errors import DependencyError
 from shortstack.samples.bench import artifacts, rivals
 from shortstack.samples.bench.__main__ import bench
 from shortstack.samples.bench.artifacts import Artifacts, open_artifacts, stored_bytes
+from shortstack.samples.bench.batch_rivals import Engine, compare
 from shortstack.samples.bench.engines import turn_order
 from shortstack.samples.bench.footprint import disk_section, load_section, memory_section
+from shortstack.samples.bench.pipe import bundle_worker
 from shortstack.samples.bench.report import Section
 from shortstack.samples.bench.rivals import GENAI, LLAMA, Rival, check_genai, check_llama, find_rivals
 from shortstack.samples.bench.sections import engines_section
@@ -95,6 +97,24 @@ def test_sizes_of_rivals_are_listed_next_to_ours_on_disk_and_in_memory(quantized
     assert rows["full exit head, MB"].is_met is False
     rows = by_name(memory_section(quantized, EXIT_LAYER, TEXT, [scripted(LLAMA)], small))
     assert rows[f"{LLAMA}, peak MB"].shown == "3 (loaded 1, decoded PSS 2)"
+
+
+def test_batches_of_engines_are_compared_with_texts_alone_and_with_ours(models: Artifacts) -> None:
+    with (
+        bundle_worker(models.folder / "uncut", 1) as alone,
+        bundle_worker(models.folder / "uncut", 1, 3) as together,
+        scripted(GENAI).start(1) as rival,
+    ):
+        engines = {"shortstack": Engine(alone, together), GENAI: Engine(rival, rival)}
+        said: list[str] = []
+        ours, other = compare(engines, [TEXT[:4], TEXT[4:8], TEXT[8:12]], 5, 2, said.append)
+        whole = together.ask("batch", prompts=[TEXT[:4], TEXT[4:8], TEXT[8:12]], tokens=5)
+    assert said == ["round 0 of 2", "round 1 of 2", "round 2 of 2"]
+    assert (ours.engine, ours.same_texts, ours.of_ours) == ("shortstack", 3, 1.0)
+    assert [len(tokens) for tokens in whole["tokens"]] == [5, 5, 5]
+    assert (other.gain, other.cpu_gain, other.same_texts) == (3.0, 3.0, 3)
+    assert (other.alone_tokens_per_s, other.batch_tokens_per_s) == (2.0, 6.0)
+    assert other.of_ours == pytest.approx(ours.batch_tokens_per_s / 6, rel=0.5)
 
 
 def test_a_rival_that_is_not_installed_is_left_out_and_its_remedy_shown(

@@ -12,6 +12,7 @@ import pytest
 # Command, and a package that it cannot do without.
 COMMANDS = {
     "bench": "tokenizers",
+    "bench.batch_rivals": "tokenizers",
     "bench.batches": "onnxruntime",
     "bench.early_exit": "rich",
     "bench.hf_folder": "safetensors",
