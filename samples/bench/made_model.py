@@ -1,6 +1,7 @@
 """Writes checkpoints of random weights in the shapes of real models, shard by shard: what memory and time depend on.
 
 The tokenizer has one token a byte, so texts of any kind can be calibrated on. What such a model says means nothing.
+``python -m shortstack.samples.bench.made_model FOLDER --shape 1b`` makes one for other measurements.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import click
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from shortstack.graphs.kv_map import parse_kv_map
+from shortstack.samples.command import run_command
 
 _ROWS = 4096  # written at a time
 _STD = 0.02
@@ -33,6 +38,7 @@ class Shape:
         head_dim: Width of a head.
         vocab: Tokens.
         is_tied: Whether the LM head is the embedding.
+        kv_map: The layer whose keys and values each layer reads; empty where each has its own.
     """
 
     layers: int
@@ -43,6 +49,7 @@ class Shape:
     head_dim: int
     vocab: int
     is_tied: bool
+    kv_map: tuple[int, ...] = ()
 
     def with_layers(self, layers: int | None) -> Shape:
         """Return the shape with another depth; None keeps it."""
@@ -50,7 +57,9 @@ class Shape:
 
     def config(self) -> dict[str, Any]:
         """Return config.json."""
+        shared = {"kv_map": list(self.kv_map)} if self.kv_map else {}
         return {
+            **shared,
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_size": self.hidden,
@@ -87,6 +96,8 @@ class Shape:
                 "mlp.up_proj": (self.inner, self.hidden),
                 "mlp.down_proj": (self.hidden, self.inner),
             }
+            if self.kv_map and self.kv_map[layer] != layer:
+                del own["self_attn.k_proj"], own["self_attn.v_proj"]
             yield {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
 
 
@@ -132,3 +143,18 @@ def _write_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], rng: np.ran
                 some = (min(_ROWS, shape[0] - start), *shape[1:])
                 values = np.ones(some, np.float32) if is_norm else rng.standard_normal(some, np.float32) * _STD
                 file.write((values.view(np.uint32) >> 16).astype("<u2").data)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="1b", help="Of which model.")
+@click.option("--layers", type=click.IntRange(1), help="Another number of layers.  [default: the model's]")
+@click.option("--kv-map", help="Which layers share keys and values, such as pizza-bottom:4.  [default: none do]")
+def main(folder: Path, shape: str, layers: int | None, kv_map: str | None) -> None:
+    """Write a checkpoint of random weights to FOLDER."""
+    made = SHAPES[shape].with_layers(layers)
+    write_model(folder, made if kv_map is None else replace(made, kv_map=parse_kv_map(kv_map, made.layers)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -9,6 +9,7 @@ import pytest
 
 from shortstack.export.arch import resolve
 from shortstack.export.checkpoint import open_checkpoint
+from shortstack.graphs.kv_map import parse_kv_map
 from shortstack.samples.bench import straight
 from shortstack.samples.bench.made_model import SHAPES, Shape, write_model
 
@@ -24,6 +25,14 @@ def test_a_made_checkpoint_has_the_shapes_of_its_config(tmp_path: Path, is_tied:
     embedding = checkpoint.tensor("model.embed_tokens.weight")
     assert np.isclose(embedding.std(), 0.02, rtol=0.05)
     assert len(np.unique(embedding[4096:, 0])) > 1  # slices are not copies
+
+
+def test_layers_of_a_made_checkpoint_may_share_keys_and_values(tmp_path: Path) -> None:
+    write_model(tmp_path, Shape(4, 64, 96, 4, 2, 16, 300, is_tied=True, kv_map=parse_kv_map("pizza-bottom:2", 4)))
+    checkpoint = open_checkpoint(str(tmp_path))
+    _, spec = resolve(checkpoint)
+    assert spec.kv_map == (0, 1, 1, 1)
+    assert "model.layers.2.self_attn.k_proj.weight" not in checkpoint.names()
 
 
 def test_shapes_have_as_many_weights_as_the_models_they_are_named_after() -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
     "bench.early_exit": "rich",
     "bench.hf_folder": "safetensors",
     "bench.kv_sharing": "torch",
+    "bench.made_model": "tokenizers",
     "bench.soak": "onnxruntime",
     "bench.worker": "onnxruntime",
     "recipes.draft_head_curve": "matplotlib",
