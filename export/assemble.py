@@ -109,7 +109,7 @@ def open_model(request: ExportSpec) -> OpenedModel:
     files = {**files, **_id_maps(plan, exit_weights)}
     drafter = None
     if request.drafter is not None:
-        model = ModelOfDrafter(checkpoint, spec)
+        model = ModelOfDrafter(checkpoint, spec, arch)
         options = {"follow_links": request.follow_links, "allow_pickle": request.allow_pickle}
         drafter = open_drafter(request.drafter, model, **options)
         plan = replace(plan, drafter=drafter.spec)

@@ -44,6 +44,14 @@ class Piece:
     plus: float = 0.0
     columns: tuple[int, int] | None = None
 
+    def of(self, array: Floats) -> Floats:
+        """Return the role's floats, heads not padded, from those of the tensor; columns were chosen already."""
+        if self.transposed:
+            array = array.T
+        if self.rows is not None:
+            array = array[self.rows]
+        return array + np.float32(self.plus) if self.plus else array
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixSource:

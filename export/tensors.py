@@ -148,12 +148,7 @@ class ModelTensors:
         """Return the floats of one role, heads not padded."""
         if piece.columns is not None:
             return self._columns(piece.tensor, *piece.columns)
-        array = self._read(piece.tensor) if piece.rows is None else self._read_stacked(piece.tensor)
-        if piece.transposed:
-            array = array.T
-        if piece.rows is not None:
-            array = array[piece.rows]
-        return array + np.float32(piece.plus) if piece.plus else array
+        return piece.of(self._read(piece.tensor) if piece.rows is None else self._read_stacked(piece.tensor))
 
     def _read(self, tensor: str) -> Floats:
         if HEAD in tensor:

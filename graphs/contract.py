@@ -203,17 +203,21 @@ def segment_contract(
     return GraphContract(tuple(inputs), tuple(outputs))
 
 
-def drafter_contract(spec: ModelSpec, drafter: DrafterSpec, dtype: DType) -> GraphContract:
+def drafter_contract(spec: ModelSpec, drafter: DrafterSpec, dtype: DType, stage: int = 0) -> GraphContract:
     """Return the contract of the graph of a drafter's layers and head. It runs rows of one sequence.
 
     Row r of a run is the pair of the token ``input_ids[r]`` and the state ``draft_state[r]`` of the position before.
+    Where each layer drafts one token, there is such a graph for each ``stage``; all but the last one give the states of
+    all rows, which the next one reads.
     """
     state = ("batch", "seq", drafter.hidden_size)
     vocab = spec.vocab_size if drafter.draft_vocab is None else drafter.draft_vocab
     caches = [
         (names.drafter_layer(layer), ("batch", own.attention.kv_heads, "capacity", own.attention.cache_head_dim))
         for layer, own in enumerate(drafter.layers)
+        if layer == stage or not drafter.layer_per_draft
     ]
+    states = "seq" if stage < drafter.stages - 1 else "rows"
     inputs = [
         Port(names.INPUT_IDS, "int64", ("batch", "seq")),
         Port(names.DRAFT_STATE, dtype, state),
@@ -228,7 +232,7 @@ def drafter_contract(spec: ModelSpec, drafter: DrafterSpec, dtype: DType) -> Gra
         Port(names.MARGIN, dtype, ("batch", "rows")),
         Port(names.ENTROPY, dtype, ("batch", "rows")),
         Port(names.LOGITS, dtype, ("batch", "rows", vocab)),
-        Port(names.DRAFT_STATE_OUT, dtype, ("batch", "rows", drafter.hidden_size)),
+        Port(names.DRAFT_STATE_OUT, dtype, ("batch", states, drafter.hidden_size)),
         *(Port(names.present(owner, part), dtype, shape) for owner, shape in caches for part in names.KV_PARTS),
     ]
     return GraphContract(tuple(inputs), tuple(outputs))

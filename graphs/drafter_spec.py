@@ -10,8 +10,15 @@ the position before. With e the embedding of x[p+1]::
     y  = layers(x)       each with keys and values of its own, row p at position p
     head(final_norm(y)) gives the draft; y itself, or final_norm(y), is the state for the next row
 
+Several layers for multi-token prediction (MTP) form *stages*, each with a projection, norms and one layer of its own.
+Stage i gives draft i + 1, and reads of row p what stage i - 1 gave for it, and a token that is newer by i + 1::
+
+    u[0][p] = the model's normalised final state;   u[i + 1][p] = stage i of the pair (u[i][p], x[p + 1 + i])
+
+With T tokens, rows up to T - 2 - i of stage i are true; the i rows after them pair with drafts.
+
 EAGLE-3 (https://arxiv.org/abs/2503.01840) is stacked and reads three depths. EAGLE-1 and 2
-(https://arxiv.org/abs/2401.15077) and layers for multi-token prediction (MTP, https://arxiv.org/abs/2412.19437) are
+(https://arxiv.org/abs/2401.15077) and MTP layers (https://arxiv.org/abs/2412.19437) are
 projected and read the final state. Standard library only.
 """
 
@@ -54,6 +61,7 @@ class DrafterSpec:
         has_own_head: It has a head of its own; else it uses the model's.
         draft_vocab: Rows of its own head, where these are not all token ids.
         most_drafts: How many tokens of a round it was trained for; 0 where that is not known.
+        layer_per_draft: Each layer drafts one token of a round, see above.
     """
 
     kind: DrafterKind
@@ -76,6 +84,7 @@ class DrafterSpec:
     has_own_head: bool = False
     draft_vocab: int | None = None
     most_drafts: int = 0
+    layer_per_draft: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1:
@@ -86,12 +95,19 @@ class DrafterSpec:
             raise ValueError(f"features are {list(self.features)}, not ascending depths of 1 or more")
         if self.feature_norm != "none" and not self.features:
             raise ValueError("feature_norm needs features")
+        if self.layer_per_draft and (self.features or self.is_stacked or self.draft_vocab is not None):
+            raise ValueError("layers that draft one token each need projections of the final state, and all token ids")
         if self.is_stacked and (self.input_bias or self.layers[0].before_attention is not None):
             raise ValueError("a stacked drafter has no projection, and its first layer no norm before attention")
         if self.normed_stream and not (self.is_stacked and self.has_state_norm):
             raise ValueError("normed_stream needs a stacked drafter with a norm of states")
         if self.draft_vocab is not None and (self.draft_vocab < 2 or not self.has_own_head):
             raise ValueError(f"draft_vocab is {self.draft_vocab}: a head of its own has 2 rows or more")
+
+    @property
+    def stages(self) -> int:
+        """How many graphs draft: one for all layers, or one for each."""
+        return len(self.layers) if self.layer_per_draft else 1
 
     @property
     def input_width(self) -> int:

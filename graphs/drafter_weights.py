@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from shortstack.graphs import names
@@ -19,6 +20,7 @@ EMBED_TOKENS = "embed_tokens.weight"
 HEAD = "head.weight"
 HEAD_IDS = "head.ids"
 MODEL_NORM = "model_norm.weight"  # the model's final norm as it was trained: quantization may scale the model's own
+_STAGE = re.compile(r"stages\.([1-9]\d*)\.|layers\.(\d+)\.")
 ROWS = (EMBED_TOKENS, HEAD)  # one row per token: stored so
 
 
@@ -32,6 +34,17 @@ def drafter_layer_weights(drafter: DrafterSpec, layer: int) -> tuple[Weight, ...
         replace(weight, shape=(weight.shape[0], width)) if weight.is_matrix and weight.reads == "stream" else weight
         for weight in table
     )
+
+
+def stage_part(part: str, stage: int) -> str:
+    """Return a part outside the layers of one of several stages; those of the first have no prefix."""
+    return part if stage == 0 else f"stages.{stage}.{part}"
+
+
+def stage_of(drafter: DrafterSpec, part: str) -> int:
+    """Return the stage whose graph has a part."""
+    found = _STAGE.match(part) if drafter.layer_per_draft else None
+    return 0 if found is None else int(found[1] or found[2])
 
 
 def feature_norms(drafter: DrafterSpec) -> tuple[str, ...]:
@@ -59,6 +72,18 @@ def end_parts(drafter: DrafterSpec, model_hidden: int, vocab: int) -> dict[str, 
         parts[FUSE] = (hidden, count * model_hidden)
     else:
         parts[MODEL_NORM] = (model_hidden,)
+    own = _stage_parts(drafter, vocab)
+    for stage in range(drafter.stages):
+        parts |= {stage_part(part, stage): shape for part, shape in own.items()}
+    if drafter.draft_vocab is not None:
+        parts[HEAD_IDS] = (drafter.draft_vocab,)
+    return parts
+
+
+def _stage_parts(drafter: DrafterSpec, vocab: int) -> dict[str, Shape]:
+    """Return the shape of each weight outside the layers that every stage has, by part."""
+    hidden = drafter.hidden_size
+    parts: dict[str, Shape] = {}
     if drafter.has_own_embedding:
         parts[EMBED_TOKENS] = (vocab, hidden)
     if drafter.has_token_norm:
@@ -73,8 +98,6 @@ def end_parts(drafter: DrafterSpec, model_hidden: int, vocab: int) -> dict[str, 
         parts[FINAL_NORM] = (hidden,)
     if drafter.has_own_head:
         parts[HEAD] = (vocab if drafter.draft_vocab is None else drafter.draft_vocab, hidden)
-    if drafter.draft_vocab is not None:
-        parts[HEAD_IDS] = (drafter.draft_vocab,)
     return parts
 
 
@@ -95,7 +118,8 @@ def drafter_matrices(drafter: DrafterSpec, model_hidden: int, vocab: int) -> dic
 
 def is_rows(name: str) -> bool:
     """Whether a matrix of a drafter has one row per token, and is stored as [rows, in] in floats too."""
-    return name in {names.drafter_weight(part) for part in ROWS}
+    prefix = names.drafter_weight("")
+    return name.startswith(prefix) and _STAGE.sub("", name.removeprefix(prefix), count=1) in ROWS
 
 
 def layer_matrices(drafter: DrafterSpec, layer: int) -> dict[str, str]:

@@ -101,7 +101,10 @@ class Manifest:
         drafter = self.plan.drafter
         if drafter is None:
             return {}
-        found = {names.DRAFTER_FILE: drafter_contract(self.spec, drafter, self.dtype)}
+        found = {
+            names.drafter_file(stage): drafter_contract(self.spec, drafter, self.dtype, stage)
+            for stage in range(drafter.stages)
+        }
         if drafter.features:
             found[names.FUSE_FILE] = fuse_contract(self.spec, drafter, self.dtype)
         return found
@@ -314,7 +317,7 @@ def drafter_files(plan: SplitPlan) -> set[str]:
     drafter = plan.drafter
     if drafter is None:
         return set()
-    found = {names.DRAFTER_FILE}
+    found = {names.drafter_file(stage) for stage in range(drafter.stages)}
     if drafter.features:
         found.add(names.FUSE_FILE)
     if drafter.draft_vocab is not None:

@@ -229,6 +229,11 @@ def drafter_weight(part: str) -> str:
     return f"drafter.{part}"
 
 
+def drafter_file(stage: int) -> str:
+    """Return the graph of a drafter's layers and head, or of one stage of it."""
+    return DRAFTER_FILE if stage == 0 else f"drafter-{stage}.onnx"
+
+
 def drafter_vocab_file() -> str:
     """Return the file that maps the rows of a drafter's trimmed head to token ids: int64 [draft_vocab], ascending."""
     return "draft-vocab-drafter.npy"

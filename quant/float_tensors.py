@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.drafter_spec import DrafterSpec
-from shortstack.graphs.drafter_weights import FUSE, MODEL_NORM, feature_norms, is_rows, stored_drafter
+from shortstack.graphs.drafter_weights import FUSE, MODEL_NORM, feature_norms, is_rows, stage_of, stored_drafter
 from shortstack.graphs.errors import BundleError
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, mlp_norm, stored_parts
 from shortstack.graphs.ir.exit import uses_unit_norm
@@ -87,7 +87,8 @@ def _drafter_tensors(manifest: Manifest, drafter: DrafterSpec) -> dict[str, Floa
     for name, shape in stored_drafter(drafter, spec.hidden_size, spec.vocab_size).items():
         dtype = "int64" if name.endswith(HEAD_IDS) else manifest.dtype
         stored = shape if is_rows(name) else _turned(shape)
-        found[name] = FloatTensor(graphs.get(name, names.DRAFTER_FILE), dtype, stored)
+        graph = names.drafter_file(stage_of(drafter, name.removeprefix(names.drafter_weight(""))))
+        found[name] = FloatTensor(graphs.get(name, graph), dtype, stored)
     for number, rope in enumerate(drafter.ropes, len(spec.ropes)):
         table = (manifest.max_length, cache_head_dim(rope.head_dim) // 2)
         tables = [names.rope_table(number, part) for part in names.ROPE_PARTS]

@@ -88,7 +88,8 @@ class Loops:
         if isinstance(source, FromExit | FromBundle):  # the same source whether it was named or not
             source = FromExit(stack.exit_layer) if stack.exit_layer else FromDrafter()
         if isinstance(source, FromDrafter):  # its drafts run no row of the model, so a row for the last one is worth it
-            policy = replace(policy, has_bonus=True)
+            most = min(policy.max_draft_tokens, stack.drafter.most_drafts)
+            policy = replace(policy, has_bonus=True, max_draft_tokens=most)
         length = self._lengths.setdefault((source, policy), DraftLength(policy))
         return speculative(stack, sequence, choice, stats, limit, length, source.drafter(stack, choice))
 

@@ -14,6 +14,7 @@ from shortstack.graphs.layer_weights import layer_weights
 from shortstack.graphs.spec import ModelSpec
 
 _MAX_LISTED = 10
+_DRAFTING = re.compile(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.")
 _HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|weight)|(attn|attention)\.(bias|masked_bias))")
 """Rotary frequencies and causal masks. Old checkpoints store them, although they follow from the config. Divisors of
 frequencies in GGUF files do not."""
@@ -68,11 +69,9 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture, spec: ModelSpec) -
 
 def drafting_layers(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
     """Return what the tensors of layers above the last one begin with, if these predict further tokens (MTP)."""
-    found, number, present = [], spec.num_hidden_layers, checkpoint.names()
-    while f"model.layers.{number}.eh_proj.weight" in present:
-        found.append(f"model.layers.{number}.")
-        number += 1
-    return tuple(found)
+    above = (_DRAFTING.match(name) for name in checkpoint.names())
+    numbers = {int(match[1]) for match in above if match}
+    return tuple(f"model.layers.{number}." for number in sorted(numbers) if number >= spec.num_hidden_layers)
 
 
 def _is_unread(arch: Architecture, name: str) -> bool:

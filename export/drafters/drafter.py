@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shortstack.export.arch import ARCHITECTURES
+from shortstack.export.arch.architecture import Architecture
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.export.checkpoint.config import Config, not_one_of
+from shortstack.export.sources import Piece
 from shortstack.graphs.drafter_spec import DrafterSpec, check_drafter
 from shortstack.graphs.drafter_weights import HEAD, HEAD_IDS, MODEL_NORM, drafter_layer_weights, end_parts
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
@@ -39,10 +41,12 @@ class ModelOfDrafter:
     Attributes:
         checkpoint: Its checkpoint.
         spec: What it is.
+        arch: Its family, which names its tensors.
     """
 
     checkpoint: Checkpoint
     spec: ModelSpec
+    arch: Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class Drafter:
         tensors: The tensor of each weight outside the layers, by part.
         layers: The tensor of each weight of each layer, by role.
         offsets: The tensor of the offsets that turn rows of a trimmed head into token ids: id = row + offset.
+        pieces: Where each weight of each layer is in its tensor, by role, where it is not all of it as it stands.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +67,7 @@ class Drafter:
     tensors: Mapping[str, str]
     layers: tuple[Mapping[str, str], ...]
     offsets: str | None = None
+    pieces: tuple[Mapping[str, Piece], ...] = ()
 
     def part(self, part: str) -> Array:
         """Read a weight outside the layers, as its formula has it: a matrix [out, in], rows of the head by id."""
@@ -72,7 +78,8 @@ class Drafter:
 
     def role(self, layer: int, role: str) -> Array:
         """Read a weight of a layer."""
-        return self.checkpoint.tensor(self.layers[layer][role])
+        value = self.checkpoint.tensor(self.layers[layer][role])
+        return self.pieces[layer][role].of(value) if self.pieces else value
 
     def _ids(self) -> npt.NDArray[np.int64]:
         assert self.offsets is not None
@@ -97,8 +104,7 @@ class Drafter:
         if self.offsets is not None and self.spec.draft_vocab is not None:
             wanted[self.offsets] = (self.spec.draft_vocab,)
         for number in range(len(self.spec.layers)):
-            for weight in drafter_layer_weights(self.spec, number):
-                wanted[self.layers[number][weight.role]] = weight.shape
+            wanted |= self._layer_shapes(number)
         present = self.checkpoint.names()
         missing = sorted(wanted.keys() - present)
         if missing:
@@ -121,6 +127,16 @@ class Drafter:
                 remedy=_REMEDY,
             )
         return self
+
+    def _layer_shapes(self, layer: int) -> dict[str, Shape]:
+        """Return the shape of each tensor of a layer; one may hold the rows of several weights."""
+        found: dict[str, Shape] = {}
+        for weight in drafter_layer_weights(self.spec, layer):
+            name = self.layers[layer][weight.role]
+            rows = found[name][0] if name in found else 0
+            found[name] = (rows + weight.shape[0], *weight.shape[1:])
+        turned = {piece.tensor for piece in self.pieces[layer].values() if piece.transposed} if self.pieces else set()
+        return {name: shape[::-1] if name in turned else shape for name, shape in found.items()}
 
 
 def _integers(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.int64]:

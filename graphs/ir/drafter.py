@@ -6,6 +6,8 @@
     drafter.onnx        input_ids ─ embedding ─ norm ┬─ product, or the attention ─ layers ┬─ draft_state_out
                         draft_state ────────── norm ─┘   of the first layer                └─ norm ─ head ─ token, ...
 
+Where each layer drafts one token, there is a graph for each: drafter.onnx, drafter-1.onnx, ...
+
 The layers keep keys and values of their own. Nothing that a drafter computes decides a token, so it has no spare row.
 """
 
@@ -28,11 +30,12 @@ from shortstack.graphs.drafter_weights import (
     STATE_NORM,
     TOKEN_NORM,
     feature_norms,
+    stage_part,
 )
 from shortstack.graphs.ir.attention import Caches, LayerSite
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.exit import full_head
-from shortstack.graphs.ir.head import head
+from shortstack.graphs.ir.head import head, last_rows
 from shortstack.graphs.ir.layer import Residual, decoder_layer, residual_sum
 from shortstack.graphs.ir.lengths import Lengths
 from shortstack.graphs.ir.matrix import embed, project
@@ -70,53 +73,56 @@ def fuse_model(spec: ModelSpec, drafter: DrafterSpec, dtype: DType, store: Weigh
     return g.finish(contract, {names.DRAFT_STATE: state}, f"shortstack {__version__}")
 
 
-def drafter_model(spec: ModelSpec, drafter: DrafterSpec, dtype: DType, store: WeightStore) -> ir.Model:
-    """Build the graph of a drafter's layers and head; arguments as in :func:`fuse_model`."""
-    contract = drafter_contract(spec, drafter, dtype)
+def drafter_model(spec: ModelSpec, drafter: DrafterSpec, dtype: DType, store: WeightStore, stage: int = 0) -> ir.Model:
+    """Build the graph of a drafter's layers and head, or of one of its stages; arguments as in :func:`fuse_model`."""
+    contract = drafter_contract(spec, drafter, dtype, stage)
     g = GraphBuilder("drafter", store)
     inputs = {port.name: g.input(port) for port in contract.inputs}
     lengths = Lengths(inputs[names.SEQLENS_K], inputs[names.TOTAL_SEQUENCE_LENGTH])
     num_rows = inputs[names.NUM_ROWS]
 
-    own = names.drafter_weight(EMBED_TOKENS) if drafter.has_own_embedding else names.EMBED_TOKENS
-    token = embed(g, inputs[names.INPUT_IDS], own, f"{_NODE}/embed_tokens")
+    def own(part: str) -> str:
+        return names.drafter_weight(stage_part(part, stage))
+
+    table = own(EMBED_TOKENS) if drafter.has_own_embedding else names.EMBED_TOKENS
+    token = embed(g, inputs[names.INPUT_IDS], table, f"{_NODE}/embed_tokens")
     if drafter.embed_scale != 1.0:
         token = g.scaled(token, drafter.embed_scale, f"{_NODE}/embed_tokens/scale")
     if drafter.has_token_norm:
-        token = norm_op(g, drafter.norm, token, names.drafter_weight(TOKEN_NORM), f"{_NODE}/token_norm")
+        token = norm_op(g, drafter.norm, token, own(TOKEN_NORM), f"{_NODE}/token_norm")
     state = normed = inputs[names.DRAFT_STATE]
     if drafter.has_state_norm:
-        normed = norm_op(g, drafter.norm, state, names.drafter_weight(STATE_NORM), f"{_NODE}/state_norm")
+        normed = norm_op(g, drafter.norm, state, own(STATE_NORM), f"{_NODE}/state_norm")
     pair = g.op("Concat", [normed, token] if drafter.state_first else [token, normed], f"{_NODE}/pair", axis=-1)
     reads: ir.Value | None = None
     if drafter.is_stacked:
         x, reads = Residual(normed if drafter.normed_stream else state), pair
     else:
-        bias = g.weight(names.drafter_weight(INPUT_BIAS)) if drafter.input_bias else None
-        x = Residual(project(g, pair, names.drafter_weight(INPUT), f"{_NODE}/input"), bias=bias)
+        bias = g.weight(own(INPUT_BIAS)) if drafter.input_bias else None
+        x = Residual(project(g, pair, own(INPUT), f"{_NODE}/input"), bias=bias)
         x = Residual(residual_sum(g, x, f"{_NODE}/input"))
-    caches, last = Caches(g), len(drafter.layers) - 1
-    for layer, own_layer in enumerate(drafter.layers):
+    layers = range(stage, stage + 1) if drafter.layer_per_draft else range(len(drafter.layers))
+    caches, is_last = Caches(g), stage == drafter.stages - 1
+    for layer in layers:
         site = LayerSite(
-            layer=own_layer,
+            layer=drafter.layers[layer],
             weights=names.drafter_weight(f"layers.{layer}"),
             node=f"{_NODE}/layers.{layer}",
             owner=names.drafter_layer(layer),
         )
-        x = decoder_layer(
-            g, site, x, lengths, caches, num_rows if layer == last else None, reads=reads if layer == 0 else None
-        )
-    stream = residual_sum(g, x, f"{_NODE}/stream")  # [batch, rows, hidden]
+        rows = num_rows if is_last and layer == layers[-1] else None
+        x = decoder_layer(g, site, x, lengths, caches, rows, reads=reads if layer == 0 else None)
+    stream = residual_sum(g, x, f"{_NODE}/stream")  # [batch, rows, hidden]; all rows below the last stage
     read = stream
     if drafter.has_final_norm:
-        read = norm_op(g, drafter.norm, stream, names.drafter_weight(FINAL_NORM), f"{_NODE}/norm")
+        read = norm_op(g, drafter.norm, stream, own(FINAL_NORM), f"{_NODE}/norm")
     outputs = head(
         g,
-        read,
+        read if is_last else last_rows(g, read, num_rows, f"{_NODE}/head/last_rows"),
         drafter.hidden_size,
         Ends(drafter.norm) if drafter.has_own_head else spec.ends,
         f"{_NODE}/head",
-        weight=names.drafter_weight(HEAD) if drafter.has_own_head else full_head(spec),
+        weight=own(HEAD) if drafter.has_own_head else full_head(spec),
         id_map=None if drafter.draft_vocab is None else names.drafter_weight(HEAD_IDS),
     )
     fed_back = read if drafter.feedback == "normed" else stream
@@ -126,7 +132,9 @@ def drafter_model(spec: ModelSpec, drafter: DrafterSpec, dtype: DType, store: We
 
 def drafter_models(spec: ModelSpec, drafter: DrafterSpec, dtype: DType, store: WeightStore) -> dict[str, ir.Model]:
     """Return a drafter's graphs by their files; arguments as in :func:`fuse_model`."""
-    found = {names.DRAFTER_FILE: drafter_model(spec, drafter, dtype, store)}
+    found = {
+        names.drafter_file(stage): drafter_model(spec, drafter, dtype, store, stage) for stage in range(drafter.stages)
+    }
     if drafter.features:
         found[names.FUSE_FILE] = fuse_model(spec, drafter, dtype, store)
     return found

@@ -64,7 +64,7 @@ class TrainedDrafter:
         if rows.is_behind():
             yield OwnRun(partial(rows.catch_up, tokens))
         started, first_s = self._clock(), 0.0
-        for row in range(most):
+        for row in range(min(most, rows.most_drafts)):
             if row == 0:
                 yield OwnRun(partial(rows.refill, tokens, choice.needs_logits))
                 first_s = self._clock() - started

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shortstack.runtime.engine.drafter_rows import DrafterRows
+from shortstack.runtime.engine.drafting import Drafting
 from shortstack.runtime.engine.head import Head
 
 
@@ -49,7 +49,7 @@ class State(Protocol):
         ...
 
     @property
-    def drafter(self) -> DrafterRows:
+    def drafter(self) -> Drafting:
         """The trained drafter on this text; asked for only where the bundle has one."""
         ...
 

@@ -32,9 +32,9 @@ class DrafterGraphs:
         self._threads = threads
         self._sessions: dict[str, ort.InferenceSession] = {}
 
-    def drafts(self) -> ort.InferenceSession:
-        """Return the session of layers and head; errors as in :func:`open_sessions`."""
-        return self._session(names.DRAFTER_FILE)
+    def drafts(self, stage: int = 0) -> ort.InferenceSession:
+        """Return the session of layers and head, or of one of its stages; errors as in :func:`open_sessions`."""
+        return self._session(names.drafter_file(stage))
 
     def fuses(self) -> ort.InferenceSession | None:
         """Return the session that makes states from features; None where the drafter reads the final state."""

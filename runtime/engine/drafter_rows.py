@@ -40,6 +40,7 @@ class DrafterRows:
 
     Attributes:
         head: Outputs of its head: row 0 of the refill, row r of draft r + 1.
+        most_drafts: How many tokens it can draft in a round.
 
     Raises:
         ShortstackError: A graph cannot be opened; see :func:`~shortstack.runtime.engine.session.open_sessions`.
@@ -50,7 +51,7 @@ class DrafterRows:
         drafter = manifest.plan.drafter
         assert drafter is not None, "the bundle has no drafter"
         self._drafts, self._fuses, self._device = graphs.drafts(), graphs.fuses(), graphs.device
-        self._taps, self._spec = taps, drafter
+        self._taps, self._spec, self.most_drafts = taps, drafter, rows
         self._dtype = np.dtype(manifest.dtype)
         self._capacity = manifest.max_length + rows
         ids = read_drafter_vocab(graphs.bundle)

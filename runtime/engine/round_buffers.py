@@ -23,6 +23,8 @@ import numpy as np
 from shortstack.runtime.engine.binder import Rows
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
 from shortstack.runtime.engine.drafter_rows import DrafterRows
+from shortstack.runtime.engine.drafter_stages import StagedRows
+from shortstack.runtime.engine.drafting import Drafting
 from shortstack.runtime.engine.head import Head
 from shortstack.runtime.engine.levels import Levels
 from shortstack.runtime.engine.open_graphs import OpenGraphs
@@ -65,16 +67,18 @@ class RoundBuffers:
         self.hidden = [np.zeros((1, rows, self._hidden_size), self._dtype) for _ in manifest.plan.segments[1:]]
         self.taps = RoundTaps(manifest, rows)
         self._drafter_graphs = graphs.drafter
-        self._drafter: DrafterRows | None = None
+        self._drafter: Drafting | None = None
         # No rows if no exit in use sees a state: then exits that are not in use are bound to empty states.
         self._states = np.zeros((1, rows + 1 if self._has_state else 0, self._hidden_size), self._dtype)
 
     @property
-    def drafter(self) -> DrafterRows:
+    def drafter(self) -> Drafting:
         """The bundle's trained drafter on the text of these rows, made when it is first asked for."""
         if self._drafter is None:
             assert self._drafter_graphs is not None, "the bundle has no drafter"
-            self._drafter = DrafterRows(self._drafter_graphs, self.taps, self._count)
+            drafter = self._drafter_graphs.bundle.manifest.plan.drafter
+            kind = StagedRows if drafter is not None and drafter.layer_per_draft else DrafterRows
+            self._drafter = kind(self._drafter_graphs, self.taps, self._count)
         return self._drafter
 
     def put(self, row: int, token: int) -> None:

@@ -11,7 +11,7 @@ from shortstack.graphs import names
 from shortstack.graphs.contract import cache_heads
 from shortstack.graphs.kv_map import consumers
 from shortstack.runtime.engine.cache import context_error
-from shortstack.runtime.engine.drafter_rows import DrafterRows
+from shortstack.runtime.engine.drafting import Drafting
 from shortstack.runtime.engine.head import Head
 from shortstack.runtime.engine.levels import Levels, levels_of
 from shortstack.runtime.engine.open_graphs import OpenGraphs
@@ -96,7 +96,7 @@ class Slot:
         self.final = self._buffers.heads[-1]
 
     @property
-    def drafter(self) -> DrafterRows:
+    def drafter(self) -> Drafting:
         """See :attr:`~State.drafter`."""
         return self._buffers.drafter
 

@@ -27,7 +27,7 @@ import numpy as np
 from shortstack.runtime.engine.binder import SegmentBinder
 from shortstack.runtime.engine.binding import Binding
 from shortstack.runtime.engine.cache import KVCache
-from shortstack.runtime.engine.drafter_rows import DrafterRows
+from shortstack.runtime.engine.drafting import Drafting
 from shortstack.runtime.engine.head import Head
 from shortstack.runtime.engine.levels import levels_of
 from shortstack.runtime.engine.open_graphs import OpenGraphs
@@ -84,7 +84,7 @@ class Stack:
         self.final = self._buffers.heads[-1]
 
     @property
-    def drafter(self) -> DrafterRows:
+    def drafter(self) -> Drafting:
         """See :attr:`~State.drafter`."""
         return self._buffers.drafter
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shortstack.graphs import names
 from shortstack.graphs.drafter_spec import DrafterSpec
-from shortstack.graphs.drafter_weights import EMBED_TOKENS, FUSE, MODEL_NORM, stored_drafter
+from shortstack.graphs.drafter_weights import EMBED_TOKENS, FUSE, MODEL_NORM, stage_part, stored_drafter
 from shortstack.graphs.drafter_weights import HEAD_IDS as DRAFTER_IDS
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, head_rows, stored_parts
 from shortstack.graphs.kv_bytes import kv_bytes_per_token
@@ -199,12 +199,13 @@ def drafter_bytes(manifest: Manifest) -> int:
 
 
 def draft_bytes(manifest: Manifest) -> int:
-    """Return the weights that a trained drafter reads for one further draft: its layers and the head."""
+    """Return the weights that a trained drafter reads for a further draft: its layers, or one of them, and the head."""
     drafter = manifest.plan.drafter
     assert drafter is not None
-    looked_up = {names.drafter_weight(part) for part in (EMBED_TOKENS, FUSE, MODEL_NORM, DRAFTER_IDS)}
+    looked_up = {names.drafter_weight(part) for part in (FUSE, MODEL_NORM, DRAFTER_IDS)}
+    looked_up |= {names.drafter_weight(stage_part(EMBED_TOKENS, stage)) for stage in range(drafter.stages)}
     parts = _drafter_part_bytes(manifest, drafter)
-    own = sum(size for name, size in parts.items() if name not in looked_up)
+    own = sum(size for name, size in parts.items() if name not in looked_up) // drafter.stages
     return own if drafter.has_own_head else own + vocabulary_bytes(manifest, final_head(manifest.spec))
 
 

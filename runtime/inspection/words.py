@@ -178,7 +178,7 @@ def drafter_facts(report: Report) -> list[tuple[str, str]]:
     reads = f"the residual stream after {depths} layers" if depths else "the normalised final state"
     rows = f"{found.rows:,} of {report.spec.vocab_size:,} tokens" if spec.draft_vocab else "all tokens"
     words = [
-        _DRAFTERS[spec.kind],
+        f"{layers} layers for multi-token prediction, one for each draft" if spec.stages > 1 else _DRAFTERS[spec.kind],
         f"{layers} layer{'s' * (layers != 1)}, hidden {spec.hidden_size}, {found.stored_as}",
         f"reads {reads}",
         f"drafts {rows}",
