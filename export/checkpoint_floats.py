@@ -190,5 +190,5 @@ class CheckpointFloats:
                 if name in [names.rope_table(number, part) for part in names.ROPE_PARTS]:
                     self._ropes |= stored_rope_tables(self._tensors, number, self._max_length, self._max_length)
             if self._drafter is not None:
-                self._ropes |= drafter_rope_tables(self._drafter.spec, self._manifest.spec, self._max_length)
+                self._ropes |= drafter_rope_tables(self._drafter, self._manifest.spec, self._max_length)
         return self._ropes[name]

@@ -8,7 +8,7 @@ Hugging Face config and tokenizer. What an architecture needs is one table in
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -29,9 +29,10 @@ from shortstack.export.checkpoint.config import Config
 from shortstack.export.checkpoint.gguf_blocks import BLOCK_TYPES, unpack_blocks
 from shortstack.export.checkpoint.gguf_config import family_of, hugging_face_config
 from shortstack.export.checkpoint.gguf_families import FAMILIES, unknown_architecture
+from shortstack.export.checkpoint.gguf_family import GgufFamily
 from shortstack.export.checkpoint.gguf_header import TensorInfo, read_header
 from shortstack.export.checkpoint.gguf_model import CONVERT_AGAIN, GgufModel
-from shortstack.export.checkpoint.gguf_names import stem_of, to_hugging_face
+from shortstack.export.checkpoint.gguf_names import NEXTN_NAMES, stem_of, to_hugging_face
 from shortstack.export.checkpoint.gguf_rope import LONGROPE_FACTORS
 from shortstack.export.checkpoint.gguf_tokenizer import tokenizer_files
 from shortstack.export.checkpoint.gguf_transforms import Rows, Transform, row_order
@@ -41,6 +42,8 @@ from shortstack.graphs.ir.block_tensor import BlockTensor
 from shortstack.graphs.precision import BlockFormat
 from shortstack.graphs.spec import ModelSpec
 
+_INTEGERS: Mapping[str, str] = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+
 
 class GgufCheckpoint:
     """A GGUF file; the methods are those of ``Checkpoint``.
@@ -48,6 +51,7 @@ class GgufCheckpoint:
     Args:
         file: The file.
         source: The name that the user gave, if it is not the file itself.
+        families: The architectures that it may have: those of models.
 
     Attributes:
         architecture: llama.cpp's name of the model's architecture.
@@ -57,14 +61,14 @@ class GgufCheckpoint:
         UnsupportedError: It is a valid model of a kind that this version does not read.
     """
 
-    def __init__(self, file: Path, source: str | None = None) -> None:
+    def __init__(self, file: Path, source: str | None = None, families: Mapping[str, GgufFamily] = FAMILIES) -> None:
         self.source = str(file) if source is None else source
         self.folder_or_file = file
         header = read_header(file)
         self._metadata = Config(header.metadata, str(file), remedy=CONVERT_AGAIN)
         self.architecture = architecture = self._metadata.read(str, "general.architecture")
-        if architecture not in FAMILIES:
-            raise unknown_architecture(self._metadata.where("general.architecture"), architecture)
+        if architecture not in families:
+            raise unknown_architecture(self._metadata.where("general.architecture"), architecture, families)
         if self._metadata.read(int, "split.count", 1) > 1:
             raise UnsupportedError(
                 f"{file} is one part of a split model",
@@ -72,7 +76,7 @@ class GgufCheckpoint:
             )
         self._infos = header.tensors
         model = GgufModel(architecture, self._metadata, header.tensors, self._dequantized)
-        family = family_of(FAMILIES[architecture], model)
+        family = family_of(families[architecture], model)
         self.config = Config(hugging_face_config(family, model), str(file))
         layers = model.positive("block_count")
         heads = model.sizes("attention.head_count", layers)[0]
@@ -81,14 +85,19 @@ class GgufCheckpoint:
         stored = [name for name in header.tensors if name not in self._in_config]
         self._stored: dict[str, str] = {}  # GGUF names by ours
         self._row_of: dict[str, int] = {}  # of those of ours that are rows of a tensor
+        table = {**family.names, **NEXTN_NAMES}
         for name in stored:
-            ours, shape = to_hugging_face(name, family.names), header.tensors[name].shape
+            ours, shape = to_hugging_face(name, table), header.tensors[name].shape
             own = names_of_heads(ours, shape[0]) if HEAD in ours and len(shape) == 2 else (ours,)
             self._stored |= dict.fromkeys(own, name)
             self._row_of |= {head: row for row, head in enumerate(own) if ours != head}
         if hidden := sorted(set(stored) - set(self._stored.values())):
             raise CheckpointError(f"{file} holds tensors twice", found=", ".join(hidden), remedy=CONVERT_AGAIN)
         self._transforms = family.transforms
+        for layer in range(layers):  # one for multi-token prediction without a norm before the head uses the model's
+            above = f"model.layers.{layer}"
+            if f"{above}.eh_proj.weight" in self._stored and "output_norm.weight" in header.tensors:
+                self._stored.setdefault(f"{above}.shared_head.norm.weight", "output_norm.weight")
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
@@ -115,6 +124,12 @@ class GgufCheckpoint:
         elif self._transform(stored) == "turned":
             value = value.T
         return np.require(value, np.float32, ("C", "W"))  # a copy of what the file holds as it is, which is read-only
+
+    def raw(self, name: str) -> npt.NDArray[np.generic]:
+        """Read one tensor in its stored type, if it holds whole numbers; others as :meth:`tensor` does."""
+        info = self._infos[self._stored_name(name)]
+        kind = _INTEGERS.get(info.quantization.name)
+        return self.tensor(name) if kind is None else np.array(self._bytes(info)).view(kind).reshape(info.shape)
 
     def reads_parts(self, name: str) -> bool:
         """Return whether a part can be read without the rest: where whole rows are as they are stored, or move."""

@@ -31,7 +31,6 @@ _UNREAD: Mapping[str, tuple[float | bool, ...]] = MappingProxyType(
         "embedding_scale": (0.0, 1.0),
         "final_logit_softcapping": (0.0,),
         "logit_scale": (0.0, 1.0),
-        "nextn_predict_layers": (0,),
         "residual_scale": (0.0, 1.0),
     }
 )
@@ -54,17 +53,18 @@ def hugging_face_config(family: GgufFamily, model: GgufModel) -> dict[str, objec
         CheckpointError: A field is missing, has the wrong type, or contradicts another one, or there is no embedding.
         UnsupportedError: The model has something that this version cannot export.
     """
-    if "token_embd.weight" not in model.tensors:
+    if "token_embd.weight" not in model.tensors and not family.is_drafter:
         raise CheckpointError(
             f"{model.metadata.file} has no tensor token_embd.weight", remedy="name a file that holds a whole model"
         )
     _refuse_unread(family, model)
-    hidden, layers = model.positive("embedding_length"), model.positive("block_count")
-    if layers > MAX_LAYERS:
+    hidden, blocks = model.positive("embedding_length"), model.positive("block_count")
+    if blocks > MAX_LAYERS:
         raise model.metadata.wrong(model.key("block_count"), f"at most {MAX_LAYERS}")
-    may_differ = family.has_layer_kinds
-    heads = model.sizes("attention.head_count", layers)[0]
-    kv_heads = model.sizes("attention.head_count_kv", layers, heads, may_differ=may_differ)[0]
+    may_differ, above = family.has_layer_kinds, _layers_above(family, model, blocks)
+    layers = blocks - above
+    heads = model.sizes("attention.head_count", blocks)[0]
+    kv_heads = model.sizes("attention.head_count_kv", blocks, heads, may_differ=may_differ)[0]
     if heads % kv_heads:
         where, count = model.where("attention.head_count_kv"), model.key("attention.head_count")
         raise CheckpointError(where, found=kv_heads, expected=f"a divisor of {count}, {heads}", remedy=CONVERT_AGAIN)
@@ -75,11 +75,11 @@ def hugging_face_config(family: GgufFamily, model: GgufModel) -> dict[str, objec
         "architectures": [family.transformers_class],
         "num_hidden_layers": layers,
         "hidden_size": hidden,
-        "intermediate_size": model.sizes("feed_forward_length", layers, may_differ=may_differ)[0],
+        "intermediate_size": model.sizes("feed_forward_length", blocks, may_differ=may_differ)[0],
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "vocab_size": model.tensors["token_embd.weight"].shape[0],
+        "vocab_size": _vocab_size(model),
         eps: model.positive_number(eps_key),
         "max_position_embeddings": context,
         "tie_word_embeddings": not model.has("output"),
@@ -90,10 +90,30 @@ def hugging_face_config(family: GgufFamily, model: GgufModel) -> dict[str, objec
     if family.has_rope:
         config |= rope_fields(family, model, head_dim, context)
     if family.windows is not None:
-        config |= _windows(family.windows, model, layers)
+        config |= _windows(family.windows, model, layers, blocks)
+    if above:
+        config["num_nextn_predict_layers"] = above
     config |= family.extend(model, config)
     config = {family.renames.get(name, name): value for name, value in config.items()}
     return {**config, **_special_tokens(model.metadata)}
+
+
+def _layers_above(family: GgufFamily, model: GgufModel, blocks: int) -> int:
+    """Return how many of the blocks are layers for multi-token prediction, which stand above the model's own."""
+    key = "nextn_predict_layers"
+    above = model.read(int, key, 0)
+    if above and (family.has_layer_kinds or family.is_drafter):
+        raise model.unsupported(key, f"models of architecture {model.architecture} do not have it", 0)
+    if not 0 <= above < blocks:
+        raise model.metadata.wrong(model.key(key), f"less than {model.key('block_count')}, {blocks}")
+    return above
+
+
+def _vocab_size(model: GgufModel) -> int:
+    """Return the number of token ids: the rows of the embedding, if there is one."""
+    if "token_embd.weight" in model.tensors:
+        return model.tensors["token_embd.weight"].shape[0]
+    return model.positive("vocab_size", len(token_texts(model.metadata)) or None)
 
 
 def _refuse_unread(family: GgufFamily, model: GgufModel) -> None:
@@ -138,8 +158,15 @@ def _head_dim(family: GgufFamily, model: GgufModel, hidden: int, heads: int) -> 
     return head_dim
 
 
-def _windows(windows: Windows, model: GgufModel, layers: int) -> dict[str, object]:
-    """Return the window, and which layers have it; a list of the file wins over the period of the architecture."""
+def _windows(windows: Windows, model: GgufModel, layers: int, blocks: int) -> dict[str, object]:
+    """Return the window, and which layers have it; a list of the file wins over the period of the architecture.
+
+    Args:
+        windows: What the architecture says.
+        model: The file.
+        layers: The model's layers.
+        blocks: The same, and those above them for multi-token prediction, which the file lists too.
+    """
     if windows.is_required:
         width = model.positive(_WINDOW)
     else:
@@ -150,11 +177,11 @@ def _windows(windows: Windows, model: GgufModel, layers: int) -> dict[str, objec
         return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     listed = model.metadata.data.get(model.key(_PATTERN))
     if isinstance(listed, list):
-        if len(listed) != layers or not all(type(entry) is bool for entry in listed):
-            found = f"{len(listed)} entries" if len(listed) != layers else "entries that are not true or false"
-            expected = f"true or false for each of {layers} layers"
+        if len(listed) != blocks or not all(type(entry) is bool for entry in listed):
+            found = f"{len(listed)} entries" if len(listed) != blocks else "entries that are not true or false"
+            expected = f"true or false for each of {blocks} layers"
             raise CheckpointError(model.where(_PATTERN), found=found, expected=expected, remedy=CONVERT_AGAIN)
-        slides = [bool(entry) for entry in listed]
+        slides = [bool(entry) for entry in listed[:layers]]
     else:
         period = model.read(int, _PATTERN, windows.period)
         if period < 0:

@@ -303,19 +303,24 @@ _MISSING: Mapping[str, str] = MappingProxyType(
             "bert dream eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llada llama-embed modern-bert neo-bert "
             "nomic-bert nomic-bert-moe t5 t5encoder"
         ),
+        "a drafter without its model": "dflash eagle3 gemma4-assistant",
         "inputs other than text": "clip cogvlm paddleocr qwen2vl qwen3vl wavtokenizer-dec",
     }
 )
 """Architectures of llama.cpp by what this version would need for them."""
 
 
-def unknown_architecture(where: str, architecture: str) -> UnsupportedError:
-    """Return the error for an architecture that is not in :data:`FAMILIES`.
+def unknown_architecture(where: str, architecture: str, families: Mapping[str, GgufFamily]) -> UnsupportedError:
+    """Return the error for an architecture that is not one of those asked for.
 
     Args:
         where: The file and the field that names it.
         architecture: What it says.
+        families: Those asked for: :data:`FAMILIES`, or drafters.
     """
+    if families is not FAMILIES:
+        remedy = "name a drafter, and the model's own file as the checkpoint"
+        return not_one_of(where, architecture, families, remedy=remedy)
     for what, known in _MISSING.items():
         if architecture in known.split():
             return UnsupportedError(

@@ -78,6 +78,7 @@ class GgufFamily:
         in_config: Tensors that ``extend`` turns into fields of the config.
         has_layer_kinds: Layers that slide have other heads than the rest, and MLPs differ in width: ``extend`` reads
             these sizes. The width of a head that is read for all is that of a layer that slides.
+        is_drafter: It drafts for a model, whose embedding it may use.
         extend: Returns further fields of the config, which follow from others and from the tensors.
     """
 
@@ -100,4 +101,5 @@ class GgufFamily:
     ignores: tuple[str, ...] = ()
     in_config: tuple[str, ...] = ()
     has_layer_kinds: bool = False
+    is_drafter: bool = False
     extend: Callable[[GgufModel, Mapping[str, Any]], Mapping[str, object]] = lambda model, config: {}

@@ -116,6 +116,21 @@ GPT2_NAMES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+NEXTN_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "blk.{layer}.nextn.eh_proj": "model.layers.{layer}.eh_proj",
+        "blk.{layer}.nextn.enorm": "model.layers.{layer}.enorm",
+        "blk.{layer}.nextn.hnorm": "model.layers.{layer}.hnorm",
+        "blk.{layer}.nextn.embed_tokens": "model.layers.{layer}.embed_tokens",
+        "blk.{layer}.nextn.shared_head_head": "model.layers.{layer}.shared_head.head",
+        "blk.{layer}.nextn.shared_head_norm": "model.layers.{layer}.shared_head.norm",
+    }
+)
+"""What layers for multi-token prediction have besides those of other layers, in any architecture."""
+
+EAGLE3_IDS, EAGLE3_DEPTHS = "d2t_holds_ids", "layer_ids_are_depths"
+"""Fields of our own in the config of an EAGLE-3 head: ``d2t`` holds token ids, and layers are named by their depth."""
+
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 

@@ -6,6 +6,8 @@ is data (:mod:`shortstack.graphs.drafter_spec`).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.export.drafters.drafter import Drafter, ModelOfDrafter
@@ -24,7 +26,8 @@ def open_drafter(
     """Open a drafter and check it against its model, without reading its weights.
 
     Args:
-        source: A folder or a hub id; :data:`OWN_DRAFTER` for the layers that the model's own checkpoint has.
+        source: A folder, a GGUF file or a hub id; :data:`OWN_DRAFTER` for the layers that the model's own checkpoint
+            has.
         model: The model.
         follow_links: See :func:`open_checkpoint`.
         allow_pickle: See :func:`open_checkpoint`.
@@ -35,9 +38,19 @@ def open_drafter(
     """
     if source == OWN_DRAFTER:
         return read_mtp(model)
-    checkpoint = open_checkpoint(source, follow_links=follow_links, allow_pickle=allow_pickle)
+    checkpoint = _open_gguf(source) or open_checkpoint(source, follow_links=follow_links, allow_pickle=allow_pickle)
     _check_has_tensors(checkpoint)
     return read_eagle3(checkpoint, model) if is_eagle3(checkpoint) else read_eagle(checkpoint, model)
+
+
+def _open_gguf(source: str) -> Checkpoint | None:
+    """Open a GGUF file of a drafter; None if the name is none of such a file."""
+    path = Path(source)
+    if path.suffix.lower() != ".gguf" or not path.expanduser().is_file():
+        return None
+    from shortstack.export.checkpoint.gguf_eagle3 import open_gguf_drafter
+
+    return open_gguf_drafter(path.expanduser(), source)
 
 
 def _check_has_tensors(checkpoint: Checkpoint) -> None:

@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.arch.architecture import Architecture
-from shortstack.export.checkpoint.checkpoint import Checkpoint
+from shortstack.export.checkpoint.checkpoint import ROPE_FACTORS, Checkpoint
 from shortstack.export.checkpoint.config import Config, not_one_of
 from shortstack.export.sources import Piece
 from shortstack.graphs.drafter_spec import DrafterSpec, check_drafter
 from shortstack.graphs.drafter_weights import HEAD, HEAD_IDS, MODEL_NORM, drafter_layer_weights, end_parts
-from shortstack.graphs.errors import CheckpointError, UnsupportedError
+from shortstack.graphs.errors import CheckpointError
 from shortstack.graphs.layer_spec import Layer, Rope
 from shortstack.graphs.layer_weights import Shape, parameter_name
 from shortstack.graphs.spec import ModelSpec
@@ -59,6 +59,7 @@ class Drafter:
         tensors: The tensor of each weight outside the layers, by part.
         layers: The tensor of each weight of each layer, by role.
         offsets: The tensor of the offsets that turn rows of a trimmed head into token ids: id = row + offset.
+        holds_ids: ``offsets`` holds the token ids themselves.
         pieces: Where each weight of each layer is in its tensor, by role, where it is not all of it as it stands.
     """
 
@@ -67,6 +68,7 @@ class Drafter:
     tensors: Mapping[str, str]
     layers: tuple[Mapping[str, str], ...]
     offsets: str | None = None
+    holds_ids: bool = False
     pieces: tuple[Mapping[str, Piece], ...] = ()
 
     def part(self, part: str) -> Array:
@@ -84,7 +86,14 @@ class Drafter:
     def _ids(self) -> npt.NDArray[np.int64]:
         assert self.offsets is not None
         offsets = _integers(self.checkpoint, self.offsets)
-        return np.arange(len(offsets), dtype=np.int64) + offsets
+        return offsets if self.holds_ids else np.arange(len(offsets), dtype=np.int64) + offsets
+
+    def rope_factors(self) -> Array | None:
+        """Return the divisors of its own rotary frequencies, [dims / 2]; None if there are none."""
+        return self.checkpoint.tensor(ROPE_FACTORS) if self._has_factors() else None
+
+    def _has_factors(self) -> bool:
+        return any(rope.scaling.kind == "factors" for rope in self.spec.ropes)
 
     def checked(self, model: ModelOfDrafter) -> Drafter:
         """Return the drafter, if all of it is there and fits the model.
@@ -103,6 +112,8 @@ class Drafter:
                 wanted[self.tensors[part]] = shape
         if self.offsets is not None and self.spec.draft_vocab is not None:
             wanted[self.offsets] = (self.spec.draft_vocab,)
+        if self._has_factors():
+            wanted[ROPE_FACTORS] = (self.spec.ropes[0].dims // 2,)
         for number in range(len(self.spec.layers)):
             wanted |= self._layer_shapes(number)
         present = self.checkpoint.names()
@@ -186,16 +197,11 @@ def with_model_ropes(
         layers: The drafter's layers.
         ropes: Its rotary embeddings.
         model: The model.
-
-    Raises:
-        UnsupportedError: A rotary embedding has divisors of its own.
     """
     known, own = list(model.ropes), list[Rope]()
     places = []
     for rope in ropes:
-        if rope.scaling.kind == "factors":
-            raise UnsupportedError("the drafter's rotary embedding has divisors in a tensor of their own")
-        if rope in known:
+        if rope in known and rope.scaling.kind != "factors":  # its divisors are in a tensor of its own
             places.append(known.index(rope))
         else:
             known.append(rope)

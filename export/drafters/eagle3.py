@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from shortstack.export.checkpoint.checkpoint import Checkpoint
 from shortstack.export.checkpoint.config import Config
+from shortstack.export.checkpoint.gguf_names import EAGLE3_DEPTHS, EAGLE3_IDS
 from shortstack.export.drafters.drafter import (
     Drafter,
     ModelOfDrafter,
@@ -96,9 +97,11 @@ def read_eagle3(checkpoint: Checkpoint, model: ModelOfDrafter) -> Drafter:
             for part in feature_norms(spec)
         },
     }
+    holds_ids = config.read(bool, EAGLE3_IDS, False)
     prefixes = (first, *(f"layers.{number}" for number in range(1, len(layers))))
     found = tuple(layer_tensors(prefix, spec, number) for number, prefix in enumerate(prefixes))
-    return Drafter(checkpoint, spec, tensors, found, "d2t" if spec.draft_vocab is not None else None).checked(model)
+    offsets = "d2t" if spec.draft_vocab is not None else None
+    return Drafter(checkpoint, spec, tensors, found, offsets, holds_ids).checked(model)
 
 
 def _with_head_dim(checkpoint: Checkpoint, config: Config, first: str) -> Config:
@@ -153,7 +156,10 @@ def _features(checkpoint: Checkpoint, config: Config, model: ModelOfDrafter) -> 
         (own for own in (config, config.section("eagle_config")) if own is not None and _LAYER_IDS in own), None
     )
     ids = (2, depth // 2, depth - 3) if where is None else where.read_ints(_LAYER_IDS)
-    if where is not None and ids and ids[0] == 1:  # the layers whose output is read; else those whose input is
+    is_depth = config.read(bool, EAGLE3_DEPTHS, False)
+    if (
+        where is not None and ids and ids[0] == 1 and not is_depth
+    ):  # the layers whose output is read; else those whose input is
         ids = tuple(number + 1 for number in ids)
     width, hidden = _size(checkpoint, "fc.weight", 1), model.spec.hidden_size
     if list(ids) != sorted(set(ids)) or not all(0 < number <= depth for number in ids):

@@ -64,7 +64,7 @@ def store_drafter(
         store.add(names.drafter_weight(HEAD_IDS), drafter.part(HEAD_IDS))
     if not drafter.spec.features:
         store.alias(names.drafter_weight(MODEL_NORM), names.FINAL_NORM)
-    for name, table in drafter_rope_tables(drafter.spec, model, max_length).items():
+    for name, table in drafter_rope_tables(drafter, model, max_length).items():
         store.add(name, cast(name, table, dtype))
 
 
@@ -97,11 +97,11 @@ def stored_floats(name: str, value: Floats) -> Floats:
     return value.T if value.ndim == 2 and not is_rows(name) else value
 
 
-def drafter_rope_tables(drafter: DrafterSpec, model: ModelSpec, max_length: int) -> dict[str, Floats]:
+def drafter_rope_tables(drafter: Drafter, model: ModelSpec, max_length: int) -> dict[str, Floats]:
     """Return the rotary tables that a drafter has of its own, by name."""
     found: dict[str, Floats] = {}
-    for number, rope in enumerate(drafter.ropes, len(model.ropes)):
-        tables = rope_tables(rope, max_length, None, max_length)
+    for number, rope in enumerate(drafter.spec.ropes, len(model.ropes)):
+        tables = rope_tables(rope, max_length, drafter.rope_factors(), max_length)
         extra = (cache_head_dim(rope.head_dim) - rope.head_dim) // 2
         for part, table, fill in zip(names.ROPE_PARTS, tables, (1.0, 0.0), strict=True):
             found[names.rope_table(number, part)] = np.pad(table, ((0, 0), (0, extra)), constant_values=fill)

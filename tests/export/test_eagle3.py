@@ -275,6 +275,37 @@ def test_what_does_not_fit_is_said_at_once(target: Target, tmp_path: Path) -> No
     assert "lm_head.weight: found 1 rows" in refused(Eagle3(), "one row", lonely)
 
 
+def test_a_pickle_is_read_only_where_that_is_allowed(target: Target, tmp_path: Path) -> None:
+    head, folder = Eagle3(), Eagle3().write(tmp_path / "d")
+    whole = export_bundle(ExportSpec(str(target.folder), tmp_path / "whole", drafter=str(folder)))
+    (folder / "model.safetensors").unlink()
+    torch.save(head.tensors(), folder / "pytorch_model.bin")
+    spec = ExportSpec(str(target.folder), tmp_path / "out", drafter=str(folder))
+    with pytest.raises(CheckpointError, match="allow-pickle"):
+        export_bundle(spec)
+    assert not (tmp_path / "out").exists()
+    allowed = export_bundle(replace(spec, allow_pickle=True))
+    assert allowed.manifest.weights_sha256 == whole.manifest.weights_sha256
+    unsafe = {**head.tensors(), "fc.weight": Unpickled()}
+    torch.save(unsafe, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError):
+        export_bundle(replace(spec, out=tmp_path / "unsafe", allow_pickle=True))
+    assert not Unpickled.was_called
+
+
+class Unpickled:
+    """Runs code where a pickle is read without care."""
+
+    was_called = False
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return Unpickled.call, ()
+
+    @staticmethod
+    def call() -> None:
+        Unpickled.was_called = True
+
+
 def test_a_number_of_drafts_that_no_head_has_is_refused_before_anything_is_written(
     target: Target, tmp_path: Path
 ) -> None:
