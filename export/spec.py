@@ -45,7 +45,7 @@ class ExportSpec:
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace an existing bundle.
         adapter: The folder of a LoRA adapter to merge, as peft saves it.
-        drafter: A trained drafter to write beside the model: its folder or hub id, or :data:`OWN_DRAFTER`.
+        drafter: A trained drafter to write beside the model: its folder, GGUF file or hub id, or :data:`OWN_DRAFTER`.
         genai: Also write what onnxruntime-genai needs to run the uncut model from the same weights.
         follow_links: Follow links that lead out of the checkpoint's folder. Those of the hub's cache always are.
         allow_pickle: Read tensors from pickles, where there are no safetensors. Code in them is never run.

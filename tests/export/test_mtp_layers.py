@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,41 @@ from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import Quantization, QuantizeSpec
 from shortstack.runtime import DraftPolicy, Model, Request, SamplingParams, Speculate, load
+from shortstack.runtime.decode.choice import Choice
+from shortstack.runtime.decode.draft_length import DraftLength
+from shortstack.runtime.decode.drafters import Draft
+from shortstack.runtime.decode.runs import Asking
+from shortstack.runtime.decode.trained_drafter import TrainedDrafter
+from shortstack.runtime.engine.decoder import State
 from shortstack.runtime.inspection.report import build_report
 from shortstack.runtime.inspection.words import drafter_facts
 
 TOKENS = 60
+
+
+class InTurns(TrainedDrafter):
+    """Asks for one draft in most rounds, and now and then for several."""
+
+    rounds = 0
+
+    def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Asking[Draft]:
+        self.rounds += 1
+        return super().draft(past, tokens, most if self.rounds % 30 > 26 else 1, least_confidence)
+
+
+@dataclass(frozen=True)
+class Mostly1(Recorded):
+    def drafter(self, stack: State, choice: Choice) -> TrainedDrafter:
+        inner, rounds = InTurns(stack, choice), self.rounds
+
+        class Recording(TrainedDrafter):
+            def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Asking[Draft]:
+                text = list(tokens)
+                draft = yield from inner.draft(past, tokens, most, least_confidence)
+                rounds.append((text, [proposal.token for proposal in draft.proposals]))
+                return draft
+
+        return Recording(stack, choice)
 
 
 @dataclass(frozen=True)
@@ -123,6 +154,30 @@ def test_layers_that_a_round_does_not_ask_for_catch_up(three: Drafted) -> None:
     assert_recomputed(three.model, source)
 
 
+def test_layers_that_many_rounds_did_not_ask_for_catch_up(three: Drafted) -> None:
+    source = Mostly1()
+    with load(three.bundle) as model:
+        for seed in range(3):
+            text = prompt(seed, 9)
+            assert speculate(model, text, source, DraftPolicy(3), 150)[0] == plainly(model, text, 150)
+    assert sum(len(drafts) == 3 for _, drafts in source.rounds) > 20
+    for text, drafts in source.rounds:
+        if len(drafts) == 3:
+            assert drafts == recomputed(three.model, text)
+
+
+def test_a_text_that_turns_elsewhere_keeps_only_what_is_true(three: Drafted) -> None:
+    source = Recorded()
+    strategy = Speculate(draft=DraftPolicy(3), source=source)
+    options = {"max_new_tokens": 6, "ignore_eos": True, "reuse_cache": True}
+    with load(three.bundle) as model:
+        for seed in range(20):
+            text = prompt(seed, 8)
+            for turned in (text, [*text[:5], *prompt(seed + 100, 1)]):
+                model.generate(turned, strategy=strategy, **options)
+    assert_recomputed(three.model, source)
+
+
 def test_a_text_that_goes_on_reuses_what_the_layers_have_seen(three: Drafted) -> None:
     source, rng = Recorded(), np.random.default_rng(3)
     text, options = prompt(5, 20), {"max_new_tokens": 12, "ignore_eos": True, "reuse_cache": True}
@@ -178,12 +233,18 @@ def test_export_with_a_preset_gives_what_quantize_gives(three: Drafted, tmp_path
     assert straight.manifest.plan.drafter == quantized.manifest.plan.drafter
 
 
-def test_a_round_drafts_no_more_than_there_are_layers(three: Drafted) -> None:
-    source = Recorded()
+def test_a_round_drafts_no_more_than_there_are_layers(three: Drafted, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, wanted, choose = Recorded(), list[int](), DraftLength.choose
+
+    def chosen(self: DraftLength, max_rows: int) -> int:
+        wanted.append(choose(self, max_rows))
+        return wanted[-1]
+
+    monkeypatch.setattr(DraftLength, "choose", chosen)
     with load(three.bundle) as model:
         for adaptive in (False, True):
             speculate(model, prompt(1, 9), source, DraftPolicy(7, is_adaptive=adaptive))
-    assert max(len(drafts) for _, drafts in source.rounds) == 3
+    assert max(len(drafts) for _, drafts in source.rounds) == max(wanted) == 3
 
 
 def test_sampled_drafts_are_repeatable(three: Drafted) -> None:
