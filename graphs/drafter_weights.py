@@ -13,12 +13,14 @@ FUSE = "fuse.weight"  # [hidden, features * model's hidden]
 FEATURE_NORM = "feature_norm"
 TOKEN_NORM = "token_norm.weight"
 STATE_NORM = "state_norm.weight"
-INPUT = "input.weight"  # [hidden, 2 * hidden]
+INPUT = "input.weight"  # [hidden, 2 * state]
 INPUT_BIAS = "input.bias"
 FINAL_NORM = "norm.weight"
 EMBED_TOKENS = "embed_tokens.weight"
 HEAD = "head.weight"
 HEAD_IDS = "head.ids"
+OUTPUT = "output.weight"  # [state, hidden]
+CENTROIDS = "centroids.weight"  # [centroids, hidden]
 MODEL_NORM = "model_norm.weight"  # the model's final norm as it was trained: quantization may scale the model's own
 _STAGE = re.compile(r"stages\.([1-9]\d*)\.|layers\.(\d+)\.")
 ROWS = (EMBED_TOKENS, HEAD)  # one row per token: stored so
@@ -26,7 +28,7 @@ ROWS = (EMBED_TOKENS, HEAD)  # one row per token: stored so
 
 def drafter_layer_weights(drafter: DrafterSpec, layer: int) -> tuple[Weight, ...]:
     """Return the weights of one of a drafter's layers, in the order in which a bundle stores them."""
-    table = layer_weights(drafter.layers[layer], drafter.hidden_size)
+    table = layer_weights(drafter.layers[layer], drafter.hidden_size, owns_kv=not drafter.shared)
     if not drafter.is_stacked or layer:
         return table
     width = drafter.input_width
@@ -75,8 +77,8 @@ def end_parts(drafter: DrafterSpec, model_hidden: int, vocab: int) -> dict[str, 
     own = _stage_parts(drafter, vocab)
     for stage in range(drafter.stages):
         parts |= {stage_part(part, stage): shape for part, shape in own.items()}
-    if drafter.draft_vocab is not None:
-        parts[HEAD_IDS] = (drafter.draft_vocab,)
+    if drafter.has_head_ids:
+        parts[HEAD_IDS] = (vocab if drafter.draft_vocab is None else drafter.draft_vocab,)
     return parts
 
 
@@ -85,17 +87,21 @@ def _stage_parts(drafter: DrafterSpec, vocab: int) -> dict[str, Shape]:
     hidden = drafter.hidden_size
     parts: dict[str, Shape] = {}
     if drafter.has_own_embedding:
-        parts[EMBED_TOKENS] = (vocab, hidden)
+        parts[EMBED_TOKENS] = (vocab, drafter.state_width)
     if drafter.has_token_norm:
-        parts[TOKEN_NORM] = (hidden,)
+        parts[TOKEN_NORM] = (drafter.state_width,)
     if drafter.has_state_norm:
-        parts[STATE_NORM] = (hidden,)
+        parts[STATE_NORM] = (drafter.state_width,)
     if not drafter.is_stacked:
         parts[INPUT] = (hidden, drafter.input_width)
     if drafter.input_bias:
         parts[INPUT_BIAS] = (hidden,)
     if drafter.has_final_norm:
         parts[FINAL_NORM] = (hidden,)
+    if drafter.state_size:
+        parts[OUTPUT] = (drafter.state_size, hidden)
+    if drafter.centroids:
+        parts[CENTROIDS] = (drafter.centroids, hidden)
     if drafter.has_own_head:
         parts[HEAD] = (vocab if drafter.draft_vocab is None else drafter.draft_vocab, hidden)
     return parts

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.graphs import names
+from shortstack.graphs.assistant_contract import assistant_contract
 from shortstack.graphs.contract import (
     CacheType,
     GraphContract,
@@ -101,6 +102,8 @@ class Manifest:
         drafter = self.plan.drafter
         if drafter is None:
             return {}
+        if drafter.shared:
+            return {names.drafter_file(0): assistant_contract(self.spec, drafter, self.dtype, self.precision.kv_cache)}
         found = {
             names.drafter_file(stage): drafter_contract(self.spec, drafter, self.dtype, stage)
             for stage in range(drafter.stages)

@@ -35,6 +35,7 @@ EXIT_STATE_OUT = "exit_state_out"
 FINAL_STATE = "final_state"
 DRAFT_STATE = "draft_state"  # an input of a drafter, too
 DRAFT_STATE_OUT = "draft_state_out"
+LOGIT_IDS = "logit_ids"  # of a drafter whose head computes other tokens in each row
 
 # Files of a bundle
 MANIFEST_FILE = "bundle.json"

@@ -269,7 +269,7 @@ class _Writing:
             # A bundle before format 2 is without the spare row.
             missing = max(0, source.manifest.max_length + SPARE_ROWS - len(table))
             store.add(name, cast(name, np.pad(table, ((0, missing), (0, 0)), constant_values=fill), dtype))
-        if drafter is not None and drafter.draft_vocab is not None:
+        if drafter is not None and drafter.has_head_ids:
             name = names.drafter_weight(HEAD_IDS)
             store.add(name, np.asarray(source.reader.array(name)))
         known: dict[bytes, str] = {}  # id maps of trimmed heads: equal ones once

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.checkpoint import Checkpoint
+from shortstack.export.drafters.assistant import is_assistant, read_assistant
 from shortstack.export.drafters.drafter import Drafter, ModelOfDrafter
 from shortstack.export.drafters.eagle import read_eagle
 from shortstack.export.drafters.eagle3 import is_eagle3, read_eagle3
@@ -39,6 +40,8 @@ def open_drafter(
     if source == OWN_DRAFTER:
         return read_mtp(model)
     checkpoint = _open_gguf(source) or open_checkpoint(source, follow_links=follow_links, allow_pickle=allow_pickle)
+    if is_assistant(checkpoint):
+        return read_assistant(checkpoint, model)
     _check_has_tensors(checkpoint)
     return read_eagle3(checkpoint, model) if is_eagle3(checkpoint) else read_eagle(checkpoint, model)
 
@@ -60,6 +63,6 @@ def _check_has_tensors(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.source} is no drafter that this version knows: it has no tensor fc.weight",
             found=f"tensors such as {some}",
-            expected="an EAGLE, EAGLE-2 or EAGLE-3 head, as EAGLE or speculators saves it",
+            expected="an EAGLE, EAGLE-2 or EAGLE-3 head, as EAGLE or speculators saves it, or an assistant of Gemma 4",
             remedy=f"name the drafter's folder, or --drafter {OWN_DRAFTER} for layers in the model's own checkpoint",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from shortstack.graphs.layer_weights import Shape, parameter_name
 from shortstack.graphs.spec import ModelSpec
 
 Array = npt.NDArray[Any]
-_DECODER_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # whose layers are Llama's, biases and norms of heads aside
+DECODER_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # whose layers are Llama's, biases and norms of heads aside
 _REMEDY = "take the drafter that was trained for this model, and all of its files"
 
 
@@ -61,6 +61,7 @@ class Drafter:
         offsets: The tensor of the offsets that turn rows of a trimmed head into token ids: id = row + offset.
         holds_ids: ``offsets`` holds the token ids themselves.
         pieces: Where each weight of each layer is in its tensor, by role, where it is not all of it as it stands.
+        ordering: The tensor of the token ids of a head with centroids, group by group.
     """
 
     checkpoint: Checkpoint
@@ -70,12 +71,18 @@ class Drafter:
     offsets: str | None = None
     holds_ids: bool = False
     pieces: tuple[Mapping[str, Piece], ...] = ()
+    ordering: str | None = None
 
     def part(self, part: str) -> Array:
-        """Read a weight outside the layers, as its formula has it: a matrix [out, in], rows of the head by id."""
+        """Read a weight outside the layers, as its formula has it: a matrix [out, in], rows of the head by id.
+
+        Those of a head with centroids are in the order of their groups.
+        """
         if part == HEAD_IDS:
-            return np.sort(self._ids())
+            return self._ids() if self.offsets is None else np.sort(self._ids())
         value = self.checkpoint.tensor(self.tensors[part])
+        if part == HEAD and self.ordering is not None:
+            return value[self._ids()]
         return value[np.argsort(self._ids(), kind="stable")] if part == HEAD and self.offsets is not None else value
 
     def role(self, layer: int, role: str) -> Array:
@@ -84,6 +91,8 @@ class Drafter:
         return self.pieces[layer][role].of(value) if self.pieces else value
 
     def _ids(self) -> npt.NDArray[np.int64]:
+        if self.ordering is not None:
+            return _integers(self.checkpoint, self.ordering)
         assert self.offsets is not None
         offsets = _integers(self.checkpoint, self.offsets)
         return offsets if self.holds_ids else np.arange(len(offsets), dtype=np.int64) + offsets
@@ -95,13 +104,17 @@ class Drafter:
     def _has_factors(self) -> bool:
         return any(rope.scaling.kind == "factors" for rope in self.spec.ropes)
 
-    def checked(self, model: ModelOfDrafter) -> Drafter:
+    def checked(self, model: ModelOfDrafter, known: Sequence[str] = ()) -> Drafter:
         """Return the drafter, if all of it is there and fits the model.
+
+        Args:
+            model: The model.
+            known: What is known not to fit.
 
         Raises:
             CheckpointError: Listing all that is missing, misshapen or does not fit.
         """
-        problems = []
+        problems = list(known)
         try:
             check_drafter(self.spec, model.spec)
         except ValueError as error:
@@ -114,6 +127,8 @@ class Drafter:
             wanted[self.offsets] = (self.spec.draft_vocab,)
         if self._has_factors():
             wanted[ROPE_FACTORS] = (self.spec.ropes[0].dims // 2,)
+        if self.ordering is not None:
+            wanted[self.ordering] = (model.spec.vocab_size,)
         for number in range(len(self.spec.layers)):
             wanted |= self._layer_shapes(number)
         present = self.checkpoint.names()
@@ -132,6 +147,8 @@ class Drafter:
                 problems.append(f"{self.offsets} names token id {outside[0]}, and the model has 0..{vocab - 1}")
             elif len(np.unique(ids)) != len(ids):
                 problems.append(f"{self.offsets} names a token id twice")
+        if self.ordering is not None and not problems:
+            problems += _order_problems(self.ordering, self._ids())
         if problems:
             raise CheckpointError(
                 f"{self.checkpoint.source} does not draft for {model.checkpoint.source}: {'; '.join(problems)}",
@@ -148,6 +165,17 @@ class Drafter:
             found[name] = (rows + weight.shape[0], *weight.shape[1:])
         turned = {piece.tensor for piece in self.pieces[layer].values() if piece.transposed} if self.pieces else set()
         return {name: shape[::-1] if name in turned else shape for name, shape in found.items()}
+
+
+def _order_problems(name: str, ids: npt.NDArray[np.int64]) -> list[str]:
+    """Say which token id an order of all of them has too often, if it does."""
+    found, counts = np.unique(ids, return_counts=True)
+    if np.array_equal(found, np.arange(len(ids))):
+        return []
+    wrong = next((token for token in found if not 0 <= token < len(ids)), None)
+    if wrong is not None:
+        return [f"{name} names token id {wrong}, and the model has 0..{len(ids) - 1}"]
+    return [f"{name} names token id {found[counts.argmax()]} {counts.max()} times"]
 
 
 def _integers(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.int64]:
@@ -183,8 +211,8 @@ def read_layers(config: Config, count: int | None = None) -> ModelSpec:
         data["num_hidden_layers"] = count
         data.pop("layer_types", None)
     kind = config.read(str, "model_type", "llama")
-    if kind not in _DECODER_FAMILIES:
-        raise not_one_of(config.where("model_type"), kind, _DECODER_FAMILIES)
+    if kind not in DECODER_FAMILIES:
+        raise not_one_of(config.where("model_type"), kind, DECODER_FAMILIES)
     return ARCHITECTURES[kind].read_spec(Config(data, config.file, config.prefix, config.remedy))
 
 
@@ -219,3 +247,37 @@ def with_model_ropes(
 def layer_tensors(prefix: str, spec: DrafterSpec, layer: int) -> dict[str, str]:
     """Return the tensor of each weight of a layer, by role, where names are transformers' Llama's."""
     return {weight.role: f"{prefix}.{parameter_name(weight.role)}" for weight in drafter_layer_weights(spec, layer)}
+
+
+def matrix_size(checkpoint: Checkpoint, name: str, axis: int) -> int:
+    """Return the size of an axis of a matrix.
+
+    Raises:
+        CheckpointError: The tensor is no matrix.
+    """
+    shape = checkpoint.shape(name)
+    if len(shape) != 2:
+        raise CheckpointError(
+            f"{checkpoint.source}: tensor {name}",
+            found=f"shape {list(shape)}",
+            expected="a matrix",
+            remedy="take the file from the drafter's original repository",
+        )
+    return shape[axis]
+
+
+def draft_vocab(checkpoint: Checkpoint) -> int:
+    """Return the rows of a trimmed head.
+
+    Raises:
+        CheckpointError: There are too few to choose from.
+    """
+    rows = matrix_size(checkpoint, "lm_head.weight", 0)
+    if rows < 2:
+        raise CheckpointError(
+            f"{checkpoint.source}: tensor lm_head.weight",
+            found=f"{rows} rows",
+            expected="2 or more, one for each token that the head drafts",
+            remedy="take the file from the drafter's original repository",
+        )
+    return rows

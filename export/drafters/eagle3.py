@@ -18,7 +18,9 @@ from shortstack.export.checkpoint.gguf_names import EAGLE3_DEPTHS, EAGLE3_IDS
 from shortstack.export.drafters.drafter import (
     Drafter,
     ModelOfDrafter,
+    draft_vocab,
     layer_tensors,
+    matrix_size,
     read_layers,
     with_model_ropes,
 )
@@ -82,7 +84,7 @@ def read_eagle3(checkpoint: Checkpoint, model: ModelOfDrafter) -> Drafter:
         feedback="normed" if config.read(bool, "norm_output", False) else "stream",
         has_own_embedding="embed_tokens.weight" in present,
         has_own_head=head is not None,
-        draft_vocab=_draft_vocab(checkpoint) if trimmed and head is not None else None,
+        draft_vocab=draft_vocab(checkpoint) if trimmed and head is not None else None,
         most_drafts=_trained_drafts(config),
     )
     tensors = {
@@ -110,43 +112,9 @@ def _with_head_dim(checkpoint: Checkpoint, config: Config, first: str) -> Config
     heads = config.read(int, "num_attention_heads", 0)
     if name not in checkpoint.names() or heads < 1:
         return config
-    rows = _size(checkpoint, name, 0)
+    rows = matrix_size(checkpoint, name, 0)
     data = {**config.data, "head_dim": rows // heads}
     return Config(data, config.file, config.prefix, config.remedy)
-
-
-def _size(checkpoint: Checkpoint, name: str, axis: int) -> int:
-    """Return the size of an axis of a matrix.
-
-    Raises:
-        CheckpointError: The tensor is no matrix.
-    """
-    shape = checkpoint.shape(name)
-    if len(shape) != 2:
-        raise CheckpointError(
-            f"{checkpoint.source}: tensor {name}",
-            found=f"shape {list(shape)}",
-            expected="a matrix",
-            remedy="take the file from the drafter's original repository",
-        )
-    return shape[axis]
-
-
-def _draft_vocab(checkpoint: Checkpoint) -> int:
-    """Return the rows of a trimmed head.
-
-    Raises:
-        CheckpointError: There are too few to choose from.
-    """
-    rows = _size(checkpoint, "lm_head.weight", 0)
-    if rows < 2:
-        raise CheckpointError(
-            f"{checkpoint.source}: tensor lm_head.weight",
-            found=f"{rows} rows",
-            expected="2 or more, one for each token that the head drafts",
-            remedy="take the file from the drafter's original repository",
-        )
-    return rows
 
 
 def _features(checkpoint: Checkpoint, config: Config, model: ModelOfDrafter) -> tuple[int, ...]:
@@ -161,7 +129,7 @@ def _features(checkpoint: Checkpoint, config: Config, model: ModelOfDrafter) -> 
         where is not None and ids and ids[0] == 1 and not is_depth
     ):  # the layers whose output is read; else those whose input is
         ids = tuple(number + 1 for number in ids)
-    width, hidden = _size(checkpoint, "fc.weight", 1), model.spec.hidden_size
+    width, hidden = matrix_size(checkpoint, "fc.weight", 1), model.spec.hidden_size
     if list(ids) != sorted(set(ids)) or not all(0 < number <= depth for number in ids):
         raise CheckpointError(
             f"{checkpoint.source} reads the residual stream of {model.checkpoint.source} at depths that do not exist",

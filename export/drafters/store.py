@@ -60,7 +60,7 @@ def store_drafter(
             store.add_blocks(name, nearest(value, block_format), dtype)
         else:
             store.add(name, cast(name, stored_floats(name, value), dtype))
-    if drafter.spec.draft_vocab is not None:
+    if drafter.spec.has_head_ids:
         store.add(names.drafter_weight(HEAD_IDS), drafter.part(HEAD_IDS))
     if not drafter.spec.features:
         store.alias(names.drafter_weight(MODEL_NORM), names.FINAL_NORM)

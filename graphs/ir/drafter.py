@@ -32,6 +32,7 @@ from shortstack.graphs.drafter_weights import (
     feature_norms,
     stage_part,
 )
+from shortstack.graphs.ir.assistant import assistant_model
 from shortstack.graphs.ir.attention import Caches, LayerSite
 from shortstack.graphs.ir.builder import GraphBuilder
 from shortstack.graphs.ir.exit import full_head
@@ -42,6 +43,7 @@ from shortstack.graphs.ir.matrix import embed, project
 from shortstack.graphs.ir.norm import norm_op
 from shortstack.graphs.ir.weights import WeightStore
 from shortstack.graphs.layer_spec import Ends
+from shortstack.graphs.precision import KVType
 from shortstack.graphs.spec import DType, ModelSpec
 
 _NODE = "/drafter"
@@ -130,8 +132,12 @@ def drafter_model(spec: ModelSpec, drafter: DrafterSpec, dtype: DType, store: We
     return g.finish(contract, outputs | caches.presents(), f"shortstack {__version__}")
 
 
-def drafter_models(spec: ModelSpec, drafter: DrafterSpec, dtype: DType, store: WeightStore) -> dict[str, ir.Model]:
-    """Return a drafter's graphs by their files; arguments as in :func:`fuse_model`."""
+def drafter_models(
+    spec: ModelSpec, drafter: DrafterSpec, dtype: DType, store: WeightStore, kv_cache: KVType = "float"
+) -> dict[str, ir.Model]:
+    """Return a drafter's graphs by their files; arguments as in :func:`fuse_model` and :func:`assistant_model`."""
+    if drafter.shared:
+        return {names.drafter_file(0): assistant_model(spec, drafter, dtype, store, kv_cache)}
     found = {
         names.drafter_file(stage): drafter_model(spec, drafter, dtype, store, stage) for stage in range(drafter.stages)
     }

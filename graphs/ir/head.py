@@ -13,6 +13,8 @@ The head multiplies by the tensor as the checkpoint stores it, [vocab, hidden], 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from shortstack.graphs import names
@@ -69,11 +71,31 @@ def head(
         flat = project(g, flat, down, f"{node}/down")  # [batch * rows, rank]
     logits = logits_of(g, ends, flat, weight, node)  # [batch * rows, vocab]
 
+    def token_of(row: ir.Value) -> ir.Value:
+        return row if id_map is None else g.op("Gather", [g.weight(id_map), row], f"{node}/id_map")
+
+    return readings(g, logits, batch_rows, node, token_of)
+
+
+def readings(
+    g: GraphBuilder, logits: ir.Value, batch_rows: ir.Value, node: str, token_of: Callable[[ir.Value], ir.Value]
+) -> dict[str, ir.Value]:
+    """Append what is read from logits [batch * rows, n]: token, confidence, and the logits by row.
+
+    Args:
+        g: The graph.
+        logits: The logits.
+        batch_rows: Batch and rows, int64 [2].
+        node: Prefix of the node names.
+        token_of: Appends the token ids that columns of the logits stand for; both are int64 [batch * rows].
+
+    Returns:
+        The outputs by port name.
+    """
     best, best_row = g.ops("TopK", [logits, g.constant([2])], f"{node}/TopK", ("/values", "/indices"), axis=-1)
     zero = g.constant([0])
     token = g.op("Gather", [best_row, g.constant(0)], f"{node}/top_row", axis=1)  # [batch * rows]
-    if id_map is not None:
-        token = g.op("Gather", [g.weight(id_map), token], f"{node}/id_map")
+    token = token_of(token)
 
     probs = g.op("Softmax", [logits], f"{node}/Softmax", axis=-1)
     best_probs = g.op("GatherElements", [probs, best_row], f"{node}/best_probs", axis=1)  # [batch * rows, 2]

@@ -69,7 +69,8 @@ def write_bundle(
             ir.save(model, folder / name)
         advance(1)
     if plan.drafter is not None:
-        for name, model in drafter_models(spec, plan.drafter, manifest.dtype, store).items():
+        kv_cache = manifest.precision.kv_cache
+        for name, model in drafter_models(spec, plan.drafter, manifest.dtype, store, kv_cache).items():
             lint(model, name)
             ir.save(model, folder / name)
     if genai is not None:

@@ -62,7 +62,7 @@ class Slots:
     def _slot(self, number: int, exit_layers: tuple[int, ...]) -> Slot:
         key = (number, exit_layers)
         if key not in self._made:
-            self._made[key] = Slot(self._graphs, number, exit_layers)
+            self._made[key] = Slot(self._graphs, number, exit_layers, self._cache)
         return self._made[key]
 
 

@@ -159,7 +159,8 @@ class SampledChoice:
         return Verdict(tuple(emitted), len(emitted))
 
     def _distribution(self, head: Head, row: int, context: Sequence[int]) -> Distribution:
-        return distribution(head.logits[row], self._params, context, ids=head.ids)
+        logits, ids = head.candidates(row)
+        return distribution(logits, self._params, context, ids=ids)
 
 
 def make_choice(params: SamplingParams) -> Choice:

@@ -68,6 +68,6 @@ def levels_of(manifest: Manifest, exit_layers: Sequence[int]) -> Levels:
         (*exit_layers, manifest.spec.num_hidden_layers),
         tuple(exits),
         first_without_cache,
-        first_without_cache if plan.drafter is None else len(plan.segments),
+        first_without_cache if plan.drafter is None or plan.drafter.shared else len(plan.segments),
         filling=sum(level.start < first_without_cache for level in segments),
     )

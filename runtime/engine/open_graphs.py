@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.contract import cache_heads
+from shortstack.graphs.errors import RequestError
 from shortstack.graphs.names import CacheOwner
 from shortstack.runtime.engine.cache import CachePlace, KVCache
 from shortstack.runtime.engine.drafter_graphs import DrafterGraphs
@@ -61,6 +62,29 @@ def open_graphs(
 ) -> OpenGraphs:
     """Open a bundle's graphs; see :func:`~shortstack.runtime.engine.session.open_sessions` for arguments and errors."""
     sessions, devices = open_sessions(bundle, providers, threads, upper, is_packed=is_packed)
-    has_drafter = bundle.manifest.plan.drafter is not None
-    drafter = DrafterGraphs(bundle, providers, threads, devices[0]) if has_drafter else None
+    drafter = None
+    if bundle.manifest.plan.drafter is not None:
+        device = _drafter_device(bundle, devices)
+        wanted = providers if upper is None or device == devices[0] else upper.providers
+        drafter = DrafterGraphs(bundle, wanted, threads, device)
     return OpenGraphs(bundle, tuple(sessions), tuple(devices), is_packed, drafter)
+
+
+def _drafter_device(bundle: Bundle, devices: Sequence[Device]) -> Device:
+    """Return where a drafter computes: where the caches are that it reads, or where the lowest segment does.
+
+    Raises:
+        RequestError: The caches are on several devices.
+    """
+    plan = bundle.manifest.plan
+    assert plan.drafter is not None
+    owners = plan.drafter.shared
+    found = {devices[segment.index] for segment in plan.segments for j in owners if segment.start <= j < segment.end}
+    if len(found) > 1:
+        raise RequestError(
+            f"the drafter of {bundle.folder} reads caches on several devices",
+            found=", ".join(sorted(device.kind for device in found)),
+            expected="one",
+            remedy="let all segments compute on one device",
+        )
+    return next(iter(found), devices[0])

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from shortstack.runtime.engine.assistant_rows import AssistantRows, SharedCache
 from shortstack.runtime.engine.binder import Rows
 from shortstack.runtime.engine.draft_vocab import read_draft_vocab
 from shortstack.runtime.engine.drafter_rows import DrafterRows
@@ -38,6 +39,7 @@ class RoundBuffers:
         graphs: The bundle's graphs.
         levels: Its levels.
         window: The most rows that one round may have.
+        cache: The sequence's cache, for a drafter that reads it; None where nothing drafts.
 
     Attributes:
         heads: Outputs of each level's head, by row; the final head comes last.
@@ -46,7 +48,7 @@ class RoundBuffers:
         taps: What a drafter reads.
     """
 
-    def __init__(self, graphs: OpenGraphs, levels: Levels, window: int) -> None:
+    def __init__(self, graphs: OpenGraphs, levels: Levels, window: int, cache: SharedCache | None = None) -> None:
         bundle = graphs.bundle
         manifest = bundle.manifest
         spec = manifest.spec
@@ -68,6 +70,8 @@ class RoundBuffers:
         self.taps = RoundTaps(manifest, rows)
         self._drafter_graphs = graphs.drafter
         self._drafter: Drafting | None = None
+        drafter = manifest.plan.drafter
+        self._shared_cache = cache if drafter is not None and drafter.shared else None
         # No rows if no exit in use sees a state: then exits that are not in use are bound to empty states.
         self._states = np.zeros((1, rows + 1 if self._has_state else 0, self._hidden_size), self._dtype)
 
@@ -76,10 +80,19 @@ class RoundBuffers:
         """The bundle's trained drafter on the text of these rows, made when it is first asked for."""
         if self._drafter is None:
             assert self._drafter_graphs is not None, "the bundle has no drafter"
-            drafter = self._drafter_graphs.bundle.manifest.plan.drafter
-            kind = StagedRows if drafter is not None and drafter.layer_per_draft else DrafterRows
-            self._drafter = kind(self._drafter_graphs, self.taps, self._count)
+            graphs, cache = self._drafter_graphs, self._shared_cache
+            drafter = graphs.bundle.manifest.plan.drafter
+            if cache is not None:
+                self._drafter = AssistantRows(graphs, self.taps, self._count, cache)
+            else:
+                kind = StagedRows if drafter is not None and drafter.layer_per_draft else DrafterRows
+                self._drafter = kind(graphs, self.taps, self._count)
         return self._drafter
+
+    def release_cache(self) -> None:
+        """Let go of the cache's buffers, which are about to be replaced."""
+        if isinstance(self._drafter, AssistantRows):
+            self._drafter.release()
 
     def put(self, row: int, token: int) -> None:
         """Set the token of a row."""

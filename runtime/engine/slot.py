@@ -17,6 +17,7 @@ from shortstack.runtime.engine.levels import Levels, levels_of
 from shortstack.runtime.engine.open_graphs import OpenGraphs
 from shortstack.runtime.engine.packed_segment import Part
 from shortstack.runtime.engine.round_buffers import RoundBuffers
+from shortstack.runtime.engine.slot_cache import SlotCache
 from shortstack.runtime.engine.stack import WINDOW_ROWS
 
 NewRows = dict[str, np.ndarray]
@@ -66,14 +67,17 @@ class Slot:
         graphs: The bundle's graphs, in the packed form.
         number: Its slot of the cache.
         exit_layers: The exits in use, ascending.
+        cache: The cache of all slots, for a drafter that reads it; None where nothing drafts.
     """
 
-    def __init__(self, graphs: OpenGraphs, number: int, exit_layers: Sequence[int]) -> None:
+    def __init__(
+        self, graphs: OpenGraphs, number: int, exit_layers: Sequence[int], cache: SlotCache | None = None
+    ) -> None:
         manifest = graphs.bundle.manifest
         spec = manifest.spec
         self.number = number
         self.levels: Levels = levels_of(manifest, exit_layers)
-        self._buffers = RoundBuffers(graphs, self.levels, WINDOW_ROWS)
+        self._buffers = RoundBuffers(graphs, self.levels, WINDOW_ROWS, None if cache is None else cache.slot(number))
         self._dtype = np.dtype(manifest.dtype)
         self._used_s = 0.0
         self._widths = {

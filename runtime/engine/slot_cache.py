@@ -8,6 +8,7 @@ is touched. So a slot can hold the longest context without costing more than the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -44,6 +45,10 @@ class SlotCache:
         """Return the slots ``[first, end)`` of an owner's ``key`` or ``value``; no copy."""
         return ort.OrtValue.ortvalue_from_numpy(self._arrays[owner, part][first:end])
 
+    def slot(self, number: int) -> OneSlotCache:
+        """Return the cache of one slot."""
+        return OneSlotCache(self, number)
+
     def copy(self, source: int, target: int, positions: int) -> None:
         """Copy the first positions of a slot to another one."""
         for array in self._arrays.values():
@@ -52,3 +57,25 @@ class SlotCache:
     def read(self, owner: CacheOwner, slot: int, positions: int) -> list[np.ndarray]:
         """Return copies of a slot's keys and values, [kv_heads, positions, head_dim]."""
         return [self._arrays[owner, part][slot, :, :positions].copy() for part in names.KV_PARTS]
+
+
+@dataclass(frozen=True, slots=True)
+class OneSlotCache:
+    """The KV buffers of one slot, which never change.
+
+    Attributes:
+        cache: Those of all slots.
+        number: Which slot.
+    """
+
+    cache: SlotCache
+    number: int
+
+    @property
+    def generation(self) -> int:
+        """The buffers are never replaced."""
+        return 0
+
+    def buffer(self, owner: CacheOwner, part: str) -> ort.OrtValue:
+        """Return the slot of an owner's ``key`` or ``value``, [1, kv_heads, capacity, head_dim]; no copy."""
+        return self.cache.buffer(owner, part, self.number, self.number + 1)

@@ -64,7 +64,7 @@ class Stack:
         self._prefill_passes = prefill_passes
         self._fewest_rows = fewest_rows
         self._levels = levels_of(manifest, exit_layers)
-        self._buffers = RoundBuffers(graphs, self._levels, WINDOW_ROWS)
+        self._buffers = RoundBuffers(graphs, self._levels, WINDOW_ROWS, cache)
         # One binder per segment, since levels may run at the same time.
         self._binders = [SegmentBinder(graphs, segment.index, cache) for segment in manifest.plan.segments]
         self._first_alone = not all(spec.sees_itself(layer) for layer in range(spec.num_hidden_layers))
@@ -149,6 +149,7 @@ class Stack:
         positions = min(positions + self._fewest_rows - 1, max(positions, self.max_length))
         if positions > self._cache.capacity or self._generation != self._cache.generation:
             self._bindings.clear()  # first, since bindings would keep the cache's old buffers alive
+            self._buffers.release_cache()
             self._cache.reserve(positions, keep)
             self._generation = self._cache.generation
 

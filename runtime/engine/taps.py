@@ -27,6 +27,8 @@ class RoundTaps:
         self._hidden = manifest.spec.hidden_size
         self._of_segment = [plan.taps_of(segment) for segment in plan.segments]
         self._rows = {name: self._empty(rows) for own in self._of_segment for name in own}
+        drafter = plan.drafter
+        self._reads_all = drafter is None or not drafter.shared
         self._prompt: dict[int, tuple[int, dict[str, np.ndarray]]] = {}  # by position: rows, and their tensors
         self.keeps_prompts = False
 
@@ -50,6 +52,8 @@ class RoundTaps:
         """
         if not self.keeps_prompts or not self._of_segment[segment]:
             return {}
+        if not self._reads_all and past not in self._prompt:
+            self._prompt.clear()  # of the prompt's end alone something is read
         new = {name: self._empty(count + spare) for name in self._of_segment[segment]}
         kept = self._prompt.setdefault(past, (count, {}))[1]
         kept.update(new)

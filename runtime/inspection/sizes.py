@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shortstack.graphs import names
 from shortstack.graphs.drafter_spec import DrafterSpec
-from shortstack.graphs.drafter_weights import EMBED_TOKENS, FUSE, MODEL_NORM, stage_part, stored_drafter
+from shortstack.graphs.drafter_weights import EMBED_TOKENS, FUSE, HEAD, MODEL_NORM, stage_part, stored_drafter
 from shortstack.graphs.drafter_weights import HEAD_IDS as DRAFTER_IDS
 from shortstack.graphs.exit_parts import HEAD_IDS, ROWS, exit_matrices, head_rows, stored_parts
 from shortstack.graphs.kv_bytes import kv_bytes_per_token
@@ -206,6 +206,8 @@ def draft_bytes(manifest: Manifest) -> int:
     looked_up |= {names.drafter_weight(stage_part(EMBED_TOKENS, stage)) for stage in range(drafter.stages)}
     parts = _drafter_part_bytes(manifest, drafter)
     own = sum(size for name, size in parts.items() if name not in looked_up) // drafter.stages
+    if drafter.centroids:  # of the head, the rows of the likeliest groups alone
+        own -= parts[names.drafter_weight(HEAD)] * (drafter.centroids - drafter.top_centroids) // drafter.centroids
     return own if drafter.has_own_head else own + vocabulary_bytes(manifest, final_head(manifest.spec))
 
 

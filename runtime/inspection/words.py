@@ -165,7 +165,12 @@ def facts(report: Report) -> list[tuple[str, str]]:
     ]
 
 
-_DRAFTERS = {"eagle3": "EAGLE-3 head", "eagle": "EAGLE head", "mtp": "layer for multi-token prediction"}
+_DRAFTERS = {
+    "eagle3": "EAGLE-3 head",
+    "eagle": "EAGLE head",
+    "mtp": "layer for multi-token prediction",
+    "assistant": "assistant",
+}
 
 
 def drafter_facts(report: Report) -> list[tuple[str, str]]:
@@ -176,14 +181,18 @@ def drafter_facts(report: Report) -> list[tuple[str, str]]:
     spec, layers = found.spec, len(found.spec.layers)
     depths = ", ".join(map(str, spec.features))
     reads = f"the residual stream after {depths} layers" if depths else "the normalised final state"
-    rows = f"{found.rows:,} of {report.spec.vocab_size:,} tokens" if spec.draft_vocab else "all tokens"
+    rows = f"{found.rows:,} of {report.spec.vocab_size:,} tokens" if spec.has_head_ids else "all tokens"
+    cache = f"{size(found.cache_bytes_per_token)} per token"
+    if spec.shared:
+        owners = ", ".join(map(str, sorted(set(spec.shared))))
+        reads, cache = f"{reads} and the keys and values of layers {owners}", "no cache of its own"
     words = [
         f"{layers} layers for multi-token prediction, one for each draft" if spec.stages > 1 else _DRAFTERS[spec.kind],
         f"{layers} layer{'s' * (layers != 1)}, hidden {spec.hidden_size}, {found.stored_as}",
         f"reads {reads}",
         f"drafts {rows}",
         size(found.weight_bytes),
-        f"{size(found.cache_bytes_per_token)} per token",
+        cache,
         f"f {found.draft_cost:.3f}, predicted from weight bytes read",
     ]
     return [("drafter", " · ".join(words))]

@@ -1,0 +1,365 @@
+"""Assistants of Gemma 4: their drafts equal those of transformers, the output equals plain decoding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.assistants import Gemma4Pair, edited, rounds_of
+from helpers.chi_square import p_value
+from helpers.drafters import Recorded
+from helpers.quantized import preset
+from shortstack.export.assemble import export_bundle
+from shortstack.export.quantized import Quantization, export_quantized
+from shortstack.export.spec import ExportSpec
+from shortstack.graphs.bundle import open_bundle
+from shortstack.graphs.errors import CheckpointError, ShortstackError
+from shortstack.graphs.precision import BlockFormat
+from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.spec import QuantizeSpec
+from shortstack.runtime import DraftPolicy, Model, Request, SamplingParams, Speculate, load
+from shortstack.runtime.inspection.report import build_report
+from shortstack.runtime.inspection.words import drafter_facts
+
+CENTROIDS = {"use_ordered_embeddings": True, "num_centroids": 4, "centroid_intermediate_top_k": 2}
+SHARED = {
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 8,
+}
+KEYS = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+PAIRS = {
+    "dense": Gemma4Pair(),
+    "an untied head": Gemma4Pair(head={"tie_word_embeddings": False}, seed=1),
+    "centroids": Gemma4Pair(head=CENTROIDS, seed=2),
+    "shared keys and values, centroids": Gemma4Pair(model=SHARED, head=CENTROIDS, seed=3),
+    "values from keys": Gemma4Pair(model=KEYS, assistant=KEYS, seed=4),
+}
+TOKENS = 40
+
+
+def prompts(vocab: int = 8) -> list[list[int]]:
+    return [np.random.default_rng(seed).integers(0, vocab, 1 + 4 * seed).tolist() for seed in range(4)]
+
+
+@dataclass
+class Made:
+    """A pair's folders and bundle."""
+
+    pair: Gemma4Pair
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.model, self.assistant = self.pair.write(self.folder)
+        spec = ExportSpec(str(self.model), self.folder / "bundle", drafter=str(self.assistant))
+        self.bundle = export_bundle(spec).folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A pair of which some drafts are accepted."""
+    return Made(Gemma4Pair(seed=1), tmp_path_factory.mktemp("assistant"))
+
+
+@pytest.fixture(scope="module")
+def with_centroids(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(PAIRS["centroids"], tmp_path_factory.mktemp("centroids"))
+
+
+@pytest.fixture(scope="module")
+def drafted(made: Made) -> Iterator[Model]:
+    with load(made.bundle) as model:
+        yield model
+
+
+def agree(bundle: Path, pair: Gemma4Pair, most: int = 3) -> tuple[int, int]:
+    """Compare all rounds of some prompts with transformers'; return how many there were, and accepted drafts."""
+    rounds = accepted = 0
+    reference, assistant = pair.made()
+    with load(bundle) as model:
+        for prompt in prompts(pair.vocab):
+            text, wanted = rounds_of(reference, assistant, prompt, TOKENS)
+            plain = model.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True)
+            source = Recorded()
+            strategy = Speculate(draft=DraftPolicy(most), source=source)
+            result = model.generate(prompt, strategy=strategy, max_new_tokens=TOKENS, ignore_eos=True)
+            assert list(result.tokens) == list(plain.tokens) == text
+            assert (
+                len(wanted) <= len(source.rounds) <= len(wanted) + 1
+            )  # transformers does not draft for one last token
+            for (ours, drafts), (theirs, expected) in zip(source.rounds, wanted, strict=False):
+                assert ours == theirs
+                assert drafts[: len(expected)] == expected
+            rounds, accepted = rounds + len(wanted), accepted + result.stats.accepted
+    return rounds, accepted
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_drafts_are_those_of_transformers_and_change_no_token(tmp_path: Path, name: str) -> None:
+    rounds, accepted = agree(Made(PAIRS[name], tmp_path).bundle, PAIRS[name])
+    assert rounds > 60
+    assert 0 < accepted < 2 * rounds
+
+
+def test_within_a_window_drafts_are_those_of_transformers_where_it_sees_as_many_positions(tmp_path: Path) -> None:
+    pair = Gemma4Pair(seed=1, window=8)
+    made, (reference, assistant) = Made(pair, tmp_path), pair.made()
+    compared = 0
+    with load(made.bundle) as model:
+        for prompt in prompts():
+            text, wanted = rounds_of(reference, assistant, prompt, TOKENS)
+            source = Recorded()
+            strategy = Speculate(draft=DraftPolicy(3), source=source)
+            result = model.generate(prompt, strategy=strategy, max_new_tokens=TOKENS, ignore_eos=True)
+            assert list(result.tokens) == text
+            before = 0
+            for (ours, drafts), (_, expected) in zip(source.rounds, wanted, strict=False):
+                # After an accepted draft transformers sees one position more.
+                if before and len(ours) == before + 1:
+                    assert drafts[: len(expected)] == expected
+                    compared += 1
+                before = len(ours)
+    assert compared > 60
+
+
+def test_a_cut_above_which_nothing_owns_a_cache_still_runs_prompts_below_it_alone(tmp_path: Path) -> None:
+    pair = PAIRS["shared keys and values, centroids"]
+    folders = pair.write(tmp_path)
+    spec = ExportSpec(str(folders[0]), tmp_path / "bundle", (4,), drafter=str(folders[1]))
+    bundle = export_bundle(spec).folder
+    assert agree(bundle, pair)[0] > 60
+    with load(bundle) as model:
+        ran = rows_of_prompts(model)
+        model.generate([1] * 50, strategy=Speculate(), max_new_tokens=4, ignore_eos=True)
+        assert ran == [50, 1]
+
+
+def rows_of_prompts(model: Model) -> list[int]:
+    """Return a list that gets the rows of each segment's run over a prompt."""
+    stack, ran = model.exclusive_stack(), list[int]()
+    usual = stack._buffers.prompt_rows
+
+    def counted(segment: int, ids: np.ndarray, *given: Any, **named: Any) -> Any:
+        ran.append(ids.shape[1])
+        return usual(segment, ids, *given, **named)
+
+    stack._buffers.prompt_rows = counted  # type: ignore[method-assign]
+    return ran
+
+
+@pytest.mark.parametrize(("bits", "cache"), [(4, "int8"), (8, "int8"), (4, "float"), (8, "float")])
+@pytest.mark.parametrize("kind", ["made", "with_centroids"])
+def test_a_quantized_assistant_changes_no_token(
+    request: pytest.FixtureRequest, tmp_path: Path, bits: int, cache: str, kind: str
+) -> None:
+    pair = request.getfixturevalue(kind)
+    mix = preset(BlockFormat(bits), cache)  # type: ignore[arg-type]
+    small = quantize_bundle(QuantizeSpec(pair.bundle, tmp_path / "small", mix))
+    stored = {name for name in small.manifest.precision.weights if name.startswith("drafter.")}
+    assert {"drafter.head.weight", "drafter.input.weight", "drafter.output.weight"} <= stored
+    drafts = 0
+    with load(small.folder) as one, load(small.folder, slots=3) as several:
+        plain = [one.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True).tokens for prompt in prompts()]
+        for number, prompt in enumerate(prompts()):
+            strategy = Speculate(draft=DraftPolicy(1 + number))
+            result = one.generate(prompt, strategy=strategy, max_new_tokens=TOKENS, ignore_eos=True)
+            assert result.tokens == plain[number]
+            drafts += result.stats.drafted
+        strategy = Speculate(draft=DraftPolicy(3))
+        requests = [Request(p, strategy=strategy, max_new_tokens=TOKENS, ignore_eos=True) for p in prompts()]
+        together = several.generate_batch(requests)
+        assert [result.tokens for result in together] == plain
+        drafts += sum(result.stats.drafted for result in together)
+    assert drafts > 300
+
+
+def test_sequences_side_by_side_draft_as_each_would_alone(made: Made, drafted: Model) -> None:
+    alone, together = Recorded(), Recorded()
+    for prompt in prompts() * 2:
+        strategy = Speculate(draft=DraftPolicy(3), source=alone)
+        drafted.generate(prompt, strategy=strategy, max_new_tokens=TOKENS, ignore_eos=True)
+    with load(made.bundle, slots=3) as model:
+        strategy = Speculate(draft=DraftPolicy(3), source=together)
+        requests = [Request(p, strategy=strategy, max_new_tokens=TOKENS, ignore_eos=True) for p in prompts() * 2]
+        model.generate_batch(requests)
+    assert len(alone.rounds) > 200
+    assert sorted(together.rounds) == sorted(alone.rounds)
+
+
+def test_a_text_beyond_the_first_buffers_and_one_that_goes_on_are_drafted_for_as_if_new(drafted: Model) -> None:
+    text = np.random.default_rng(5).integers(0, 8, 240).tolist()
+    kept, anew = Recorded(), Recorded()
+    for source in (kept, anew):
+        grown = list(text)
+        for turn in range(3):
+            strategy = Speculate(draft=DraftPolicy(3), source=source)
+            result = drafted.generate(
+                grown, strategy=strategy, max_new_tokens=30, ignore_eos=True, reuse_cache=source is kept
+            )
+            assert (result.stats.reused > 200) == (source is kept and turn > 0)
+            assert result.tokens == drafted.generate(grown, max_new_tokens=30, ignore_eos=True, reuse_cache=True).tokens
+            grown += [*result.tokens, turn]
+    assert len(kept.rounds) > 60
+    assert kept.rounds == anew.rounds
+
+
+def test_drafting_goes_on_after_plain_steps(drafted: Model) -> None:
+    fixed, adaptive = Recorded(), Recorded()
+    prompt, options = prompts()[1], {"max_new_tokens": 200, "ignore_eos": True}
+    wanted = Speculate(draft=DraftPolicy(4, is_adaptive=True), source=adaptive)
+    result = drafted.generate(prompt, strategy=wanted, **options)
+    assert result.stats.plain > 0  # an adaptive length begins with a plain step
+    assert adaptive.rounds
+    for text, drafts in adaptive.rounds:
+        strategy = Speculate(draft=DraftPolicy(len(drafts)), source=fixed)
+        drafted.generate(text[:-1], strategy=strategy, max_new_tokens=8, ignore_eos=True)
+        assert fixed.rounds[-1] == (text, drafts) or fixed.rounds.index((text, drafts)) >= 0
+
+
+def test_sampled_tokens_have_the_distribution_of_the_model(with_centroids: Made) -> None:
+    """A head with centroids never drafts some tokens: these must come from the model alone."""
+    reference = with_centroids.pair.made()[0]
+    prompt, counts, runs = [3, 5], np.zeros((8, 8, 8), int), 1500
+    expected = np.zeros((8, 8, 8))
+
+    def after(*text: int) -> np.ndarray:
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *text]]), use_cache=False).logits[0, -1]
+        found: np.ndarray = (logits.double() / 1.5).softmax(0).numpy()
+        return found
+
+    first = after()
+    for a in range(8):
+        second = after(a)
+        for b in range(8):
+            expected[a, b] = first[a] * second[b] * after(a, b)
+    with load(with_centroids.bundle) as model:
+        strategy, accepted, rejected = Speculate(draft=DraftPolicy(2)), 0, 0
+        for seed in range(runs):
+            sampling = SamplingParams(temperature=1.5, seed=seed)
+            result = model.generate(prompt, strategy=strategy, sampling=sampling, max_new_tokens=3, ignore_eos=True)
+            counts[result.tokens] += 1
+            accepted, rejected = accepted + result.stats.accepted, rejected + result.stats.rejected
+    assert accepted > 200
+    assert rejected > 200
+    assert p_value(counts.reshape(-1).tolist(), expected.reshape(-1).tolist()) > 1e-3
+
+
+def test_export_with_a_preset_gives_what_quantize_gives(with_centroids: Made, tmp_path: Path) -> None:
+    small = preset(BlockFormat(4), "float")
+    spec = ExportSpec(str(with_centroids.model), tmp_path / "straight", drafter=str(with_centroids.assistant))
+    quantized = quantize_bundle(QuantizeSpec(with_centroids.bundle, tmp_path / "quantized", small))
+    straight = export_quantized(spec, Quantization(small))
+    assert straight.manifest.weights_sha256 == quantized.manifest.weights_sha256
+    assert straight.manifest.plan.drafter == quantized.manifest.plan.drafter
+
+
+def test_inspect_says_what_it_reads_and_computes(with_centroids: Made) -> None:
+    ((_, words),) = drafter_facts(build_report(open_bundle(with_centroids.bundle)))
+    assert "assistant · 4 layers, hidden 16" in words
+    assert "keys and values of layers 4, 5" in words
+    assert "drafts 4 of 8 tokens" in words
+    assert "no cache of its own" in words
+
+
+def refused(made: Made, folder: Path, **changes: torch.Tensor | None) -> str:
+    """Return why a changed copy of the assistant is refused; nothing may be written."""
+    out = folder.parent / "out"
+    if not folder.exists():
+        shutil.copytree(made.assistant, folder)
+    edited(folder, **changes)
+    with pytest.raises(ShortstackError) as error:
+        export_bundle(ExportSpec(str(made.model), out, drafter=str(folder)))
+    assert not out.exists()
+    return str(error.value)
+
+
+def configured(made: Made, folder: Path, change: dict[str, Any], text: dict[str, Any]) -> Path:
+    shutil.copytree(made.assistant, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= change
+    config["text_config"] |= text
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_all_that_does_not_fit_the_model_is_said_at_once(made: Made, tmp_path: Path) -> None:
+    other = Gemma4Pair(vocab=10, assistant={"num_key_value_heads": 1, "sliding_window": 32, "global_head_dim": 64})
+    folders = other.write(tmp_path / "other")
+    ropes = json.loads((folders[1] / "config.json").read_text())["text_config"]["rope_parameters"]
+    ropes["full_attention"]["rope_theta"] = 5e5
+    config = json.loads((folders[1] / "config.json").read_text())
+    config["backbone_hidden_size"] = 48
+    config["text_config"]["rope_parameters"] = ropes
+    (folders[1] / "config.json").write_text(json.dumps(config))
+    said = refused(made, folders[1])
+    for part in (
+        "its vocab_size is 10, and the model's 8",
+        "state_size is 48, and the state that it reads has 32",
+        "layer 0 has kv_heads 1, and layer 4 of the model 2",
+        "layer 3 has head_dim 64, and layer 5 of the model 32",
+        "layer 0 has a window of 32, and layer 4 of the model one of 64",
+        "layer 3 rotates by theta 500000",
+        "tensor pre_projection.weight is [16, 64], not [16, 96]",
+    ):
+        assert part in said
+    assert "Take the drafter that was trained for this model" in said
+
+
+def test_tensors_that_are_missing_or_no_order_of_tokens_are_refused(
+    made: Made, with_centroids: Made, tmp_path: Path
+) -> None:
+    said = refused(made, tmp_path / "missing", post_projection__weight=None, model__layers__2__layer_scalar=None)
+    assert "post_projection.weight" in said
+    assert "model.layers.2.layer_scalar" in said
+    name = "masked_embedding__token_ordering"
+    order = load_file(str(with_centroids.assistant / "model.safetensors"))[name.replace("__", ".")]
+    twice = order.clone()
+    twice[0] = twice[1]
+    assert "token_ordering names token id" in refused(with_centroids, tmp_path / "twice", **{name: twice})
+    assert "and the model has 0..7" in refused(with_centroids, tmp_path / "beyond", **{name: order + 1})
+    assert "whole numbers" in refused(with_centroids, tmp_path / "floats", **{name: order.float()})
+    assert "token_ordering" in refused(with_centroids, tmp_path / "short", **{name: order[:-1].clone()})
+
+
+@pytest.mark.parametrize(
+    ("change", "text", "says"),
+    [
+        ({"num_centroids": 3}, {}, "does not divide 8 token ids"),
+        ({"centroid_intermediate_top_k": 5}, {}, "at most num_centroids = 4"),
+        ({"text_config": None}, None, "text_config is missing"),
+        ({}, {"model_type": "llama"}, "expected one of gemma4_text, gemma4_unified_text"),
+        ({}, {"enable_moe_block": True}, "enable_moe_block"),
+        ({}, {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input"),
+        ({}, {"layer_types": ["full_attention"] * 4}, "layers with different heads"),
+        ({}, {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 3}, "layers with different heads"),
+    ],
+)
+def test_a_config_that_no_assistant_has_is_refused(
+    with_centroids: Made, tmp_path: Path, change: dict[str, Any], text: dict[str, Any] | None, says: str
+) -> None:
+    folder = configured(with_centroids, tmp_path / "assistant", {} if text is None else change, text or {})
+    if text is None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+    assert says in refused(with_centroids, folder)
+
+
+def test_a_pickle_is_refused(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(made.assistant, folder)
+    torch.save(load_file(str(folder / "model.safetensors")), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="pickle"):
+        export_bundle(ExportSpec(str(made.model), tmp_path / "out", drafter=str(folder)))
