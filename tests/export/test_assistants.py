@@ -343,7 +343,7 @@ def test_tensors_that_are_missing_or_no_order_of_tokens_are_refused(
         ({}, {"enable_moe_block": True}, "enable_moe_block"),
         ({}, {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input"),
         ({}, {"layer_types": ["full_attention"] * 4}, "layers with different heads"),
-        ({}, {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 3}, "layers with different heads"),
+        ({}, {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 3}, "layer 2 has head_dim 16"),
     ],
 )
 def test_a_config_that_no_assistant_has_is_refused(
