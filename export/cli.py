@@ -69,9 +69,9 @@ from shortstack.quant.options import (
     click.option(
         "--drafter",
         metavar="DRAFTER",
-        help="Write a trained drafter beside the model: the folder or hub id of an EAGLE, EAGLE-2 or EAGLE-3 head, the "
-        "GGUF file of an EAGLE-3 head, or `mtp` for the layers for multi-token prediction that the checkpoint itself "
-        "has.",
+        help="Write a trained drafter beside the model: the folder or hub id of an EAGLE, EAGLE-2 or EAGLE-3 head or "
+        "of an assistant of Gemma 4, the GGUF file of an EAGLE-3 head, or `mtp` for the layers for multi-token "
+        "prediction that the checkpoint itself has.",
     ),
 )
 @option_group(

@@ -45,6 +45,7 @@ PAIRS = {
     "centroids": Gemma4Pair(head=CENTROIDS, seed=2),
     "shared keys and values, centroids": Gemma4Pair(model=SHARED, head=CENTROIDS, seed=3),
     "values from keys": Gemma4Pair(model=KEYS, assistant=KEYS, seed=4),
+    "unified": Gemma4Pair(is_unified=True, seed=5),
 }
 TOKENS = 40
 

@@ -17,6 +17,9 @@ from transformers import (
     Gemma4AssistantForCausalLM,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    Gemma4UnifiedAssistantConfig,
+    Gemma4UnifiedAssistantForCausalLM,
+    Gemma4UnifiedTextConfig,
     PreTrainedModel,
 )
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
@@ -42,6 +45,7 @@ class Gemma4Pair:
         assistant: Further fields of the assistant's ``text_config``.
         head: Further fields of its config, such as of a head with centroids.
         drafts: How many tokens it drafts in a round.
+        is_unified: The assistant is of the kind that the 12B model has.
     """
 
     seed: int = 0
@@ -51,6 +55,7 @@ class Gemma4Pair:
     assistant: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     drafts: int = 3
+    is_unified: bool = False
 
     def made(self) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Return both, with random weights."""
@@ -80,10 +85,15 @@ class Gemma4Pair:
         }  # fmt: skip
         torch.manual_seed(self.seed)
         model = Gemma4ForCausalLM(Gemma4TextConfig(**{**heads, **own})).eval()
-        config = Gemma4AssistantConfig(
-            text_config=Gemma4TextConfig(**{**heads, **text}), backbone_hidden_size=32, **self.head
-        )
-        assistant = Gemma4AssistantForCausalLM(config).eval()
+        fields = {**heads, **text}
+        if self.is_unified:
+            fields = {name: value for name, value in fields.items() if not name.endswith("per_layer_input")}
+            own_text = Gemma4UnifiedTextConfig(**fields)
+            unified = Gemma4UnifiedAssistantConfig(text_config=own_text, backbone_hidden_size=32, **self.head)
+            assistant = Gemma4UnifiedAssistantForCausalLM(unified).eval()
+        else:
+            usual = Gemma4AssistantConfig(text_config=Gemma4TextConfig(**fields), backbone_hidden_size=32, **self.head)
+            assistant = Gemma4AssistantForCausalLM(usual).eval()
         for made in (model, assistant):
             randomise(made)
         assistant.generation_config.num_assistant_tokens = self.drafts
