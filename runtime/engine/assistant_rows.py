@@ -9,7 +9,8 @@ last of them, which predicted the newest token, starts a round::
     draft r + 1   draft r, its state          at position T-1
 
 So there is no prompt to run, nothing to refill, and a rejected draft leaves nothing behind. The model's buffers may
-grow, and are others then (:class:`~shortstack.runtime.engine.cache.KVCache`): bindings are built again.
+grow, and are others then (:class:`~shortstack.runtime.engine.cache.KVCache`). Whoever replaces them calls
+:meth:`AssistantRows.release`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,6 @@ from shortstack.runtime.engine.taps import RoundTaps
 
 class SharedCache(Protocol):
     """The model's cache of one sequence."""
-
-    @property
-    def generation(self) -> int:
-        """Goes up whenever the buffers are replaced."""
-        ...
 
     def buffer(self, owner: names.CacheOwner, part: str) -> ort.OrtValue:
         """Return the buffer of an owner's ``key`` or ``value``, [1, kv_heads, capacity, head_dim]."""
@@ -75,7 +71,6 @@ class AssistantRows:
         self._states = np.zeros((1, rows + 1, drafter.state_width), dtype)
         self._position, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
         self._bindings: dict[tuple[int, bool], Binding] = {}
-        self._generation = -1
 
     def start(self, tokens: Sequence[int], cached: int) -> int:
         """Begin a text; all of its cached positions may stay, since the model runs the last one of a prompt."""
@@ -119,16 +114,13 @@ class AssistantRows:
 
     def step(self, row: int, with_logits: bool) -> None:
         """Run a row; its head's outputs are row ``row``."""
-        if self._generation != self._cache.generation:
-            self.release()
-            self._generation = self._cache.generation
         key = (row, with_logits)
         if key not in self._bindings:
             self._bindings[key] = self._bind(row, with_logits)
         self._bindings[key].run()
 
     def release(self) -> None:
-        """Let go of the model's buffers."""
+        """Let go of the model's buffers, which are about to be replaced."""
         self._bindings.clear()
 
     def _bind(self, row: int, with_logits: bool) -> Binding:

@@ -71,11 +71,6 @@ class OneSlotCache:
     cache: SlotCache
     number: int
 
-    @property
-    def generation(self) -> int:
-        """The buffers are never replaced."""
-        return 0
-
     def buffer(self, owner: CacheOwner, part: str) -> ort.OrtValue:
         """Return the slot of an owner's ``key`` or ``value``, [1, kv_heads, capacity, head_dim]; no copy."""
         return self.cache.buffer(owner, part, self.number, self.number + 1)

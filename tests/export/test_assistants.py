@@ -27,6 +27,7 @@ from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import DraftPolicy, Model, Request, SamplingParams, Speculate, load
+from shortstack.runtime.engine.taps import RoundTaps
 from shortstack.runtime.inspection.report import build_report
 from shortstack.runtime.inspection.words import drafter_facts
 
@@ -255,6 +256,32 @@ def test_sampled_tokens_have_the_distribution_of_the_model(with_centroids: Made)
     assert accepted > 200
     assert rejected > 200
     assert p_value(counts.reshape(-1).tolist(), expected.reshape(-1).tolist()) > 1e-3
+
+
+def test_drafts_that_are_sampled_when_cold_are_the_greedy_ones(with_centroids: Made) -> None:
+    greedy, cold = Recorded(), Recorded()
+    with load(with_centroids.bundle) as model:
+        for source, temperature in ((greedy, 0.0), (cold, 1e-3)):
+            for prompt in prompts():
+                sampling = SamplingParams(temperature=temperature, seed=1 if temperature else None)
+                strategy = Speculate(draft=DraftPolicy(3), source=source)
+                model.generate(prompt, strategy=strategy, sampling=sampling, max_new_tokens=TOKENS, ignore_eos=True)
+    assert len({token for _, drafts in greedy.rounds for token in drafts}) > 4
+    assert cold.rounds == greedy.rounds
+
+
+def test_of_a_long_prompt_the_end_alone_is_kept(drafted: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, take_prompt = list[list[int]](), RoundTaps.take_prompt
+
+    def counted(self: RoundTaps) -> list[tuple[int, dict[str, np.ndarray]]]:
+        found = take_prompt(self)
+        kept.append([past for past, _ in found])
+        return found
+
+    monkeypatch.setattr(RoundTaps, "take_prompt", counted)
+    drafted.generate([1, 2] * 300, strategy=Speculate(draft=DraftPolicy(2)), max_new_tokens=4, ignore_eos=True)
+    assert [512] in kept
+    assert max(map(len, kept)) == 1
 
 
 def test_export_with_a_preset_gives_what_quantize_gives(with_centroids: Made, tmp_path: Path) -> None:
