@@ -8,12 +8,17 @@ import gguf
 import numpy as np
 import pytest
 
-from helpers.gguf_cases import CASES
+from helpers.assistants import Gemma4Pair
+from helpers.drafters import Recorded
+from helpers.gguf_cases import CASES, VOCAB
 from helpers.gguf_files import Edit, Kind, listed
-from helpers.gguf_written import written
+from helpers.gguf_written import converted, written
+from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
 from shortstack.export.checkpoint.checkpoint import read_part
+from shortstack.export.spec import ExportSpec
 from shortstack.graphs.errors import CheckpointError
+from shortstack.runtime import DraftPolicy, Speculate, load
 
 GEMMA4 = next(case for case in CASES if case.name == "gemma4")
 REFUSED: tuple[tuple[str, Edit, str], ...] = (
@@ -110,3 +115,17 @@ def test_columns_of_a_table_are_read_without_the_others(
         np.testing.assert_array_equal(columns, whole[:, start:end])
         assert read.pop() < len(whole) * (end - start + 64)
     assert not read
+
+
+def test_an_assistant_drafts_for_a_file_as_for_the_folder_that_it_was_made_from(tmp_path: Path) -> None:
+    model, assistant = Gemma4Pair(vocab=VOCAB).write(tmp_path)
+    file, rounds = converted(model, tmp_path / "m.gguf", "gemma4"), []
+    for number, source in enumerate((model, file)):
+        bundle = export_bundle(ExportSpec(str(source), tmp_path / str(number), drafter=str(assistant)))
+        recorded = Recorded()
+        with load(bundle.folder) as loaded:
+            strategy = Speculate(draft=DraftPolicy(3), source=recorded)
+            loaded.generate([3, 5, 7], strategy=strategy, max_new_tokens=30, ignore_eos=True)
+        rounds.append(recorded.rounds)
+    assert len(rounds[0]) > 10
+    assert rounds[0] == rounds[1]

@@ -20,6 +20,13 @@ TEXT = [3, 17, 5, 5, 39, 0, 21, 8, 30, 11, 2, 33]  # longer than the windows of 
 
 
 def written(case: GgufCase, folder: Path, edit: Edit = lambda writer: None, **options: Any) -> tuple[Path, Path]:
+    model = case.save(folder / "model")
+    return model, converted(model, folder / "m.gguf", case.architecture, edit, **options)
+
+
+def converted(model: Path, file: Path, architecture: str, edit: Edit = lambda writer: None, **options: Any) -> Path:
+    """Write a folder of a model with ``VOCAB`` tokens as a GGUF file."""
+
     def with_tokenizer(writer: gguf.GGUFWriter) -> None:
         byte_level(writer)
         few = writer.kv_data[0]["tokenizer.ggml.tokens"].value
@@ -28,8 +35,7 @@ def written(case: GgufCase, folder: Path, edit: Edit = lambda writer: None, **op
         writer.add_pad_token_id(0)
         edit(writer)
 
-    model = case.save(folder / "model")
-    return model, convert(model, folder / "m.gguf", case.architecture, edit=with_tokenizer, **options)
+    return convert(model, file, architecture, edit=with_tokenizer, **options)
 
 
 def logits(bundle_of: Path, out: Path) -> np.ndarray:
