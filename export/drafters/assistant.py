@@ -39,7 +39,7 @@ from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.layer_spec import Layer, Rope
 from shortstack.graphs.spec import ModelSpec
 
-GEMMA_ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
+_BACKBONES = {"gemma4_assistant": 1536, "gemma4_unified_assistant": 3840}  # the model's width where none is said
 OWN_ASSISTANT = "shortstack_assistant"
 _GEMMA_TEXT = "gemma4_text"
 _TEXT_FAMILIES: Mapping[str, str] = {
@@ -53,16 +53,21 @@ _CENTROIDS, _ORDERING = "masked_embedding.centroids.weight", "masked_embedding.t
 
 def is_assistant(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is an assistant, by its config."""
-    return checkpoint.config.data.get("model_type") in (*GEMMA_ASSISTANTS, OWN_ASSISTANT)
+    return checkpoint.config.data.get("model_type") in (*_BACKBONES, OWN_ASSISTANT)
 
 
 def read_assistant(checkpoint: Checkpoint, model: ModelOfDrafter) -> Drafter:
     """Read an assistant; errors as in :func:`~shortstack.export.drafters.open_drafter`."""
     config, present = checkpoint.config, checkpoint.names()
-    is_own = config.read(str, "model_type") == OWN_ASSISTANT
+    named = config.read(str, "model_type")
+    is_own = named == OWN_ASSISTANT
     text = config.section("text_config")
     if text is None:
-        raise CheckpointError(f"{config.where('text_config')} is missing", expected="the config of its layers")
+        raise CheckpointError(
+            f"{config.where('text_config')} is missing",
+            expected="the config of its layers",
+            remedy="take the file from the drafter's original repository",
+        )
     kind, read = _read_text(text, is_own)
     if model.spec.ends.final_norm.has_bias:
         raise UnsupportedError(f"{checkpoint.source}: an assistant for a model whose final norm has a bias")
@@ -91,7 +96,7 @@ def read_assistant(checkpoint: Checkpoint, model: ModelOfDrafter) -> Drafter:
         has_own_head=head is not None,
         draft_vocab=draft_vocab(checkpoint) if trimmed else None,
         shared=owners,
-        state_size=positive(config, "backbone_hidden_size"),
+        state_size=positive(config, "backbone_hidden_size", _BACKBONES.get(named)),
         centroids=centroids,
         top_centroids=top,
     )
