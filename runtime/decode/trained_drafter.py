@@ -2,11 +2,13 @@
 
 It runs no layer of the model. It reads what the model left of the rows before, so a round begins with a refill, which
 is the first draft (:mod:`shortstack.runtime.engine.drafter_rows`).
+
+No output depends on a drafter. So where its own numbers overflow, as they may in float16, the rest of the text is
+decoded plainly, and the log warns once for each loaded model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,6 @@ from shortstack.runtime.decode.choice import Choice, Proposal
 from shortstack.runtime.decode.drafters import Draft, Drafter, ExitDrafter, FromExit
 from shortstack.runtime.decode.runs import Asking, OwnRun
 from shortstack.runtime.engine.decoder import State
-from shortstack.runtime.engine.head import Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,17 @@ class TrainedDrafter:
         self._rows = stack.drafter
         self._clock = stack.clock
         self._choice = choice
+        self._has_failed = False
 
     def start(self, tokens: Sequence[int], cached: int) -> int:
         """See :meth:`Drafter.start`."""
         return self._rows.start(tokens, cached)
 
     def draft(self, past: int, tokens: Sequence[int], most: int, least_confidence: float) -> Asking[Draft]:
-        """See :meth:`Drafter.draft`."""
+        """See :meth:`Drafter.draft`: no proposals once the drafter has failed on the text."""
         rows, choice = self._rows, self._choice
+        if self._has_failed:
+            return Draft([])
         drawn = list(tokens) if choice.needs_logits else []
         proposals: list[Proposal] = []
         asked = self._clock()
@@ -70,8 +74,12 @@ class TrainedDrafter:
                 first_s = self._clock() - started
             else:
                 yield OwnRun(partial(rows.step, row, choice.needs_logits))
-            _check_finite(rows.head, row)
-            proposals.append(choice.propose(rows.head, row, drawn or tokens, 0))
+            try:
+                proposals.append(choice.propose(rows.head, row, drawn or tokens, 0))
+            except ContractError:  # probabilities that are no numbers
+                rows.warn_of_overflow()
+                self._has_failed = True
+                break
             if choice.needs_logits:
                 drawn.append(proposals[-1].token)
             if proposals[-1].confidence < least_confidence:
@@ -81,27 +89,12 @@ class TrainedDrafter:
 
     def observe(self, emitted: int, rows: int) -> None:
         """See :meth:`Drafter.observe`: the rows that belong to the text are queued for the next refill."""
-        self._rows.keep_round(emitted)
+        if not self._has_failed:
+            self._rows.keep_round(emitted)
 
     def end(self) -> None:
         """See :meth:`Drafter.end`."""
         self._rows.end()
-
-
-def _check_finite(head: Head, row: int) -> None:
-    """Refuse a draft whose probability is no number, before a rule reads it as the model's.
-
-    Raises:
-        ContractError: It is none: what the drafter computes overflows, or its weights are damaged.
-    """
-    confidence = float(head.top_prob[row])
-    if not math.isfinite(confidence):
-        raise ContractError(
-            "the output of the bundle's trained drafter is not valid: the probability of its draft",
-            found=confidence,
-            expected="a finite number",
-            remedy="decode plainly or let an exit draft; for drafts of the drafter, export it again, without fp16",
-        )
 
 
 @dataclass(frozen=True, slots=True)

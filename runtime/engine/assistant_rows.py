@@ -50,6 +50,7 @@ class AssistantRows:
     Attributes:
         head: Outputs of its head: row r of draft r + 1.
         most_drafts: How many tokens it can draft in a round.
+        warn_of_overflow: See :meth:`DrafterGraphs.warn_of_overflow`.
 
     Raises:
         ShortstackError: The graph cannot be opened; see :func:`~shortstack.runtime.engine.session.open_sessions`.
@@ -61,6 +62,7 @@ class AssistantRows:
         assert drafter is not None, "the bundle has no drafter"
         assert drafter.shared, "the drafter has keys and values of its own"
         self._session, self._device, self.most_drafts = graphs.drafts(), graphs.device, rows
+        self.warn_of_overflow = graphs.warn_of_overflow
         self._taps, self._cache, self._owners = taps, cache, drafter.shared
         contract = manifest.drafter_contracts()[names.DRAFTER_FILE]
         self._outputs = {port.name for port in contract.outputs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import onnxruntime as ort
@@ -10,6 +11,8 @@ from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
 from shortstack.runtime.engine.session import Device, open_graph, resolve_providers
 from shortstack.threads import session_options
+
+log = logging.getLogger(__name__)
 
 
 class DrafterGraphs:
@@ -31,6 +34,17 @@ class DrafterGraphs:
         self._providers = providers
         self._threads = threads
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._has_warned = False
+
+    def warn_of_overflow(self) -> None:
+        """Log, once, that the drafter's numbers overflow, and that texts are decoded plainly from there on."""
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: the numbers of the trained drafter overflow, so texts are decoded plainly from there on; for its "
+                "drafts, export it again, without fp16",
+                self.bundle.folder,
+            )
 
     def drafts(self, stage: int = 0) -> ort.InferenceSession:
         """Return the session of layers and head, or of one of its stages; errors as in :func:`open_sessions`."""

@@ -41,6 +41,7 @@ class DrafterRows:
     Attributes:
         head: Outputs of its head: row 0 of the refill, row r of draft r + 1.
         most_drafts: How many tokens it can draft in a round.
+        warn_of_overflow: See :meth:`DrafterGraphs.warn_of_overflow`.
 
     Raises:
         ShortstackError: A graph cannot be opened; see :func:`~shortstack.runtime.engine.session.open_sessions`.
@@ -52,6 +53,7 @@ class DrafterRows:
         assert drafter is not None, "the bundle has no drafter"
         self._drafts, self._fuses, self._device = graphs.drafts(), graphs.fuses(), graphs.device
         self._taps, self._spec, self.most_drafts = taps, drafter, rows
+        self.warn_of_overflow = graphs.warn_of_overflow
         self._dtype = np.dtype(manifest.dtype)
         self._capacity = manifest.max_length + rows
         ids = read_drafter_vocab(graphs.bundle)

@@ -49,6 +49,7 @@ class StagedRows:
         assert drafter is not None, "the bundle has no drafter"
         assert drafter.layer_per_draft, "its layers draft together"
         self.most_drafts = drafter.stages
+        self.warn_of_overflow = graphs.warn_of_overflow
         dtype: np.dtype[np.floating] = np.dtype(manifest.dtype)
         self.head = Head(max(rows, drafter.stages), manifest.spec.vocab_size, dtype, None)
         self._taps, self._round = taps, rows

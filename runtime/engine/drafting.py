@@ -19,6 +19,10 @@ class Drafting(Protocol):
     head: Head
     most_drafts: int
 
+    def warn_of_overflow(self) -> None:
+        """Log, once for each loaded model, that the drafter's numbers overflow."""
+        ...
+
     def start(self, tokens: Sequence[int], cached: int) -> int:
         """Begin a text; return how many of its cached positions may stay, so that the drafter sees all that follows.
 
