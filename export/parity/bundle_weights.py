@@ -18,10 +18,13 @@ from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.arch.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, POSITIONS, end_shapes
 from shortstack.export.sources import checkpoint_tensors
 from shortstack.export.tensors import ModelTensors, unpacked
+from shortstack.export.twin.drafter import DrafterWeights
 from shortstack.export.twin.folder import twin_parameter
 from shortstack.export.twin.model import Twin
 from shortstack.graphs import names
 from shortstack.graphs.bundle import Bundle
+from shortstack.graphs.drafter_weights import HEAD_IDS as DRAFTER_IDS
+from shortstack.graphs.drafter_weights import drafter_layer_weights, end_parts
 from shortstack.graphs.exit_parts import BLOCK, HEAD_IDS, MLP_NORM, head_rows, stored_parts
 from shortstack.graphs.ir.read_matrix import StoredMatrices
 from shortstack.graphs.layer_spec import Attention, Layer
@@ -115,6 +118,23 @@ class BundleWeights:
             }
         return found
 
+    def drafter(self) -> DrafterWeights:
+        """Return a trained drafter's own weights; only where there is one."""
+        spec, drafter = self._spec, self.bundle.manifest.plan.drafter
+        assert drafter is not None, "the bundle has no drafter"
+        parts: Named = {}
+        for part, shape in end_parts(drafter, spec.hidden_size, spec.vocab_size).items():
+            name = names.drafter_weight(part)
+            if part == DRAFTER_IDS:
+                parts[part] = self._stored.array(name)
+            else:
+                parts[part] = (self._stored.matrix if len(shape) == 2 else self._stored.floats)(name, shape)
+        layers = (
+            self._layer(names.drafter_weight(f"layers.{i}"), drafter_layer_weights(drafter, i), own.attention)
+            for i, own in enumerate(drafter.layers)
+        )
+        return DrafterWeights(parts, tuple(layers))
+
     def _layer(self, prefix: str, weights: tuple[Weight, ...], attention: Attention) -> dict[str, Floats]:
         found: dict[str, Floats] = {}
         for part, shape in stored_shapes(weights, attention).items():
@@ -170,7 +190,7 @@ def compare_with(tensors: ModelTensors, weights: BundleWeights) -> list[WeightEr
         weights: The bundle's.
     """
     spec, ours = tensors.spec, weights.ends()
-    errors = [WeightError(role, _relative(ours[role], tensors.vector(role))) for role in ours]
+    errors = [WeightError(role, relative(ours[role], tensors.vector(role))) for role in ours]
     for number, layer in enumerate(spec.layers):
         found = compare_layers(weights.layer(number), tensors.layer_roles(number), layer)
         errors += [WeightError(f"layer {number} {role}", error) for role, error in found.items()]
@@ -191,7 +211,7 @@ def compare_exit(ours: Named, theirs: Named, layer: Layer) -> dict[str, float]:
         for weights in (ours, theirs)
     ]
     found = compare_layers(blocks[0], blocks[1], layer) if blocks[1] else {}
-    others = {part: _relative(ours[part], theirs[part]) for part in theirs if not part.startswith(prefix)}
+    others = {part: relative(ours[part], theirs[part]) for part in theirs if not part.startswith(prefix)}
     return {f"{BLOCK}.{role}": error for role, error in found.items()} | others
 
 
@@ -215,7 +235,7 @@ def compare_layers(ours: Mapping[str, Floats], theirs: Mapping[str, Floats], lay
         group = b[reads].shape[1] // len(scale)
         per_head = scale.reshape(layer.attention.kv_heads if rows == "v_proj" else 1, 1, -1)
         b[reads] = b[reads] * np.repeat(per_head, group, axis=1).reshape(-1)
-    return {role: _relative(b[role], a[role]) for role in a}
+    return {role: relative(b[role], a[role]) for role in a}
 
 
 def _with_norms(weights: dict[str, Floats], layer: Layer) -> dict[str, Floats]:
@@ -242,7 +262,8 @@ def _row_scale(ours: Floats, theirs: Floats) -> Floats:
     return np.where(scale > 0, scale, np.float32(1))
 
 
-def _relative(ours: Floats, theirs: Floats) -> float:
+def relative(ours: Floats, theirs: Floats) -> float:
+    """Return the root mean square of the difference, divided by that of ``theirs``."""
     difference, size = (float(np.square(x).sum(dtype=np.float64)) for x in (ours - theirs, theirs))
     if difference == 0:
         return 0.0

@@ -33,6 +33,12 @@ from shortstack.graphs.read_file import read_text
         help="The trained exits that the bundle was exported with; they are compared with PyTorch's. Those that "
         "CHECKPOINT itself holds (EE-LLM) need not be named.",
     ),
+    click.option(
+        "--drafter",
+        metavar="HEAD|mtp",
+        help="The trained drafter that the bundle was exported with; it is compared with a PyTorch twin of it, and its "
+        "acceptance rate on the prompts is printed.",
+    ),
     click.option("--revision", help="Branch, tag or commit of a hub id."),
     follow_links_option,
     allow_pickle_option,
@@ -67,6 +73,7 @@ def parity(
     greedy_tokens: int,
     adapter: Path | None,
     exits_folder: Path | None,
+    drafter: str | None,
     revision: str | None,
     follow_links: bool,
     allow_pickle: bool,
@@ -79,6 +86,9 @@ def parity(
 
     from shortstack.export.parity.bundle_weights import BundleWeights
     from shortstack.export.parity.compare import compare
+    from shortstack.export.parity.drafter import compare_drafts
+    from shortstack.export.parity.drafter_reference import load_drafter_reference
+    from shortstack.export.parity.drafter_report import DrafterParity
     from shortstack.export.parity.exits import check_exits, load_twin_exits
     from shortstack.export.parity.reference import Reference
     from shortstack.export.parity.twin_reference import TwinReference, needs_twin
@@ -101,6 +111,18 @@ def parity(
         if exits_folder is not None or is_trained:
             exits = load_twin_exits(checkpoint, exits_folder, revision, adapter, follow_links, weights, allow_pickle)
         check_exits(model.bundle.manifest, exits)
+        options = {"follow_links": follow_links, "allow_pickle": allow_pickle}
+        drafts: DrafterParity | None = None
+        if drafter is not None:
+            own = load_drafter_reference(
+                drafter,
+                checkpoint,
+                model.bundle.manifest,
+                revision=revision,
+                adapter=adapter,
+                weights=weights,
+                **options,
+            )
         kind = TwinReference if needs_twin(model.bundle.manifest.spec, checkpoint) else Reference
         reference = kind(checkpoint, revision, adapter, follow_links, weights, allow_pickle)
         if threads is not None:
@@ -108,8 +130,11 @@ def parity(
         advance(1)
         advance = stage("Comparing", len(texts))
         report = compare(model, reference, texts, greedy_tokens=greedy_tokens, exits=exits, advance=advance)
+        if drafter is not None:
+            advance = stage("Comparing drafts", len(texts))
+            drafts = compare_drafts(model, reference, own, texts, greedy_tokens=greedy_tokens, advance=advance)
     if as_json:
-        click.echo(json.dumps(report.to_json()))
+        click.echo(json.dumps(report.to_json() | ({} if drafts is None else {"drafter": drafts.to_json()})))
     else:
         click.echo(f"{report.texts} texts, {report.positions} positions, {report.greedy_tokens} greedy tokens")
         for head in report.heads:
@@ -136,7 +161,11 @@ def parity(
             )
         if greedy_tokens and not report.forks:
             click.echo("greedy continuations: identical")
-    if problems := report.problems():
+        for line in () if drafts is None else drafts.lines():
+            click.echo(line)
+        if drafts is None and model.bundle.manifest.plan.drafter is not None:
+            click.echo("drafter: not compared (name the one that the bundle was exported with: --drafter)")
+    if problems := [*report.problems(), *(() if drafts is None else drafts.problems())]:
         raise ParityError(f"{bundle} differs from {checkpoint}: {'; '.join(problems)}")
 
 

@@ -263,37 +263,37 @@ def compare(
         if greedy_tokens:
             _compare_greedy(model, reference, text, index, greedy_tokens, report)
         advance(1)
-    report.heads = [_head_error(depth, pairs) for depth, pairs in heads.items()]
+    report.heads = [head_error(depth, pairs) for depth, pairs in heads.items()]
     report.layers = list(layers.values())
     return report
 
 
 def _check_same_model(bundle: ModelSpec, checkpoint: ModelSpec) -> None:
-    differences = [
+    found = [
         f"{where} is {ours} in the bundle and {theirs} in the checkpoint"
-        for where, ours, theirs in _differences("", asdict(bundle), asdict(checkpoint))
+        for where, ours, theirs in differences("", asdict(bundle), asdict(checkpoint))
     ]
-    if differences:
-        more = f"; and {len(differences) - _MAX_LISTED} more differences" if len(differences) > _MAX_LISTED else ""
+    if found:
+        more = f"; and {len(found) - _MAX_LISTED} more differences" if len(found) > _MAX_LISTED else ""
         raise RequestError(
-            f"the bundle was made from another model: {'; '.join(differences[:_MAX_LISTED])}{more}",
+            f"the bundle was made from another model: {'; '.join(found[:_MAX_LISTED])}{more}",
             remedy="give the checkpoint that the bundle was made from",
         )
 
 
-def _differences(where: str, ours: object, theirs: object) -> Iterator[tuple[str, object, object]]:
+def differences(where: str, ours: object, theirs: object) -> Iterator[tuple[str, object, object]]:
     """Yield the fields in which two nested descriptions differ; GGUF files hold numbers in float32."""
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
         for name in ours:
             is_said_otherwise = name == "scaling" and "factors" in (ours[name]["kind"], theirs[name]["kind"])
             if name not in _MAY_DIFFER and not is_said_otherwise:
-                yield from _differences(f"{where}.{name}".lstrip("."), ours[name], theirs[name])
+                yield from differences(f"{where}.{name}".lstrip("."), ours[name], theirs[name])
     elif isinstance(ours, tuple) and isinstance(theirs, tuple):
         if len(ours) != len(theirs):
             yield f"the length of {where}", len(ours), len(theirs)
             return
         for number, pair in enumerate(zip(ours, theirs, strict=True)):
-            yield from _differences(f"{where}[{number}]", *pair)
+            yield from differences(f"{where}[{number}]", *pair)
     elif isinstance(ours, float) and isinstance(theirs, float):
         if not math.isclose(ours, theirs, rel_tol=1e-6):
             yield where, ours, theirs
@@ -301,7 +301,8 @@ def _differences(where: str, ours: object, theirs: object) -> Iterator[tuple[str
         yield where, ours, theirs
 
 
-def _head_error(depth: int, pairs: list[tuple[Array, Array]]) -> HeadError:
+def head_error(depth: int, pairs: list[tuple[Array, Array]]) -> HeadError:
+    """Compare a head's logits with the reference's, of each text [positions, vocab]."""
     worst, max_abs, total, count, same, positions = (0, 0, 0), -1.0, 0.0, 0, 0, 0
     mean = sum(float(theirs.sum(dtype=np.float64)) for _, theirs in pairs) / sum(theirs.size for _, theirs in pairs)
     spread = 0.0

@@ -122,10 +122,28 @@ class Reference:
         keys = [self._as_rotated(number, owner.keys[0].numpy()) for number, owner in enumerate(owners)]
         return Activations(heads, hidden, keys, [owner.values[0].numpy() for owner in owners])
 
+    @torch.no_grad()
+    def streams(self, tokens: Sequence[int], depths: Sequence[int]) -> dict[int, Array]:
+        """Return the residual stream [seq, hidden] after some depths, the model's own too, before any norm."""
+        last: list[torch.Tensor] = []
+        hook = self._final_norm().register_forward_pre_hook(lambda _, given: last.append(given[0]))
+        try:
+            found = self._model(
+                torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=False, return_dict=True
+            ).hidden_states
+        finally:
+            hook.remove()
+        return {depth: (last[0] if depth == len(found) - 1 else found[depth])[0].numpy() for depth in depths}
+
+    def _final_norm(self) -> torch.nn.Module:
+        name = ARCHITECTURES[self.spec.model_type].tensor_name(FINAL_NORM).removesuffix(".weight")
+        module: torch.nn.Module = self._model.get_submodule(name)
+        return module
+
     def _logits(self, stream: torch.Tensor, depth: int) -> torch.Tensor:
         """Apply norm and head to a residual stream below the top, as the model does at the top."""
-        arch, own = ARCHITECTURES[self.spec.model_type], self.own_heads.get(depth)
-        normed = self._model.get_submodule(arch.tensor_name(FINAL_NORM).removesuffix(".weight"))(stream)
+        own = self.own_heads.get(depth)
+        normed = self._final_norm()(stream)
         products = self._model.get_output_embeddings()(normed) if own is None else normed @ own.T
         return soft_capped(products * self.spec.ends.logit_scale, self.spec.ends.logit_softcap)
 

@@ -22,7 +22,7 @@ from shortstack.export.twin.folder import twin_of
 from shortstack.export.twin.sequential import sequential
 from shortstack.graphs import names
 from shortstack.graphs.spec import ModelSpec
-from shortstack.runtime.engine.whole_text import Activations
+from shortstack.runtime.engine.whole_text import Activations, Array
 
 
 def needs_twin(spec: ModelSpec, source: str = "") -> bool:
@@ -82,6 +82,12 @@ class TwinReference:
         heads[last] = found.logits[0].numpy()
         keys, values = ([found.caches[layer][part][0].numpy() for layer in self.spec.kv_map] for part in (0, 1))
         return Activations(heads, hidden, keys, values)
+
+    @torch.no_grad()
+    def streams(self, tokens: Sequence[int], depths: Sequence[int]) -> dict[int, Array]:
+        """Return the residual stream [seq, hidden] after some depths, the model's own too, before any norm."""
+        found = self._twin.boundaries(torch.tensor([list(tokens)]), set(depths))
+        return {depth: found[depth].hidden[0].numpy() for depth in depths}
 
     def _head(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
         own = self.own_heads.get(depth)

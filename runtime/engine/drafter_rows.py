@@ -58,7 +58,7 @@ class DrafterRows:
         self._capacity = manifest.max_length + rows
         ids = read_drafter_vocab(graphs.bundle)
         self.head = Head(rows, manifest.spec.vocab_size if ids is None else len(ids), self._dtype, ids)
-        self._cache = _caches(drafter, self._capacity, self._dtype)
+        self._cache = drafter_caches(drafter, self._capacity, self._dtype)
         self._filled = 0  # true rows in the cache
         self._tokens: list[int] = []  # the text that they belong to: one token more than rows
         self._queued: list[dict[str, np.ndarray]] = []  # what the model left of the rows that follow them
@@ -206,7 +206,10 @@ class DrafterRows:
         return Binding(self._drafts, inputs, outputs, self._device)
 
 
-def _caches(drafter: DrafterSpec, capacity: int, dtype: np.dtype[np.generic]) -> dict[tuple[str, str], np.ndarray]:
+def drafter_caches(
+    drafter: DrafterSpec, capacity: int, dtype: np.dtype[np.generic]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Return a drafter's keys and values for a text of ``capacity`` rows, by layer and part."""
     found = {}
     for layer, own in enumerate(drafter.layers):
         shape = (1, own.attention.kv_heads, capacity, own.attention.cache_head_dim)

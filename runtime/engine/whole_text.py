@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,8 +57,25 @@ def run_text(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None = N
     return _run(graphs, tokens, states, None)
 
 
-def _run(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None, final_state: Stored | None) -> Activations:
-    """Run one text; the final head writes the model's states to ``final_state`` [1, seq, hidden]."""
+def run_taps(graphs: OpenGraphs, tokens: Sequence[int]) -> dict[str, Stored]:
+    """Run one text as :func:`run_text` does; return what the model leaves for a drafter, [1, seq, hidden] by port."""
+    manifest = graphs.bundle.manifest
+    shape = (1, len(tokens), manifest.spec.hidden_size)
+    plan = manifest.plan
+    found = {port: np.empty(shape, manifest.dtype) for segment in plan.segments for port in plan.taps_of(segment)}
+    states = np.zeros(shape[1:], np.float32) if plan.has_state else None
+    _run(graphs, tokens, states, None, found)
+    return found
+
+
+def _run(
+    graphs: OpenGraphs,
+    tokens: Sequence[int],
+    states: Array | None,
+    final_state: Stored | None,
+    taps: Mapping[str, Stored] | None = None,
+) -> Activations:
+    """Run one text; the head writes states to ``final_state``, segments write to ``taps``, [1, seq, hidden] each."""
     manifest, rows = graphs.bundle.manifest, len(tokens)
     spec = manifest.spec
     cache = graphs.new_cache(rows)
@@ -81,6 +98,7 @@ def _run(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None, final_
                     head={names.LOGITS: heads[segment.end][:, start:end]},
                     exit_state=None if fed is None else fed[:, start:end],
                     final_state=None if final_state is None else final_state[:, start:end],
+                    taps={} if taps is None else {p: taps[p][:, start:end] for p in manifest.plan.taps_of(segment)},
                 )
             )
             if binder.groups and end - start > 1:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from helpers.drafter_cases import HEADS
 from helpers.drafters import Eagle3, Recorded, Rows, residual_streams
 from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
@@ -29,16 +30,6 @@ from shortstack.runtime.decode.trained_drafter import FromDrafter
 from shortstack.runtime.engine.drafter_rows import DrafterRows
 
 TARGET = TinyModel("drafted for")
-HEADS = {
-    "as EAGLE saves it": Eagle3(),
-    "ids out of order": Eagle3(seed=1),
-    "as speculators saves it": Eagle3(draft_vocab=None, in_speculators=True, first="layers.0"),
-    "a norm over all features": Eagle3(options={"norm_before_fc": True}),
-    "a norm over each feature": Eagle3(options={"fc_norm": True}),
-    "a normalised stream and feedback": Eagle3(options={"norm_before_residual": True, "norm_output": True}),
-    "narrower, with its own embedding": Eagle3(hidden=48, has_embedding=True, theta=500.0, features=(2, 4)),
-    "heads off 16": Eagle3(head_dim=12),
-}
 TOKENS = 40
 
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from helpers.drafter_cases import KINDS, written
 from helpers.drafters import Projected, Recorded
 from helpers.projected_drafters import written
 from helpers.quantized import preset
@@ -22,12 +23,6 @@ from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import DraftPolicy, Speculate, load
 
 TARGET = TinyModel("drafted for by a projection")
-KINDS = {
-    "EAGLE": Projected("eagle"),
-    "EAGLE without a bias": Projected("eagle", has_bias=False),
-    "MiMo's layer": Projected("mimo"),
-    "DeepSeek's layer": Projected("deepseek"),
-}
 TOKENS = 40
 
 
