@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from shortstack.command_paths import BundlePath
 from shortstack.cores import usable_cores
 from shortstack.graphs.origins import grouped
 from shortstack.graphs.precision import EXACT_BLOCK_SIZES
+from shortstack.runtime.commands.drafter_check import DrafterCheck, check_drafter
 from shortstack.runtime.commands.machine import processor
 from shortstack.runtime.commands.row_check import MOST_ROWS, RowCheck, check_rows
 from shortstack.runtime.model import Model, load
@@ -35,7 +37,8 @@ _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp
 def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, as_json: bool) -> int:
     """Show what this machine has; with BUNDLE, also whether its graphs verify drafts exactly here.
 
-    Exits with 1 when a run of several rows picks another token than the same rows run one by one.
+    A trained drafter is run, too. Exits with 1 when a run of several rows picks another token than the same rows run
+    one by one, or when the drafter's numbers overflow or change a text.
     """
     cpu, features = processor()
     facts: dict[str, Any] = {
@@ -48,6 +51,7 @@ def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, 
         "cores": usable_cores(),
     }
     checks: list[RowCheck] = []
+    drafter: DrafterCheck | None = None
     if bundle is not None:
         model = load(bundle, providers=providers or None, threads=threads)
         checks = check_rows(model, _tokens(model))
@@ -61,11 +65,17 @@ def doctor(bundle: str | None, providers: tuple[str, ...], threads: int | None, 
                 {"rows": c.rows, "max_difference": c.max_difference, "same_tokens": c.same_tokens} for c in checks
             ],
         }
+        if manifest.plan.drafter is not None:
+            drafter = check_drafter(model, _tokens(model))
+            facts["drafter"] = None if drafter is None else asdict(drafter)
     if as_json:
         click.echo(json.dumps(facts))
     else:
         _print(facts, checks)
-    return 0 if all(check.same_tokens for check in checks) else 1
+        if drafter is not None:
+            _print_drafter(drafter)
+    is_right = all(check.same_tokens for check in checks) and (drafter is None or drafter.is_sound)
+    return 0 if is_right else 1
 
 
 def _print(facts: dict[str, Any], checks: list[RowCheck]) -> None:
@@ -92,6 +102,18 @@ def _print(facts: dict[str, Any], checks: list[RowCheck]) -> None:
         "verdict     a run of several rows picks the tokens of single runs: drafts are verified exactly here"
         if is_same
         else "verdict     rows depend on the length of a run here: self-speculation may fork from plain decoding"
+    )
+
+
+def _print_drafter(check: DrafterCheck) -> None:
+    wrong = (
+        [] if check.is_finite else ["its numbers overflow, so texts are decoded plainly (export it again, in float32)"]
+    )
+    wrong += [] if check.has_valid_tokens else ["it drafts token ids that the model does not have (export it again)"]
+    wrong += [] if check.same_tokens else ["a text with its drafts differs from plain decoding"]
+    found = "; ".join(wrong) or "a text with its drafts is that of plain decoding"
+    click.echo(
+        f"drafter     {', '.join(check.graphs)} run here; {found} ({check.accepted} of {check.drafted} accepted)"
     )
 
 

@@ -61,7 +61,10 @@ class ScriptedStack:
 def scripted_model(noise: float = 0.0, flips: bool = False, block_size: int = 32, max_length: int = 64) -> Any:
     stack = ScriptedStack(noise, flips)
     manifest = SimpleNamespace(
-        precision=Precision({"a": BlockFormat(4, block_size)}), origins={}, spec=SimpleNamespace(vocab_size=VOCAB)
+        precision=Precision({"a": BlockFormat(4, block_size)}),
+        origins={},
+        spec=SimpleNamespace(vocab_size=VOCAB),
+        plan=SimpleNamespace(drafter=None),
     )
     return SimpleNamespace(
         bundle=SimpleNamespace(manifest=manifest),
