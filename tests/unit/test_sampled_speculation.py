@@ -18,10 +18,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 
 from helpers.chi_square import p_value, power, samples_for, survival
 from helpers.scripted import ScriptedDecoder, ScriptedModel
+from helpers.scripted_drafter import DraftedDecoder, by_drafter
 from helpers.scripted_runs import self_speculative
 from shortstack.runtime.decode.choice import Choice, Proposal, SampledChoice, Verdict
 from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
@@ -62,10 +64,10 @@ def enumerated(scripted: ScriptedModel, params: SamplingParams, count: int) -> C
 
 
 def drawn(
-    scripted: ScriptedModel, choice: Choice, policy: DraftPolicy | None, count: int, samples: int
+    scripted: ScriptedModel, choice: Choice, policy: DraftPolicy | None, count: int, samples: int, by: str = "exit"
 ) -> Counter[tuple[int, ...]]:
     """Count how often each text of ``count`` tokens after the first one was drawn; plainly without a policy."""
-    decoder = ScriptedDecoder(scripted)
+    drafted, decoder = DraftedDecoder(scripted), ScriptedDecoder(scripted)
     sequence = TokenSequence()
     counts: Counter[tuple[int, ...]] = Counter()
     for _ in range(samples):
@@ -73,6 +75,8 @@ def drawn(
         stats = Stats()
         if policy is None:
             steps = solo(plain(decoder, sequence, choice, stats, count + 1), decoder)
+        elif by == "drafter":
+            steps = by_drafter(drafted, sequence, choice, stats, count + 1, DraftLength(policy))
         else:
             steps = self_speculative(decoder, sequence, choice, stats, count + 1, DraftLength(policy))
         counts[tuple(step.token for step in steps)[1:]] += 1
@@ -91,11 +95,12 @@ def p_value_of(
     policy: DraftPolicy | None,
     count: int,
     effect: float = EFFECT,
+    by: str = "exit",
 ) -> float:
     """Return the p-value of the drawn texts against the distribution of plain sampling."""
     expected = enumerated(scripted, params, count)
     assert sum(expected.values()) == pytest.approx(1.0)
-    counts = drawn(scripted, choice, policy, count, needed(len(expected), effect))
+    counts = drawn(scripted, choice, policy, count, needed(len(expected), effect), by)
     cells = sorted(expected | counts)
     return p_value([counts[cell] for cell in cells], [expected.get(cell, 0.0) for cell in cells])
 
@@ -117,7 +122,7 @@ def test_the_stated_sample_sizes_have_the_stated_power(cells: int, stated: int) 
 FULL, TRIMMED = None, (0, 2, 3)
 
 
-@pytest.mark.parametrize(
+CASES = pytest.mark.parametrize(
     ("params", "policy", "draft_ids", "count"),
     [
         (SamplingParams(1.0, seed=1), DraftPolicy(3), FULL, 3),
@@ -142,10 +147,28 @@ FULL, TRIMMED = None, (0, 2, 3)
         "everything",
     ],
 )
+
+
+@CASES
 def test_speculative_sampling_draws_from_the_distribution_of_plain_sampling(
     params: SamplingParams, policy: DraftPolicy, draft_ids: Sequence[int] | None, count: int
 ) -> None:
     assert p_value_of(model(draft_ids), SampledChoice(params), params, policy, count) > LEVEL
+
+
+@CASES
+def test_so_does_sampling_with_a_trained_drafter(
+    params: SamplingParams, policy: DraftPolicy, draft_ids: Sequence[int] | None, count: int
+) -> None:
+    assert p_value_of(model(draft_ids), SampledChoice(params), params, policy, count, by="drafter") > LEVEL
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.95], ids=["garbage", "fitted"])
+@pytest.mark.parametrize("draft_ids", [None, (0, 2, 3)], ids=["full head", "trimmed head"])
+def test_so_do_bad_and_good_trained_drafters(agreement: float, draft_ids: Sequence[int] | None) -> None:
+    params = SamplingParams(0.9, top_p=0.95, repetition_penalty=1.2, seed=11)
+    scripted = ScriptedModel(21, VOCAB, agreement, draft_ids, [len(PROMPT)])
+    assert p_value_of(scripted, SampledChoice(params), params, DraftPolicy(3), 2, by="drafter") > LEVEL
 
 
 def test_plain_sampling_draws_from_the_enumerated_distribution() -> None:
@@ -195,6 +218,44 @@ class ForgetsTheDraft(SampledChoice):
     def _distribution(self, head: Head, row: int, context: Sequence[int]) -> Distribution:
         is_judged = head.ids is None and row and len(context) > len(PROMPT) + 1
         return super()._distribution(head, row, self._fixed if is_judged and hasattr(self, "_fixed") else context)
+
+
+class DraftsTheLikeliest(SampledChoice):
+    """Fault: drafts the most likely token, and judges it as if it had been drawn."""
+
+    def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
+        return replace(super().propose(head, row, context, depth), token=int(head.token[row]))
+
+
+class JudgesAsCertain(SampledChoice):
+    """No fault: drafts are drawn and judged as if the drafter had been certain of them, which only accepts fewer."""
+
+    def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
+        return replace(super().propose(head, row, context, depth), drawn_from=None)
+
+
+class SpreadsOverAllIds(SampledChoice):
+    """Fault: q of a trimmed head is that of a softmax over all token ids, those outside included."""
+
+    def propose(self, head: Head, row: int, context: Sequence[int], depth: int) -> Proposal:
+        assert head.ids is not None
+        logits = np.full(VOCAB, head.logits[row].max(), np.float32)
+        logits[head.ids] = head.logits[row]
+        whole = distribution(logits, self._params, context)
+        return replace(super().propose(head, row, context, depth), drawn_from=whole)
+
+
+@pytest.mark.parametrize("fault", [DraftsTheLikeliest, SpreadsOverAllIds, DrawsAgainFromTheWhole])
+def test_a_faulty_q_of_a_trained_drafter_is_found(fault: type[SampledChoice]) -> None:
+    params = SamplingParams(0.8, seed=5)
+    scripted = model(TRIMMED)
+    assert p_value_of(scripted, fault(params), params, DraftPolicy(2), 2, FAULT_EFFECT, by="drafter") < LEVEL
+
+
+def test_judging_drawn_drafts_as_certain_ones_is_exact() -> None:
+    params = SamplingParams(0.8, seed=5)
+    choice, policy = JudgesAsCertain(params), DraftPolicy(2)
+    assert p_value_of(model(TRIMMED), choice, params, policy, 2, by="drafter") > LEVEL
 
 
 @pytest.mark.parametrize("fault", [AcceptsTheLikeliest, RemembersUnprocessed, DrawsAgainFromTheWhole, ForgetsTheDraft])
