@@ -93,7 +93,7 @@ def load_drafter_reference(
     opened = open_checkpoint(checkpoint_source, revision=revision, follow_links=follow_links, allow_pickle=allow_pickle)
     arch, spec = resolve(opened)
     checkpoint = opened if adapter is None else AdaptedCheckpoint(opened, adapter)
-    model = ModelOfDrafter(checkpoint, spec)
+    model = ModelOfDrafter(checkpoint, spec, arch)
     drafter = open_drafter(source, model, follow_links=follow_links, allow_pickle=allow_pickle)
     _check_same(wanted, drafter.spec, remedy)
     tensors = ModelTensors(checkpoint, arch, spec, KeptBlocks())

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.drafter_cases import written
 from helpers.drafters import Eagle3, Projected, Recorded
 from helpers.gguf_drafters import eagle3_gguf, with_mtp_gguf
 from helpers.mtp import TinyMtp
-from helpers.projected_drafters import written
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import OWN_DRAFTER, ExportSpec

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.drafter_cases import KINDS, written
 from helpers.drafters import Projected, Recorded
-from helpers.projected_drafters import written
 from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.export.assemble import export_bundle
