@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shortstack.graphs.errors import ShortstackError as ShortstackError
     from shortstack.runtime.decode.draft_length import DraftPolicy as DraftPolicy
+    from shortstack.runtime.decode.lookup import FromLookup as FromLookup
     from shortstack.runtime.decode.sampling import SamplingParams as SamplingParams
     from shortstack.runtime.decode.step import Stats as Stats
     from shortstack.runtime.decode.stream import Stream as Stream
     from shortstack.runtime.decode.stream import Token as Token
+    from shortstack.runtime.decode.text_index import TextIndex as TextIndex
     from shortstack.runtime.early_exit.expression import parse_criterion as parse_criterion
     from shortstack.runtime.early_exit.policy import ExitPolicy as ExitPolicy
     from shortstack.runtime.engine.session import Placement as Placement
@@ -40,6 +42,7 @@ _HOMES = {
     "DraftPolicy": "runtime.decode.draft_length",
     "ExitEarly": "runtime.request",
     "ExitPolicy": "runtime.early_exit.policy",
+    "FromLookup": "runtime.decode.lookup",
     "Model": "runtime.model",
     "Placement": "runtime.engine.session",
     "Plain": "runtime.request",
@@ -50,6 +53,7 @@ _HOMES = {
     "Speculate": "runtime.request",
     "Stats": "runtime.decode.step",
     "Stream": "runtime.decode.stream",
+    "TextIndex": "runtime.decode.text_index",
     "Token": "runtime.decode.stream",
     "load": "runtime.model",
     "parse_criterion": "runtime.early_exit.expression",

@@ -28,10 +28,12 @@ import shortstack
 if TYPE_CHECKING:
     from shortstack import DraftPolicy as DraftPolicy
     from shortstack import ExitPolicy as ExitPolicy
+    from shortstack import FromLookup as FromLookup
     from shortstack import Model as Model
     from shortstack import Placement as Placement
     from shortstack import Result as Result
     from shortstack import SamplingParams as SamplingParams
+    from shortstack import TextIndex as TextIndex
     from shortstack import load as load
     from shortstack import parse_criterion as parse_criterion
 

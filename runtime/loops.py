@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shortstack.runtime.decode.choice import Choice, make_choice
-from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
+from shortstack.runtime.decode.draft_length import USUAL_DRAFTS, DraftLength, DraftPolicy
 from shortstack.runtime.decode.drafters import DraftSource, FromExit
+from shortstack.runtime.decode.lookup import LOOKUP_DRAFTS, FromLookup
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.runs import Loop
 from shortstack.runtime.decode.sequence import TokenSequence
@@ -61,8 +62,10 @@ class Loops:
             case Plain():
                 return plain(stack, sequence, choice, stats, limit)
             case Speculate(draft=draft) as strategy:
-                policy = draft or DraftPolicy(is_adaptive=not request.sampling.is_repeatable)
-                return self._speculative(stack, sequence, choice, stats, limit, policy, strategy.drafts_from)
+                source = strategy.drafts_from
+                most = LOOKUP_DRAFTS if isinstance(source, FromLookup) else USUAL_DRAFTS
+                policy = draft or DraftPolicy(most, is_adaptive=not request.sampling.is_repeatable)
+                return self._speculative(stack, sequence, choice, stats, limit, policy, source)
             case ExitEarly(policy=policy):
                 return self._early_exit(
                     stack,
@@ -87,9 +90,11 @@ class Loops:
     ) -> Loop:
         if isinstance(source, FromExit | FromBundle):  # the same source whether it was named or not
             source = FromExit(stack.exit_layer) if stack.exit_layer else FromDrafter()
-        if isinstance(source, FromDrafter):  # its drafts run no row of the model, so a row for the last one is worth it
+        if isinstance(source, FromDrafter | FromLookup):  # drafts run no row of the model: the last one is worth a row
+            policy = replace(policy, has_bonus=True)
+        if isinstance(source, FromDrafter):
             most = min(policy.max_draft_tokens, stack.drafter.most_drafts)
-            policy = replace(policy, has_bonus=True, max_draft_tokens=most)
+            policy = replace(policy, max_draft_tokens=most)
         length = self._lengths.setdefault((source, policy), DraftLength(policy))
         return speculative(stack, sequence, choice, stats, limit, length, source.drafter(stack, choice))
 

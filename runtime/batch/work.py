@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from shortstack.runtime.decode.runs import DraftRow, LevelRun, OwnRun, Prefill, PrefillLevel, Run, Verify
+from shortstack.runtime.decode.runs import DraftRow, DraftRows, LevelRun, OwnRun, Prefill, PrefillLevel, Run, Verify
 from shortstack.runtime.engine.packed_segment import Part
 from shortstack.runtime.engine.slot import Chunk, Slot
 
@@ -134,6 +134,8 @@ def work_of(run: Run, slot: Slot, kept: list[Chunk]) -> Work | None:
             if levels == 1:
                 return None
             return RoundWork(slot, LevelRun(0, row, row + 1, past, int(with_head), with_logits))
+        case DraftRows(start, end, past):
+            return None if levels == 1 else RoundWork(slot, LevelRun(0, start, end, past, 0, False))
         case Verify(rows, past, with_logits):
             return RoundWork(slot, LevelRun(levels - 1, 0, rows, past, rows, with_logits))
         case LevelRun():

@@ -111,7 +111,7 @@ def batch(
     stopped. Exits with 2 where lines failed; FILE says why.
     """
     showing = Showing(show_exits=False, report=None, no_sweep=False, as_json=as_json)
-    refuse_options_without_effect(strategy, None, exit_layers, exiting, sampling.temperature, showing)
+    refuse_options_without_effect(strategy, None, exit_layers, drafting, exiting, sampling.temperature, showing)
     refuse_given(_ALONE, "in a batch all segments share the machine", "leave it out")
     if ray is None:
         refuse_given(("workers",), "one engine answers all prompts", "add --ray local")
@@ -130,13 +130,15 @@ def batch(
     policy = None
     if strategy == "early-exit":
         policy = exiting.policy(opened, exit_layers, exiting.load_profile(opened))
+    tokenizer = model.tokenizer if model else Tokenizer.load(opened.folder, opened.manifest.files)
+    drafting.policy(sampling)
+    drafts = drafting.speculate(exit_layers, sampling, tokenizer) if strategy == "self-speculative" else None
     options: RequestOptions = {
-        "strategy": make_strategy(strategy or "plain", exit_layers, drafting.policy(sampling), policy),
+        "strategy": make_strategy(strategy or "plain", drafts, policy),
         "sampling": sampling,
         "max_new_tokens": max_new_tokens,
         "stop": stop,
     }
-    tokenizer = model.tokenizer if model else Tokenizer.load(opened.folder, opened.manifest.files)
     lines = read_lines(prompts, make_request("any", **options), tokenizer)
     for number, line in enumerate(lines, 1):
         try:

@@ -17,6 +17,8 @@ class Totals:
         tokens: Tokens of all answers.
         drafted: Tokens drafted.
         accepted: Those of them that the whole model agreed with.
+        drafted_by: Tokens drafted by each source.
+        accepted_by: Those of them that the whole model agreed with.
         exits: Tokens by the number of layers run to predict them.
         elapsed_s: Seconds from the first prompt to the last token.
         rows_per_run: Rows in a run of the uppermost layers; None where sequences run one by one, or elsewhere.
@@ -27,6 +29,8 @@ class Totals:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafted_by: dict[str, int] = field(default_factory=dict)
+    accepted_by: dict[str, int] = field(default_factory=dict)
     exits: dict[int, int] = field(default_factory=dict)
     elapsed_s: float = 0.0
     rows_per_run: float | None = None
@@ -37,6 +41,9 @@ class Totals:
         self.tokens += stats["emitted"]
         self.drafted += stats["drafted"]
         self.accepted += stats["accepted"]
+        for own, name in ((self.drafted_by, "drafted_by"), (self.accepted_by, "accepted_by")):
+            for source, count in stats[name].items():
+                own[source] = own.get(source, 0) + count
         for depth, count in stats["exits"].items():
             self.exits[int(depth)] = self.exits.get(int(depth), 0) + count
 
@@ -50,6 +57,8 @@ class Totals:
             "tokens_per_s": self.tokens / self.elapsed_s if self.elapsed_s else 0.0,
             "rows_per_run": self.rows_per_run,
             "acceptance": self.accepted / self.drafted if self.drafted else None,
+            "drafted_by": self.drafted_by,
+            "accepted_by": self.accepted_by,
             "exits": {str(depth): count for depth, count in sorted(self.exits.items())},
         }
 

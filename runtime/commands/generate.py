@@ -33,7 +33,6 @@ from shortstack.runtime.commands.options import (
 from shortstack.runtime.commands.prompt_argument import PromptCommand, read_prompt
 from shortstack.runtime.commands.show import FinishedRun, print_comparison, print_summary, show_stream
 from shortstack.runtime.commands.template_variables import OPTION, check_variables, template_option
-from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.sampling import SamplingParams
 from shortstack.runtime.decode.stream import Stream
 from shortstack.runtime.early_exit.policy import ExitPolicy
@@ -112,11 +111,11 @@ def generate(
     showing: Showing,
 ) -> None:
     """Continue PROMPT (- reads it from standard input) with the model in BUNDLE."""
-    refuse_options_without_effect(strategy, compare, exit_layers, exiting, sampling.temperature, showing)
+    refuse_options_without_effect(strategy, compare, exit_layers, drafting, exiting, sampling.temperature, showing)
     names = _strategies(strategy, compare, exiting)
     if "early-exit" in names:
         exiting.check()
-    draft = drafting.policy(sampling)
+    drafting.policy(sampling)
     model = load(
         bundle,
         providers=providers or None,
@@ -145,7 +144,8 @@ def generate(
         stop_token_ids=stop_ids,
         template_variables=template_variables or None,
     )
-    requests = {name: replace(asked, strategy=make_strategy(name, exit_layers, draft, policy)) for name in names}
+    drafts = drafting.speculate(exit_layers, sampling, model.tokenizer) if "self-speculative" in names else None
+    requests = {name: replace(asked, strategy=make_strategy(name, drafts, policy)) for name in names}
     for request in requests.values():  # all are checked before the first one runs
         request.strategy.exits_in(model.bundle.manifest.plan)
     runs: list[FinishedRun] = []
@@ -177,14 +177,15 @@ def _strategies(strategy: StrategyName | None, compare: bool, exiting: Exiting) 
     return ("plain", "self-speculative", "early-exit") if exiting.is_asked else ("plain", "self-speculative")
 
 
-def make_strategy(
-    name: StrategyName, exit_layers: tuple[int, ...], draft: DraftPolicy, policy: ExitPolicy | None
-) -> Strategy:
-    """Return the strategy of this name that the options describe; ``--exit-layer`` names its exits."""
+def make_strategy(name: StrategyName, drafts: Speculate | None, policy: ExitPolicy | None) -> Strategy:
+    """Return the strategy of this name that the options describe."""
     if name == "early-exit":
         assert policy is not None
         return ExitEarly(policy)
-    return Plain() if name == "plain" else Speculate(min(exit_layers, default=None), draft)
+    if name == "plain":
+        return Plain()
+    assert drafts is not None
+    return drafts
 
 
 def _show(

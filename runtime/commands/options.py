@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
 from shortstack.command_options import gather, refuse_given
 from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import RequestError
-from shortstack.runtime.decode.draft_length import DraftPolicy
+from shortstack.runtime.decode.draft_length import USUAL_DRAFTS, DraftPolicy
+from shortstack.runtime.decode.drafters import FromExit
+from shortstack.runtime.decode.lookup import LOOKUP_DRAFTS, FromLookup
 from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
+from shortstack.runtime.decode.text_index import read_texts
+from shortstack.runtime.decode.trained_drafter import FromDrafter
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
 from shortstack.runtime.early_exit.policy import ROLLBACK_BELOW, ExitPolicy, KVPolicy, Verify
 from shortstack.runtime.engine.session import Placement
-from shortstack.runtime.request import StrategyName
+from shortstack.runtime.request import Speculate, StrategyName
+from shortstack.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from shortstack.runtime.calibration.profile import Profile
@@ -29,7 +34,9 @@ if TYPE_CHECKING:
 class Drafting:
     """How self-speculation drafts."""
 
-    draft_tokens: int
+    draft: DraftsFrom | None
+    draft_texts: Path | None
+    draft_tokens: int | None
     confidence: float
     fixed_draft: bool
     bonus: bool
@@ -37,8 +44,31 @@ class Drafting:
     def policy(self, sampling: SamplingParams) -> DraftPolicy:
         """Return the draft policy."""
         # One row emits one token, as a plain step does: an adaptive rule would never choose it.
-        is_adaptive = not self.fixed_draft and not sampling.is_repeatable and self.draft_tokens + self.bonus > 1
-        return DraftPolicy(self.draft_tokens, self.confidence, is_adaptive=is_adaptive, has_bonus=self.bonus)
+        has_bonus = self.bonus or self.draft == "lookup"
+        usual = LOOKUP_DRAFTS if self.draft == "lookup" else USUAL_DRAFTS
+        most = usual if self.draft_tokens is None else self.draft_tokens
+        is_adaptive = not self.fixed_draft and not sampling.is_repeatable and most + has_bonus > 1
+        return DraftPolicy(most, self.confidence, is_adaptive=is_adaptive, has_bonus=has_bonus)
+
+    def speculate(self, exit_layers: tuple[int, ...], sampling: SamplingParams, tokenizer: Tokenizer) -> Speculate:
+        """Return the strategy that drafts so.
+
+        Args:
+            exit_layers: The exits that were named.
+            sampling: How tokens are chosen.
+            tokenizer: The bundle's.
+
+        Raises:
+            RequestError: The texts to look drafts up in cannot be read.
+        """
+        policy, layer = self.policy(sampling), min(exit_layers, default=None)
+        if self.draft == "lookup":
+            return Speculate(
+                None, policy, FromLookup(read_texts(self.draft_texts, tokenizer) if self.draft_texts else None)
+            )
+        if self.draft == "exit":
+            return Speculate(None, policy, FromExit(layer))
+        return Speculate(None, policy, FromDrafter()) if self.draft == "drafter" else Speculate(layer, policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +176,9 @@ class Showing:
     as_json: bool
 
 
+DraftsFrom = Literal["exit", "drafter", "lookup"]
+"""Where drafts come from."""
+
 strategy_option = click.option(
     "--strategy", type=click.Choice(get_args(StrategyName)), help="How to decode.  [default: plain]"
 )
@@ -171,7 +204,24 @@ stop_option = click.option(
 drafting_options = gather(
     Drafting,
     "drafting",
-    click.option("--draft-tokens", "-k", type=int, default=4, show_default=True, help="Most tokens per draft."),
+    click.option(
+        "--draft",
+        type=click.Choice(get_args(DraftsFrom)),
+        help="What drafts: an exit, the bundle's trained drafter, or lookup of what followed the same words earlier in "
+        "the text, which needs neither.  [default: the trained drafter, or the lowest exit]",
+    ),
+    click.option(
+        "--draft-texts",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Look drafts up in this text too, or in those of a jsonl file, such as earlier answers.",
+    ),
+    click.option(
+        "--draft-tokens",
+        "-k",
+        type=int,
+        help=f"Most tokens per draft.  [default: {USUAL_DRAFTS}; {LOOKUP_DRAFTS} for lookup]",
+    ),
     click.option(
         "--confidence",
         type=float,
@@ -269,6 +319,7 @@ def refuse_options_without_effect(
     strategy: StrategyName | None,
     compare: bool | None,
     exit_layers: tuple[int, ...],
+    drafting: Drafting,
     exiting: Exiting,
     sampling_temperature: float,
     showing: Showing,
@@ -279,6 +330,7 @@ def refuse_options_without_effect(
         strategy: The one that was asked for.
         compare: Whether every strategy runs; None where the command has no ``--compare``.
         exit_layers: The exits that were named.
+        drafting: How drafts are made.
         exiting: When tokens leave early.
         sampling_temperature: 0 is greedy.
         showing: What is shown.
@@ -302,6 +354,10 @@ def refuse_options_without_effect(
         refuse_given(exit_names, "no token leaves early", "add --strategy early-exit")
     elif not exits:
         refuse_given(exit_names, "nothing says when tokens leave early", f"add --exit-when '{EXAMPLE}'")
+    if drafting.draft in ("drafter", "lookup") and not exits:
+        refuse_given(("exit_layers",), "no exit drafts", "leave it out, or use --draft exit")
+    if drafting.draft != "lookup":
+        refuse_given(("draft_texts",), "nothing is looked up", "add --draft lookup")
     if len(exit_layers) > 1 and not exits:
         raise RequestError(
             "--exit-layer: one exit drafts", found=", ".join(map(str, exit_layers)), remedy="give it once"

@@ -171,6 +171,8 @@ def print_summary(shown: FinishedRun, *, shows_exits: bool = False) -> None:
     ]
     if stats.drafted:
         parts.append(f"accepted {stats.acceptance:.0%} of {stats.drafted} drafted")
+        if len(stats.drafted_by) > 1:
+            parts.append(f"by source: {', '.join(_by_source(stats))}")
         parts.append(f"{stats.tokens_per_round:.2f} tokens/round")
     if shows_exits or shown.strategy == "early-exit":
         parts.append(f"mean exit depth {stats.mean_exit_layer:.1f} of {shown.layers} layers")
@@ -219,6 +221,11 @@ def _verdict(one: FinishedRun, plain: FinishedRun, is_lossy: bool) -> Text:
     return Text("no", "yellow") if is_lossy and one.strategy == "early-exit" else Text("NO", "bold red")
 
 
+def _by_source(stats: Stats) -> list[str]:
+    """Return what was accepted of each source's drafts."""
+    return [f"{name} {stats.accepted_by[name]}/{drafted}" for name, drafted in sorted(stats.drafted_by.items())]
+
+
 def _rows(shown: Sequence[FinishedRun]) -> list[tuple[str, list[str]]]:
     def row(label: str, value: Any) -> tuple[str, list[str]]:
         return label, [value(one.stats) for one in shown]
@@ -229,6 +236,9 @@ def _rows(shown: Sequence[FinishedRun]) -> list[tuple[str, list[str]]]:
     def if_drafted(format_value: Any) -> Any:
         return lambda stats: format_value(stats) if stats.drafted else "-"
 
+    def by_source(stats: Stats) -> str:
+        return ", ".join(_by_source(stats)) or "-"
+
     def if_split(format_value: Any) -> Any:
         return lambda stats: format_value(stats) if stats.drafted or stats.exited else "-"
 
@@ -237,6 +247,11 @@ def _rows(shown: Sequence[FinishedRun]) -> list[tuple[str, list[str]]]:
         row("tokens/s", lambda s: f"{s.tokens_per_s:.1f}"),
         row("time to first token, ms", lambda s: f"{s.first_token_s * 1e3:.0f}"),
         row("acceptance (accepted/drafted)", if_drafted(lambda s: f"{s.acceptance:.0%} ({s.accepted}/{s.drafted})")),
+        *(
+            [row("accepted by source", by_source)]
+            if len({name for one in shown for name in one.stats.drafted_by}) > 1
+            else []
+        ),
         row("tokens per round", lambda s: f"{s.tokens_per_round:.2f}"),
         row("plain steps : drafted rounds", lambda s: f"{s.plain} : {s.rounds}"),
         ("mean exit depth", [f"{one.stats.mean_exit_layer:.1f} of {one.layers}" for one in shown]),

@@ -34,12 +34,19 @@ class Proposal:
         depth: Layers run to predict it; 0 if no layer of the model was run for it.
         drawn_from: The distribution that it was drawn from; None if it was not drawn at random, such as a greedy draft
             or one found by lookup.
+        source: What proposed it, such as ``lookup``; empty for an exit and for a trained drafter.
     """
 
     token: int
     confidence: float
     depth: int
     drawn_from: Distribution | None = None
+    source: str = ""
+
+    @property
+    def origin(self) -> str:
+        """The name by which it is counted: its source, ``exit``, or ``drafter`` where no layer of the model ran."""
+        return self.source or ("exit" if self.depth else "drafter")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from shortstack.runtime.decode.speed_up import predicted_speed_up
 
 log = logging.getLogger(__name__)
 
+USUAL_DRAFTS = 4
 _ALPHA_WEIGHT = 0.1  # of one judged token in the running mean: a memory of about ten tokens
 _COST_WEIGHT = 0.2  # of one measurement in a running cost, if it is higher
 # Predictions vary from round to round. With one bound for both, drafting would go on and off around it.
@@ -47,7 +48,7 @@ class DraftPolicy:
         has_bonus: Run the last drafted token as a row too, which gives one more token if all drafts are accepted.
     """
 
-    max_draft_tokens: int = 4
+    max_draft_tokens: int = USUAL_DRAFTS
     confidence: float = 0.0
     is_adaptive: bool = False
     has_bonus: bool = False

@@ -44,6 +44,18 @@ class DraftRow(NamedTuple):
         stack.draft(*self)
 
 
+class DraftRows(NamedTuple):
+    """See :meth:`~shortstack.runtime.engine.decoder.Decoder.draft_rows`."""
+
+    start: int
+    end: int
+    past: int
+
+    def on(self, stack: Decoder) -> None:
+        """Perform the run."""
+        stack.draft_rows(*self)
+
+
 class Verify(NamedTuple):
     """See :meth:`~shortstack.runtime.engine.decoder.Decoder.verify`."""
 
@@ -95,7 +107,7 @@ class OwnRun(NamedTuple):
         self.perform()
 
 
-Run: TypeAlias = Prefill | DraftRow | Verify | LevelRun | PrefillLevel | OwnRun
+Run: TypeAlias = Prefill | DraftRow | DraftRows | Verify | LevelRun | PrefillLevel | OwnRun
 Loop: TypeAlias = Generator[Run | Step, None, None]
 Result = TypeVar("Result")
 Asking: TypeAlias = Generator[Run, None, Result]

@@ -21,7 +21,7 @@ from shortstack.runtime.decode.draft_length import DraftLength
 from shortstack.runtime.decode.drafters import Draft, Drafter
 from shortstack.runtime.decode.emission import emit
 from shortstack.runtime.decode.plain import full_step, prefill
-from shortstack.runtime.decode.runs import Asking, DraftRow, Loop, Verify
+from shortstack.runtime.decode.runs import Asking, DraftRows, Loop, Verify
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.step import Stats, Step
 from shortstack.runtime.engine.decoder import State
@@ -98,10 +98,10 @@ def _round(
     rows = len(drafts)
     if rows == 0 or (length.has_bonus and rows < max_rows):
         rows += 1
-    for row in range(draft.rows_run, rows):  # rows that the drafter has not run
-        if row:
-            stack.put(row, drafts[row - 1].token)
-        yield DraftRow(row, past, with_head=False, with_logits=False)
+    for row in range(max(draft.rows_run, 1), rows):  # rows that the drafter has not run
+        stack.put(row, drafts[row - 1].token)
+    if draft.rows_run < rows:
+        yield DraftRows(draft.rows_run, rows, past)
     drafted = stack.clock()
     yield Verify(rows, past, choice.needs_logits)
     verdict = choice.judge(stack.final, rows, drafts, sequence.tokens)
@@ -111,7 +111,7 @@ def _round(
     sequence.commit(1)
     stack.keep_state(emitted - 1)  # the row that predicted the newest token
     drafter.observe(emitted, rows)
-    stats.count_round(len(drafts), verdict.accepted, emitted)
+    stats.count_round(len(drafts), verdict.accepted, emitted, [each.origin for each in drafts])
     stats.draft_s += drafted - started
     stats.verify_s += ended - drafted
     stats.draft_runs += rows

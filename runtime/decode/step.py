@@ -4,10 +4,12 @@ These identities hold between any two steps, and after a generation ends in any 
 
     emitted + discarded == prefilled + plain + exited + accepted + corrected + bonus
     drafted             == accepted + rejected
+    drafted, accepted   == the sums of drafted_by, accepted_by
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,6 +56,9 @@ class Stats:
         rounds: Rounds with at least one drafted token.
         drafted_at: Drafted tokens by position in their round, from 0.
         accepted_at: Accepted tokens by position in their round, from 0.
+        drafted_by: Drafted tokens by what proposed them: ``exit``, ``drafter``, ``lookup`` (in the text so far) or
+            ``texts`` (in other texts).
+        accepted_by: Accepted tokens likewise.
         prefill_s: Seconds of the prefill.
         draft_s: Seconds of drafting and in the lower segments.
         verify_s: Seconds in the upper segments; with a pipeline they overlap with those in the lower ones.
@@ -82,6 +87,8 @@ class Stats:
     rounds: int = 0
     drafted_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
+    drafted_by: dict[str, int] = field(default_factory=dict)
+    accepted_by: dict[str, int] = field(default_factory=dict)
     prefill_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
@@ -97,13 +104,14 @@ class Stats:
         self.emitted += 1
         self.exits[depth] = self.exits.get(depth, 0) + 1
 
-    def count_round(self, drafted: int, accepted: int, decided: int) -> None:
+    def count_round(self, drafted: int, accepted: int, decided: int, origins: Sequence[str] | None = None) -> None:
         """Count one judged round.
 
         Args:
             drafted: Tokens proposed; a round without any is a plain step.
             accepted: Proposed tokens that the whole model agreed with, up to the first that it rejected.
             decided: Tokens that the round decided: the accepted ones, and the whole model's own after them, if any.
+            origins: What proposed each; None: an exit.
         """
         if not drafted:
             self.plain += decided
@@ -121,12 +129,20 @@ class Stats:
         for position in range(drafted):
             self.drafted_at[position] += 1
             self.accepted_at[position] += position < accepted
+            origin = "exit" if origins is None else origins[position]
+            self.drafted_by[origin] = self.drafted_by.get(origin, 0) + 1
+            self.accepted_by[origin] = self.accepted_by.get(origin, 0) + (position < accepted)
 
     @property
     def is_balanced(self) -> bool:
-        """Whether both identities of the module's docstring hold."""
+        """Whether the identities of the module's docstring hold."""
         decided = self.prefilled + self.plain + self.exited + self.accepted + self.corrected + self.bonus
-        return self.emitted + self.discarded == decided and self.drafted == self.accepted + self.rejected
+        by_source = sum(self.drafted_by.values()), sum(self.accepted_by.values())
+        return (
+            self.emitted + self.discarded == decided
+            and self.drafted == self.accepted + self.rejected
+            and by_source == (self.drafted, self.accepted)
+        )
 
     @property
     def acceptance(self) -> float:

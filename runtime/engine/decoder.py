@@ -109,6 +109,10 @@ class Decoder(State, Protocol):
         """Run the lowest level on one row; with its head, the drafted token becomes the token of the next row."""
         ...
 
+    def draft_rows(self, start: int, end: int, past: int) -> None:
+        """Run the lowest level, without its head, on rows ``[start, end)`` at once; their tokens are known."""
+        ...
+
     def verify(self, rows: int, past: int, with_logits: bool) -> None:
         """Run the highest level on rows 0..rows-1, and the final head on each of them."""
         ...

@@ -121,6 +121,12 @@ class Stack:
             self.reserve(past + row + 1, past + row)
             self.run(0, row, row + 1, past, 1 if with_head else 0, with_logits)
 
+    def draft_rows(self, start: int, end: int, past: int) -> None:
+        """See :meth:`~Decoder.draft_rows`."""
+        if len(self._levels) > 1:
+            self.reserve(past + end, past + start)
+            self.run(0, start, end, past, 0, False)
+
     def verify(self, rows: int, past: int, with_logits: bool) -> None:
         """See :meth:`~Decoder.verify`."""
         self.reserve(past + rows, past + (rows if len(self._levels) > 1 else 0))

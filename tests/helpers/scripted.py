@@ -198,6 +198,8 @@ class ScriptedDecoder:
         is_cut: False for a stack without an exit: drafting runs nothing, and verifying runs every layer.
         draft_s: Seconds of one row through the lower layers.
         verify_s: Seconds of one, two, ... rows through the upper layers; the last one for more rows.
+        head_s: Seconds of the exit's head.
+        rows_s: Seconds of one, two, ... rows at once through the lower layers; None: ``draft_s``, however many.
 
     Attributes:
         calls: All runs, in order.
@@ -217,6 +219,8 @@ class ScriptedDecoder:
         is_cut: bool = True,
         draft_s: float = 0.25,
         verify_s: Sequence[float] = (0.75,),
+        head_s: float = 0.0,
+        rows_s: Sequence[float] | None = None,
     ) -> None:
         self.model = model
         self.window = window
@@ -239,6 +243,8 @@ class ScriptedDecoder:
         self._is_cut = is_cut
         self._draft_s = draft_s
         self._verify_s = verify_s
+        self._head_s = head_s
+        self._rows_s = rows_s or (draft_s,)
 
     def prefill(self, tokens: Sequence[int], past: int, with_logits: bool) -> None:
         assert len(tokens), "nothing to prefill"
@@ -263,7 +269,7 @@ class ScriptedDecoder:
         if not self._is_cut:
             assert not with_head, "a stack without an exit cannot propose"
             return
-        self.clock.now_s += self._draft_s
+        self.clock.now_s += self._draft_s + self._head_s * with_head
         before = self._read(self.cache.lower, position)
         text = before.then(self._checked(int(self._ids[row])))
         self.cache.lower[position] = self._hidden[row] = text
@@ -271,6 +277,17 @@ class ScriptedDecoder:
             assert self._states[row] == State(before, is_guess=row > 0), f"row {row} drafts from {self._states[row]}"
             self._states[row + 1] = State(text, is_guess=True)
             say(self.exit, row, self.model.exit(text), with_logits)
+
+    def draft_rows(self, start: int, end: int, past: int) -> None:
+        assert 0 <= start < end <= self.window, f"rows {start}..{end} of a window of {self.window}"
+        self._begin(Call("draft", past + start, end - start, False), self.cache.lower if self._is_cut else {})
+        if not self._is_cut:
+            return
+        self.clock.now_s += self._rows_s[min(end - start, len(self._rows_s)) - 1]
+        text = self._read(self.cache.lower, past + start)
+        for row in range(start, end):
+            text = text.then(self._checked(int(self._ids[row])))
+            self.cache.lower[past + row] = self._hidden[row] = text
 
     def verify(self, rows: int, past: int, with_logits: bool) -> None:
         assert 1 <= rows <= self.window, f"{rows} rows of a window of {self.window}"

@@ -99,6 +99,9 @@ class ScriptedLevels:
     def draft(self, row: int, past: int, with_head: bool, with_logits: bool) -> None:
         self.run(0, row, row + 1, past, int(with_head), with_logits)
 
+    def draft_rows(self, start: int, end: int, past: int) -> None:
+        self.run(0, start, end, past, 0, False)
+
     def verify(self, rows: int, past: int, with_logits: bool) -> None:
         self.run(len(self.heads) - 1, 0, rows, past, rows, with_logits)
 
