@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shortstack.runtime.decode.choice import Choice, make_choice
-from shortstack.runtime.decode.draft_length import USUAL_DRAFTS, DraftLength, DraftPolicy
+from shortstack.runtime.decode.draft_length import DraftLength, DraftPolicy
 from shortstack.runtime.decode.drafters import DraftSource, FromExit
-from shortstack.runtime.decode.lookup import LOOKUP_DRAFTS, FromLookup
+from shortstack.runtime.decode.hybrid import FromHybrid, HybridDrafter, Knowledge, own_drafter
+from shortstack.runtime.decode.lookup import LOOKUP_DRAFTS, MOST_LOOKED_UP, FromLookup, LookupDrafter
 from shortstack.runtime.decode.plain import plain
 from shortstack.runtime.decode.runs import Loop
 from shortstack.runtime.decode.sequence import TokenSequence
 from shortstack.runtime.decode.speculative import speculative
 from shortstack.runtime.decode.step import Stats
-from shortstack.runtime.decode.trained_drafter import FromBundle, FromDrafter
+from shortstack.runtime.decode.trained_drafter import FromDrafter
 from shortstack.runtime.early_exit.adaptive import Adaptive, AdaptiveThreshold
 from shortstack.runtime.early_exit.auto import AutoCatchUp, WayCosts
 from shortstack.runtime.early_exit.catch_up import CatchUp, FlushCatchUp
@@ -33,6 +34,7 @@ class Loops:
 
     def __init__(self) -> None:
         self._lengths: dict[tuple[DraftSource, DraftPolicy], DraftLength] = {}
+        self._known: dict[tuple[int, bool], Knowledge] = {}
         self._caps: dict[tuple[int | None, tuple[int, ...]], PendingCap] = {}
         self._ways: dict[tuple[int, ...], WayCosts] = {}
         self._thresholds: dict[tuple[tuple[int, ...], Adaptive], AdaptiveThreshold] = {}
@@ -62,10 +64,8 @@ class Loops:
             case Plain():
                 return plain(stack, sequence, choice, stats, limit)
             case Speculate(draft=draft) as strategy:
-                source = strategy.drafts_from
-                most = LOOKUP_DRAFTS if isinstance(source, FromLookup) else USUAL_DRAFTS
-                policy = draft or DraftPolicy(most, is_adaptive=not request.sampling.is_repeatable)
-                return self._speculative(stack, sequence, choice, stats, limit, policy, source)
+                policy = draft or _usual_policy(strategy.drafts_from, is_adaptive=not request.sampling.is_repeatable)
+                return self._speculative(stack, sequence, choice, stats, limit, policy, strategy.drafts_from)
             case ExitEarly(policy=policy):
                 return self._early_exit(
                     stack,
@@ -88,15 +88,24 @@ class Loops:
         policy: DraftPolicy,
         source: DraftSource,
     ) -> Loop:
-        if isinstance(source, FromExit | FromBundle):  # the same source whether it was named or not
-            source = FromExit(stack.exit_layer) if stack.exit_layer else FromDrafter()
+        measures = policy.is_adaptive and isinstance(source, FromHybrid | FromLookup)
+        if isinstance(source, FromHybrid) and not measures:
+            source = _that_drafts_alone(source, stack)
+        if isinstance(source, FromExit):  # the same source whether it was named or not
+            source = FromExit(stack.exit_layer)
         if isinstance(source, FromDrafter | FromLookup):  # drafts run no row of the model: the last one is worth a row
             policy = replace(policy, has_bonus=True)
-        if isinstance(source, FromDrafter):
-            most = min(policy.max_draft_tokens, stack.drafter.most_drafts)
-            policy = replace(policy, max_draft_tokens=most)
-        length = self._lengths.setdefault((source, policy), DraftLength(policy))
-        return speculative(stack, sequence, choice, stats, limit, length, source.drafter(stack, choice))
+        if not measures:
+            if isinstance(source, FromDrafter):
+                most = min(policy.max_draft_tokens, stack.drafter.most_drafts)
+                policy = replace(policy, max_draft_tokens=most)
+            length = self._lengths.setdefault((source, policy), DraftLength(policy))
+            return speculative(stack, sequence, choice, stats, limit, length, source.drafter(stack, choice))
+        assert isinstance(source, FromHybrid | FromLookup)
+        own = own_drafter(stack, choice) if isinstance(source, FromHybrid) else None
+        known = self._known.setdefault((stack.exit_layer, own is not None), Knowledge())
+        drafter = HybridDrafter(stack, choice, policy, known, own, LookupDrafter(source.texts))
+        return speculative(stack, sequence, choice, stats, limit, drafter, drafter)
 
     def _early_exit(
         self,
@@ -142,3 +151,17 @@ class Loops:
         else:
             catch_up = pipeline() if policy.kv_policy == "pipeline" else flush()
         return EarlyExit(stack, sequence, choice, stats, limit, policy, catch_up, cap, observe).steps()
+
+
+def _usual_policy(source: DraftSource, *, is_adaptive: bool) -> DraftPolicy:
+    """Return the policy of a request that names none."""
+    if isinstance(source, FromLookup):
+        return DraftPolicy(MOST_LOOKED_UP if is_adaptive else LOOKUP_DRAFTS, is_adaptive=is_adaptive)
+    return DraftPolicy(is_adaptive=is_adaptive, max_lookup_tokens=MOST_LOOKED_UP)
+
+
+def _that_drafts_alone(source: FromHybrid, stack: LeveledState) -> DraftSource:
+    """Return what drafts where nothing may be measured: the exit or drafter, or lookup without either."""
+    if stack.exit_layer:
+        return FromExit(stack.exit_layer)
+    return FromDrafter() if stack.has_drafter else FromLookup(source.texts)

@@ -21,9 +21,9 @@ from shortstack.graphs.arguments import expect, expect_flags, is_whole, shown
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.draft_length import DraftPolicy
-from shortstack.runtime.decode.drafters import DraftSource, FromExit
+from shortstack.runtime.decode.drafters import DraftSource
+from shortstack.runtime.decode.hybrid import FromHybrid
 from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
-from shortstack.runtime.decode.trained_drafter import FromBundle
 from shortstack.runtime.early_exit.criteria import Criterion
 from shortstack.runtime.early_exit.expression import EXAMPLE, parse_criterion
 from shortstack.runtime.early_exit.policy import ExitPolicy
@@ -49,15 +49,16 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Speculate:
-    """An exit, or another source, drafts and the whole model verifies: plain decoding's output, sooner.
+    """Tokens are drafted and the whole model verifies them: plain decoding's output, sooner.
 
     Attributes:
         exit_layer: Which exit drafts, by the number of layers run before it. None takes the bundle's trained
-            drafter, or the lowest exit where it has none.
-        draft: How many tokens to draft. None drafts adaptively, four at most; if the sampling has a seed, None always
-            drafts four. Drafts decide how random draws are used, and adaptive lengths depend on measured times, so a
-            seed alone would not repeat the output.
-        source: Another drafter than an exit, see :mod:`shortstack.runtime.decode.drafters`.
+            drafter, or the lowest exit where it has none; in a bundle without either, drafts are looked up in the text.
+        draft: How many tokens to draft. None drafts adaptively: by lookup or by the exit or drafter, whichever pays in
+            the round, or not at all. If the sampling has a seed, None always drafts four tokens, which are never
+            looked up if there is an exit or a drafter. Drafts decide how random draws are used, and adaptive ones
+            depend on measured times, so a seed alone would not repeat the output.
+        source: What drafts instead, see :mod:`shortstack.runtime.decode.drafters`.
 
     Raises:
         RequestError: A value of another type, or an exit and a source.
@@ -84,10 +85,10 @@ class Speculate:
         """Where drafts come from."""
         if self.source is not None:
             return self.source
-        return FromBundle() if self.exit_layer is None else FromExit(self.exit_layer)
+        return FromHybrid(self.exit_layer)
 
     def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
-        """Return the exits that the drafts need in a bundle of this plan; errors as in :class:`FromExit`."""
+        """Return the exits that the drafts need in a bundle of this plan; errors as in :class:`FromHybrid`."""
         return self.drafts_from.exits_in(plan)
 
 

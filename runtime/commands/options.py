@@ -16,7 +16,8 @@ from shortstack.graphs.bundle import Bundle
 from shortstack.graphs.errors import RequestError
 from shortstack.runtime.decode.draft_length import USUAL_DRAFTS, DraftPolicy
 from shortstack.runtime.decode.drafters import FromExit
-from shortstack.runtime.decode.lookup import LOOKUP_DRAFTS, FromLookup
+from shortstack.runtime.decode.hybrid import FromHybrid
+from shortstack.runtime.decode.lookup import LOOKUP_DRAFTS, MOST_LOOKED_UP, FromLookup
 from shortstack.runtime.decode.sampling import IDLE_WHEN_GREEDY, SamplingParams
 from shortstack.runtime.decode.text_index import read_texts
 from shortstack.runtime.decode.trained_drafter import FromDrafter
@@ -44,11 +45,17 @@ class Drafting:
     def policy(self, sampling: SamplingParams) -> DraftPolicy:
         """Return the draft policy."""
         # One row emits one token, as a plain step does: an adaptive rule would never choose it.
-        has_bonus = self.bonus or self.draft == "lookup"
-        usual = LOOKUP_DRAFTS if self.draft == "lookup" else USUAL_DRAFTS
-        most = usual if self.draft_tokens is None else self.draft_tokens
-        is_adaptive = not self.fixed_draft and not sampling.is_repeatable and most + has_bonus > 1
-        return DraftPolicy(most, self.confidence, is_adaptive=is_adaptive, has_bonus=has_bonus)
+        is_lookup = self.draft == "lookup"
+        has_bonus = self.bonus or is_lookup
+        may_adapt = not self.fixed_draft and not sampling.is_repeatable
+        most = self.draft_tokens
+        if most is None:
+            most = (MOST_LOOKED_UP if may_adapt else LOOKUP_DRAFTS) if is_lookup else USUAL_DRAFTS
+        is_adaptive = may_adapt and (most + has_bonus > 1 or self.draft in (None, "auto"))
+        looked_up = None if is_lookup else self.draft_tokens or MOST_LOOKED_UP
+        return DraftPolicy(
+            most, self.confidence, is_adaptive=is_adaptive, has_bonus=has_bonus, max_lookup_tokens=looked_up
+        )
 
     def speculate(self, exit_layers: tuple[int, ...], sampling: SamplingParams, tokenizer: Tokenizer) -> Speculate:
         """Return the strategy that drafts so.
@@ -62,13 +69,15 @@ class Drafting:
             RequestError: The texts to look drafts up in cannot be read.
         """
         policy, layer = self.policy(sampling), min(exit_layers, default=None)
-        if self.draft == "lookup":
-            return Speculate(
-                None, policy, FromLookup(read_texts(self.draft_texts, tokenizer) if self.draft_texts else None)
-            )
-        if self.draft == "exit":
-            return Speculate(None, policy, FromExit(layer))
-        return Speculate(None, policy, FromDrafter()) if self.draft == "drafter" else Speculate(layer, policy)
+        texts = None if self.draft_texts is None else read_texts(self.draft_texts, tokenizer)
+        match self.draft:
+            case "lookup":
+                return Speculate(None, policy, FromLookup(texts))
+            case "exit":
+                return Speculate(None, policy, FromExit(layer))
+            case "drafter":
+                return Speculate(None, policy, FromDrafter())
+        return Speculate(layer, policy) if texts is None else Speculate(None, policy, FromHybrid(layer, texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +185,7 @@ class Showing:
     as_json: bool
 
 
-DraftsFrom = Literal["exit", "drafter", "lookup"]
+DraftsFrom = Literal["auto", "exit", "drafter", "lookup"]
 """Where drafts come from."""
 
 strategy_option = click.option(
@@ -208,7 +217,7 @@ drafting_options = gather(
         "--draft",
         type=click.Choice(get_args(DraftsFrom)),
         help="What drafts: an exit, the bundle's trained drafter, or lookup of what followed the same words earlier in "
-        "the text, which needs neither.  [default: the trained drafter, or the lowest exit]",
+        "the text, which needs neither. Auto takes in each round what pays.  [default: auto]",
     ),
     click.option(
         "--draft-texts",
@@ -220,7 +229,7 @@ drafting_options = gather(
         "--draft-tokens",
         "-k",
         type=int,
-        help=f"Most tokens per draft.  [default: {USUAL_DRAFTS}; {LOOKUP_DRAFTS} for lookup]",
+        help=f"Most tokens per draft.  [default: {USUAL_DRAFTS}; looked up {MOST_LOOKED_UP}]",
     ),
     click.option(
         "--confidence",
@@ -229,7 +238,11 @@ drafting_options = gather(
         metavar="P",
         help="End a draft after a token whose probability is below P.  [default: 0, never]",
     ),
-    click.option("--fixed-draft", is_flag=True, help="Always draft that many, instead of adapting to measured costs."),
+    click.option(
+        "--fixed-draft",
+        is_flag=True,
+        help="Always draft that many, instead of what pays by measured costs; then an exit drafts alone.",
+    ),
     click.option(
         "--bonus",
         is_flag=True,
@@ -356,7 +369,7 @@ def refuse_options_without_effect(
         refuse_given(exit_names, "nothing says when tokens leave early", f"add --exit-when '{EXAMPLE}'")
     if drafting.draft in ("drafter", "lookup") and not exits:
         refuse_given(("exit_layers",), "no exit drafts", "leave it out, or use --draft exit")
-    if drafting.draft != "lookup":
+    if drafting.draft in ("exit", "drafter") or (drafting.draft is None and drafting.fixed_draft):
         refuse_given(("draft_texts",), "nothing is looked up", "add --draft lookup")
     if len(exit_layers) > 1 and not exits:
         raise RequestError(

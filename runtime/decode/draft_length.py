@@ -20,17 +20,19 @@ passage decides a whole generation.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from shortstack.graphs.arguments import expect, expect_flags, is_between, is_whole
 from shortstack.runtime.decode.remeasure import Remeasure
+from shortstack.runtime.decode.round_costs import running_cost
 from shortstack.runtime.decode.speed_up import predicted_speed_up
 
 log = logging.getLogger(__name__)
 
 USUAL_DRAFTS = 4
 _ALPHA_WEIGHT = 0.1  # of one judged token in the running mean: a memory of about ten tokens
-_COST_WEIGHT = 0.2  # of one measurement in a running cost, if it is higher
 # Predictions vary from round to round. With one bound for both, drafting would go on and off around it.
 _STARTS_AT = 1.02  # below this gain, drafting that is off is not worth its variance
 _STAYS_AT = 0.99  # below this gain, drafting that is on loses
@@ -46,18 +48,49 @@ class DraftPolicy:
             this; 0 never ends a draft.
         is_adaptive: Choose the length from measured costs and acceptance instead of always drafting the maximum.
         has_bonus: Run the last drafted token as a row too, which gives one more token if all drafts are accepted.
+        max_lookup_tokens: The most tokens to look up in a round, 1..15, where something else drafts as well; None: as
+            many as ``max_draft_tokens``.
     """
 
     max_draft_tokens: int = USUAL_DRAFTS
     confidence: float = 0.0
     is_adaptive: bool = False
     has_bonus: bool = False
+    max_lookup_tokens: int | None = None
 
     def __post_init__(self) -> None:
         most = self.max_draft_tokens
         expect(is_whole(most, 1, 15), "max_draft_tokens", most, "1..15")
+        looked_up = self.max_lookup_tokens
+        expect(looked_up is None or is_whole(looked_up, 1, 15), "max_lookup_tokens", looked_up, "1..15, or None")
         expect(is_between(self.confidence, 0, 1), "confidence", self.confidence, "0..1")
         expect_flags(self, "is_adaptive", "has_bonus")
+
+
+class DraftRule(Protocol):
+    """Chooses draft lengths for the loop."""
+
+    least_confidence: float
+    best_gain: float
+
+    @property
+    def has_bonus(self) -> bool:
+        """Whether the last draft of the round that was chosen gets a row of its own."""
+        ...
+
+    def choose(self, max_rows: int, tokens: Sequence[int]) -> int:
+        """Return how many tokens to draft in a round of at most ``max_rows`` rows after a text; 0 is a plain step."""
+        ...
+
+    def observe_plain(self, elapsed_s: float) -> None:
+        """Learn the cost of a plain step."""
+        ...
+
+    def observe_round(
+        self, drafted: int, accepted: int, rows: int, draft_s: float, verify_s: float, first_s: float | None = None
+    ) -> None:
+        """Learn from one judged draft; see :meth:`DraftLength.observe_round`."""
+        ...
 
 
 class DraftLength:
@@ -86,7 +119,7 @@ class DraftLength:
         self._is_winning: bool | None = None
         self._remeasure = Remeasure()
 
-    def choose(self, max_rows: int) -> int:
+    def choose(self, max_rows: int, tokens: Sequence[int] = ()) -> int:
         """Return how many tokens to draft in a round of at most ``max_rows`` rows; 0 is a plain step."""
         most = min(self._policy.max_draft_tokens, max_rows)
         if not self._policy.is_adaptive:
@@ -124,7 +157,7 @@ class DraftLength:
 
     def observe_plain(self, elapsed_s: float) -> None:
         """Learn the cost of a plain step."""
-        self._plain_s = _cost_s(self._plain_s, elapsed_s)
+        self._plain_s = running_cost(self._plain_s, elapsed_s)
 
     def observe_round(
         self, drafted: int, accepted: int, rows: int, draft_s: float, verify_s: float, first_s: float | None = None
@@ -144,22 +177,15 @@ class DraftLength:
         if accepted < drafted:
             self.alpha -= _ALPHA_WEIGHT * self.alpha
         if first_s is None:
-            self._draft_row_s = _cost_s(self._draft_row_s, draft_s / rows)
+            self._draft_row_s = running_cost(self._draft_row_s, draft_s / rows)
         else:
-            self._first_draft_s = _cost_s(self._first_draft_s, first_s)
+            self._first_draft_s = running_cost(self._first_draft_s, first_s)
             if drafted > 1 or self._draft_row_s is None:
                 row_s = (draft_s - first_s) / (drafted - 1) if drafted > 1 else first_s
-                self._draft_row_s = _cost_s(self._draft_row_s, row_s)
-        self._verify_s[rows] = _cost_s(self._verify_s.get(rows), verify_s)
+                self._draft_row_s = running_cost(self._draft_row_s, row_s)
+        self._verify_s[rows] = running_cost(self._verify_s.get(rows), verify_s)
 
     def _verify_cost_s(self, rows: int) -> float:
         """Return the seconds to judge ``rows`` rows, or the nearest number of rows that has been measured."""
         nearest = min(self._verify_s, key=lambda r: (abs(r - rows), r))
         return self._verify_s[nearest]
-
-
-def _cost_s(known_s: float | None, measured_s: float) -> float:
-    """Return the new running cost. A lower measurement replaces it at once, since disturbances only slow a run down."""
-    if known_s is None or measured_s < known_s:
-        return measured_s
-    return known_s + _COST_WEIGHT * (measured_s - known_s)

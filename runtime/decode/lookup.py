@@ -22,7 +22,9 @@ from shortstack.runtime.decode.text_index import TextIndex
 from shortstack.runtime.engine.decoder import State
 
 LOOKUP_DRAFTS = 10
-"""The most tokens that are drafted where nobody says how many: they cost nothing but their rows."""
+"""The tokens that are drafted where nobody says how many and their number is fixed."""
+MOST_LOOKED_UP = 15
+"""The most tokens that are drafted where nobody says how many and their number follows measurements."""
 
 
 @dataclass(frozen=True, slots=True)

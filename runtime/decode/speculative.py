@@ -17,7 +17,7 @@ Whatever stops the iteration, all tokens of the sequence but the newest are cach
 from __future__ import annotations
 
 from shortstack.runtime.decode.choice import Choice, Proposal, Verdict
-from shortstack.runtime.decode.draft_length import DraftLength
+from shortstack.runtime.decode.draft_length import DraftRule
 from shortstack.runtime.decode.drafters import Draft, Drafter
 from shortstack.runtime.decode.emission import emit
 from shortstack.runtime.decode.plain import full_step, prefill
@@ -33,7 +33,7 @@ def speculative(
     choice: Choice,
     stats: Stats,
     max_new_tokens: int,
-    length: DraftLength,
+    length: DraftRule,
     drafter: Drafter,
 ) -> Loop:
     """Decode in rounds.
@@ -74,12 +74,12 @@ def _round(
     sequence: TokenSequence,
     choice: Choice,
     stats: Stats,
-    length: DraftLength,
+    length: DraftRule,
     drafter: Drafter,
     max_rows: int,
 ) -> Asking[tuple[list[Proposal], Verdict]]:
     """Draft and judge one round. Commits the newest token's position; the caller appends the emitted tokens."""
-    wanted = length.choose(max_rows)
+    wanted = length.choose(max_rows, sequence.tokens)
     stats.predicted_gain = length.best_gain
     if wanted == 0:
         started = stack.clock()

@@ -16,7 +16,7 @@ from functools import partial
 from shortstack.graphs.errors import ContractError, RequestError
 from shortstack.graphs.plan import SplitPlan
 from shortstack.runtime.decode.choice import Choice, Proposal
-from shortstack.runtime.decode.drafters import Draft, Drafter, ExitDrafter, FromExit
+from shortstack.runtime.decode.drafters import Draft
 from shortstack.runtime.decode.runs import Asking, OwnRun
 from shortstack.runtime.engine.decoder import State
 
@@ -95,16 +95,3 @@ class TrainedDrafter:
     def end(self) -> None:
         """See :meth:`Drafter.end`."""
         self._rows.end()
-
-
-@dataclass(frozen=True, slots=True)
-class FromBundle:
-    """The bundle's trained drafter drafts, or its lowest exit where it has none."""
-
-    def exits_in(self, plan: SplitPlan) -> tuple[int, ...]:
-        """See :meth:`DraftSource.exits_in`."""
-        return FromExit().exits_in(plan) if plan.drafter is None else ()
-
-    def drafter(self, stack: State, choice: Choice) -> Drafter:
-        """See :meth:`DraftSource.drafter`."""
-        return ExitDrafter(stack, choice) if stack.exit_layer else TrainedDrafter(stack, choice)

@@ -53,6 +53,11 @@ class State(Protocol):
         """The trained drafter on this text; asked for only where the bundle has one."""
         ...
 
+    @property
+    def has_drafter(self) -> bool:
+        """Whether the bundle has a trained drafter."""
+        ...
+
     def clock(self) -> float:
         """Return the seconds, from any point in time, that this sequence has used; loops measure costs with it."""
         ...

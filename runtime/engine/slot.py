@@ -96,6 +96,7 @@ class Slot:
         self.filling_levels = self.levels.filling
         self.sees_state = self.levels.has_state
         self.heads: Sequence[Head] = self._buffers.heads
+        self.has_drafter = manifest.plan.drafter is not None
         self.exit = self._buffers.exit
         self.final = self._buffers.heads[-1]
 

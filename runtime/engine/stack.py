@@ -80,6 +80,7 @@ class Stack:
         self.filling_levels = self._levels.filling
         self.sees_state = self._levels.has_state
         self.heads: Sequence[Head] = self._buffers.heads
+        self.has_drafter = manifest.plan.drafter is not None
         self.exit = self._buffers.exit
         self.final = self._buffers.heads[-1]
 

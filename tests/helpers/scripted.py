@@ -199,6 +199,7 @@ class ScriptedDecoder:
         draft_s: Seconds of one row through the lower layers.
         verify_s: Seconds of one, two, ... rows through the upper layers; the last one for more rows.
         head_s: Seconds of the exit's head.
+        sees_state: Whether the exit reads the state of the row before.
         rows_s: Seconds of one, two, ... rows at once through the lower layers; None: ``draft_s``, however many.
 
     Attributes:
@@ -221,12 +222,15 @@ class ScriptedDecoder:
         verify_s: Sequence[float] = (0.75,),
         head_s: float = 0.0,
         rows_s: Sequence[float] | None = None,
+        sees_state: bool = True,
     ) -> None:
         self.model = model
         self.window = window
         self.max_length = max_length
         self.num_layers = 2
         self.exit_layer = int(is_cut)
+        self.has_drafter = False
+        self.sees_state = sees_state
         self.cache = cache or ScriptedCache()
         self.clock = ScriptedClock()
         self.calls: list[Call] = []
@@ -274,7 +278,9 @@ class ScriptedDecoder:
         text = before.then(self._checked(int(self._ids[row])))
         self.cache.lower[position] = self._hidden[row] = text
         if with_head:
-            assert self._states[row] == State(before, is_guess=row > 0), f"row {row} drafts from {self._states[row]}"
+            assert not self.sees_state or self._states[row] == State(before, is_guess=row > 0), (
+                f"row {row} drafts from {self._states[row]}"
+            )
             self._states[row + 1] = State(text, is_guess=True)
             say(self.exit, row, self.model.exit(text), with_logits)
 

@@ -54,6 +54,7 @@ class ScriptedLevels:
         self.max_length = max_length
         self.filling_levels = exits + 1
         self.sees_state = False
+        self.has_drafter = False
         self.depths = tuple(2 * (level + 1) for level in range(exits + 1))
         self.num_layers = self.depths[-1]
         self.exit_layer = self.depths[0]

@@ -36,7 +36,7 @@ class ScriptedLength(DraftLength):
         self._wanted = wanted
         self._round = -1
 
-    def choose(self, max_rows: int) -> int:
+    def choose(self, max_rows: int, tokens: Sequence[int] = ()) -> int:
         self._round += 1
         return min(self._wanted[self._round % len(self._wanted)], max_rows)
 

@@ -135,7 +135,7 @@ def test_batch_looks_drafts_up_too(paths: dict[str, Path], tmp_path: Path, capsy
     ("options", "message"),
     [
         (("--draft", "lookup"), "plain decoding drafts nothing"),
-        (("--strategy", "self-speculative", "--draft-texts", "x"), "nothing is looked up"),
+        (("--strategy", "self-speculative", "--draft", "exit", "--draft-texts", "x"), "nothing is looked up"),
         (("--strategy", "self-speculative", "--draft", "lookup", "--exit-layer", "1"), "no exit drafts"),
         (("--strategy", "self-speculative", "--draft", "drafter"), "has no trained drafter"),
         (("--strategy", "self-speculative", "--draft", "lookup", "--draft-texts", "no/file"), "cannot be read"),

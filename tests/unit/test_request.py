@@ -10,7 +10,7 @@ import pytest
 from shortstack import DraftPolicy, ExitEarly, ExitPolicy, Plain, Request, SamplingParams, Speculate, parse_criterion
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.plan import ExitSpec, SplitPlan
-from shortstack.runtime.decode.drafters import FromExit
+from shortstack.runtime.decode.hybrid import FromHybrid
 from shortstack.runtime.request import make_request
 
 RULE = "top_prob >= 0.9"
@@ -122,7 +122,7 @@ class Twice:
 
 def test_a_source_of_drafts_names_its_exits_itself() -> None:
     assert Speculate(source=Twice()).exits_in(SplitPlan(12, (ExitSpec(4), ExitSpec(8), ExitSpec(10)))) == (4, 8)
-    assert Speculate(4).drafts_from == FromExit(4)
+    assert Speculate(4).drafts_from == FromHybrid(4)
 
 
 def test_a_request_cannot_be_changed() -> None:
@@ -138,5 +138,6 @@ def test_a_strategy_names_the_exits_that_it_uses_in_a_bundle() -> None:
     assert ExitEarly(POLICY).exits_in(plan) == (4, 8)
     with pytest.raises(RequestError, match="one of"):
         Speculate(5).exits_in(plan)
+    assert Speculate().exits_in(SplitPlan(12, ())) == ()  # drafts are looked up
     with pytest.raises(RequestError, match="has none"):
-        Speculate().exits_in(SplitPlan(12, ()))
+        Speculate(8).exits_in(SplitPlan(12, ()))
