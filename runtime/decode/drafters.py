@@ -6,9 +6,9 @@ has run there already, and the loop runs the others. The exit has run the rows t
 not run the model reports 0. A drafter that needs to see prompts wraps the
 :class:`~shortstack.runtime.engine.decoder.State` that the loop receives.
 
-A request names a drafter by a value, its :class:`DraftSource`. :class:`FromExit` is the one that ships: the lowest exit
-of the stack drafts, which makes decoding self-speculative (LayerSkip, arXiv 2404.16710). A new drafter is one file in
-this folder with a source of its own, which ``Speculate(source=...)`` takes.
+A request names a drafter by a value, its :class:`DraftSource`. With :class:`FromExit` the lowest exit of the stack
+drafts, which makes decoding self-speculative (LayerSkip, arXiv 2404.16710). A new drafter is one file in this folder
+with a source of its own, which ``Speculate(source=...)`` takes.
 """
 
 from __future__ import annotations
