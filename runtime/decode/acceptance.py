@@ -26,12 +26,8 @@ class Rate:
     """
 
     def __init__(self, guess: float, least_weight: float = _LEAST_WEIGHT) -> None:
-        self._guess, self._least_weight = guess, least_weight
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget everything."""
-        self.value, self.judged = self._guess, 0
+        self._least_weight = least_weight
+        self.value, self.judged = guess, 0
 
     def observe(self, *, accepted: bool) -> None:
         """Learn from one judged draft."""

@@ -9,7 +9,7 @@ over a plain step. Then it can lose only what measuring costs, which is little:
 lookup        what is found is compared with the text that comes, whether it was drafted or not, which is free. After
               8, 16, 32, ... and then every 256 finds a longer round is tried, if it would be better at usual costs
 exit,         while it is off, some plain steps run its head too: after 8, 16, 32, ... and then every 256 steps. As long
-drafter       as such drafts are accepted the next step does so as well, and four in a row begin anew
+drafter       as such drafts are accepted, the next step does so as well
 plain step    after 16, 32, ... and then every 256 rounds that draft
 ============  ==========================================================================================================
 
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 _STARTS_AT, _STAYS_AT = 1.02, 0.99  # as in draft_length; lookup always needs the first
 _GUESS = 0.7  # of the exit or drafter
 _FEWEST_JUDGED = 3  # of its drafts, before waits begin
-_STREAK = 4
 _FIRST_WAIT, _LAST_WAIT = 16, 256  # rounds between two measurements of a plain step
 _MOST_BEFORE, _MOST_AFTER = 6, 3  # drafts of lookup and of the exit in a round of both
 
@@ -90,14 +89,14 @@ class Knowledge:
         own: Acceptance of the exit or drafter.
         lookups: Acceptance of lookup, by the name of the index.
         is_on: The exit or drafter pays.
-        streak: Its drafts accepted in a row while it does not.
+        goes_on: Its last draft beside a plain step was accepted, so the next step has one too.
     """
 
     costs: RoundCosts = field(default_factory=RoundCosts)
     own: Rate = field(default_factory=lambda: Rate(_GUESS))
     lookups: dict[str, LookupRates] = field(default_factory=lambda: {"lookup": LookupRates(), "texts": LookupRates()})
     is_on: bool = False
-    streak: int = 0
+    goes_on: bool = False
     own_again: Remeasure = field(default_factory=Remeasure)
     lookup_again: Remeasure = field(default_factory=Remeasure)
     rounds_since_plain: int = 0
@@ -228,13 +227,7 @@ class HybridDrafter:
             known.own.observe(accepted=True)
         if 0 <= accepted < drafted:
             known.own.observe(accepted=False)
-        if self._plan.kind == "probe":
-            known.streak = known.streak + 1 if accepted else 0
-            if known.streak >= _STREAK:
-                known.streak = 0
-                known.own.restart()
-                for _ in range(_STREAK):
-                    known.own.observe(accepted=True)
+        known.goes_on = self._plan.kind == "probe" and accepted > 0
 
     def _judge_lookup(self, tokens: Sequence[int]) -> None:
         """Compare what was found before the last round with what has come; drafted or not, this is its acceptance."""
@@ -284,9 +277,7 @@ class HybridDrafter:
     def _probes(self) -> bool:
         """Return whether this plain step runs a draft beside it."""
         known = self._known
-        return (
-            not known.costs.draft_s or known.own.judged < _FEWEST_JUDGED or known.streak > 0 or known.own_again.is_due()
-        )
+        return not known.costs.draft_s or known.own.judged < _FEWEST_JUDGED or known.goes_on or known.own_again.is_due()
 
     def _measured_again(self, lookup: Plan, max_rows: int) -> Plan | None:
         """Return a longer round of lookup that would pay more at usual costs, so that the measured ones may be wrong.

@@ -87,10 +87,13 @@ def test_a_text_of_one_token_is_searched_in_bounded_time() -> None:
 
 
 @examples(300)
-@given(st.lists(tokens, min_size=1, max_size=4), tokens, st.integers(1, 3))
-def test_the_longest_occurrence_in_other_texts_is_found(texts: list[list[int]], text: list[int], least: int) -> None:
+@given(st.lists(tokens, min_size=1, max_size=4), tokens, st.integers(1, 3), st.integers(0, 60), st.data())
+def test_the_longest_occurrence_in_other_texts_is_found(
+    texts: list[list[int]], text: list[int], least: int, end: int, data: st.DataObject
+) -> None:
     if not any(texts):
         return
+    text += data.draw(st.sampled_from(texts))[:end]
     index = TextIndex(texts, least)
     places = [(each, after) for each in texts for after in range(1, len(each))]
     wanted = max((ends_alike(each[:after], text, MOST) for each, after in places), default=0)
