@@ -20,12 +20,11 @@ from shortstack.progress import progress_stages
 from shortstack.runtime.batch.answers import answer, digest_of, is_failure, open_answers, write
 from shortstack.runtime.batch.lines import Line, read_lines
 from shortstack.runtime.commands.batch_totals import Totals
+from shortstack.runtime.commands.drafting import Drafting, drafting_options
 from shortstack.runtime.commands.generate import make_strategy
 from shortstack.runtime.commands.options import (
-    Drafting,
     Exiting,
     Showing,
-    drafting_options,
     exit_layers_option,
     exiting_options,
     max_new_tokens_option,

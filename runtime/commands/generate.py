@@ -15,11 +15,10 @@ from shortstack.command_paths import BundlePath
 from shortstack.graphs.errors import INTERRUPTED, RequestError
 from shortstack.graphs.kv_map import iterated_groups
 from shortstack.runtime.commands.agreement import Agreement, agreement_of
+from shortstack.runtime.commands.drafting import Drafting, drafting_options
 from shortstack.runtime.commands.options import (
-    Drafting,
     Exiting,
     Showing,
-    drafting_options,
     exit_layers_option,
     exiting_options,
     max_new_tokens_option,
