@@ -11,6 +11,7 @@ import pytest
 from helpers.drafter_cases import written
 from helpers.drafters import Eagle3, Projected, Recorded
 from helpers.gguf_drafters import eagle3_gguf, with_mtp_gguf
+from helpers.gguf_files import Kind
 from helpers.mtp import TinyMtp
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.export.assemble import export_bundle
@@ -136,6 +137,24 @@ def test_the_rows_of_such_a_layer_of_llama_are_put_back(target: Path, tmp_path: 
     file = with_mtp_gguf(Path(spec.checkpoint), tmp_path / "m.gguf", "llama")
     from_gguf = exported(file, tmp_path / "a", OWN_DRAFTER)
     assert from_gguf.manifest.weights_sha256 == from_folder.manifest.weights_sha256
+
+
+def test_a_drafter_beside_kept_blocks_changes_no_token(tmp_path: Path) -> None:
+    folder = TinyMtp(2).write(tmp_path / "model")
+    head = Eagle3(hidden=32, target_hidden=32, heads=2, features=(1, 2)).write(tmp_path / "d")
+    file = with_mtp_gguf(folder, tmp_path / "m.gguf", "qwen2", kind=Kind.Q8_0)
+    speculate = Speculate(draft=DraftPolicy(2))
+    for drafter in (OWN_DRAFTER, str(eagle3_gguf(head, tmp_path / "d.gguf"))):
+        out = tmp_path / drafter.replace("/", "")
+        bundle = export_bundle(ExportSpec(str(file), out, drafter=drafter, keep_blocks=True))
+        assert bundle.manifest.precision.weights["drafter.layers.0.attn.o_proj.weight"].bits == 8
+        with load(bundle.folder) as model:
+            for seed in range(3):
+                prompt = np.random.default_rng(seed).integers(3, 300, 9).tolist()
+                plain = model.generate(prompt, max_new_tokens=30, ignore_eos=True)
+                result = model.generate(prompt, strategy=speculate, max_new_tokens=30, ignore_eos=True)
+                assert result.tokens == plain.tokens
+                assert result.stats.drafted > 0
 
 
 def test_such_layers_that_a_file_lacks_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from helpers.gguf_converter import convert
-from helpers.gguf_files import byte_level, permute
+from helpers.gguf_files import Kind, byte_level, permute
 
 _EAGLE3 = {
     "fc": "fc",
@@ -89,7 +89,9 @@ def eagle3_gguf(
     return file
 
 
-def with_mtp_gguf(folder: Path, file: Path, architecture: str, *, skip: str = "nothing") -> Path:
+def with_mtp_gguf(
+    folder: Path, file: Path, architecture: str, *, skip: str = "nothing", kind: Kind | None = None
+) -> Path:
     """Convert a model whose checkpoint has layers for multi-token prediction above its own, tokenizer included.
 
     Args:
@@ -97,6 +99,7 @@ def with_mtp_gguf(folder: Path, file: Path, architecture: str, *, skip: str = "n
         file: The file to write.
         architecture: llama.cpp's name of its architecture.
         skip: A part of the GGUF names of tensors of such layers to leave out.
+        kind: Type of the model's own matrices; None for float32.
     """
     config = json.loads((folder / "config.json").read_text())
     layers, vocab = config["num_hidden_layers"], config["vocab_size"]
@@ -112,13 +115,13 @@ def with_mtp_gguf(folder: Path, file: Path, architecture: str, *, skip: str = "n
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
     extra = {}
     for name, value in above.items():
-        stem, kind = name.rsplit(".", 1)
+        stem, suffix = name.rsplit(".", 1)
         own = stem.split(".", 3)[3]
         if architecture == "llama" and own.endswith(("q_proj", "k_proj")):
             value = permute(value, heads[own[-6]])
         target = f"blk.{_number(name)}.{_NEXTN[own]}" if own in _NEXTN else names.get_name(stem)
-        if skip not in f"{target}.{kind}":
-            extra[f"{target}.{kind}"] = np.ascontiguousarray(value)
+        if skip not in f"{target}.{suffix}":
+            extra[f"{target}.{suffix}"] = np.ascontiguousarray(value)
 
     def edit(writer: gguf.GGUFWriter) -> None:
         byte_level(writer)
@@ -129,7 +132,7 @@ def with_mtp_gguf(folder: Path, file: Path, architecture: str, *, skip: str = "n
         writer.add_block_count(layers + count)
         writer.add_nextn_predict_layers(count)
 
-    return convert(base, file, architecture, edit=edit, extra=extra)
+    return convert(base, file, architecture, kind=kind, edit=edit, extra=extra)
 
 
 def _number(name: str) -> int:

@@ -44,7 +44,7 @@ class TinyMtp:
         config = Qwen2Config(
             vocab_size=self.vocab,
             hidden_size=HIDDEN,
-            intermediate_size=48,
+            intermediate_size=64,
             num_hidden_layers=LAYERS,
             num_attention_heads=2,
             num_key_value_heads=1,
