@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,18 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from helpers.drafters import Recorded
+from helpers.gguf_cases import CASES
 from helpers.mtp import HIDDEN, LAYERS, TinyMtp, as_mimo, change, recomputed, reference, reference_rounds
 from helpers.quantized import preset
+from shortstack.export.arch import resolve
 from shortstack.export.assemble import export_bundle
+from shortstack.export.checkpoint import open_checkpoint
+from shortstack.export.drafters import ModelOfDrafter
+from shortstack.export.drafters.mtp import read_mtp
+from shortstack.export.kept_blocks import KeptBlocks
 from shortstack.export.quantized import export_quantized
 from shortstack.export.spec import OWN_DRAFTER, ExportSpec
+from shortstack.export.tensors import ModelTensors
 from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import CheckpointError, UnsupportedError
 from shortstack.graphs.precision import BlockFormat
@@ -325,3 +333,19 @@ def test_layers_of_hybrid_models_are_refused_with_the_reason(three: Drafted, tmp
 def test_inspect_says_how_many_layers_draft(three: Drafted) -> None:
     said = dict(drafter_facts(build_report(open_bundle(three.bundle))))["drafter"]
     assert "3 layers for multi-token prediction, one for each draft" in said
+
+
+@pytest.mark.parametrize("name", ["glm4", "ernie4_5", "qwen3"])
+def test_such_a_layer_is_read_as_its_family_reads_the_models_own(tmp_path: Path, name: str) -> None:
+    folder = next(case for case in CASES if case.name == name).save(tmp_path / "model")
+    found, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    last, hidden = config["num_hidden_layers"] - 1, config["hidden_size"]
+    copied = {n.replace(f".{last}.", f".{last + 1}."): v for n, v in found.items() if f"layers.{last}." in n}
+    norms = dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), torch.ones(hidden))
+    own = {**norms, "eh_proj": torch.ones(hidden, 2 * hidden)}
+    change(folder, {**copied, **{f"model.layers.{last + 1}.{n}.weight": v for n, v in own.items()}})
+    checkpoint = open_checkpoint(str(folder))
+    arch, spec = resolve(checkpoint)
+    drafter = read_mtp(ModelOfDrafter(checkpoint, spec, arch))
+    for role, value in ModelTensors(checkpoint, arch, spec, KeptBlocks()).layer_roles(last).items():
+        assert np.array_equal(drafter.role(0, role), value)
