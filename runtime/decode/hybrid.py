@@ -3,7 +3,7 @@
 What pays follows from measurements: what rounds cost on this machine (:mod:`.round_costs`) and how often drafts are
 accepted (:mod:`.acceptance`). A round emits 1 + P1 + P2 + ... tokens on average, where Pi is the probability that its
 first i drafts are accepted. The way with the most tokens per second is taken, if it is predicted to gain at least 2%
-over a plain step. Then it can lose only what measuring costs, which is little:
+over a plain step (lookup: 5%). Then it can lose only what measuring costs, which is little:
 
 ============  ==========================================================================================================
 lookup        what is found is compared with the text that comes, whether it was drafted or not, which is free. After
@@ -40,7 +40,8 @@ from shortstack.runtime.engine.decoder import State
 
 log = logging.getLogger(__name__)
 
-_STARTS_AT, _STAYS_AT = 1.02, 0.99  # as in draft_length; lookup always needs the first
+_STARTS_AT, _STAYS_AT = 1.02, 0.99  # as in draft_length, for the exit or drafter
+_LOOKUP_AT = 1.05  # rates by match length rest on few drafts, and the best of several is often a lucky one
 _GUESS = 0.7  # of the exit or drafter
 _FEWEST_JUDGED = 3  # of its drafts, before waits begin
 _FIRST_WAIT, _LAST_WAIT = 16, 256  # rounds between two measurements of a plain step
@@ -250,7 +251,7 @@ class HybridDrafter:
         )
         if best is not _PLAIN:
             self.best_gain = best.gain
-        pays = best.gain >= (_STAYS_AT if best is own and known.is_on else _STARTS_AT)
+        pays = best.gain >= (_LOOKUP_AT if best is not own else _STAYS_AT if known.is_on else _STARTS_AT)
         if own is not None and (best is own or own.gain < _STAYS_AT):
             self._switch(pays and best is own, own)
         if lookup is not None and (again := self._measured_again(lookup, max_rows)) is not None:
@@ -288,9 +289,9 @@ class HybridDrafter:
             return None
         guessed = self._best_lookup(max_rows, self._known.costs.guessed_whole)
         assert guessed is not None
-        most = 1 if lookup.gain < _STARTS_AT else 2 * lookup.looked_up + 1
+        most = 1 if lookup.gain < _LOOKUP_AT else 2 * lookup.looked_up + 1
         drafts = min(guessed.looked_up, most)
-        is_other = drafts > lookup.looked_up or lookup.gain < _STARTS_AT
+        is_other = drafts > lookup.looked_up or lookup.gain < _LOOKUP_AT
         return Plan("lookup", lookup.gain, drafts) if guessed.gain > 1.1 * max(lookup.gain, 1.0) and is_other else None
 
     def _best_lookup(self, max_rows: int, cost: Callable[[int], float] | None = None) -> Plan | None:
