@@ -151,6 +151,8 @@ class HybridDrafter:
         self._stack, self._choice, self._known = stack, choice, known
         self._own, self._lookup = own, lookup
         self._most_own = policy.max_draft_tokens
+        if isinstance(own, TrainedDrafter):
+            self._most_own = min(self._most_own, stack.drafter.most_drafts)
         self._most_looked_up = policy.max_lookup_tokens or policy.max_draft_tokens
         self._own_bonus = policy.has_bonus or isinstance(own, TrainedDrafter)
         # The exit can go on behind rows that were looked up, unless it needs its own states of them.

@@ -231,8 +231,8 @@ def test_the_bundle_with_a_drafter_and_exits_lets_either_draft(target: Target, t
     with load(export_bundle(spec).folder) as model:
         prompt = prompts()[1]
         plain = model.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True)
-        by_drafter = model.generate(prompt, strategy="self-speculative", max_new_tokens=TOKENS, ignore_eos=True)
-        by_exit = model.generate(prompt, exit_layer=2, max_new_tokens=TOKENS, ignore_eos=True)
+        fixed: dict[str, Any] = {"draft": DraftPolicy(4), "max_new_tokens": TOKENS, "ignore_eos": True}
+        by_drafter, by_exit = model.generate(prompt, **fixed), model.generate(prompt, exit_layer=2, **fixed)
     assert by_drafter.tokens == by_exit.tokens == plain.tokens
     assert by_exit.stats.accepted > by_drafter.stats.accepted
 

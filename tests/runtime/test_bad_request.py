@@ -59,9 +59,9 @@ def test_a_request_that_cannot_be_met_is_refused_by_option(
     refused(["generate", sound, *map(str, options)], *says)
 
 
-def test_an_uncut_bundle_cannot_draft(tiny_bundles: TinyBundles, refused: Refused) -> None:
+def test_an_uncut_bundle_has_no_exit_that_drafts(tiny_bundles: TinyBundles, refused: Refused) -> None:
     whole = tiny_bundles.bundle(BASE)
-    refused(["generate", whole, "Hi", *DRAFTING], "has none", "--exit-layer E")
+    refused(["generate", whole, "Hi", *DRAFTING, "--draft", "exit"], "has none", "--exit-layer E")
     refused(["generate", whole, "Hi", *DRAFTING, "-e", 1], "this bundle has none", "--exit-layer 1")
 
 
