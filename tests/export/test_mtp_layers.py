@@ -244,8 +244,8 @@ def test_export_with_a_preset_gives_what_quantize_gives(three: Drafted, tmp_path
 def test_a_round_drafts_no_more_than_there_are_layers(three: Drafted, monkeypatch: pytest.MonkeyPatch) -> None:
     source, wanted, choose = Recorded(), list[int](), DraftLength.choose
 
-    def chosen(self: DraftLength, max_rows: int) -> int:
-        wanted.append(choose(self, max_rows))
+    def chosen(self: DraftLength, max_rows: int, tokens: Sequence[int]) -> int:
+        wanted.append(choose(self, max_rows, tokens))
         return wanted[-1]
 
     monkeypatch.setattr(DraftLength, "choose", chosen)
