@@ -20,6 +20,8 @@ from shortstack.runtime.engine.head import Head
 class ScriptedRows:
     """What :class:`TrainedDrafter` asks of the drafter of one sequence."""
 
+    most_drafts = 15
+
     def __init__(self, model: ScriptedModel, decoder: ScriptedDecoder, costs_s: tuple[float, float] = (0, 0)) -> None:
         ids = model.draft_ids
         self._model, self._decoder, self._costs_s = model, decoder, costs_s
