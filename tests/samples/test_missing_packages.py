@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": "tokenizers",
     "bench.batch_rivals": "tokenizers",
     "bench.batches": "onnxruntime",
+    "bench.categories": "rich",
     "bench.early_exit": "rich",
     "bench.hf_folder": "safetensors",
     "bench.kv_sharing": "torch",
