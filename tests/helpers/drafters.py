@@ -164,6 +164,26 @@ class Eagle3:
             ids.append(found[-1])
         return found
 
+    def forced(
+        self, w: Rows, states: Sequence[Tensor], tokens: Sequence[int], true: int, further: int, embedding: Tensor
+    ) -> list[Tensor]:
+        """Return g of the last of some true rows, then of further rows on the head's own states, all of a given text.
+
+        Args:
+            w: Its weights.
+            states: As for :meth:`drafts`.
+            tokens: The text; row p reads token p + 1.
+            true: How many true rows.
+            further: How many rows behind them.
+            embedding: The model's embedding [vocab, hidden].
+        """
+        u, found = self._fused(w, states, true), list[Tensor]()
+        for row in range(true, true + further + 1):
+            g, _ = self._layer(w, u, embedding[list(tokens[1 : row + 1])])
+            found.append(g[-1])
+            u = torch.cat([u, g[-1:]])
+        return found
+
     def _fused(self, w: Rows, states: Sequence[Tensor], rows: int) -> Tensor:
         features = [states[depth][:rows] for depth in self.features]
         if self.options.get("fc_norm"):

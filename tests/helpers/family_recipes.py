@@ -28,7 +28,7 @@ from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import load
-from shortstack.samples.recipes import ee_llm, ee_tuning, kv_sharing, layerskip
+from shortstack.samples.recipes import eagle, ee_llm, ee_tuning, kv_sharing, layerskip
 
 EXIT, TOKENS = 2, 16
 
@@ -117,6 +117,14 @@ def tunes_a_block(made: MadeFamily, folder: Path) -> None:
     _computes(folder / "bundle", load_twin(str(made.checkpoint)).eval(), made, folder / "run")
 
 
+def trains_a_drafter(made: MadeFamily, folder: Path) -> None:
+    """EAGLE-3: a head beside the frozen model."""
+    head = ["--depth", EXIT, "--draft-vocab", "64", "--intermediate-size", "32"]
+    call(eagle.main, made.checkpoint, folder / "run", *head, *options(write_words(folder), 2))
+    export_bundle(ExportSpec(str(made.checkpoint), folder / "bundle", drafter=str(folder / "run" / "head")))
+    _computes(folder / "bundle", load_twin(str(made.checkpoint)).eval(), made)
+
+
 RECIPES: dict[str, Callable[[MadeFamily, Path], None]] = {
     "kv_sharing": shares,
     "layerskip": skips,
@@ -124,6 +132,7 @@ RECIPES: dict[str, Callable[[MadeFamily, Path], None]] = {
     "ee_llm": trains_exits,
     "ee_tuning of a draft head": tunes,
     "ee_tuning of a block": tunes_a_block,
+    "eagle": trains_a_drafter,
 }
 
 

@@ -1,0 +1,199 @@
+"""Trains an EAGLE-3 head on what a frozen model left of its own answers: the work behind the recipe ``eagle``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shortstack.graphs import names
+from shortstack.graphs.errors import RequestError
+from shortstack.progress import progress_stages
+from shortstack.samples.recipes.training.data import Example
+from shortstack.samples.recipes.training.draft_cost import Costs, best_outcome
+from shortstack.samples.recipes.training.draft_measure import measure_last
+from shortstack.samples.recipes.training.eagle_batches import Row, TextOrder, drafted_rows, load_batch
+from shortstack.samples.recipes.training.eagle_files import read_head, write_head
+from shortstack.samples.recipes.training.eagle_head import EagleHead, HeadSpec, new_head
+from shortstack.samples.recipes.training.eagle_loss import HeadLossSpec, head_loss, weighted
+from shortstack.samples.recipes.training.eagle_measure import further_draft_cost, measure_head
+from shortstack.samples.recipes.training.features import Features, extract_features
+from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
+from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast
+from shortstack.samples.recipes.training.report import write_report
+from shortstack.samples.recipes.training.source import Source
+from shortstack.samples.recipes.training.stack_loss import ExitVocab
+
+HEAD_FOLDER = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The answers of one file.
+
+    Attributes:
+        name: The file's name without its ending.
+        rows: Training text.
+        is_held_out: Which of the rows are for measuring only.
+    """
+
+    name: str
+    rows: Sequence[Example]
+    is_held_out: Sequence[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTraining:
+    """What is trained, and how it is measured.
+
+    Attributes:
+        head: The head; None continues ``init``.
+        init: A head to continue.
+        loss: What it is trained for.
+        batch_size: Texts in a batch.
+        drafts: Tokens drafted in a row when measuring.
+        costs: For the predicted speed-up.
+    """
+
+    head: HeadSpec | None
+    init: Path | None
+    loss: HeadLossSpec
+    batch_size: int
+    drafts: int
+    costs: Costs
+
+
+def train_head(
+    source: Source,
+    answers: Sequence[Answers],
+    recipe: HeadTraining,
+    loop: LoopSpec,
+    epochs: float | None,
+    out: Path,
+    settings: Mapping[str, Any],
+    features_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Run the recipe.
+
+    Args:
+        source: The model and its tokenizer's files.
+        answers: Of each file; rows of the first are held out.
+        recipe: What is trained.
+        loop: How long and how fast.
+        epochs: How often each text is trained on, in place of the loop's steps; None keeps these.
+        out: The run's folder.
+        settings: What the run depends on, for its report and for resuming.
+        features_folder: Where the model's activations are kept; None keeps them in the run's folder.
+
+    Returns:
+        The report, as written to ``report.json``.
+
+    Raises:
+        RequestError: No answer is long enough, or ``init`` is for another model.
+    """
+    torch.manual_seed(loop.seed)
+    twin, use_bf16 = source.twin.eval().requires_grad_(False), is_bf16_fast("cpu")
+    head = _start(source, answers, recipe)
+    depths, folder = head.spec.features, features_folder or out / "features"
+    with progress_stages() as stage:
+        advance = stage("running the model", sum(len(row.ids) for own in answers for row in own.rows))
+        sets = [
+            extract_features(twin, own.rows, own.is_held_out, folder / own.name, depths, advance=advance)
+            for own in answers
+        ]
+    trained, held = (drafted_rows(sets, held_out=held_out) for held_out in (False, True))
+    if not trained or not held:
+        raise RequestError(
+            "--data has too few answers of two tokens or more",
+            found=f"{len(trained)} to train on and {len(held)} held out",
+            expected="at least one each",
+            remedy="make more answers with samples.recipes.self_data",
+        )
+    order = TextOrder(sets, trained, recipe.batch_size, loop.seed)
+    if epochs is not None:
+        loop = _with_steps(loop, max(1, round(epochs * order.per_epoch / loop.accumulate)))
+
+    def loss_of(step: int, index: int) -> StepLoss:
+        batch = load_batch(sets, order[index], depths)
+        with autocast("cpu", use_bf16):
+            losses = head_loss(head, twin, batch, recipe.loss)
+        parts = {f"draft {number}": float(one.detach()) for number, one in enumerate(losses, start=1)}
+        return StepLoss(weighted(losses, recipe.loss.decay), parts, batch.tokens)
+
+    def measure() -> dict[str, float]:
+        write_head(head, out / HEAD_FOLDER)
+        with autocast("cpu", use_bf16):
+            alphas = measure_head(head, twin, sets, held, recipe.drafts).alphas
+        return {f"draft {number}": alpha for number, alpha in enumerate(alphas, start=1)}
+
+    history = run(head, loss_of, measure, loop, out, settings)
+    write_head(head, out / HEAD_FOLDER)
+    found = describe(head, source, sets, held, recipe, use_bf16)
+    last = {twin.spec.num_hidden_layers: measure_last(twin, sets[0])}
+    return write_report(out, "EAGLE-3", settings, history, last, last, {"head": found})
+
+
+def describe(
+    head: EagleHead,
+    source: Source,
+    sets: Sequence[Features],
+    held: Sequence[Row],
+    recipe: HeadTraining,
+    use_bf16: bool,
+) -> dict[str, Any]:
+    """Return what a head is and what it is worth, as JSON-ready data."""
+    with autocast("cpu", use_bf16):
+        found = measure_head(head, source.twin, sets, held, recipe.drafts)
+    cost = further_draft_cost(head, source.twin.spec, recipe.costs)
+    said = torch.cat([torch.from_numpy(sets[0].targets[_answer(sets[0], row)]).long() for _, row in held])
+    return {
+        "spec": json.loads(json.dumps(asdict(head.spec))),
+        "parameters": sum(parameter.numel() for parameter in head.parameters()),
+        "coverage": float((head.row_of[said] >= 0).float().mean()),
+        "draft_cost": cost,
+        "alphas": found.alphas,
+        "fixed_length": asdict(best_outcome(found, cost, recipe.costs, (0.0,))),
+        "with_threshold": asdict(best_outcome(found, cost, recipe.costs)),
+    }
+
+
+def _answer(features: Features, row: int) -> slice:
+    return slice(int(features.answer_starts[row]), int(features.starts[row + 1]) - 1)
+
+
+def _start(source: Source, answers: Sequence[Answers], recipe: HeadTraining) -> EagleHead:
+    """Return a new head, or the one to continue."""
+    if recipe.init is not None:
+        return read_head(recipe.init, source.twin, recipe.loss.steps)
+    assert recipe.head is not None
+    ids = draft_vocabulary(answers, recipe.head.draft_vocab, recipe.head.vocab_size, end_ids(source))
+    return new_head(source.twin, recipe.head, ids)
+
+
+def draft_vocabulary(answers: Sequence[Answers], size: int, vocab_size: int, end: Sequence[int]) -> Tensor:
+    """Return the ids that a head drafts, ascending: those that end a text, and the most frequent ones trained on."""
+    said = [
+        token
+        for own in answers
+        for row, held in zip(own.rows, own.is_held_out, strict=True)
+        if not held
+        for token in row.ids[row.start :]
+    ]
+    said += [token for token in end if token < vocab_size] * (len(said) + 1)
+    return ExitVocab.most_frequent(said, size, vocab_size).ids
+
+
+def end_ids(source: Source) -> tuple[int, ...]:
+    """Return all ids that the generation config lets end a text."""
+    found = json.loads(source.files.get(names.GENERATION_CONFIG_FILE, b"{}")).get("eos_token_id")
+    listed = found if isinstance(found, list) else [found]
+    return tuple(token for token in listed if type(token) is int and token >= 0)
+
+
+def _with_steps(loop: LoopSpec, steps: int) -> LoopSpec:
+    return LoopSpec(**{**asdict(loop), "steps": steps})
