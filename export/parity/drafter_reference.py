@@ -83,6 +83,13 @@ def load_drafter_reference(
             found=f"--drafter {source}",
             remedy="leave --drafter out, or give a bundle that was exported with it",
         )
+    if form := _unknown_form(wanted):
+        raise RequestError(
+            f"parity has no twin of {form}",
+            found=f"--drafter {source}, of kind {wanted.kind}",
+            expected="an EAGLE head or one layer for multi-token prediction",
+            remedy="leave --drafter out, which compares all but the drafter; generate --compare counts its drafts",
+        )
     if (source == OWN_DRAFTER) != (wanted.kind == "mtp"):
         raise RequestError(
             "the bundle's drafter is of another kind",
@@ -110,6 +117,13 @@ def load_drafter_reference(
         ModelParts(spec, ends[EMBEDDING], ends[head], manifest.max_length, tensors.rope_factors()),
     )
     return DrafterReference(twin, torch.tensor(tensors.vector(FINAL_NORM)), spec.ends.final_norm, errors)
+
+
+def _unknown_form(drafter: DrafterSpec) -> str:
+    """Say what a drafter is that no twin computes; nothing for one that a twin does."""
+    if drafter.shared:
+        return "assistants, which read the model's keys and values"
+    return "several layers that draft one token each" if drafter.layer_per_draft else ""
 
 
 def _check_same(ours: DrafterSpec, theirs: DrafterSpec, remedy: str) -> None:

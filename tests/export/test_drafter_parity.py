@@ -16,9 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.assistants import LlamaAssistant
 from helpers.bad_input import Refused
 from helpers.drafter_cases import HEADS, KINDS, written
 from helpers.drafters import Eagle3, Rows, residual_streams
+from helpers.mtp import TinyMtp
 from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.__main__ import run
@@ -329,6 +331,25 @@ def test_a_drafter_that_is_not_the_bundles_is_refused(
     spec = written(Path(checkpoint), KINDS["DeepSeek's layer"], tmp_path / "mtp")
     bundle = str(export_bundle(spec).folder)
     refused(["parity", spec.checkpoint, bundle, "--drafter", fitted[0], "--prompts", "1"], "of another kind", "mtp")
+
+
+def test_kinds_without_a_twin_are_refused(
+    checkpoint: str, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assistant = str(LlamaAssistant().write(tmp_path / "assistant"))
+    bundle = str(export_bundle(ExportSpec(checkpoint, tmp_path / "a", drafter=assistant)).folder)
+    refused(
+        ["parity", checkpoint, bundle, "--drafter", assistant, "--prompts", "1"],
+        "no twin of assistants",
+        "Leave --drafter out",
+    )
+    mtp = str(TinyMtp(2).write(tmp_path / "mtp"))
+    bundle = str(export_bundle(ExportSpec(mtp, tmp_path / "m", drafter="mtp")).folder)
+    refused(
+        ["parity", mtp, bundle, "--drafter", "mtp", "--prompts", "1"],
+        "no twin of several layers",
+        "Leave --drafter out",
+    )
 
 
 def test_a_draft_for_which_the_twin_has_no_row_is_no_near_tie() -> None:
