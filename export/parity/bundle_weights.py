@@ -165,10 +165,10 @@ def put_into_transformers(model: Any, weights: BundleWeights) -> None:
     """Replace the parameters of transformers' model by a bundle's weights."""
     spec = weights.bundle.manifest.spec
     layers = [weights.layer(number) for number in range(spec.num_hidden_layers)]
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())  # a scalar is a buffer
     for name, value in checkpoint_tensors(ARCHITECTURES[spec.model_type], spec, weights.ends(), layers):
-        try:
-            parameter = model.get_parameter(name)
-        except AttributeError:  # some files call the head by another name
+        parameter = held.get(name)
+        if parameter is None:  # some files call the head by another name
             parameter = model.get_output_embeddings().weight
         parameter.copy_(torch.from_numpy(np.array(value)))  # what is mapped from a file cannot be written
 
