@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,9 @@ from shortstack.export.parity.bundle_weights import BundleWeights, WeightError, 
 from shortstack.export.parity.compare import differences
 from shortstack.export.spec import OWN_DRAFTER
 from shortstack.export.tensors import ModelTensors
-from shortstack.export.twin.drafter import DrafterTwin, DrafterWeights, ModelParts
+from shortstack.export.twin.assistant import AssistantTwin
+from shortstack.export.twin.drafter import DrafterTwin, DrafterWeights, ModelParts, TwinOfDrafter
+from shortstack.export.twin.drafter_stages import StagesTwin
 from shortstack.graphs.drafter_spec import DrafterSpec
 from shortstack.graphs.drafter_weights import HEAD_IDS, MODEL_NORM, end_parts
 from shortstack.graphs.errors import RequestError
@@ -42,7 +44,7 @@ class DrafterReference:
         weight_errors: How far a quantized bundle's weights are from the published ones.
     """
 
-    twin: DrafterTwin
+    twin: TwinOfDrafter
     model_norm: torch.Tensor
     norm: Norm
     weight_errors: Sequence[WeightError] = ()
@@ -62,7 +64,7 @@ def load_drafter_reference(
     """Open a drafter and make its twin.
 
     Args:
-        source: Its folder or hub id, or :data:`OWN_DRAFTER`.
+        source: Its folder, GGUF file or hub id, or :data:`OWN_DRAFTER`.
         checkpoint_source: The model's checkpoint.
         manifest: The bundle.
         revision: Branch, tag or commit of the model's hub id.
@@ -83,18 +85,13 @@ def load_drafter_reference(
             found=f"--drafter {source}",
             remedy="leave --drafter out, or give a bundle that was exported with it",
         )
-    if form := _unknown_form(wanted):
-        raise RequestError(
-            f"parity has no twin of {form}",
-            found=f"--drafter {source}, of kind {wanted.kind}",
-            expected="an EAGLE head or one layer for multi-token prediction",
-            remedy="leave --drafter out, which compares all but the drafter; generate --compare counts its drafts",
-        )
     if (source == OWN_DRAFTER) != (wanted.kind == "mtp"):
         raise RequestError(
             "the bundle's drafter is of another kind",
             found=f"--drafter {source}",
-            expected=f"--drafter {OWN_DRAFTER}" if wanted.kind == "mtp" else f"the folder of a head ({wanted.kind})",
+            expected=f"--drafter {OWN_DRAFTER}"
+            if wanted.kind == "mtp"
+            else f"the drafter's folder or file ({wanted.kind})",
             remedy=remedy,
         )
     opened = open_checkpoint(checkpoint_source, revision=revision, follow_links=follow_links, allow_pickle=allow_pickle)
@@ -111,19 +108,15 @@ def load_drafter_reference(
     if weights is not None:
         own = weights.drafter()
         errors = list(compare_drafter(own, published, tensors.vector(FINAL_NORM)))
-    twin = DrafterTwin(
-        drafter.spec,
-        own,
-        ModelParts(spec, ends[EMBEDDING], ends[head], manifest.max_length, tensors.rope_factors()),
-    )
+    parts = ModelParts(spec, ends[EMBEDDING], ends[head], manifest.max_length, tensors.rope_factors())
+    twin = _twin(drafter.spec, replace(own, rope_factors=drafter.rope_factors()), parts)
     return DrafterReference(twin, torch.tensor(tensors.vector(FINAL_NORM)), spec.ends.final_norm, errors)
 
 
-def _unknown_form(drafter: DrafterSpec) -> str:
-    """Say what a drafter is that no twin computes; nothing for one that a twin does."""
-    if drafter.shared:
-        return "assistants, which read the model's keys and values"
-    return "several layers that draft one token each" if drafter.layer_per_draft else ""
+def _twin(spec: DrafterSpec, weights: DrafterWeights, model: ModelParts) -> TwinOfDrafter:
+    if spec.shared:
+        return AssistantTwin(spec, weights, model)
+    return StagesTwin(spec, weights, model) if spec.layer_per_draft else DrafterTwin(spec, weights, model)
 
 
 def _check_same(ours: DrafterSpec, theirs: DrafterSpec, remedy: str) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 from shortstack.graphs import names
 from shortstack.runtime.decode.draft_length import DraftPolicy
 from shortstack.runtime.decode.trained_drafter import FromDrafter
-from shortstack.runtime.engine.whole_drafter import WholeDrafter
+from shortstack.runtime.engine.whole_drafter import fused
+from shortstack.runtime.engine.whole_drafters import whole_drafter
+from shortstack.runtime.engine.whole_text import run_for_drafter
 from shortstack.runtime.model import Model
 from shortstack.runtime.request import Speculate
 
@@ -62,11 +64,14 @@ def check_drafter(model: Model, tokens: Sequence[int]) -> DrafterCheck | None:
     rng = np.random.default_rng(0)
     ports = [names.feature(depth) for depth in drafter.features] or [names.DRAFT_STATE]
     shape = (1, _ROWS, manifest.spec.hidden_size)
-    whole = WholeDrafter(graphs, _ROWS)
-    states = whole.fused({port: rng.standard_normal(shape).astype(manifest.dtype) for port in ports})
-    found = whole.run(states, rng.integers(0, manifest.spec.vocab_size, _ROWS).tolist(), 0)
-    is_finite = all(bool(np.isfinite(x).all()) for x in (states, found.top_probs, found.logits, found.states))
-    in_range = bool(((found.tokens >= 0) & (found.tokens < manifest.spec.vocab_size)).all())
+    states = fused(graphs, {port: rng.standard_normal(shape).astype(manifest.dtype) for port in ports})
+    given = rng.integers(0, manifest.spec.vocab_size, min(_ROWS + 1, manifest.max_length)).tolist()
+    whole = whole_drafter(graphs, given, run_for_drafter(model.graphs, given)[1], 0)
+    runs = whole.all_rows(states)
+    numbers = [states, *(x for run in runs for x in (run.top_probs, run.logits, run.states))]
+    ids = [run.tokens for run in runs] + [run.logit_ids for run in runs if run.logit_ids is not None]
+    is_finite = all(bool(np.isfinite(x).all()) for x in numbers)
+    in_range = all(bool(((x >= 0) & (x < manifest.spec.vocab_size)).all()) for x in ids)
     prompt = tokens[: max(1, min(len(tokens), model.cache.max_length - _NEW_TOKENS))]
     plain = model.generate(prompt, max_new_tokens=_NEW_TOKENS, ignore_eos=True)
     wanted = Speculate(draft=DraftPolicy(), source=FromDrafter())

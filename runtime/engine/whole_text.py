@@ -57,15 +57,20 @@ def run_text(graphs: OpenGraphs, tokens: Sequence[int], states: Array | None = N
     return _run(graphs, tokens, states, None)
 
 
-def run_taps(graphs: OpenGraphs, tokens: Sequence[int]) -> dict[str, Stored]:
-    """Run one text as :func:`run_text` does; return what the model leaves for a drafter, [1, seq, hidden] by port."""
+def run_for_drafter(graphs: OpenGraphs, tokens: Sequence[int]) -> tuple[dict[str, Stored], KVCache]:
+    """Run one text as :func:`run_text` does.
+
+    Returns:
+        What the model leaves for a drafter, [1, seq, hidden] by port, and the keys and values of all positions.
+    """
     manifest = graphs.bundle.manifest
     shape = (1, len(tokens), manifest.spec.hidden_size)
     plan = manifest.plan
     found = {port: np.empty(shape, manifest.dtype) for segment in plan.segments for port in plan.taps_of(segment)}
     states = np.zeros(shape[1:], np.float32) if plan.has_state else None
-    _run(graphs, tokens, states, None, found)
-    return found
+    cache = graphs.new_cache(len(tokens))
+    _run(graphs, tokens, states, None, found, cache)
+    return found, cache
 
 
 def _run(
@@ -74,11 +79,12 @@ def _run(
     states: Array | None,
     final_state: Stored | None,
     taps: Mapping[str, Stored] | None = None,
+    cache: KVCache | None = None,
 ) -> Activations:
     """Run one text; the head writes states to ``final_state``, segments write to ``taps``, [1, seq, hidden] each."""
     manifest, rows = graphs.bundle.manifest, len(tokens)
     spec = manifest.spec
-    cache = graphs.new_cache(rows)
+    cache = graphs.new_cache(rows) if cache is None else cache
     cache.reserve(rows, 0)
     heads, hidden = _buffers(manifest, rows)
     ids = np.asarray([tokens], dtype=np.int64)

@@ -10,16 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.assistants import Gemma4Pair, LlamaAssistant, edited
 from helpers.bad_input import Refused
 from helpers.drafter_cases import KINDS, written
 from helpers.drafters import Eagle3
+from helpers.mtp import TinyMtp
+from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
-from shortstack.export.spec import ExportSpec
+from shortstack.export.spec import OWN_DRAFTER, ExportSpec
 from shortstack.graphs import names
 from shortstack.graphs.bundle import describe_files, write_manifest
 from shortstack.graphs.manifest import read_manifest
+from shortstack.graphs.precision import BlockFormat
+from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.spec import QuantizeSpec
 
 TARGET = TinyModel("whose drafter is checked")
 
@@ -47,6 +53,42 @@ def test_so_is_one_that_reads_the_final_state(
     made = export_bundle(written(tiny_bundles.checkpoint(TARGET), KINDS["DeepSeek's layer"], tmp_path / "d"))
     assert run(["doctor", str(made.folder)]) == 0
     assert "drafter     drafter.onnx run here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+@pytest.mark.parametrize("kind", ["an assistant", "one with centroids", "stages"])
+def test_so_are_assistants_and_layers_that_draft_one_token_each(
+    tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, is_small: bool
+) -> None:
+    if kind == "stages":
+        checkpoint, drafter, files = TinyMtp(3).write(tmp_path / "m"), OWN_DRAFTER, "drafter-1.onnx, drafter-2.onnx, "
+    elif kind == "an assistant":
+        checkpoint, files = tiny_bundles.checkpoint(TARGET), ""
+        drafter = str(LlamaAssistant().write(tmp_path / "d"))
+    else:
+        head = {"use_ordered_embeddings": True, "num_centroids": 4, "centroid_intermediate_top_k": 2}
+        pair, files = Gemma4Pair(vocab=64, head=head).write(tmp_path), ""
+        checkpoint, drafter = pair[0], str(pair[1])
+    made = export_bundle(ExportSpec(str(checkpoint), tmp_path / "b", drafter=drafter)).folder
+    if is_small:
+        made = quantize_bundle(QuantizeSpec(made, tmp_path / "small", preset(BlockFormat(4), "int8"))).folder
+    assert run(["doctor", str(made), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["drafter"]
+    assert found["graphs"] == [*files.split(", ")[:-1], "drafter.onnx"]
+    assert found["is_finite"]
+    assert found["has_valid_tokens"]
+    assert found["same_tokens"]
+    assert found["drafted"] > 0
+
+
+def test_an_assistant_that_overflows_is_said(
+    tiny_bundles: TinyBundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drafter = LlamaAssistant().write(tmp_path / "d")
+    edited(drafter, model__layers__0__mlp__down_proj__weight=torch.full((32, 48), 3e38))
+    made = export_bundle(ExportSpec(str(tiny_bundles.checkpoint(TARGET)), tmp_path / "b", drafter=str(drafter)))
+    assert run(["doctor", str(made.folder)]) == 1
+    assert "its numbers overflow" in capsys.readouterr().out
 
 
 def test_one_that_overflows_is_said(

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.assistants import LlamaAssistant
 from helpers.bad_input import Refused
 from helpers.drafter_cases import HEADS, KINDS, written
+from helpers.drafter_parity import LARGEST_LOGIT, LARGEST_STATE, compared, damaged, swapped, texts
 from helpers.drafters import Eagle3, Rows, residual_streams
-from helpers.mtp import TinyMtp
 from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.__main__ import run
 from shortstack.export.assemble import export_bundle
-from shortstack.export.parity.bundle_weights import BundleWeights
 from shortstack.export.parity.compare import QUANTIZED, TOLERANCES
-from shortstack.export.parity.drafter import compare_drafts
-from shortstack.export.parity.drafter_reference import load_drafter_reference
 from shortstack.export.parity.drafter_report import DrafterParity, DraftFork
-from shortstack.export.parity.reference import Reference
-from shortstack.export.parity.twin_reference import TwinReference, needs_twin
 from shortstack.export.spec import ExportSpec
-from shortstack.graphs import names
-from shortstack.graphs.bundle import describe_files, write_manifest
-from shortstack.graphs.manifest import read_manifest
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import QuantizeSpec
@@ -43,31 +30,11 @@ from shortstack.runtime import load
 from shortstack.runtime.engine.drafter_rows import DrafterRows
 
 TARGET = TinyModel("whose drafter has a twin")
-LARGEST_LOGIT, LARGEST_STATE = 2e-4, 5e-5
-"""What float32 leaves between the graphs and the twin of tiny drafters, in deviations of the logits and in largest
-values of a state. Measured: at most 5.1e-5 and 1.1e-5, for the fourth draft of a head without norms; 5e-6 elsewhere."""
 
 
 @pytest.fixture(autouse=True)
 def _quiet(one_torch_thread: Callable[[], None]) -> None:
     """Give torch its threads back afterwards."""
-
-
-def texts(count: int = 3) -> list[list[int]]:
-    return [np.random.default_rng(seed).integers(3, 300, 2 + 13 * seed).tolist() for seed in range(count)]
-
-
-def compared(
-    checkpoint: str, bundle: Path, drafter: str, given: list[list[int]] | None = None, greedy_tokens: int = 24
-) -> DrafterParity:
-    with load(bundle) as model:
-        manifest = model.bundle.manifest
-        weights = None if manifest.precision.is_float else BundleWeights(model.bundle)
-        kind = TwinReference if needs_twin(manifest.spec, checkpoint) else Reference
-        reference = kind(checkpoint, weights=weights)
-        torch.set_num_threads(1)  # which a reference sets to all
-        own = load_drafter_reference(drafter, checkpoint, manifest, weights=weights)
-        return compare_drafts(model, reference, own, given or texts(), greedy_tokens=greedy_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -173,32 +140,6 @@ def test_a_drafter_in_float16_is_near_its_twin(
 
 
 # What is wrong is found
-
-
-def damaged(source: Path, out: Path, change: Callable[[onnx.ModelProto], None], file: str) -> Path:
-    """Copy a bundle and change one of its graphs."""
-    shutil.copytree(source, out)
-    graph = onnx.load(out / file, load_external_data=False)
-    change(graph)
-    (out / file).write_bytes(graph.SerializeToString())
-    write_manifest(out, replace(read_manifest(out / names.MANIFEST_FILE), files=describe_files(out)))
-    return out
-
-
-def swapped(first: str, second: str) -> Callable[[onnx.ModelProto], None]:
-    """Exchange two values wherever nodes read them."""
-    other = {first: second, second: first}
-
-    def change(graph: onnx.ModelProto) -> None:
-        count = 0
-        for node in graph.graph.node:
-            for i, name in enumerate(node.input):
-                if name in other:
-                    node.input[i] = other[name]
-                    count += 1
-        assert count >= 2
-
-    return change
 
 
 def renamed_outputs(first: str, second: str) -> Callable[[onnx.ModelProto], None]:
@@ -331,25 +272,6 @@ def test_a_drafter_that_is_not_the_bundles_is_refused(
     spec = written(Path(checkpoint), KINDS["DeepSeek's layer"], tmp_path / "mtp")
     bundle = str(export_bundle(spec).folder)
     refused(["parity", spec.checkpoint, bundle, "--drafter", fitted[0], "--prompts", "1"], "of another kind", "mtp")
-
-
-def test_kinds_without_a_twin_are_refused(
-    checkpoint: str, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assistant = str(LlamaAssistant().write(tmp_path / "assistant"))
-    bundle = str(export_bundle(ExportSpec(checkpoint, tmp_path / "a", drafter=assistant)).folder)
-    refused(
-        ["parity", checkpoint, bundle, "--drafter", assistant, "--prompts", "1"],
-        "no twin of assistants",
-        "Leave --drafter out",
-    )
-    mtp = str(TinyMtp(2).write(tmp_path / "mtp"))
-    bundle = str(export_bundle(ExportSpec(mtp, tmp_path / "m", drafter="mtp")).folder)
-    refused(
-        ["parity", mtp, bundle, "--drafter", "mtp", "--prompts", "1"],
-        "no twin of several layers",
-        "Leave --drafter out",
-    )
 
 
 def test_a_draft_for_which_the_twin_has_no_row_is_no_near_tie() -> None:

@@ -1,0 +1,144 @@
+"""An assistant in PyTorch: layers that read the model's keys and values; see :mod:`shortstack.graphs.drafter_spec`.
+
+A row at position P sees the model's positions before P, in a window those whose distance to P is below it. It shares
+with other twins what surrounds attention in a layer, and the queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shortstack.export.twin.drafter import (
+    Drafted,
+    DraftedText,
+    DrafterWeights,
+    HeadIds,
+    ModelParts,
+    as_tensor,
+    layer_twin,
+    normalised,
+    rotary_tables,
+    with_given,
+)
+from shortstack.export.twin.layer import Attention, KeyValue, Rotary, soft_capped
+from shortstack.graphs import names
+from shortstack.graphs.drafter_spec import DrafterSpec
+from shortstack.graphs.drafter_weights import (
+    CENTROIDS,
+    EMBED_TOKENS,
+    FINAL_NORM,
+    HEAD,
+    HEAD_IDS,
+    INPUT,
+    INPUT_BIAS,
+    OUTPUT,
+    STATE_NORM,
+    TOKEN_NORM,
+)
+
+
+class AssistantTwin:
+    """The :class:`~shortstack.export.twin.drafter.TwinOfDrafter` of an assistant.
+
+    Args:
+        spec: What it is.
+        weights: Its own weights.
+        model: What it uses of its model.
+
+    Attributes:
+        spec: What it is.
+        head_ids: Its head's rows; those of a head with centroids are in the order of their groups.
+    """
+
+    def __init__(self, spec: DrafterSpec, weights: DrafterWeights, model: ModelParts) -> None:
+        self.spec, self._model, self._factors = spec, model, weights.rope_factors
+        self._parts = {part: as_tensor(value) for part, value in weights.parts.items()}
+        self.head_ids = HeadIds(self._parts.pop(HEAD_IDS, None))
+        self._embedding = self._parts[EMBED_TOKENS] if spec.has_own_embedding else as_tensor(model.embedding)
+        self._layers = [layer_twin(spec, number, own) for number, own in enumerate(weights.layers)]
+
+    def fused(self, taps: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`TwinOfDrafter.fused`."""
+        return taps[names.DRAFT_STATE]
+
+    def all_rows(self, text: DraftedText) -> list[Drafted]:
+        """See :meth:`TwinOfDrafter.all_rows`: row p knows the token at p + 1, and stands there."""
+        count = len(text.tokens)
+        return [self.rows(text.states[: count - 1], text.tokens[1:], torch.arange(1, count), text.keys_values)]
+
+    def round(self, text: DraftedText, length: int) -> _AssistantRound:
+        """See :meth:`TwinOfDrafter.round`."""
+        return _AssistantRound(self, text, length)
+
+    @torch.no_grad()
+    def rows(
+        self, states: Tensor, ids: Sequence[int], positions: Tensor, keys_values: Mapping[int, KeyValue]
+    ) -> Drafted:
+        """Run rows, none of which sees another.
+
+        Args:
+            states: u of each row, [seq, state].
+            ids: The token of each row.
+            positions: Where each row stands, 1 or more, int64 [seq].
+            keys_values: By layer of the model, of all positions before the last of these, or more.
+        """
+        spec = self.spec
+        token = self._embedding[torch.tensor(ids)] * spec.embed_scale
+        if spec.has_token_norm:
+            token = normalised(token, spec.norm, self._parts[TOKEN_NORM])
+        if spec.has_state_norm:
+            states = normalised(states, spec.norm, self._parts[STATE_NORM])
+        pair = torch.cat([states, token] if spec.state_first else [token, states], dim=-1)
+        x = functional.linear(pair, self._parts[INPUT], self._parts.get(INPUT_BIAS))[None]  # [1, seq, hidden]
+        rotaries = rotary_tables(spec, self._model, self._factors, positions)
+        for layer, owner in zip(self._layers, spec.shared, strict=True):
+            reads = layer.input_layernorm(x)
+            x = layer.above(x, reads, _attended(layer.self_attn, reads, rotaries, positions, keys_values[owner]))[1]
+        stream = x[0]
+        y = normalised(stream, spec.norm, self._parts[FINAL_NORM]) if spec.has_final_norm else stream
+        given = y if spec.feedback == "normed" else stream
+        if spec.feedback == "projected":
+            given = functional.linear(y, self._parts[OUTPUT])
+        if not spec.has_own_head:  # the model's reads what is as wide as the model
+            ends = self._model.spec.ends
+            logits = functional.linear(given, as_tensor(self._model.head)) * ends.logit_scale
+            return Drafted(given, soft_capped(logits, ends.logit_softcap))
+        logits = functional.linear(y, self._parts[HEAD])
+        if not spec.centroids:
+            return Drafted(given, logits)
+        scores = functional.linear(y, self._parts[CENTROIDS])  # [seq, centroids]
+        missed = scores.topk(spec.top_centroids).values[:, -1:] - scores
+        missed = torch.where(missed > 0, missed / scores.std() * logits.std(), 0.0)
+        return Drafted(given, logits, scores, missed.repeat_interleave(logits.shape[1] // spec.centroids, dim=1))
+
+
+class _AssistantRound:
+    def __init__(self, twin: AssistantTwin, text: DraftedText, length: int) -> None:
+        self._twin, self._keys_values = twin, text.keys_values
+        self._state, self._newest = text.states[length - 2 : length - 1], text.tokens[length - 1]
+        self._position = torch.tensor([length - 1])
+
+    def draft(self, before: Sequence[int], given: Tensor | None = None) -> Drafted:
+        """See :meth:`TwinRound.draft`: all rows stand at the position of the text's newest token."""
+        token, state = before[-1] if before else self._newest, with_given(self._state, given)
+        found = self._twin.rows(state, [token], self._position, self._keys_values)
+        self._state = found.states
+        return found
+
+
+def _attended(
+    attention: Attention, reads: Tensor, rotaries: Sequence[Rotary], positions: Tensor, key_value: KeyValue
+) -> Tensor:
+    """Return what attention to the model's keys and values gives, [1, seq, hidden] -> the same."""
+    spec = attention.spec
+    query = attention.query(reads, rotaries)  # [1, heads, seq, head_dim]
+    key, value = (part.repeat_interleave(spec.heads // spec.kv_heads, dim=1) for part in key_value)
+    distance = positions[:, None] - torch.arange(key.shape[2])  # [seq, positions of the model]
+    seen = (distance > 0) & (distance < spec.window) if spec.window else distance > 0
+    scores = soft_capped(query @ key.transpose(-1, -2) * spec.score_scale, spec.softcap)
+    mixed = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+    return attention.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
