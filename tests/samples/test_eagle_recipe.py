@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from helpers.answers import greedy_answers, write_answers
 from helpers.drafters import Eagle3, Recorded
 from helpers.recipe_runs import KilledError, call
 from helpers.tiny_models import SPECULATOR, TinyBundles
@@ -26,12 +27,13 @@ from shortstack.runtime import DraftPolicy, Speculate, load
 from shortstack.samples.recipes.eagle import main
 from shortstack.samples.recipes.training import loop
 from shortstack.samples.recipes.training.data import Example
-from shortstack.samples.recipes.training.eagle_batches import TextOrder, drafted_rows, load_batch
+from shortstack.samples.recipes.training.drafter_batches import TextOrder, drafted_rows, load_batch
+from shortstack.samples.recipes.training.drafter_loss import DrafterLossSpec, drafter_loss, weighted
+from shortstack.samples.recipes.training.drafter_measure import measure_drafter
+from shortstack.samples.recipes.training.drafter_training import Answers, draft_vocabulary
+from shortstack.samples.recipes.training.eagle_drafter import EagleDrafter
 from shortstack.samples.recipes.training.eagle_files import read_head, write_head
 from shortstack.samples.recipes.training.eagle_head import EagleHead, HeadSpec, new_head
-from shortstack.samples.recipes.training.eagle_loss import HeadLossSpec, head_loss, weighted
-from shortstack.samples.recipes.training.eagle_measure import measure_head
-from shortstack.samples.recipes.training.eagle_training import Answers, draft_vocabulary
 from shortstack.samples.recipes.training.eagle_unroll import unroll
 from shortstack.samples.recipes.training.features import Features, extract_features
 
@@ -63,20 +65,9 @@ def twin(checkpoint: Path) -> Twin:
     return load_twin(str(checkpoint)).eval().requires_grad_(False)
 
 
-def prompt(seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 300, 2 + seed % 5).tolist()
-
-
 @pytest.fixture(scope="module")
 def rows(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
-    """The tiny model's own greedy answers, of different lengths."""
-    bundle = export_bundle(ExportSpec(str(checkpoint), tmp_path_factory.mktemp("plain") / "b"))
-    with load(bundle.folder) as model:
-        return [
-            Example((*prompt(i), *model.generate(prompt(i), max_new_tokens=8 + i % 7, ignore_eos=True).tokens),
-                    len(prompt(i)))
-            for i in range(40)
-        ]  # fmt: skip
+    return greedy_answers(checkpoint, tmp_path_factory.mktemp("plain") / "b")
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +78,7 @@ def features(twin: Twin, rows: list[Example], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def data(rows: list[Example], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "answers.jsonl"
-    lines = [json.dumps({"p": row.ids[: row.start], "o": row.ids[row.start :], "k": "x"}) for row in rows]
-    file.write_text("\n".join(lines) + "\n")
-    return file
+    return write_answers(rows, tmp_path_factory.mktemp("data") / "answers.jsonl")
 
 
 def random_head(twin: Twin, spec: HeadSpec = SPEC, seed: int = 0) -> EagleHead:
@@ -165,7 +153,7 @@ def test_a_padded_text_gives_what_it_gives_alone(twin: Twin, features: Features)
 def test_the_loss_is_cross_entropy_and_distance_over_rows_that_can_be_drafted(twin: Twin, features: Features) -> None:
     head = random_head(twin)
     batch = load_batch([features], [(0, 3), (0, 10)], DEPTHS)
-    found = head_loss(head, twin, batch, HeadLossSpec(2, 0.5, 0.25, regression=3.0))
+    found = drafter_loss(EagleDrafter(head), twin, batch, DrafterLossSpec(2, 0.5, 0.25, regression=3.0))
     for step, g in enumerate(unroll(head, batch, twin.model.embed_tokens.weight, 2)):
         expected = []
         for text, row in batch.counts.nonzero().tolist():
@@ -216,7 +204,7 @@ def test_the_written_head_drafts_in_the_runtime_what_training_measured(
     assert (tmp_path / "run" / "training.png").stat().st_size > 10_000
     head = read_head(tmp_path / "run" / "head", twin, 3)
     used = extract_features(twin, rows, [True] * len(rows), tmp_path / "f", DEPTHS, use_bf16=False)
-    drafts = measure_head(head, twin, [used], drafted_rows([used], held_out=True), 4)
+    drafts = measure_drafter(EagleDrafter(head), twin, [used], drafted_rows([used], held_out=True), 4)
     assert 0.1 < drafts.alphas[0] < 1  # both outcomes are compared
     drafter = str(tmp_path / "run" / "head")
     bundle = export_bundle(ExportSpec(str(checkpoint), tmp_path / "bundle", drafter=drafter)).folder
@@ -275,8 +263,7 @@ def test_a_head_is_continued_with_further_answers(
     checkpoint: Path, rows: list[Example], data: Path, tmp_path: Path
 ) -> None:
     call(main, checkpoint, tmp_path / "first", *options(data, 30, "--feature-norm", "each"))
-    more = tmp_path / "more.jsonl"
-    more.write_text("".join(json.dumps({"p": row.ids[: row.start], "o": row.ids[row.start :]}) + "\n" for row in rows))
+    more = write_answers(rows, tmp_path / "more.jsonl")
     given = ["--data", data, "--more-data", more, "--held-out-rows", 6, "--batch-size", 8, "--init"]
     given += [tmp_path / "first" / "head", "--epochs", 1, "--lr", 1e-9]
     report = call(main, checkpoint, tmp_path / "second", *given)

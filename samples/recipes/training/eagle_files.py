@@ -8,41 +8,30 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shortstack.export.checkpoint.config import Config
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import CheckpointError, RequestError
 from shortstack.graphs.read_file import read_json_object
+from shortstack.samples.recipes.training.drafter_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    trained_tensors,
+    write_drafter_files,
+)
 from shortstack.samples.recipes.training.eagle_head import EagleHead, HeadSpec
-
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 def write_head(head: EagleHead, folder: Path) -> None:
     """Write a head; one that is there is replaced."""
-    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {name: value.detach().half().contiguous() for name, value in head.state_dict().items()}
-    tensors["d2t"] = head.ids - torch.arange(len(head.ids))
-    tensors["t2d"] = head.row_of >= 0
-    save_file(tensors, str(partial / WEIGHTS_FILE), metadata={"format": "pt"})
-    config = json.dumps(head.spec.to_json(), indent=2) + "\n"
-    (partial / CONFIG_FILE).write_text(config, encoding="utf-8")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    tensors = trained_tensors(head, head.ids) | {"t2d": head.row_of >= 0}
+    write_drafter_files(folder, head.spec.to_json(), tensors)
 
 
 def read_head(folder: Path, twin: Twin, drafts: int) -> EagleHead:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shortstack.export.twin.layer import KeyValue
-from shortstack.samples.recipes.training.eagle_batches import DraftBatch
+from shortstack.samples.recipes.training.drafter_batches import DraftBatch
 from shortstack.samples.recipes.training.eagle_head import EagleHead
 
 

@@ -1,9 +1,9 @@
-"""Trains an EAGLE-3 head on what a frozen model left of its own answers: the work behind the recipe ``eagle``."""
+"""Trains a drafter on what a frozen model left of its own answers: the work behind the recipes of drafters."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ from shortstack.progress import progress_stages
 from shortstack.samples.recipes.training.data import Example
 from shortstack.samples.recipes.training.draft_cost import Costs, best_outcome
 from shortstack.samples.recipes.training.draft_measure import measure_last
-from shortstack.samples.recipes.training.eagle_batches import Row, TextOrder, drafted_rows, load_batch
-from shortstack.samples.recipes.training.eagle_files import read_head, write_head
-from shortstack.samples.recipes.training.eagle_head import EagleHead, HeadSpec, new_head
-from shortstack.samples.recipes.training.eagle_loss import HeadLossSpec, head_loss, weighted
-from shortstack.samples.recipes.training.eagle_measure import further_draft_cost, measure_head
+from shortstack.samples.recipes.training.drafter_batches import Row, TextOrder, drafted_rows, load_batch
+from shortstack.samples.recipes.training.drafter_loss import DrafterLossSpec, drafter_loss, weighted
+from shortstack.samples.recipes.training.drafter_measure import further_draft_cost, measure_drafter
 from shortstack.samples.recipes.training.features import Features, extract_features
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast
 from shortstack.samples.recipes.training.report import write_report
 from shortstack.samples.recipes.training.source import Source
 from shortstack.samples.recipes.training.stack_loss import ExitVocab
+from shortstack.samples.recipes.training.trained_drafter import TrainedDrafter
 
-HEAD_FOLDER = "head"
+Start = Callable[[Sequence[Features], Sequence[Row]], TrainedDrafter]
+"""Makes the drafter to train, from what the model computed and the texts to train on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +48,34 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadTraining:
+class DrafterTraining:
     """What is trained, and how it is measured.
 
     Attributes:
-        head: The head; None continues ``init``.
-        init: A head to continue.
+        title: The drafter's kind, for report and picture.
+        name: Its folder in the run's folder, and its place in the report.
+        depths: The depths of the model's residual stream that it reads.
+        start: Makes the drafter, new or read.
         loss: What it is trained for.
         batch_size: Texts in a batch.
         drafts: Tokens drafted in a row when measuring.
         costs: For the predicted speed-up.
     """
 
-    head: HeadSpec | None
-    init: Path | None
-    loss: HeadLossSpec
+    title: str
+    name: str
+    depths: Sequence[int]
+    start: Start
+    loss: DrafterLossSpec
     batch_size: int
     drafts: int
     costs: Costs
 
 
-def train_head(
+def train_drafter(
     source: Source,
     answers: Sequence[Answers],
-    recipe: HeadTraining,
+    recipe: DrafterTraining,
     loop: LoopSpec,
     epochs: float | None,
     out: Path,
@@ -94,16 +98,15 @@ def train_head(
         The report, as written to ``report.json``.
 
     Raises:
-        RequestError: No answer is long enough, or ``init`` is for another model.
+        RequestError: No answer is long enough.
     """
     torch.manual_seed(loop.seed)
     twin, use_bf16 = source.twin.eval().requires_grad_(False), is_bf16_fast("cpu")
-    head = _start(source, answers, recipe)
-    depths, folder = head.spec.features, features_folder or out / "features"
+    folder, written = features_folder or out / "features", out / recipe.name
     with progress_stages() as stage:
         advance = stage("running the model", sum(len(row.ids) for own in answers for row in own.rows))
         sets = [
-            extract_features(twin, own.rows, own.is_held_out, folder / own.name, depths, advance=advance)
+            extract_features(twin, own.rows, own.is_held_out, folder / own.name, recipe.depths, advance=advance)
             for own in answers
         ]
     trained, held = (drafted_rows(sets, held_out=held_out) for held_out in (False, True))
@@ -114,47 +117,48 @@ def train_head(
             expected="at least one each",
             remedy="make more answers with samples.recipes.self_data",
         )
+    drafter = recipe.start(sets, trained)
     order = TextOrder(sets, trained, recipe.batch_size, loop.seed)
     if epochs is not None:
         loop = _with_steps(loop, max(1, round(epochs * order.per_epoch / loop.accumulate)))
 
     def loss_of(step: int, index: int) -> StepLoss:
-        batch = load_batch(sets, order[index], depths)
+        batch = load_batch(sets, order[index], recipe.depths)
         with autocast("cpu", use_bf16):
-            losses = head_loss(head, twin, batch, recipe.loss)
+            losses = drafter_loss(drafter, twin, batch, recipe.loss)
         parts = {f"draft {number}": float(one.detach()) for number, one in enumerate(losses, start=1)}
         return StepLoss(weighted(losses, recipe.loss.decay), parts, batch.tokens)
 
     def measure() -> dict[str, float]:
-        write_head(head, out / HEAD_FOLDER)
+        drafter.write(written)
         with autocast("cpu", use_bf16):
-            alphas = measure_head(head, twin, sets, held, recipe.drafts).alphas
+            alphas = measure_drafter(drafter, twin, sets, held, recipe.drafts).alphas
         return {f"draft {number}": alpha for number, alpha in enumerate(alphas, start=1)}
 
-    history = run(head, loss_of, measure, loop, out, settings)
-    write_head(head, out / HEAD_FOLDER)
-    found = describe(head, source, sets, held, recipe, use_bf16)
+    history = run(drafter.net, loss_of, measure, loop, out, settings)
+    drafter.write(written)
+    found = describe(drafter, source, sets, held, recipe, use_bf16)
     last = {twin.spec.num_hidden_layers: measure_last(twin, sets[0])}
-    return write_report(out, "EAGLE-3", settings, history, last, last, {"head": found})
+    return write_report(out, recipe.title, settings, history, last, last, {recipe.name: found})
 
 
 def describe(
-    head: EagleHead,
+    drafter: TrainedDrafter,
     source: Source,
     sets: Sequence[Features],
     held: Sequence[Row],
-    recipe: HeadTraining,
+    recipe: DrafterTraining,
     use_bf16: bool,
 ) -> dict[str, Any]:
-    """Return what a head is and what it is worth, as JSON-ready data."""
+    """Return what a drafter is and what it is worth, as JSON-ready data."""
     with autocast("cpu", use_bf16):
-        found = measure_head(head, source.twin, sets, held, recipe.drafts)
-    cost = further_draft_cost(head, source.twin.spec, recipe.costs)
+        found = measure_drafter(drafter, source.twin, sets, held, recipe.drafts)
+    cost = further_draft_cost(drafter, source.twin.spec, recipe.costs)
     said = torch.cat([torch.from_numpy(sets[0].targets[_answer(sets[0], row)]).long() for _, row in held])
     return {
-        "spec": json.loads(json.dumps(asdict(head.spec))),
-        "parameters": sum(parameter.numel() for parameter in head.parameters()),
-        "coverage": float((head.row_of[said] >= 0).float().mean()),
+        "spec": json.loads(json.dumps(asdict(drafter.spec))),
+        "parameters": sum(parameter.numel() for parameter in drafter.net.parameters()),
+        "coverage": float((drafter.row_of[said] >= 0).float().mean()),
         "draft_cost": cost,
         "alphas": found.alphas,
         "fixed_length": asdict(best_outcome(found, cost, recipe.costs, (0.0,))),
@@ -166,17 +170,8 @@ def _answer(features: Features, row: int) -> slice:
     return slice(int(features.answer_starts[row]), int(features.starts[row + 1]) - 1)
 
 
-def _start(source: Source, answers: Sequence[Answers], recipe: HeadTraining) -> EagleHead:
-    """Return a new head, or the one to continue."""
-    if recipe.init is not None:
-        return read_head(recipe.init, source.twin, recipe.loss.steps)
-    assert recipe.head is not None
-    ids = draft_vocabulary(answers, recipe.head.draft_vocab, recipe.head.vocab_size, end_ids(source))
-    return new_head(source.twin, recipe.head, ids)
-
-
 def draft_vocabulary(answers: Sequence[Answers], size: int, vocab_size: int, end: Sequence[int]) -> Tensor:
-    """Return the ids that a head drafts, ascending: those that end a text, and the most frequent ones trained on."""
+    """Return the ids that a drafter drafts, ascending: those that end a text, and the most frequent ones trained on."""
     said = [
         token
         for own in answers

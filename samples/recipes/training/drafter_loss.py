@@ -1,4 +1,4 @@
-"""What an EAGLE-3 head is trained for: the model's next tokens, at each step of the training-time test."""
+"""What a drafter is trained for: the model's next tokens, at each step of the training-time test."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shortstack.export.twin.layer import unit_rms
 from shortstack.export.twin.model import Twin
-from shortstack.samples.recipes.training.eagle_batches import DraftBatch
-from shortstack.samples.recipes.training.eagle_head import EagleHead
-from shortstack.samples.recipes.training.eagle_unroll import unroll
+from shortstack.samples.recipes.training.drafter_batches import DraftBatch
+from shortstack.samples.recipes.training.trained_drafter import TrainedDrafter
 
 
 @dataclass(frozen=True, slots=True)
-class HeadLossSpec:
-    """What a head is trained for.
+class DrafterLossSpec:
+    """What a drafter is trained for.
 
     Attributes:
         steps: Of the training-time test.
@@ -35,28 +33,28 @@ class HeadLossSpec:
     regression: float = 0.0
 
 
-def head_loss(head: EagleHead, twin: Twin, batch: DraftBatch, spec: HeadLossSpec) -> list[Tensor]:
+def drafter_loss(drafter: TrainedDrafter, twin: Twin, batch: DraftBatch, spec: DrafterLossSpec) -> list[Tensor]:
     """Return the mean loss of each step, in nats per row.
 
-    Rows whose token the head cannot draft teach nothing, and are left out.
+    Rows whose token the drafter cannot draft teach nothing, and are left out.
     """
-    targets = head.row_of[batch.targets]
+    targets = drafter.row_of[batch.targets]
     counts = batch.counts & (targets >= 0)
     soft = None
     if spec.hard < 1.0:
         with torch.no_grad():
             states = twin.state(batch.state[counts])
-            products = functional.linear(states, twin.head_weight[head.ids])
-            known = torch.zeros((*counts.shape, len(head.ids)), dtype=torch.float32)
+            products = functional.linear(states, twin.head_weight[drafter.ids])
+            known = torch.zeros((*counts.shape, len(drafter.ids)), dtype=torch.float32)
             known[counts] = twin.scaled_logits(products.float()).softmax(-1)
             soft = known
     losses = []
-    for step, g in enumerate(unroll(head, batch, twin.model.embed_tokens.weight, spec.steps)):
+    for step, rows in enumerate(drafter.unroll(twin, batch, spec.steps)):
         taught = counts.clone()
         taught[:, :step] = False
-        found = head.logits(g[taught]).float().log_softmax(-1)
+        found = drafter.logits(rows[taught]).float().log_softmax(-1)
         if not len(found):
-            losses.append(g.sum() * 0.0)
+            losses.append(rows.sum() * 0.0)
             continue
         loss = found.new_zeros(())
         if spec.hard:
@@ -64,7 +62,7 @@ def head_loss(head: EagleHead, twin: Twin, batch: DraftBatch, spec: HeadLossSpec
         if soft is not None:
             loss = loss - (1 - spec.hard) * (soft[taught] * found).sum(-1).mean()
         if spec.regression:
-            guess = unit_rms(g[taught], head.spec.eps)
+            guess = drafter.unit_state(rows[taught], twin)
             loss = loss + spec.regression * functional.smooth_l1_loss(guess, batch.state[taught])
         losses.append(loss)
     return losses

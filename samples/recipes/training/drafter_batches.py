@@ -1,7 +1,7 @@
-"""What a frozen model left of some answers, as the rows of an EAGLE head.
+"""What a frozen model left of some answers, as the rows of a trained drafter.
 
-Row p of a text x is the pair of the model's features at p and x[p+1]; it drafts x[p+2]. Drafting starts when the model
-has said the answer's first token x[s], so at row s - 1. Rows before it only give keys and values::
+Row p of a text x is the pair of what the model computed at p and x[p+1]; it drafts x[p+2]. Drafting starts when the
+model has said the answer's first token x[s], so at row s - 1. Rows before it only give keys and values::
 
     positions   0 ... s-2 | s-1 ... n-3      a text of n tokens whose answer begins at s
     rows        keys only | the window: drafted from, and judged against x[s+1] ... x[n-1]
@@ -35,8 +35,8 @@ class DraftBatch:
         counts: Which rows of the window are no padding, bool [texts, window].
         targets: What the model says behind x[p+1], for the window, int64 [texts, window].
         follows: The text goes on as the model says, for the window, bool [texts, window].
-        state: The model's state that says so, divided by its root mean square, float [texts, window, hidden].
-        tokens: Tokens of all texts.
+        states: The model's state at p of the window's first row, and at p+1 of each of its rows, divided by its root
+            mean square, float [texts, window + 1, hidden].
     """
 
     features: Tensor
@@ -47,8 +47,22 @@ class DraftBatch:
     counts: Tensor
     targets: Tensor
     follows: Tensor
-    state: Tensor
-    tokens: int
+    states: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts: each has two more than rows."""
+        return len(self.positions) + 2 * len(self.places)
+
+    @property
+    def before(self) -> Tensor:
+        """The model's state at p, which says x[p+1], [texts, window, hidden]."""
+        return self.states[:, :-1]
+
+    @property
+    def state(self) -> Tensor:
+        """The model's state at p+1, which says the target, [texts, window, hidden]."""
+        return self.states[:, 1:]
 
 
 def drafted_rows(sets: Sequence[Features], *, held_out: bool) -> list[Row]:
@@ -66,7 +80,7 @@ def load_batch(sets: Sequence[Features], rows: Sequence[Row], depths: Sequence[i
     Args:
         sets: The features of each file of answers.
         rows: Which texts.
-        depths: Which depths a head reads.
+        depths: Which depths a drafter reads.
     """
     spans = []  # begin, first row of the window, end (exclusive), in positions of the whole set
     for number, row in rows:
@@ -82,7 +96,7 @@ def load_batch(sets: Sequence[Features], rows: Sequence[Row], depths: Sequence[i
     shape = (len(rows), max(widths))
     places, window = np.zeros((len(rows), max(lengths)), np.int64), np.zeros(shape, np.int64)
     counts, follows, targets = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_), np.zeros(shape, np.int64)
-    state = np.zeros((*shape, hidden), np.float32)
+    states = np.zeros((shape[0], shape[1] + 1, hidden), np.float32)
     for place, (own, begin, first, end) in enumerate(spans):
         flat = slice(int(starts[place]), int(starts[place + 1]))
         for number, depth in enumerate(depths):
@@ -95,7 +109,7 @@ def load_batch(sets: Sequence[Features], rows: Sequence[Row], depths: Sequence[i
         counts[place, :width] = True
         targets[place, :width] = own.targets[first + 1 : end + 1]
         follows[place, :width] = own.targets[first + 1 : end + 1] == own.tokens[first + 2 : end + 2]
-        state[place, :width] = own.state[first + 1 : end + 1]
+        states[place, : width + 1] = own.state[first : end + 1]
     return DraftBatch(
         features=torch.from_numpy(features),
         next_ids=torch.from_numpy(next_ids),
@@ -105,8 +119,7 @@ def load_batch(sets: Sequence[Features], rows: Sequence[Row], depths: Sequence[i
         counts=torch.from_numpy(counts),
         targets=torch.from_numpy(targets),
         follows=torch.from_numpy(follows),
-        state=torch.from_numpy(state),
-        tokens=sum(lengths) + 2 * len(rows),
+        states=torch.from_numpy(states),
     )
 
 

@@ -1,4 +1,4 @@
-"""What an EAGLE head drafts on held-out answers, as decoding does: each round starts on the model's features."""
+"""What a trained drafter drafts on held-out answers, as decoding does: each round starts on what the model computed."""
 
 from __future__ import annotations
 
@@ -10,47 +10,50 @@ import torch
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.spec import ModelSpec
 from shortstack.samples.recipes.training.draft_cost import Costs, Drafts, layer_parameters
-from shortstack.samples.recipes.training.eagle_batches import DraftBatch, Row, load_batch
-from shortstack.samples.recipes.training.eagle_head import EagleHead
-from shortstack.samples.recipes.training.eagle_unroll import unroll
+from shortstack.samples.recipes.training.drafter_batches import DraftBatch, Row, load_batch
 from shortstack.samples.recipes.training.features import Features
+from shortstack.samples.recipes.training.trained_drafter import TrainedDrafter
 
 _TEXTS = 16
 
 
 @torch.no_grad()
-def measure_head(head: EagleHead, twin: Twin, sets: Sequence[Features], rows: Sequence[Row], drafts: int = 4) -> Drafts:
+def measure_drafter(
+    drafter: TrainedDrafter, twin: Twin, sets: Sequence[Features], rows: Sequence[Row], drafts: int = 4
+) -> Drafts:
     """Draft from every row of every text's window.
 
     A chain of drafts is compared as long as the text goes on as the model says, as greedy answers do.
 
     Args:
-        head: The head.
+        drafter: The drafter.
         twin: The model.
         sets: Its features.
         rows: Which texts.
         drafts: Tokens drafted from each row.
     """
-    was_training = head.training
-    head.eval()
+    was_training = drafter.net.training
+    drafter.net.eval()
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     lengths: list[int] = []
     for start in range(0, len(rows), _TEXTS):
-        batch = load_batch(sets, rows[start : start + _TEXTS], head.spec.features)
-        found.append(_drafted(head, twin, batch, drafts))
+        batch = load_batch(sets, rows[start : start + _TEXTS], drafter.depths)
+        found.append(_drafted(drafter, twin, batch, drafts))
         lengths += batch.counts.sum(-1).tolist()
-    head.train(was_training)
+    drafter.net.train(was_training)
     right, sure, usable = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return Drafts(right, sure, usable, np.cumsum(lengths))
 
 
-def _drafted(head: EagleHead, twin: Twin, batch: DraftBatch, drafts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _drafted(
+    drafter: TrainedDrafter, twin: Twin, batch: DraftBatch, drafts: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return is_right, confidence and is_usable of the rows that count, [rows, drafts] each."""
     right, sure, able = [], [], []
     usable = batch.counts
-    for draft, g in enumerate(unroll(head, batch, twin.model.embed_tokens.weight, drafts)):
-        logits = head.logits(g).float()
-        hits = (head.ids[logits.argmax(-1)] == batch.targets) & batch.counts
+    for draft, rows in enumerate(drafter.unroll(twin, batch, drafts)):
+        logits = drafter.logits(rows).float()
+        hits = (drafter.ids[logits.argmax(-1)] == batch.targets) & batch.counts
         top = torch.exp(logits.amax(-1) - logits.logsumexp(-1))
         # Draft j from a row is step j of the row that is j further on.
         right.append(_ahead(hits, draft)[batch.counts])
@@ -68,11 +71,7 @@ def _ahead(x: torch.Tensor, places: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, places))[:, places:] if places else x
 
 
-def further_draft_cost(head: EagleHead, spec: ModelSpec, costs: Costs) -> float:
-    """Return f: the parameters of layer and head that one further draft reads, in those of a plain step.
-
-    ``fc`` is not among them: only true rows need it.
-    """
-    own = sum(value.numel() for name, value in head.named_parameters() if value.ndim == 2 and not name.startswith("fc"))
+def further_draft_cost(drafter: TrainedDrafter, spec: ModelSpec, costs: Costs) -> float:
+    """Return f: the parameters that a further draft reads, in those of a plain step."""
     layers = sum(layer_parameters(spec, layer) for layer in range(spec.num_hidden_layers))
-    return own / (layers + spec.vocab_size * spec.hidden_size) + costs.launch
+    return drafter.further_parameters() / (layers + spec.vocab_size * spec.hidden_size) + costs.launch
