@@ -5,7 +5,8 @@
     gemma4_assistant, gemma4_unified_assistant    as transformers saves them
     shortstack_assistant                          the same tensors, for a model of any family, with these differences:
                                                   kv_layers in config.json, one layer of the model for each layer;
-                                                  text_config may be of the families of Llama; token_norm.weight,
+                                                  text_config may be of the families of Llama, and rotates as the
+                                                  model does where it says nothing of it; token_norm.weight,
                                                   state_norm.weight and d2t may be there, and a head need not be
 
     pre_projection.weight [H, 2B]        of [scaled embedding ; state], B the model's width, H the assistant's
@@ -48,6 +49,7 @@ _TEXT_FAMILIES: Mapping[str, str] = {
     **{family: family for family in DECODER_FAMILIES},
 }
 _EMBEDDING, _LM_HEAD, _OFFSETS = "model.embed_tokens.weight", "lm_head.weight", "d2t"
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 _CENTROIDS, _ORDERING = "masked_embedding.centroids.weight", "masked_embedding.token_ordering"
 
 
@@ -72,7 +74,7 @@ def read_assistant(checkpoint: Checkpoint, model: ModelOfDrafter) -> Drafter:
     if model.spec.ends.final_norm.has_bias:
         raise UnsupportedError(f"{checkpoint.source}: an assistant for a model whose final norm has a bias")
     owners = _owners(config, read, model.spec, is_own)
-    problems, layers = _on_model(read, owners, model.spec, is_own)
+    problems, layers = _on_model(read, owners, model.spec, is_own, rotates=any(key in text for key in _ROPE_KEYS))
     if read.vocab_size != model.spec.vocab_size:
         problems.append(f"its vocab_size is {read.vocab_size}, and the model's {model.spec.vocab_size}")
     head = _head(config, present, is_own)
@@ -159,7 +161,7 @@ def _owners(config: Config, read: ModelSpec, model: ModelSpec, is_own: bool) -> 
 
 
 def _on_model(
-    read: ModelSpec, owners: tuple[int, ...], model: ModelSpec, is_own: bool
+    read: ModelSpec, owners: tuple[int, ...], model: ModelSpec, is_own: bool, *, rotates: bool
 ) -> tuple[list[str], tuple[Layer, ...]]:
     """Return the layers as they stand on the model's keys and values, and what does not fit these."""
     problems, layers = [], list[Layer]()
@@ -167,7 +169,7 @@ def _on_model(
         own, theirs = layer.attention, model.layers[owner].attention
         ours = None if own.rope is None else read.ropes[own.rope]
         rope = None if theirs.rope is None else model.ropes[theirs.rope]
-        if ours != rope:
+        if ours != rope and (rotates or not is_own):
             problems.append(
                 f"layer {number} rotates by {_rope_words(ours)}, and layer {owner} of the model by {_rope_words(rope)}"
             )

@@ -88,3 +88,23 @@ def test_another_rotation_and_a_wrong_trimmed_head_are_refused(tiny_bundles: Tin
     folder = assistant.write(tmp_path / "floats")
     edited(folder, d2t=torch.zeros(50))
     assert "whole numbers" in refused(folder)
+
+
+def test_an_assistant_that_says_nothing_of_a_rotary_embedding_has_that_of_the_models_layer(tmp_path: Path) -> None:
+    scaled = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    source = str(TinyModel("scaled rope for an assistant", rope=scaled).write(tmp_path / "model"))
+    folder = LlamaAssistant().write(tmp_path / "assistant")
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="layer 0 rotates by theta 10000"):
+        export_bundle(ExportSpec(source, tmp_path / "out", drafter=str(folder)))
+    del config["text_config"]["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config))
+    bundle = export_bundle(ExportSpec(source, tmp_path / "out", drafter=str(folder)))
+    drafter = bundle.manifest.plan.drafter
+    assert drafter is not None
+    assert [layer.attention.rope for layer in drafter.layers] == [0, 0]
+    assert drafter.ropes == ()
+    with load(bundle.folder) as model:
+        prompt = prompts()[1]
+        plain = model.generate(prompt, max_new_tokens=8, ignore_eos=True)
+        assert model.generate(prompt, strategy=Speculate(), max_new_tokens=8, ignore_eos=True).tokens == plain.tokens
