@@ -274,8 +274,37 @@ class LlamaAssistant:
             found.append(token)
         return found
 
+    @torch.no_grad()
+    def forced(
+        self, w: dict[str, Tensor], model: PreTrainedModel, tokens: Sequence[int], known: int, further: int, window: int
+    ) -> list[Tensor]:
+        """Return y of the first draft behind a text, and of further ones that read a given text.
+
+        Args:
+            w: Its weights, with norms of token and state.
+            model: The model.
+            tokens: The text; draft j reads token known - 2 + j.
+            known: How many tokens there are when the round begins.
+            further: How many drafts behind the first one.
+            window: How many positions before the newest token each layer sees; 0 is all.
+        """
+        seen = model(torch.tensor([list(tokens[: known - 1])]), output_hidden_states=True, use_cache=True)
+        state, found = seen.hidden_states[-1][0, -1], list[Tensor]()
+        for token in tokens[known - 1 : known + further]:
+            e = _rms(model.model.embed_tokens.weight[token], w["token_norm.weight"])
+            x = w["pre_projection.weight"] @ torch.cat([e, _rms(state, w["state_norm.weight"])])
+            for layer, owner in enumerate(self.kv_layers or ()):
+                cached = seen.past_key_values.layers[owner]
+                keys, values = cached.keys[0][:, -window:], cached.values[0][:, -window:]
+                x = self._layer(w, f"model.layers.{layer}", x, keys, values, known - 1)
+            found.append(_rms(x, w["model.norm.weight"]))
+            state = w["post_projection.weight"] @ found[-1]
+        return found
+
     def _layer(self, w: dict[str, Tensor], name: str, x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
         q = (w[f"{name}.self_attn.q_proj.weight"] @ _rms(x, w[f"{name}.input_layernorm.weight"])).view(4, 16)
+        if f"{name}.self_attn.q_norm.weight" in w:
+            q = _rms(q, w[f"{name}.self_attn.q_norm.weight"])
         angles = position * 10000.0 ** (-torch.arange(0, 16, 2) / 16)
         a, b = q.chunk(2, dim=-1)
         q = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)

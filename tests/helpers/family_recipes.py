@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from click.testing import CliRunner
 
 from helpers.families import MadeFamily
 from helpers.quantized import INT4_OFFSETS, preset
@@ -28,7 +29,7 @@ from shortstack.graphs.spec import ModelSpec
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import load
-from shortstack.samples.recipes import eagle, ee_llm, ee_tuning, kv_sharing, layerskip
+from shortstack.samples.recipes import assistant, eagle, ee_llm, ee_tuning, kv_sharing, layerskip
 
 EXIT, TOKENS = 2, 16
 
@@ -125,6 +126,21 @@ def trains_a_drafter(made: MadeFamily, folder: Path) -> None:
     _computes(folder / "bundle", load_twin(str(made.checkpoint)).eval(), made)
 
 
+def trains_an_assistant(made: MadeFamily, folder: Path) -> None:
+    """An assistant beside the frozen model, where its final norm has no bias."""
+    sizes = ["--draft-vocab", "64", "--hidden-size", "16"]
+    given = [made.checkpoint, folder / "run", *sizes, *options(write_words(folder), 2)]
+    if load_twin(str(made.checkpoint)).spec.ends.final_norm.has_bias:
+        refused = CliRunner().invoke(assistant.main, [str(a) for a in given])
+        assert refused.exit_code == 2
+        assert "final norm has a bias" in refused.stderr
+        return
+    call(assistant.main, *given)
+    drafter = str(folder / "run" / "assistant")
+    export_bundle(ExportSpec(str(made.checkpoint), folder / "bundle", drafter=drafter))
+    _computes(folder / "bundle", load_twin(str(made.checkpoint)).eval(), made)
+
+
 RECIPES: dict[str, Callable[[MadeFamily, Path], None]] = {
     "kv_sharing": shares,
     "layerskip": skips,
@@ -133,6 +149,7 @@ RECIPES: dict[str, Callable[[MadeFamily, Path], None]] = {
     "ee_tuning of a draft head": tunes,
     "ee_tuning of a block": tunes_a_block,
     "eagle": trains_a_drafter,
+    "assistant": trains_an_assistant,
 }
 
 
