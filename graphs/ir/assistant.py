@@ -137,7 +137,8 @@ def _centroid_head(
     size, top = spec.vocab_size // drafter.centroids, drafter.top_centroids
     batch_rows = g.op("Shape", [read], f"{node}/batch_rows", start=0, end=2)
     flat = g.op("Reshape", [read, g.constant([-1, drafter.hidden_size])], f"{node}/flatten")  # [rows, hidden]
-    scores = project(g, flat, names.drafter_weight(CENTROIDS), f"{node}/centroids")  # [rows, centroids]
+    scores = project(g, read, names.drafter_weight(CENTROIDS), f"{node}/centroids")  # [batch, rows, centroids]
+    scores = g.op("Reshape", [scores, g.constant([-1, drafter.centroids])], f"{node}/scores")  # [rows, centroids]
     _, groups = g.ops("TopK", [scores, g.constant([top])], f"{node}/groups", ("/values", "/indices"), axis=-1)
     first = g.op(
         "Unsqueeze", [g.op("Mul", [groups, g.constant(size)], f"{node}/first"), g.constant([-1])], f"{node}/up"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from shortstack.graphs.bundle import open_bundle
 from shortstack.graphs.errors import CheckpointError, ShortstackError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
+from shortstack.quant.presets import PRESETS
 from shortstack.quant.spec import QuantizeSpec
 from shortstack.runtime import DraftPolicy, Model, Request, SamplingParams, Speculate, load
 from shortstack.runtime.engine.taps import RoundTaps
@@ -291,6 +292,21 @@ def test_export_with_a_preset_gives_what_quantize_gives(with_centroids: Made, tm
     straight = export_quantized(spec, Quantization(small))
     assert straight.manifest.weights_sha256 == quantized.manifest.weights_sha256
     assert straight.manifest.plan.drafter == quantized.manifest.plan.drafter
+
+
+def test_the_preset_int4_whose_blocks_have_offsets_drafts_with_centroids(tmp_path: Path) -> None:
+    wide = Gemma4Pair(assistant={"hidden_size": 32}, head=CENTROIDS)  # a block wide: fewer columns have no offsets
+    model_folder, assistant = wide.write(tmp_path)
+    spec = ExportSpec(str(model_folder), tmp_path / "small", drafter=str(assistant))
+    small = export_quantized(spec, Quantization(replace(PRESETS["int4"], method="rtn", kv_cache="float")))
+    stored = small.manifest.precision.weights["drafter.centroids.weight"]
+    assert stored.has_offsets
+    with load(small.folder) as model:
+        plain = model.generate([1, 2, 3], max_new_tokens=TOKENS, ignore_eos=True).tokens
+        strategy = Speculate(draft=DraftPolicy(3))
+        result = model.generate([1, 2, 3], strategy=strategy, max_new_tokens=TOKENS, ignore_eos=True)
+    assert result.tokens == plain
+    assert result.stats.drafted > 0
 
 
 def test_inspect_says_what_it_reads_and_computes(with_centroids: Made) -> None:
