@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import click
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from shortstack.graphs.kv_map import parse_kv_map
@@ -23,6 +24,21 @@ from shortstack.samples.command import run_command
 
 _ROWS = 4096  # written at a time
 _STD = 0.02
+
+Tensor = tuple[int, ...] | npt.NDArray[np.int64]
+"""The shape of a tensor of random values, or the whole numbers that it holds."""
+
+
+class Made(Protocol):
+    """A checkpoint that can be made."""
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json."""
+        ...
+
+    def shards(self) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the tensors of each shard, by name."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +99,26 @@ class Shape:
         """Yield the tensors of each shard: the ends first, then layer by layer."""
         ends = {"model.embed_tokens.weight": (self.vocab, self.hidden), "model.norm.weight": (self.hidden,)}
         yield ends if self.is_tied else {**ends, "lm_head.weight": (self.vocab, self.hidden)}
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         for layer in range(self.layers):
-            own = {
-                "input_layernorm": (self.hidden,),
-                "self_attn.q_proj": (queries, self.hidden),
-                "self_attn.k_proj": (keys, self.hidden),
-                "self_attn.v_proj": (keys, self.hidden),
-                "self_attn.o_proj": (self.hidden, queries),
-                "post_attention_layernorm": (self.hidden,),
-                "mlp.gate_proj": (self.inner, self.hidden),
-                "mlp.up_proj": (self.inner, self.hidden),
-                "mlp.down_proj": (self.hidden, self.inner),
-            }
+            own = self.layer()
             if self.kv_map and self.kv_map[layer] != layer:
                 del own["self_attn.k_proj"], own["self_attn.v_proj"]
             yield {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
+
+    def layer(self, read: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a layer's weights by module; attention reads ``read`` columns, or the hidden ones."""
+        queries, keys, read = self.heads * self.head_dim, self.kv_heads * self.head_dim, read or self.hidden
+        return {
+            "input_layernorm": (self.hidden,),
+            "self_attn.q_proj": (queries, read),
+            "self_attn.k_proj": (keys, read),
+            "self_attn.v_proj": (keys, read),
+            "self_attn.o_proj": (self.hidden, queries),
+            "post_attention_layernorm": (self.hidden,),
+            "mlp.gate_proj": (self.inner, self.hidden),
+            "mlp.up_proj": (self.inner, self.hidden),
+            "mlp.down_proj": (self.hidden, self.inner),
+        }
 
 
 SHAPES: Mapping[str, Shape] = MappingProxyType(
@@ -110,8 +130,19 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 """The shapes of Llama 3.2 1B and Llama 3.1 8B."""
 
 
-def write_model(folder: Path, shape: Shape) -> None:
-    """Write a checkpoint in bfloat16, with a few rows in memory at a time."""
+def write_model(folder: Path, shape: Made) -> None:
+    """Write a checkpoint in bfloat16 with a tokenizer; a few rows are in memory at a time."""
+    write_weights(folder, shape)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|end|>": 0, **{letter: number + 1 for number, letter in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_weights(folder: Path, shape: Made) -> None:
+    """Write a checkpoint as :func:`write_model` does, without a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
     rng = np.random.default_rng(0)
@@ -121,28 +152,31 @@ def write_model(folder: Path, shape: Shape) -> None:
         places |= dict.fromkeys(tensors, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<|end|>": 0, **{letter: number + 1 for number, letter in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _write_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> None:
+def _write_shard(path: Path, tensors: Mapping[str, Tensor], rng: np.random.Generator) -> None:
     header, end = {}, 0
-    for name, shape in tensors.items():
-        start, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    for name, tensor in tensors.items():
+        shape, kind, size = (tensor, "BF16", 2) if isinstance(tensor, tuple) else (tensor.shape, "I64", 8)
+        start, end = end, end + size * int(np.prod(shape))
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for shape in tensors.values():
-            is_norm = len(shape) == 1
-            for start in range(0, shape[0], _ROWS):
-                some = (min(_ROWS, shape[0] - start), *shape[1:])
-                values = np.ones(some, np.float32) if is_norm else rng.standard_normal(some, np.float32) * _STD
-                file.write((values.view(np.uint32) >> 16).astype("<u2").data)
+        for name, tensor in tensors.items():
+            if isinstance(tensor, tuple):
+                _write_random(file, name, tensor, rng)
+            else:
+                file.write(tensor.astype("<i8").data)
+
+
+def _write_random(file: BinaryIO, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    """Write values in bfloat16: ones for a vector, which is a norm, unless it is a bias."""
+    is_norm = len(shape) == 1 and not name.endswith(".bias")
+    for start in range(0, shape[0], _ROWS):
+        some = (min(_ROWS, shape[0] - start), *shape[1:])
+        values = np.ones(some, np.float32) if is_norm else rng.standard_normal(some, np.float32) * _STD
+        file.write((values.view(np.uint32) >> 16).astype("<u2").data)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -13,6 +13,7 @@ chunk     count                           tokens, elapsed_s, cpu_s, run_s (insid
 decode    prompt, tokens, draft, ...      tokens, decode_s after the first token, stats
 batch     prompts, tokens                 tokens of each, elapsed_s and cpu_s of prompts and tokens together
 costs     context, rows, repeats          seconds of a plain step, a draft row, a row without exit, verify(M)
+drafter   prompt, repeats, drafts         seconds of verify(M), the first drafts behind M rows, a further draft
 memory                                    rss_bytes, pss_bytes, peak_bytes
 ========  ==============================  ==============================================================
 """
@@ -31,6 +32,7 @@ from shortstack.runtime.early_exit.policy import KVPolicy, Verify
 from shortstack.runtime.engine.binding import Binding
 from shortstack.runtime.request import ExitEarly, Plain, Request, Speculate, Strategy
 from shortstack.samples.bench.costs import measure_costs
+from shortstack.samples.bench.drafter_costs import measure_drafter
 from shortstack.samples.bench.memory import memory_now
 from shortstack.samples.bench.serve import Operation, batch, chunk, serve, start
 
@@ -75,6 +77,7 @@ class Worker:
             "decode": self._decode,
             "batch": self._batch,
             "costs": self._costs,
+            "drafter": self._drafter,
             "memory": memory_now,
         }
 
@@ -127,6 +130,9 @@ class Worker:
 
     def _costs(self, prompt: list[int], rows: list[int], repeats: int) -> dict[str, Any]:
         return measure_costs(self._model, prompt, rows, repeats)
+
+    def _drafter(self, prompt: list[int], repeats: int, drafts: bool) -> dict[str, Any]:
+        return measure_drafter(self._model, prompt, repeats, drafts=drafts)
 
 
 def main(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ COMMANDS = {
     "bench.batch_rivals": "tokenizers",
     "bench.batches": "onnxruntime",
     "bench.categories": "rich",
+    "bench.drafter_shapes": "tokenizers",
     "bench.early_exit": "rich",
     "bench.hf_folder": "safetensors",
     "bench.kv_sharing": "torch",
