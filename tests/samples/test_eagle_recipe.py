@@ -29,7 +29,7 @@ from shortstack.samples.recipes.training import loop
 from shortstack.samples.recipes.training.data import Example
 from shortstack.samples.recipes.training.drafter_batches import TextOrder, drafted_rows, load_batch
 from shortstack.samples.recipes.training.drafter_loss import DrafterLossSpec, drafter_loss, weighted
-from shortstack.samples.recipes.training.drafter_measure import measure_drafter
+from shortstack.samples.recipes.training.drafter_measure import alphas_of_rounds, measure_drafter
 from shortstack.samples.recipes.training.drafter_training import Answers, draft_vocabulary
 from shortstack.samples.recipes.training.eagle_drafter import EagleDrafter
 from shortstack.samples.recipes.training.eagle_files import read_head, write_head
@@ -209,7 +209,7 @@ def test_the_written_head_drafts_in_the_runtime_what_training_measured(
     drafter = str(tmp_path / "run" / "head")
     bundle = export_bundle(ExportSpec(str(checkpoint), tmp_path / "bundle", drafter=drafter)).folder
     begins = np.concatenate([[0], drafts.answer_ends[:-1]])
-    compared = 0
+    compared, right, judged = 0, np.zeros(4), np.zeros(4)
     with load(bundle) as model:
         for number, row in enumerate(rows):
             source, answer = Recorded(), list(row.ids[row.start :])
@@ -223,10 +223,12 @@ def test_the_written_head_drafts_in_the_runtime_what_training_measured(
                     position = begins[number] + said - 1
                     assert drafts.is_usable[position, draft]
                     assert drafts.is_right[position, draft] == (token == answer[said + draft])
-                    compared += 1
+                    compared, judged[draft] = compared + 1, judged[draft] + 1
+                    right[draft] += token == answer[said + draft]
                     if token != answer[said + draft]:
                         break
     assert compared > 150
+    np.testing.assert_allclose(alphas_of_rounds(drafts), right / judged)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_head(

@@ -45,6 +45,21 @@ def measure_drafter(
     return Drafts(right, sure, usable, np.cumsum(lengths))
 
 
+def alphas_of_rounds(drafts: Drafts) -> list[float]:
+    """Return alpha of draft 1, 2, ... in rounds as decoding plays them: each begins behind what the last one gave."""
+    most = drafts.is_right.shape[1]
+    right, judged = np.zeros(most), np.zeros(most)
+    position = 0
+    for end in drafts.answer_ends.tolist():
+        while position < end:
+            usable = int(np.cumprod(drafts.is_usable[position]).sum())
+            accepted = int(np.cumprod(drafts.is_right[position, :usable]).sum())
+            right[:accepted] += 1
+            judged[: min(accepted + 1, usable)] += 1
+            position = min(position + accepted + 1, end)
+    return [float(value) for value in right / np.maximum(judged, 1)]
+
+
 def _drafted(
     drafter: TrainedDrafter, twin: Twin, batch: DraftBatch, drafts: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

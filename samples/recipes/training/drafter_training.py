@@ -19,7 +19,7 @@ from shortstack.samples.recipes.training.draft_cost import Costs, best_outcome
 from shortstack.samples.recipes.training.draft_measure import measure_last
 from shortstack.samples.recipes.training.drafter_batches import Row, TextOrder, drafted_rows, load_batch
 from shortstack.samples.recipes.training.drafter_loss import DrafterLossSpec, drafter_loss, weighted
-from shortstack.samples.recipes.training.drafter_measure import further_draft_cost, measure_drafter
+from shortstack.samples.recipes.training.drafter_measure import alphas_of_rounds, further_draft_cost, measure_drafter
 from shortstack.samples.recipes.training.features import Features, extract_features
 from shortstack.samples.recipes.training.loop import LoopSpec, StepLoss, run
 from shortstack.samples.recipes.training.precision import autocast, is_bf16_fast
@@ -161,6 +161,7 @@ def describe(
         "coverage": float((drafter.row_of[said] >= 0).float().mean()),
         "draft_cost": cost,
         "alphas": found.alphas,
+        "alphas_of_rounds": alphas_of_rounds(found),
         "fixed_length": asdict(best_outcome(found, cost, recipe.costs, (0.0,))),
         "with_threshold": asdict(best_outcome(found, cost, recipe.costs)),
     }
