@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,12 +75,28 @@ class Killed:
         return ("--no-report",) if self.arguments[0] == "quantize" else ("-e", "3")
 
 
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let this process start others on all cores, where it was given some of them."""
+    if not hasattr(os, "sched_setaffinity"):  # Linux only
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+
+
 def kill(arguments: tuple[str, ...], layers: int, where: str, folder: Path) -> Killed:
     whole = Killed(arguments, folder, layers, folder / "out")
     assert whole.again(folder) == 0
     last = whole.last
     command = [sys.executable, "-c", DYING, str(layers), where, *arguments, str(folder / "killed"), *OPTIONS, *last]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Rounding depends on how many threads BLAS has: as many as the test's own process got, before it gave up cores.
+    with all_cores():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (partial,) = folder.glob(".killed.partial-*")
     return Killed(arguments, partial, layers, folder / "out")
