@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from helpers.assistants import Gemma4Pair, edited, rounds_of
+from helpers.assistants import CENTROIDS, Gemma4Pair, MadePair, rounds_of
 from helpers.chi_square import p_value
 from helpers.drafters import Recorded
 from helpers.quantized import preset
@@ -22,7 +19,6 @@ from shortstack.export.assemble import export_bundle
 from shortstack.export.quantized import Quantization, export_quantized
 from shortstack.export.spec import ExportSpec
 from shortstack.graphs.bundle import open_bundle
-from shortstack.graphs.errors import CheckpointError, ShortstackError
 from shortstack.graphs.precision import BlockFormat
 from shortstack.quant.assemble import quantize_bundle
 from shortstack.quant.presets import PRESETS
@@ -32,7 +28,6 @@ from shortstack.runtime.engine.taps import RoundTaps
 from shortstack.runtime.inspection.report import build_report
 from shortstack.runtime.inspection.words import drafter_facts
 
-CENTROIDS = {"use_ordered_embeddings": True, "num_centroids": 4, "centroid_intermediate_top_k": 2}
 SHARED = {
     "num_kv_shared_layers": 2,
     "use_double_wide_mlp": True,
@@ -56,32 +51,19 @@ def prompts(vocab: int = 8) -> list[list[int]]:
     return [np.random.default_rng(seed).integers(0, vocab, 1 + 4 * seed).tolist() for seed in range(4)]
 
 
-@dataclass
-class Made:
-    """A pair's folders and bundle."""
-
-    pair: Gemma4Pair
-    folder: Path
-
-    def __post_init__(self) -> None:
-        self.model, self.assistant = self.pair.write(self.folder)
-        spec = ExportSpec(str(self.model), self.folder / "bundle", drafter=str(self.assistant))
-        self.bundle = export_bundle(spec).folder
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadePair:
     """A pair of which some drafts are accepted."""
-    return Made(Gemma4Pair(seed=1), tmp_path_factory.mktemp("assistant"))
+    return MadePair(Gemma4Pair(seed=1), tmp_path_factory.mktemp("assistant"))
 
 
 @pytest.fixture(scope="module")
-def with_centroids(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(PAIRS["centroids"], tmp_path_factory.mktemp("centroids"))
+def with_centroids(tmp_path_factory: pytest.TempPathFactory) -> MadePair:
+    return MadePair(PAIRS["centroids"], tmp_path_factory.mktemp("centroids"))
 
 
 @pytest.fixture(scope="module")
-def drafted(made: Made) -> Iterator[Model]:
+def drafted(made: MadePair) -> Iterator[Model]:
     with load(made.bundle) as model:
         yield model
 
@@ -110,14 +92,14 @@ def agree(bundle: Path, pair: Gemma4Pair, most: int = 3) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_drafts_are_those_of_transformers_and_change_no_token(tmp_path: Path, name: str) -> None:
-    rounds, accepted = agree(Made(PAIRS[name], tmp_path).bundle, PAIRS[name])
+    rounds, accepted = agree(MadePair(PAIRS[name], tmp_path).bundle, PAIRS[name])
     assert rounds > 60
     assert 0 < accepted < 2 * rounds
 
 
 def test_within_a_window_drafts_are_those_of_transformers_where_it_sees_as_many_positions(tmp_path: Path) -> None:
     pair = Gemma4Pair(seed=1, window=8)
-    made, (reference, assistant) = Made(pair, tmp_path), pair.made()
+    made, (reference, assistant) = MadePair(pair, tmp_path), pair.made()
     compared = 0
     with load(made.bundle) as model:
         for prompt in prompts():
@@ -187,7 +169,7 @@ def test_a_quantized_assistant_changes_no_token(
     assert drafts > 300
 
 
-def test_sequences_side_by_side_draft_as_each_would_alone(made: Made, drafted: Model) -> None:
+def test_sequences_side_by_side_draft_as_each_would_alone(made: MadePair, drafted: Model) -> None:
     alone, together = Recorded(), Recorded()
     for prompt in prompts() * 2:
         strategy = Speculate(draft=DraftPolicy(3), source=alone)
@@ -230,7 +212,7 @@ def test_drafting_goes_on_after_plain_steps(drafted: Model) -> None:
         assert (text, drafts) in fixed.rounds
 
 
-def test_sampled_tokens_have_the_distribution_of_the_model(with_centroids: Made) -> None:
+def test_sampled_tokens_have_the_distribution_of_the_model(with_centroids: MadePair) -> None:
     """A head with centroids never drafts some tokens: these must come from the model alone."""
     reference = with_centroids.pair.made()[0]
     prompt, counts, runs = [3, 5], np.zeros((8, 8, 8), int), 1500
@@ -259,7 +241,7 @@ def test_sampled_tokens_have_the_distribution_of_the_model(with_centroids: Made)
     assert p_value(counts.reshape(-1).tolist(), expected.reshape(-1).tolist()) > 1e-3
 
 
-def test_drafts_that_are_sampled_when_cold_are_the_greedy_ones(with_centroids: Made) -> None:
+def test_drafts_that_are_sampled_when_cold_are_the_greedy_ones(with_centroids: MadePair) -> None:
     greedy, cold = Recorded(), Recorded()
     with load(with_centroids.bundle) as model:
         for source, temperature in ((greedy, 0.0), (cold, 1e-3)):
@@ -285,7 +267,7 @@ def test_of_a_long_prompt_the_end_alone_is_kept(drafted: Model, monkeypatch: pyt
     assert max(map(len, kept)) == 1
 
 
-def test_export_with_a_preset_gives_what_quantize_gives(with_centroids: Made, tmp_path: Path) -> None:
+def test_export_with_a_preset_gives_what_quantize_gives(with_centroids: MadePair, tmp_path: Path) -> None:
     small = preset(BlockFormat(4), "float")
     spec = ExportSpec(str(with_centroids.model), tmp_path / "straight", drafter=str(with_centroids.assistant))
     quantized = quantize_bundle(QuantizeSpec(with_centroids.bundle, tmp_path / "quantized", small))
@@ -309,101 +291,9 @@ def test_the_preset_int4_whose_blocks_have_offsets_drafts_with_centroids(tmp_pat
     assert result.stats.drafted > 0
 
 
-def test_inspect_says_what_it_reads_and_computes(with_centroids: Made) -> None:
+def test_inspect_says_what_it_reads_and_computes(with_centroids: MadePair) -> None:
     ((_, words),) = drafter_facts(build_report(open_bundle(with_centroids.bundle)))
     assert "assistant · 4 layers, hidden 16" in words
     assert "keys and values of layers 4, 5" in words
     assert "drafts 4 of 8 tokens" in words
     assert "no cache of its own" in words
-
-
-def refused(made: Made, folder: Path, **changes: torch.Tensor | None) -> str:
-    """Return why a changed copy of the assistant is refused; nothing may be written."""
-    out = folder.parent / "out"
-    if not folder.exists():
-        shutil.copytree(made.assistant, folder)
-    edited(folder, **changes)
-    with pytest.raises(ShortstackError) as error:
-        export_bundle(ExportSpec(str(made.model), out, drafter=str(folder)))
-    assert not out.exists()
-    return str(error.value)
-
-
-def configured(made: Made, folder: Path, change: dict[str, Any], text: dict[str, Any]) -> Path:
-    shutil.copytree(made.assistant, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= change
-    config["text_config"] |= text
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_all_that_does_not_fit_the_model_is_said_at_once(made: Made, tmp_path: Path) -> None:
-    other = Gemma4Pair(vocab=10, assistant={"num_key_value_heads": 1, "sliding_window": 32, "global_head_dim": 64})
-    folders = other.write(tmp_path / "other")
-    ropes = json.loads((folders[1] / "config.json").read_text())["text_config"]["rope_parameters"]
-    ropes["full_attention"]["rope_theta"] = 5e5
-    config = json.loads((folders[1] / "config.json").read_text())
-    config["backbone_hidden_size"] = 48
-    config["text_config"]["rope_parameters"] = ropes
-    (folders[1] / "config.json").write_text(json.dumps(config))
-    said = refused(made, folders[1])
-    for part in (
-        "its vocab_size is 10, and the model's 8",
-        "state_size is 48, and the state that it reads has 32",
-        "layer 0 has kv_heads 1, and layer 4 of the model 2",
-        "layer 3 has head_dim 64, and layer 5 of the model 32",
-        "layer 0 has a window of 32, and layer 4 of the model one of 64",
-        "layer 3 rotates by theta 500000",
-        "tensor pre_projection.weight is [16, 64], not [16, 96]",
-    ):
-        assert part in said
-    assert "Take the drafter that was trained for this model" in said
-
-
-def test_tensors_that_are_missing_or_no_order_of_tokens_are_refused(
-    made: Made, with_centroids: Made, tmp_path: Path
-) -> None:
-    said = refused(made, tmp_path / "missing", post_projection__weight=None, model__layers__2__layer_scalar=None)
-    assert "post_projection.weight" in said
-    assert "model.layers.2.layer_scalar" in said
-    name = "masked_embedding__token_ordering"
-    order = load_file(str(with_centroids.assistant / "model.safetensors"))[name.replace("__", ".")]
-    twice = order.clone()
-    twice[0] = twice[1]
-    assert "token_ordering names token id" in refused(with_centroids, tmp_path / "twice", **{name: twice})
-    assert "and the model has 0..7" in refused(with_centroids, tmp_path / "beyond", **{name: order + 1})
-    assert "whole numbers" in refused(with_centroids, tmp_path / "floats", **{name: order.float()})
-    assert "token_ordering" in refused(with_centroids, tmp_path / "short", **{name: order[:-1].clone()})
-
-
-@pytest.mark.parametrize(
-    ("change", "text", "says"),
-    [
-        ({"num_centroids": 3}, {}, "does not divide 8 token ids"),
-        ({"centroid_intermediate_top_k": 5}, {}, "at most num_centroids = 4"),
-        ({"text_config": None}, None, "text_config is missing"),
-        ({}, {"model_type": "llama"}, "expected one of gemma4_text, gemma4_unified_text"),
-        ({}, {"enable_moe_block": True}, "enable_moe_block"),
-        ({}, {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input"),
-        ({}, {"layer_types": ["full_attention"] * 4}, "layers with different heads"),
-        ({}, {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 3}, "layer 2 has head_dim 16"),
-    ],
-)
-def test_a_config_that_no_assistant_has_is_refused(
-    with_centroids: Made, tmp_path: Path, change: dict[str, Any], text: dict[str, Any] | None, says: str
-) -> None:
-    folder = configured(with_centroids, tmp_path / "assistant", {} if text is None else change, text or {})
-    if text is None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | change))
-    assert says in refused(with_centroids, folder)
-
-
-def test_a_pickle_is_refused(made: Made, tmp_path: Path) -> None:
-    folder = tmp_path / "pickled"
-    shutil.copytree(made.assistant, folder)
-    torch.save(load_file(str(folder / "model.safetensors")), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="pickle"):
-        export_bundle(ExportSpec(str(made.model), tmp_path / "out", drafter=str(folder)))

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 
-from helpers.assistants import Gemma4Pair, LlamaAssistant, edited
+from helpers.assistants import CENTROIDS, Gemma4Pair, LlamaAssistant, edited
 from helpers.drafter_parity import LARGEST_LOGIT, LARGEST_STATE, compared, damaged, swapped
 from helpers.drafters import Eagle3
 from helpers.gguf_drafters import eagle3_gguf, with_mtp_gguf
@@ -35,7 +35,6 @@ from shortstack.runtime import load
 from shortstack.runtime.engine.assistant_rows import AssistantRows
 from shortstack.runtime.engine.drafter_stages import StagedRows
 
-CENTROIDS = {"use_ordered_embeddings": True, "num_centroids": 4, "centroid_intermediate_top_k": 2}
 SHARED = {
     "num_kv_shared_layers": 2,
     "use_double_wide_mlp": True,

@@ -25,11 +25,15 @@ from transformers import (
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from helpers.drafters import gated
+from shortstack.export.assemble import export_bundle
+from shortstack.export.spec import ExportSpec
 
 ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
 }
+CENTROIDS = {"use_ordered_embeddings": True, "num_centroids": 4, "centroid_intermediate_top_k": 2}
+"""Fields of an assistant's config: a head with centroids."""
 Round = tuple[list[int], list[int]]  # the text before a round, and its drafts
 
 
@@ -109,6 +113,19 @@ class Gemma4Pair:
         assistant.save_pretrained(paths[1])
         write_words(paths[0], self.vocab)
         return paths
+
+
+@dataclass
+class MadePair:
+    """A pair's folders and bundle."""
+
+    pair: Gemma4Pair
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.model, self.assistant = self.pair.write(self.folder)
+        spec = ExportSpec(str(self.model), self.folder / "bundle", drafter=str(self.assistant))
+        self.bundle = export_bundle(spec).folder
 
 
 @torch.no_grad()
