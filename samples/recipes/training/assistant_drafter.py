@@ -12,7 +12,7 @@ from torch import Tensor
 from shortstack.export.twin.layer import Norm, unit_rms
 from shortstack.export.twin.model import Twin
 from shortstack.samples.recipes.training.assistant_files import write_assistant
-from shortstack.samples.recipes.training.assistant_head import Assistant, AssistantSpec
+from shortstack.samples.recipes.training.assistant_head import Assistant
 from shortstack.samples.recipes.training.assistant_unroll import unroll
 from shortstack.samples.recipes.training.drafter_batches import DraftBatch
 
@@ -28,24 +28,9 @@ class AssistantDrafter:
     net: Assistant
 
     @property
-    def spec(self) -> AssistantSpec:
-        """What it is."""
-        return self.net.spec
-
-    @property
     def depths(self) -> tuple[int, ...]:
         """The depths of the model's residual stream below the layers whose keys and values it reads."""
         return self.net.spec.depths
-
-    @property
-    def ids(self) -> Tensor:
-        """The token ids that it drafts."""
-        return self.net.ids
-
-    @property
-    def row_of(self) -> Tensor:
-        """The row of each token id."""
-        return self.net.row_of
 
     def unroll(self, twin: Twin, batch: DraftBatch, steps: int) -> Iterator[Tensor]:
         """Yield y of each step."""

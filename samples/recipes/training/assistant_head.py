@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from shortstack.export.twin.layer import KeyValue, Layer, Norm, Rotary
 from shortstack.graphs import layer_spec
+from shortstack.samples.recipes.training.drafting_net import DraftingNet
 from shortstack.samples.recipes.training.eagle_unroll import chain_attention
 
 
@@ -114,33 +115,24 @@ class AssistantLayers(nn.Module):
         self.norm = Norm(spec.hidden_size, layer_spec.Norm(eps=spec.eps))
 
 
-class Assistant(nn.Module):
+class Assistant(DraftingNet):
     """The assistant.
 
     Args:
         spec: What it is.
-        ids: The token ids of its rows, ascending, int64 [draft vocabulary].
-
-    Attributes:
-        row_of: The row of each token id of the model; -1 for those that it cannot draft.
+        ids: As in :class:`DraftingNet`.
     """
 
-    row_of: Tensor
-    ids: Tensor
+    spec: AssistantSpec
 
     def __init__(self, spec: AssistantSpec, ids: Tensor) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, ids)
         norm = layer_spec.Norm(eps=spec.eps)
         self.token_norm, self.state_norm = Norm(spec.model_hidden, norm), Norm(spec.model_hidden, norm)
         self.pre_projection = nn.Linear(2 * spec.model_hidden, spec.hidden_size, bias=False)
         self.model = AssistantLayers(spec)
         self.lm_head = nn.Linear(spec.hidden_size, spec.draft_vocab, bias=False)
         self.post_projection = nn.Linear(spec.hidden_size, spec.model_hidden, bias=False)
-        self.register_buffer("ids", ids, persistent=False)
-        row_of = torch.full((spec.vocab_size,), -1, device=ids.device)
-        row_of[ids] = torch.arange(len(ids), device=ids.device)
-        self.register_buffer("row_of", row_of, persistent=False)
 
     def pair(self, tokens: Tensor, states: Tensor) -> Tensor:
         """Return token and state side by side, normalised: [..., model hidden] twice -> [..., 2 * model hidden]."""

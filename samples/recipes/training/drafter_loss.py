@@ -38,14 +38,14 @@ def drafter_loss(drafter: TrainedDrafter, twin: Twin, batch: DraftBatch, spec: D
 
     Rows whose token the drafter cannot draft teach nothing, and are left out.
     """
-    targets = drafter.row_of[batch.targets]
+    targets = drafter.net.row_of[batch.targets]
     counts = batch.counts & (targets >= 0)
     soft = None
     if spec.hard < 1.0:
         with torch.no_grad():
             states = twin.state(batch.state[counts])
-            products = functional.linear(states, twin.head_weight[drafter.ids])
-            known = torch.zeros((*counts.shape, len(drafter.ids)), dtype=torch.float32)
+            products = functional.linear(states, twin.head_weight[drafter.net.ids])
+            known = torch.zeros((*counts.shape, len(drafter.net.ids)), dtype=torch.float32)
             known[counts] = twin.scaled_logits(products.float()).softmax(-1)
             soft = known
     losses = []

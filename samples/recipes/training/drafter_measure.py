@@ -68,7 +68,7 @@ def _drafted(
     usable = batch.counts
     for draft, rows in enumerate(drafter.unroll(twin, batch, drafts)):
         logits = drafter.logits(rows).float()
-        hits = (drafter.ids[logits.argmax(-1)] == batch.targets) & batch.counts
+        hits = (drafter.net.ids[logits.argmax(-1)] == batch.targets) & batch.counts
         top = torch.exp(logits.amax(-1) - logits.logsumexp(-1))
         # Draft j from a row is step j of the row that is j further on.
         right.append(_ahead(hits, draft)[batch.counts])

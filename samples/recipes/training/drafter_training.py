@@ -156,9 +156,9 @@ def describe(
     cost = further_draft_cost(drafter, source.twin.spec, recipe.costs)
     said = torch.cat([torch.from_numpy(sets[0].targets[_answer(sets[0], row)]).long() for _, row in held])
     return {
-        "spec": json.loads(json.dumps(asdict(drafter.spec))),
+        "spec": json.loads(json.dumps(asdict(drafter.net.spec))),
         "parameters": sum(parameter.numel() for parameter in drafter.net.parameters()),
-        "coverage": float((drafter.row_of[said] >= 0).float().mean()),
+        "coverage": float((drafter.net.row_of[said] >= 0).float().mean()),
         "draft_cost": cost,
         "alphas": found.alphas,
         "alphas_of_rounds": alphas_of_rounds(found),

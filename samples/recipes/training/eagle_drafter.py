@@ -12,7 +12,7 @@ from shortstack.export.twin.layer import unit_rms
 from shortstack.export.twin.model import Twin
 from shortstack.samples.recipes.training.drafter_batches import DraftBatch
 from shortstack.samples.recipes.training.eagle_files import write_head
-from shortstack.samples.recipes.training.eagle_head import EagleHead, HeadSpec
+from shortstack.samples.recipes.training.eagle_head import EagleHead
 from shortstack.samples.recipes.training.eagle_unroll import unroll
 
 
@@ -27,24 +27,9 @@ class EagleDrafter:
     net: EagleHead
 
     @property
-    def spec(self) -> HeadSpec:
-        """What it is."""
-        return self.net.spec
-
-    @property
     def depths(self) -> tuple[int, ...]:
         """The depths of the model's residual stream that it reads."""
         return self.net.spec.features
-
-    @property
-    def ids(self) -> Tensor:
-        """The token ids that it drafts."""
-        return self.net.ids
-
-    @property
-    def row_of(self) -> Tensor:
-        """The row of each token id."""
-        return self.net.row_of
 
     def unroll(self, twin: Twin, batch: DraftBatch, steps: int) -> Iterator[Tensor]:
         """Yield g of each step."""

@@ -24,6 +24,7 @@ from shortstack.export.rope import rope_tables
 from shortstack.export.twin.layer import MLP, Attention, KeyValue, Norm, Rotary
 from shortstack.export.twin.model import Twin
 from shortstack.graphs import layer_spec
+from shortstack.samples.recipes.training.drafting_net import DraftingNet
 
 FeatureNorm = Literal["none", "each"]
 _MOST_POSITIONS = 4096  # of the first rotary table
@@ -111,23 +112,18 @@ class MidLayer(nn.Module):
         return g + self.mlp(self.post_attention_layernorm(g))  # type: ignore[no-any-return]
 
 
-class EagleHead(nn.Module):
+class EagleHead(DraftingNet):
     """The head.
 
     Args:
         spec: What it is.
-        ids: The token ids of its rows, ascending, int64 [draft vocabulary].
-
-    Attributes:
-        row_of: The row of each token id of the model; -1 for those that it cannot draft.
+        ids: As in :class:`DraftingNet`.
     """
 
-    row_of: Tensor
-    ids: Tensor
+    spec: HeadSpec
 
     def __init__(self, spec: HeadSpec, ids: Tensor) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, ids)
         hidden, count = spec.model_hidden, len(spec.features)
         if spec.feature_norm == "each":
             self.fc_norm = nn.ModuleList(Norm(hidden, layer_spec.Norm(eps=spec.eps)) for _ in range(count))
@@ -135,10 +131,6 @@ class EagleHead(nn.Module):
         self.midlayer = MidLayer(spec)
         self.norm = Norm(hidden, layer_spec.Norm(eps=spec.eps))
         self.lm_head = nn.Linear(hidden, spec.draft_vocab, bias=False)
-        self.register_buffer("ids", ids, persistent=False)
-        row_of = torch.full((spec.vocab_size,), -1, device=ids.device)
-        row_of[ids] = torch.arange(len(ids), device=ids.device)
-        self.register_buffer("row_of", row_of, persistent=False)
         self._rotary: Rotary | None = None
 
     def fused(self, features: Tensor) -> Tensor:

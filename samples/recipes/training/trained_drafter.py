@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from shortstack.export.twin.model import Twin
 from shortstack.samples.recipes.training.drafter_batches import DraftBatch
+from shortstack.samples.recipes.training.drafting_net import DraftingNet
 
 
 class TrainedDrafter(Protocol):
     """A drafter of one kind; *rows* are those of its last layer's output, [..., width]."""
 
     @property
-    def net(self) -> nn.Module:
+    def net(self) -> DraftingNet:
         """What is trained."""
-
-    @property
-    def spec(self) -> Any:
-        """What it is: a frozen dataclass."""
 
     @property
     def depths(self) -> tuple[int, ...]:
         """The depths of the model's residual stream that it reads, ascending."""
-
-    @property
-    def ids(self) -> Tensor:
-        """The token ids that it drafts, ascending, int64 [draft vocabulary]."""
-
-    @property
-    def row_of(self) -> Tensor:
-        """The row of each token id of the model; -1 for those that it cannot draft."""
 
     def unroll(self, twin: Twin, batch: DraftBatch, steps: int) -> Iterator[Tensor]:
         """Yield the rows of the windows in each step of the training-time test, [texts, window, width].
