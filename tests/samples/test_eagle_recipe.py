@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from helpers.answers import greedy_answers, write_answers
+from helpers.answers import write_answers
 from helpers.drafters import Eagle3, Recorded
 from helpers.recipe_runs import KilledError, call
-from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
-from shortstack.export.twin.folder import load_twin
 from shortstack.export.twin.layer import unit_rms
 from shortstack.export.twin.model import Twin
 from shortstack.runtime import DraftPolicy, Speculate, load
@@ -45,40 +42,7 @@ SPEC = HeadSpec(
 FORMULA = Eagle3(draft_vocab=200, features=DEPTHS, options={"fc_norm": True})
 SAME = {"rtol": 1e-4, "atol": 1e-4}  # float32, sums in another order
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tiny models torch's threads only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_bundles: TinyBundles) -> Path:
-    return tiny_bundles.checkpoint(SPECULATOR)
-
-
-@pytest.fixture(scope="module")
-def twin(checkpoint: Path) -> Twin:
-    return load_twin(str(checkpoint)).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def rows(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
-    return greedy_answers(checkpoint, tmp_path_factory.mktemp("plain") / "b")
-
-
-@pytest.fixture(scope="module")
-def features(twin: Twin, rows: list[Example], tmp_path_factory: pytest.TempPathFactory) -> Features:
-    held = [index >= 34 for index in range(len(rows))]
-    return extract_features(twin, rows, held, tmp_path_factory.mktemp("f") / "f", DEPTHS, use_bf16=False)
-
-
-@pytest.fixture(scope="module")
-def data(rows: list[Example], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_answers(rows, tmp_path_factory.mktemp("data") / "answers.jsonl")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_head(twin: Twin, spec: HeadSpec = SPEC, seed: int = 0) -> EagleHead:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from click.testing import CliRunner
 from helpers.kv_twins import kv_spec, random_twin
 from helpers.tiny_models import SPECULATOR, TinyBundles
 from shortstack.export.twin.exits import ExitNode, load_exits, states_before
-from shortstack.export.twin.folder import load_twin
 from shortstack.export.twin.layer import unit_rms
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import RequestError
@@ -35,19 +33,7 @@ from shortstack.samples.recipes.training.features import Features, _next_tokens,
 DEPTHS = (1, 3)
 STATE_EXIT = ExitSpec(1, 64, branch="linear", linear_mlp=8, sees_token=True, sees_state=True)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tiny models torch's threads only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def twin(tiny_bundles: TinyBundles) -> Twin:
-    return load_twin(str(tiny_bundles.checkpoint(SPECULATOR))).eval().requires_grad_(False)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def answered(twin: Twin, prompt: list[int], length: int) -> Example:
