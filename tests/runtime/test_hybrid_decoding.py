@@ -9,36 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from helpers.quantized import QuantizedBundles, preset
-from helpers.tiny_models import SPECULATOR, TinyBundles
+from helpers.looked_up import BUNDLES, bundles, prompts
+from helpers.quantized import QuantizedBundles
+from helpers.tiny_models import TinyBundles
 from shortstack.__main__ import run
-from shortstack.graphs.precision import BlockFormat
 from shortstack.runtime import DraftPolicy, Request, SamplingParams, Speculate, TextIndex, load
 from shortstack.runtime.decode.hybrid import FromHybrid, HybridDrafter, Plan
 
-BUNDLES = ("float", "float, uncut", "int4", "int4 with an int8 cache")
+KINDS = BUNDLES[:-1]  # one uncut bundle is enough: lookup drafts alone there
 TOKENS = 60
 
 
 @pytest.fixture(scope="module")
 def paths(tiny_bundles: TinyBundles, quantized: QuantizedBundles) -> dict[str, Path]:
-    cut = tiny_bundles.bundle(SPECULATOR, 1, 3)
-    return {
-        "float": cut,
-        "float, uncut": tiny_bundles.bundle(SPECULATOR),
-        "int4": quantized(cut, preset(BlockFormat(4))),
-        "int4 with an int8 cache": quantized(cut, preset(BlockFormat(4), "int8")),
-    }
-
-
-def prompts(count: int) -> list[list[int]]:
-    """Prompts of random tokens in which pieces come twice."""
-    rng = random.Random(3)
-    found = []
-    for _ in range(count):
-        words = [[rng.randrange(3, SPECULATOR.vocab) for _ in range(3)] for _ in range(4)]
-        found.append([token for _ in range(rng.randint(2, 9)) for token in rng.choice(words)])
-    return found
+    return bundles(tiny_bundles, quantized)
 
 
 @dataclass
@@ -68,7 +52,7 @@ def any_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", KINDS)
 def test_rounds_of_any_kind_in_any_order_give_the_plain_tokens(
     paths: dict[str, Path], name: str, slots: int, any_plans: None
 ) -> None:
@@ -95,7 +79,7 @@ def test_rounds_of_any_kind_in_any_order_give_the_plain_tokens(
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", KINDS)
 def test_what_pays_is_chosen_and_gives_the_plain_tokens(paths: dict[str, Path], name: str, slots: int) -> None:
     own = prompts(9)
     with load(paths[name], slots=slots) as model:

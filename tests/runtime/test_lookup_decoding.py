@@ -8,35 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from helpers.quantized import QuantizedBundles, preset
-from helpers.tiny_models import SPECULATOR, TinyBundles
+from helpers.looked_up import BUNDLES, bundles, prompts
+from helpers.quantized import QuantizedBundles
+from helpers.tiny_models import TinyBundles
 from shortstack.__main__ import run
-from shortstack.graphs.precision import BlockFormat
 from shortstack.runtime import DraftPolicy, FromLookup, Request, SamplingParams, Speculate, TextIndex, load
 
-BUNDLES = ("float", "float, uncut", "int4", "int4 with an int8 cache")
 TOKENS = 60
 
 
 @pytest.fixture(scope="module")
 def paths(tiny_bundles: TinyBundles, quantized: QuantizedBundles) -> dict[str, Path]:
-    cut = tiny_bundles.bundle(SPECULATOR, 1, 3)
-    return {
-        "float": cut,
-        "float, uncut": tiny_bundles.bundle(SPECULATOR),
-        "int4": quantized(cut, preset(BlockFormat(4))),
-        "int4 with an int8 cache": quantized(tiny_bundles.bundle(SPECULATOR), preset(BlockFormat(4), "int8")),
-    }
-
-
-def prompts(count: int) -> list[list[int]]:
-    """Prompts of random tokens in which pieces come twice, so that lookup finds something, right or wrong."""
-    rng = random.Random(3)
-    found = []
-    for _ in range(count):
-        words = [[rng.randrange(3, SPECULATOR.vocab) for _ in range(3)] for _ in range(4)]
-        found.append([token for _ in range(rng.randint(2, 9)) for token in rng.choice(words)])
-    return found
+    return bundles(tiny_bundles, quantized)
 
 
 def lookup(policy: DraftPolicy | None, texts: TextIndex | None = None) -> Speculate:
