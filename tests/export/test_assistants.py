@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.assistants import CENTROIDS, Gemma4Pair, MadePair, rounds_of
+from helpers.assistants import CENTROIDS, KEYS, Gemma4Pair, MadePair, rounds_of, shared_keys_and_values
 from helpers.chi_square import p_value
 from helpers.drafters import Recorded
 from helpers.quantized import preset
@@ -28,19 +28,11 @@ from shortstack.runtime.engine.taps import RoundTaps
 from shortstack.runtime.inspection.report import build_report
 from shortstack.runtime.inspection.words import drafter_facts
 
-SHARED = {
-    "num_kv_shared_layers": 2,
-    "use_double_wide_mlp": True,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 8,
-}
-KEYS = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 PAIRS = {
     "dense": Gemma4Pair(),
     "an untied head": Gemma4Pair(head={"tie_word_embeddings": False}, seed=1),
     "centroids": Gemma4Pair(head=CENTROIDS, seed=2),
-    "shared keys and values, centroids": Gemma4Pair(model=SHARED, head=CENTROIDS, seed=3),
+    "shared keys and values, centroids": Gemma4Pair(model=shared_keys_and_values(8), head=CENTROIDS, seed=3),
     "values from keys": Gemma4Pair(model=KEYS, assistant=KEYS, seed=4),
     "unified": Gemma4Pair(is_unified=True, seed=5),
 }

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.assistants import Gemma4Pair, LlamaAssistant, edited
+from helpers.assistants import Gemma4Pair, edited
 from helpers.bad_input import Refused
 from helpers.drafter_cases import KINDS, written
 from helpers.drafters import Eagle3
 from helpers.mtp import TinyMtp
+from helpers.own_assistants import LlamaAssistant
 from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.__main__ import run

@@ -13,11 +13,12 @@ import onnx
 import pytest
 import torch
 
-from helpers.assistants import CENTROIDS, Gemma4Pair, LlamaAssistant, edited
+from helpers.assistants import CENTROIDS, KEYS, Gemma4Pair, edited, shared_keys_and_values
 from helpers.drafter_parity import LARGEST_LOGIT, LARGEST_STATE, compared, damaged, swapped
 from helpers.drafters import Eagle3
 from helpers.gguf_drafters import eagle3_gguf, with_mtp_gguf
 from helpers.mtp import TinyMtp
+from helpers.own_assistants import LlamaAssistant
 from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.__main__ import run
@@ -35,20 +36,15 @@ from shortstack.runtime import load
 from shortstack.runtime.engine.assistant_rows import AssistantRows
 from shortstack.runtime.engine.drafter_stages import StagedRows
 
-SHARED = {
-    "num_kv_shared_layers": 2,
-    "use_double_wide_mlp": True,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 64,
-}
-KEYS = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 GEMMAS = {
     "a dense head": Gemma4Pair(vocab=64, seed=1),
     "windows": Gemma4Pair(vocab=64, window=8, seed=1),
     "centroids": Gemma4Pair(vocab=64, head=CENTROIDS, seed=2),
     "shared keys and values, centroids": Gemma4Pair(
-        vocab=64, model={**SHARED, "vocab_size_per_layer_input": 64}, head=CENTROIDS, seed=3
+        vocab=64,
+        model=shared_keys_and_values(64),
+        head=CENTROIDS,
+        seed=3,
     ),
     "values from keys": Gemma4Pair(vocab=64, model=KEYS, assistant=KEYS, seed=4),
 }

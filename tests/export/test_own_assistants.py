@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.assistants import LlamaAssistant, edited
+from helpers.assistants import edited
 from helpers.drafters import Recorded
+from helpers.own_assistants import LlamaAssistant
 from helpers.quantized import preset
 from helpers.tiny_models import TinyBundles, TinyModel
 from shortstack.export.assemble import export_bundle

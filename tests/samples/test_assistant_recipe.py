@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.answers import write_answers
-from helpers.assistants import LlamaAssistant
 from helpers.drafters import Recorded
+from helpers.own_assistants import LlamaAssistant
 from helpers.recipe_runs import KilledError, call
 from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.assemble import export_bundle
