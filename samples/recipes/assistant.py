@@ -21,7 +21,7 @@ RUN afterwards::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,7 @@ from shortstack.samples.recipes.training.assistant_files import read_assistant
 from shortstack.samples.recipes.training.assistant_head import Assistant, AssistantSpec
 from shortstack.samples.recipes.training.assistant_start import new_assistant
 from shortstack.samples.recipes.training.command import Common, recipe_command
-from shortstack.samples.recipes.training.drafter_batches import Row
-from shortstack.samples.recipes.training.drafter_command import (
-    check_request,
-    draft_rows,
-    drafter_options,
-    loss_spec,
-    read_answers,
-    train,
-)
-from shortstack.samples.recipes.training.drafter_training import DrafterTraining, draft_vocabulary, end_ids
-from shortstack.samples.recipes.training.features import Features
+from shortstack.samples.recipes.training.drafter_command import Kind, check_request, draft_rows, drafter_options, train
 from shortstack.samples.recipes.training.loop import LoopSpec
 
 LAYERS, HIDDEN, MLP_FACTOR = 2, 256, 4
@@ -148,25 +138,15 @@ def main(loop: LoopSpec, common: Common, **options: Any) -> dict[str, Any]:
     twin = source.twin
     kept = _kept(common, twin.spec, options["init"])
     spec = assistant_spec(twin.spec, options) if kept is None else kept.spec
-    answers = read_answers(common, options["more_data"], source)
-
-    def start(sets: Sequence[Features], rows: Sequence[Row]) -> AssistantDrafter:
-        if kept is not None:
-            return AssistantDrafter(kept)
-        ids = draft_vocabulary(answers, spec.draft_vocab, spec.vocab_size, end_ids(source))
-        return AssistantDrafter(new_assistant(twin, spec, ids, sets, rows))
-
-    recipe = DrafterTraining(
+    kind = Kind(
         title="assistant",
         name="assistant",
         depths=spec.depths,
-        start=start,
-        loss=loss_spec(options),
-        batch_size=common.batch_size,
-        drafts=options["draft_tokens"],
-        costs=costs,
+        draft_vocab=spec.draft_vocab,
+        kept=None if kept is None else AssistantDrafter(kept),
+        make=lambda ids, sets, rows: AssistantDrafter(new_assistant(twin, spec, ids, sets, rows)),
     )
-    return train(source, answers, recipe, loop, common, options)
+    return train(source, kind, costs, loop, common, options)
 
 
 if __name__ == "__main__":

@@ -29,20 +29,10 @@ import click
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import ModelSpec
 from shortstack.samples.recipes.training.command import Common, recipe_command
-from shortstack.samples.recipes.training.drafter_batches import Row
-from shortstack.samples.recipes.training.drafter_command import (
-    check_request,
-    draft_rows,
-    drafter_options,
-    loss_spec,
-    read_answers,
-    train,
-)
-from shortstack.samples.recipes.training.drafter_training import DrafterTraining, draft_vocabulary, end_ids
+from shortstack.samples.recipes.training.drafter_command import Kind, check_request, draft_rows, drafter_options, train
 from shortstack.samples.recipes.training.eagle_drafter import EagleDrafter
 from shortstack.samples.recipes.training.eagle_files import read_head
 from shortstack.samples.recipes.training.eagle_head import HeadSpec, new_head
-from shortstack.samples.recipes.training.features import Features
 from shortstack.samples.recipes.training.loop import LoopSpec
 
 _OF_THE_HEAD = ("depths", "feature_norm", "intermediate_size", "heads", "kv_heads", "head_dim", "draft_vocab")
@@ -106,25 +96,15 @@ def main(loop: LoopSpec, common: Common, **options: Any) -> dict[str, Any]:
     twin, init = source.twin, options["init"]
     kept = None if init is None else read_head(init, twin, options["unroll"])
     spec = head_spec(twin.spec, options["depths"], options, options["unroll"]) if kept is None else kept.spec
-    answers = read_answers(common, options["more_data"], source)
-
-    def start(sets: Sequence[Features], rows: Sequence[Row]) -> EagleDrafter:
-        if kept is not None:
-            return EagleDrafter(kept)
-        ids = draft_vocabulary(answers, spec.draft_vocab, spec.vocab_size, end_ids(source))
-        return EagleDrafter(new_head(twin, spec, ids))
-
-    recipe = DrafterTraining(
+    kind = Kind(
         title="EAGLE-3",
         name="head",
         depths=spec.features,
-        start=start,
-        loss=loss_spec(options),
-        batch_size=common.batch_size,
-        drafts=options["draft_tokens"],
-        costs=costs,
+        draft_vocab=spec.draft_vocab,
+        kept=None if kept is None else EagleDrafter(kept),
+        make=lambda ids, sets, rows: EagleDrafter(new_head(twin, spec, ids)),
     )
-    return train(source, answers, recipe, loop, common, options)
+    return train(source, kind, costs, loop, common, options)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from shortstack.graphs.errors import RequestError
 from shortstack.graphs.spec import ModelSpec
 from shortstack.samples.recipes.training.command import Common
 from shortstack.samples.recipes.training.data import read_examples
 from shortstack.samples.recipes.training.draft_cost import ROW_COSTS, Costs, read_row_costs
+from shortstack.samples.recipes.training.drafter_batches import Row
 from shortstack.samples.recipes.training.drafter_loss import DrafterLossSpec
-from shortstack.samples.recipes.training.drafter_training import Answers, DrafterTraining, train_drafter
+from shortstack.samples.recipes.training.drafter_training import (
+    Answers,
+    DrafterTraining,
+    draft_vocabulary,
+    end_ids,
+    train_drafter,
+)
+from shortstack.samples.recipes.training.features import Features
 from shortstack.samples.recipes.training.loop import LoopSpec
 from shortstack.samples.recipes.training.source import Source
+from shortstack.samples.recipes.training.trained_drafter import TrainedDrafter
 
 DRAFT_VOCAB = 8192
 
@@ -118,20 +129,49 @@ def read_answers(common: Common, more: Sequence[Path], source: Source) -> list[A
     return answers
 
 
-def loss_spec(options: Mapping[str, Any]) -> DrafterLossSpec:
-    """Return what the options train a drafter for."""
-    return DrafterLossSpec(options["unroll"], options["step_decay"], options["hard"], options["regression"])
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of drafter, and one of it.
+
+    Attributes:
+        title: What it is called in report and picture.
+        name: Its folder in the run's folder, and its place in the report.
+        depths: The depths of the model's residual stream that it reads.
+        draft_vocab: How many token ids it drafts.
+        kept: The one to continue; None makes a new one.
+        make: Makes a new one from the token ids that it drafts, and what it is trained on.
+    """
+
+    title: str
+    name: str
+    depths: Sequence[int]
+    draft_vocab: int
+    kept: TrainedDrafter | None
+    make: Callable[[Tensor, Sequence[Features], Sequence[Row]], TrainedDrafter]
 
 
 def train(
-    source: Source,
-    answers: Sequence[Answers],
-    recipe: DrafterTraining,
-    loop: LoopSpec,
-    common: Common,
-    options: Mapping[str, Any],
+    source: Source, kind: Kind, costs: Costs, loop: LoopSpec, common: Common, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Train, and print what the drafter is worth; errors as in :func:`train_drafter`."""
+    """Train a drafter, and print what it is worth; errors as in :func:`read_answers` and :func:`train_drafter`."""
+    answers = read_answers(common, options["more_data"], source)
+
+    def start(sets: Sequence[Features], rows: Sequence[Row]) -> TrainedDrafter:
+        if kind.kept is not None:
+            return kind.kept
+        ids = draft_vocabulary(answers, kind.draft_vocab, source.twin.spec.vocab_size, end_ids(source))
+        return kind.make(ids, sets, rows)
+
+    recipe = DrafterTraining(
+        title=kind.title,
+        name=kind.name,
+        depths=kind.depths,
+        start=start,
+        loss=DrafterLossSpec(options["unroll"], options["step_decay"], options["hard"], options["regression"]),
+        batch_size=common.batch_size,
+        drafts=options["draft_tokens"],
+        costs=costs,
+    )
     plain = {name: value for name, value in options.items() if name != "features"} | {
         "init": None if options["init"] is None else str(options["init"]),
         "more_data": [file.name for file in options["more_data"]],
