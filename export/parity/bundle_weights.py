@@ -18,7 +18,7 @@ from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.arch.architecture import EMBEDDING, FINAL_NORM, LM_HEAD, POSITIONS, end_shapes
 from shortstack.export.sources import checkpoint_tensors
 from shortstack.export.tensors import ModelTensors, unpacked
-from shortstack.export.twin.drafter import DrafterWeights
+from shortstack.export.twin.drafter_parts import DrafterWeights
 from shortstack.export.twin.folder import twin_parameter
 from shortstack.export.twin.model import Twin
 from shortstack.graphs import names

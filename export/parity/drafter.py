@@ -27,7 +27,7 @@ from shortstack.export.parity.drafter_reference import DrafterReference
 from shortstack.export.parity.drafter_report import DrafterParity, DraftFork
 from shortstack.export.parity.reference import Reference
 from shortstack.export.parity.twin_reference import TwinReference
-from shortstack.export.twin.drafter import Drafted, DraftedText, TwinOfDrafter, normalised
+from shortstack.export.twin.drafter_parts import Drafted, DraftedText, TwinOfDrafter, normalised
 from shortstack.graphs import names
 from shortstack.runtime.decode.choice import Choice, Proposal
 from shortstack.runtime.decode.draft_length import DraftPolicy

@@ -20,7 +20,8 @@ from shortstack.export.parity.compare import differences
 from shortstack.export.spec import OWN_DRAFTER
 from shortstack.export.tensors import ModelTensors
 from shortstack.export.twin.assistant import AssistantTwin
-from shortstack.export.twin.drafter import DrafterTwin, DrafterWeights, ModelParts, TwinOfDrafter
+from shortstack.export.twin.drafter import DrafterTwin
+from shortstack.export.twin.drafter_parts import DrafterWeights, ModelParts, TwinOfDrafter
 from shortstack.export.twin.drafter_stages import StagesTwin
 from shortstack.graphs.drafter_spec import DrafterSpec
 from shortstack.graphs.drafter_weights import HEAD_IDS, MODEL_NORM, end_parts

@@ -12,27 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shortstack.export.twin.drafter import (
+from shortstack.export.twin.drafter_parts import (
     Drafted,
     DraftedText,
-    DrafterWeights,
-    HeadIds,
-    ModelParts,
+    LayersTwin,
     as_tensor,
-    layer_twin,
-    normalised,
     rotary_tables,
     with_given,
 )
 from shortstack.export.twin.layer import Attention, KeyValue, Rotary, soft_capped
 from shortstack.graphs import names
-from shortstack.graphs.drafter_spec import DrafterSpec
 from shortstack.graphs.drafter_weights import (
     CENTROIDS,
-    EMBED_TOKENS,
     FINAL_NORM,
     HEAD,
-    HEAD_IDS,
     INPUT,
     INPUT_BIAS,
     OUTPUT,
@@ -41,25 +34,8 @@ from shortstack.graphs.drafter_weights import (
 )
 
 
-class AssistantTwin:
-    """The :class:`~shortstack.export.twin.drafter.TwinOfDrafter` of an assistant.
-
-    Args:
-        spec: What it is.
-        weights: Its own weights.
-        model: What it uses of its model.
-
-    Attributes:
-        spec: What it is.
-        head_ids: Its head's rows; those of a head with centroids are in the order of their groups.
-    """
-
-    def __init__(self, spec: DrafterSpec, weights: DrafterWeights, model: ModelParts) -> None:
-        self.spec, self._model, self._factors = spec, model, weights.rope_factors
-        self._parts = {part: as_tensor(value) for part, value in weights.parts.items()}
-        self.head_ids = HeadIds(self._parts.pop(HEAD_IDS, None))
-        self._embedding = self._parts[EMBED_TOKENS] if spec.has_own_embedding else as_tensor(model.embedding)
-        self._layers = [layer_twin(spec, number, own) for number, own in enumerate(weights.layers)]
+class AssistantTwin(LayersTwin):
+    """The :class:`~shortstack.export.twin.drafter_parts.TwinOfDrafter` of an assistant."""
 
     def fused(self, taps: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`TwinOfDrafter.fused`."""
@@ -89,9 +65,9 @@ class AssistantTwin:
         spec = self.spec
         token = self._embedding[torch.tensor(ids)] * spec.embed_scale
         if spec.has_token_norm:
-            token = normalised(token, spec.norm, self._parts[TOKEN_NORM])
+            token = self._norm(token, TOKEN_NORM)
         if spec.has_state_norm:
-            states = normalised(states, spec.norm, self._parts[STATE_NORM])
+            states = self._norm(states, STATE_NORM)
         pair = torch.cat([states, token] if spec.state_first else [token, states], dim=-1)
         x = functional.linear(pair, self._parts[INPUT], self._parts.get(INPUT_BIAS))[None]  # [1, seq, hidden]
         rotaries = rotary_tables(spec, self._model, self._factors, positions)
@@ -99,7 +75,7 @@ class AssistantTwin:
             reads = layer.input_layernorm(x)
             x = layer.above(x, reads, _attended(layer.self_attn, reads, rotaries, positions, keys_values[owner]))[1]
         stream = x[0]
-        y = normalised(stream, spec.norm, self._parts[FINAL_NORM]) if spec.has_final_norm else stream
+        y = self._norm(stream, FINAL_NORM) if spec.has_final_norm else stream
         given = y if spec.feedback == "normed" else stream
         if spec.feedback == "projected":
             given = functional.linear(y, self._parts[OUTPUT])

@@ -11,14 +11,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from shortstack.export.twin.drafter import Drafted, DraftedText, DrafterTwin, DrafterWeights, ModelParts, with_given
+from shortstack.export.twin.drafter import DrafterTwin
+from shortstack.export.twin.drafter_parts import Drafted, DraftedText, DrafterWeights, ModelParts, with_given
 from shortstack.graphs import names
 from shortstack.graphs.drafter_spec import DrafterSpec
 from shortstack.graphs.drafter_weights import stage_of, stage_part
 
 
 class StagesTwin:
-    """The :class:`~shortstack.export.twin.drafter.TwinOfDrafter` of such layers.
+    """The :class:`~shortstack.export.twin.drafter_parts.TwinOfDrafter` of such layers.
 
     Args:
         spec: What they are.
