@@ -39,9 +39,15 @@ def call(command: click.Command, *arguments: object) -> dict[str, Any]:
     return report
 
 
-def assert_resumes(command: click.Command, checkpoint: Path, folder: Path, kill_at: int, *arguments: object) -> None:
-    """A run that is killed right after it saved step ``kill_at`` goes on to the weights of one that was not."""
-    call(command, checkpoint, folder / "whole", *arguments)
+def stopped_and_resumed(
+    command: click.Command, checkpoint: Path, folder: Path, kill_at: int, *arguments: object
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a recipe to its end in ``folder/whole``; kill another run right after it saved step ``kill_at``, and go on.
+
+    Returns:
+        Both reports; the other run is in ``folder/stopped``.
+    """
+    whole = call(command, checkpoint, folder / "whole", *arguments)
     save = loop.save_state
 
     def killed(file: Path, step: int, *rest: Any) -> None:
@@ -53,8 +59,13 @@ def assert_resumes(command: click.Command, checkpoint: Path, folder: Path, kill_
         patch.setattr(loop, "save_state", killed)
         with pytest.raises(KilledError):
             call(command, checkpoint, folder / "stopped", *arguments)
-    assert not (folder / "stopped" / "model").exists()
-    call(command, checkpoint, folder / "stopped", *arguments)
+    assert not (folder / "stopped" / "report.json").exists()
+    return whole, call(command, checkpoint, folder / "stopped", *arguments)
+
+
+def assert_resumes(command: click.Command, checkpoint: Path, folder: Path, kill_at: int, *arguments: object) -> None:
+    """A run that is killed right after it saved step ``kill_at`` goes on to the weights of one that was not."""
+    stopped_and_resumed(command, checkpoint, folder, kill_at, *arguments)
     whole, stopped = (load_twin(str(folder / name / "model")).state_dict() for name in ("whole", "stopped"))
     for name, value in whole.items():
         assert torch.equal(value, stopped[name]), name

@@ -7,17 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers.answers import write_answers
-from helpers.drafters import Recorded
+from helpers.answers import assert_decoded_as_measured, write_answers
 from helpers.own_assistants import LlamaAssistant
-from helpers.recipe_runs import KilledError, call
+from helpers.recipe_runs import call, stopped_and_resumed
 from shortstack.export.arch import ARCHITECTURES
 from shortstack.export.assemble import export_bundle
 from shortstack.export.checkpoint import open_checkpoint
@@ -26,9 +24,7 @@ from shortstack.export.spec import ExportSpec
 from shortstack.export.twin.layer import unit_rms
 from shortstack.export.twin.model import Twin
 from shortstack.graphs.errors import RequestError, UnsupportedError
-from shortstack.runtime import DraftPolicy, Speculate, load
 from shortstack.samples.recipes.assistant import assistant_spec, main, readable_layers
-from shortstack.samples.recipes.training import loop
 from shortstack.samples.recipes.training.assistant_drafter import AssistantDrafter
 from shortstack.samples.recipes.training.assistant_files import read_assistant, write_assistant
 from shortstack.samples.recipes.training.assistant_head import Assistant, AssistantSpec
@@ -161,45 +157,12 @@ def test_the_written_assistant_drafts_in_the_runtime_what_training_measured(
     assert 0.1 < drafts.alphas[0] < 1  # both outcomes are compared
     folder = str(tmp_path / "run" / "assistant")
     bundle = export_bundle(ExportSpec(str(checkpoint), tmp_path / "bundle", drafter=folder)).folder
-    begins = np.concatenate([[0], drafts.answer_ends[:-1]])
-    compared = 0
-    with load(bundle) as model:
-        for number, row in enumerate(rows):
-            source, answer = Recorded(), list(row.ids[row.start :])
-            strategy = Speculate(draft=DraftPolicy(4), source=source)
-            before = list(row.ids[: row.start])
-            result = model.generate(before, strategy=strategy, max_new_tokens=len(answer), ignore_eos=True)
-            assert list(result.tokens) == answer
-            for text, proposed in source.rounds:
-                said = len(text) - row.start
-                for draft, token in enumerate(proposed[: len(answer) - said]):
-                    position = begins[number] + said - 1
-                    assert drafts.is_usable[position, draft]
-                    assert drafts.is_right[position, draft] == (token == answer[said + draft])
-                    compared += 1
-                    if token != answer[said + draft]:
-                        break
-    assert compared > 150
+    assert_decoded_as_measured(bundle, rows, drafts)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_assistant(
-    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_stopped_goes_on_to_the_same_assistant(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     given = options(data, 6, "--save-every", 2, "--measure-every", 3)
-    whole = call(main, checkpoint, tmp_path / "whole", *given)
-    save = loop.save_state
-
-    def killed(file: Path, step: int, *rest: Any) -> None:
-        save(file, step, *rest)
-        if step == 4:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", killed)
-        with pytest.raises(KilledError):
-            call(main, checkpoint, tmp_path / "stopped", *given)
-    assert not (tmp_path / "stopped" / "report.json").exists()
-    stopped = call(main, checkpoint, tmp_path / "stopped", *given)
+    whole, stopped = stopped_and_resumed(main, checkpoint, tmp_path, 4, *given)
     for name, value in tensors(tmp_path / "whole").items():
         assert torch.equal(value, tensors(tmp_path / "stopped")[name]), name
     assert stopped["assistant"] == whole["assistant"]

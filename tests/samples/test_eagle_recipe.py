@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,20 +12,18 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from helpers.answers import write_answers
-from helpers.drafters import Eagle3, Recorded
-from helpers.recipe_runs import KilledError, call
+from helpers.answers import assert_decoded_as_measured, write_answers
+from helpers.drafters import Eagle3
+from helpers.recipe_runs import call, stopped_and_resumed
 from shortstack.export.assemble import export_bundle
 from shortstack.export.spec import ExportSpec
 from shortstack.export.twin.layer import unit_rms
 from shortstack.export.twin.model import Twin
-from shortstack.runtime import DraftPolicy, Speculate, load
 from shortstack.samples.recipes.eagle import main
-from shortstack.samples.recipes.training import loop
 from shortstack.samples.recipes.training.data import Example
 from shortstack.samples.recipes.training.drafter_batches import TextOrder, drafted_rows, load_batch
 from shortstack.samples.recipes.training.drafter_loss import DrafterLossSpec, drafter_loss, weighted
-from shortstack.samples.recipes.training.drafter_measure import alphas_of_rounds, measure_drafter
+from shortstack.samples.recipes.training.drafter_measure import measure_drafter
 from shortstack.samples.recipes.training.drafter_training import Answers, draft_vocabulary
 from shortstack.samples.recipes.training.eagle_drafter import EagleDrafter
 from shortstack.samples.recipes.training.eagle_files import read_head, write_head
@@ -172,47 +169,12 @@ def test_the_written_head_drafts_in_the_runtime_what_training_measured(
     assert 0.1 < drafts.alphas[0] < 1  # both outcomes are compared
     drafter = str(tmp_path / "run" / "head")
     bundle = export_bundle(ExportSpec(str(checkpoint), tmp_path / "bundle", drafter=drafter)).folder
-    begins = np.concatenate([[0], drafts.answer_ends[:-1]])
-    compared, right, judged = 0, np.zeros(4), np.zeros(4)
-    with load(bundle) as model:
-        for number, row in enumerate(rows):
-            source, answer = Recorded(), list(row.ids[row.start :])
-            strategy = Speculate(draft=DraftPolicy(4), source=source)
-            before = list(row.ids[: row.start])
-            result = model.generate(before, strategy=strategy, max_new_tokens=len(answer), ignore_eos=True)
-            assert list(result.tokens) == answer
-            for text, proposed in source.rounds:
-                said = len(text) - row.start
-                for draft, token in enumerate(proposed[: len(answer) - said]):
-                    position = begins[number] + said - 1
-                    assert drafts.is_usable[position, draft]
-                    assert drafts.is_right[position, draft] == (token == answer[said + draft])
-                    compared, judged[draft] = compared + 1, judged[draft] + 1
-                    right[draft] += token == answer[said + draft]
-                    if token != answer[said + draft]:
-                        break
-    assert compared > 150
-    np.testing.assert_allclose(alphas_of_rounds(drafts), right / judged)
+    assert_decoded_as_measured(bundle, rows, drafts)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_head(
-    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_stopped_goes_on_to_the_same_head(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     given = options(data, 6, "--save-every", 2, "--measure-every", 3)
-    whole = call(main, checkpoint, tmp_path / "whole", *given)
-    save = loop.save_state
-
-    def killed(file: Path, step: int, *rest: Any) -> None:
-        save(file, step, *rest)
-        if step == 4:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", killed)
-        with pytest.raises(KilledError):
-            call(main, checkpoint, tmp_path / "stopped", *given)
-    assert not (tmp_path / "stopped" / "report.json").exists()
-    stopped = call(main, checkpoint, tmp_path / "stopped", *given)
+    whole, stopped = stopped_and_resumed(main, checkpoint, tmp_path, 4, *given)
     for name, value in tensors(tmp_path / "whole").items():
         assert torch.equal(value, tensors(tmp_path / "stopped")[name]), name
     assert stopped["head"] == whole["head"]
