@@ -27,7 +27,7 @@ SKIPPED = {
     (r"", r"^(pip|env/bin/\w+|make) "): "sets up an environment; .ci/run does that",
     (
         r"^README",
-        r"smollm2-135m-commands-exit-f4",
+        r"smollm2-135m-commands-exit-f5",
     ): "a bundle that `make demo` makes; tests/samples runs the demo's showings",
     (r"", r"ee-llm/"): "needs a checkpoint of EE-LLM; tests/export/test_megatron_checkpoint.py makes one",
     (r"", r"-m shortstack\.samples\.(bench|showcase)"): "a measurement; tests/samples runs each in small",
