@@ -31,7 +31,7 @@ SKIPPED = {
     ): "a bundle that `make demo` makes; tests/samples runs the demo's showings",
     (r"", r"ee-llm/"): "needs a checkpoint of EE-LLM; tests/export/test_megatron_checkpoint.py makes one",
     (r"", r"-m shortstack\.samples\.(bench|showcase)"): "a measurement; tests/samples runs each in small",
-    (r"docs/benchmarks", r"\bmade/"): "needs a checkpoint that a benchmark makes",
+    (r"docs/benchmarks", r"\b(made|headed)/"): "needs a checkpoint or a head that a measurement makes",
     (r"docs/training", r"\blora/|\bout-lora/"): "trains for hours",
     (r"docs/(quantization|benchmarks)", r"--max-kl"): "searches for ten minutes and more",
     (
